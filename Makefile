@@ -1,0 +1,48 @@
+# demo, test, test-long, check, bench: each makes and reuses .venv by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO ?= demo
+SIZE ?= 4096
+RUN := $(BIN)/outsize
+
+.PHONY: setup demo test test-long check format bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: $(STAMP)
+	$(RUN) sample $(DEMO) --size $(SIZE) --seed 42 --overwrite
+	$(RUN) plan $(DEMO)/scene.zarr
+	$(RUN) segment $(DEMO)/scene.zarr $(DEMO)/map.zarr --overwrite
+	$(RUN) evaluate $(DEMO)/map.zarr $(DEMO)/labels.zarr
+	$(RUN) export $(DEMO)/map.zarr $(DEMO)/map.tif --overwrite
+	$(RUN) export $(DEMO)/map.zarr $(DEMO)/map.png --overwrite
+	@echo "Look at $(DEMO)/map.png; open $(DEMO)/map.tif in QGIS."
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not long" tests
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long tests
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	$(BIN)/python -m outsize.tests.benchmarks.segment
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info $(DEMO)

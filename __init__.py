@@ -1,0 +1,32 @@
+"""outsize: CNNs whose activations, or whose output layer, outsize the device.
+
+Everyday names are loaded on first use, so that importing the package does not import torch.
+"""
+
+import lazy_loader
+
+__version__ = "0.1.0"
+
+__getattr__, __dir__, _names = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "models": ["SegmentationModel", "UNet", "as_tile_network", "load_model", "save_model"],
+        "tiler": [
+            "ClusterOptions",
+            "Network",
+            "OutputDescription",
+            "Raster",
+            "RunSummary",
+            "TilePlan",
+            "TilerError",
+            "Window",
+            "analyze_network",
+            "lazy_predict",
+            "open_raster",
+            "plan_tiles",
+            "predict",
+            "predict_window",
+        ],
+    },
+)
+__all__ = [*_names, "__version__"]

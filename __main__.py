@@ -1,0 +1,5 @@
+"""`python -m outsize`."""
+
+from .pipelines.cli import main
+
+main()

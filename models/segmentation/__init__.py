@@ -1,0 +1,1 @@
+"""The modest segmentation network, its weights, losses and metrics."""

@@ -1,0 +1,107 @@
+"""A segmentation model: the network, with all that its numbers mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...tiler.errors import UsageError
+from .norm import fold_norms
+
+Output = Literal["class", "probability", "logits"]
+OUTPUTS: tuple[Output, ...] = ("class", "probability", "logits")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentationClass:
+    """One class of the output."""
+
+    name: str
+    colour: tuple[int, int, int]
+    """RGB, 0..255."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaling:
+    """y = (x - subtract) / divide for each band; constants of the model, never of a tile."""
+
+    kind: Literal["z-score", "min-max"]
+    """How the two constants are named in the description: mean and stddev, or minimum and maximum - minimum."""
+    subtract: tuple[float, ...]
+    divide: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.subtract) != len(self.divide) or not self.subtract:
+            raise UsageError(
+                f"scaling needs one pair of constants a band, got {len(self.subtract)} and {len(self.divide)}"
+            )
+        if min(self.divide) <= 0:
+            raise UsageError(f"scaling must divide by numbers > 0, got {min(self.divide)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentationModel:
+    """A network with its bands, scaling, fill value and classes."""
+
+    name: str
+    network: nn.Module = field(repr=False)
+    """(1, bands, h, w) scaled floats -> (1, classes, h, w) logits."""
+    bands: tuple[str, ...]
+    scaling: Scaling
+    fill: tuple[float, ...]
+    """Raw value of each band that stands in for nodata pixels."""
+    classes: tuple[SegmentationClass, ...]
+    sha256: str = ""
+    """Of the weights file; empty for a model that was never saved."""
+
+    def __post_init__(self) -> None:
+        for what, values in (("scaling constants", self.scaling.subtract), ("fill values", self.fill)):
+            if len(values) != len(self.bands):
+                raise UsageError(f"a model of {len(self.bands)} bands needs as many {what}, got {len(values)}")
+        if not 1 <= len(self.classes) <= 255:
+            raise UsageError(f"a model has 1..255 classes (255 is nodata in class maps), got {len(self.classes)}")
+
+
+class TileNetwork(nn.Module):
+    """Scaling, network and finishing step as one module: raw pixels in, finished pixels out.
+
+    Shapes: (1, bands, h, w) in the raster's own dtype -> class (1, 1, h, w) uint8; probability (1, classes, h, w) uint8,
+    round(254 p); logits (1, classes, h, w) float.
+    """
+
+    subtract: Tensor
+    divide: Tensor
+
+    def __init__(self, network: nn.Module, scaling: Scaling, output: Output) -> None:
+        super().__init__()
+        self.network = network
+        self.output: Output = output
+        self.register_buffer("subtract", torch.tensor(scaling.subtract)[None, :, None, None])
+        self.register_buffer("divide", torch.tensor(scaling.divide)[None, :, None, None])
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.network((x.to(self.subtract.dtype) - self.subtract) / self.divide)
+
+    def finish(self, logits: Tensor) -> Tensor:
+        if self.output == "class":
+            return logits.argmax(dim=1, keepdim=True).to(torch.uint8)
+        if self.output == "probability":
+            return (logits.softmax(dim=1) * 254).round().to(torch.uint8)
+        return logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(self.logits(x))
+
+
+def as_tile_network(model: SegmentationModel, output: Output = "class") -> TileNetwork:
+    """The model as one module in eval mode, its norms folded into the convolutions (same function to rounding).
+
+    Raises:
+        UsageError: an output other than class, probability or logits.
+    """
+    if output not in OUTPUTS:
+        raise UsageError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
+    return TileNetwork(fold_norms(model.network), model.scaling, output).eval()

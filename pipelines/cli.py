@@ -1,0 +1,307 @@
+"""The command line: options, exit codes, error lines. Each command's work is in its own file, imported when called."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tomllib
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from .. import __version__
+from ..tiler.errors import TilerError
+
+EXIT_FAILED, EXIT_USAGE, EXIT_FAILED_TILES, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class _Group(click.Group):
+    """Commands in the order in which they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(self.commands)
+
+
+def _load_config(context: click.Context, _parameter: click.Parameter, path: str | None) -> None:
+    """Values of run.toml become defaults: `memory = "2GB"` for all commands, `[segment]` for one."""
+    if path is None:
+        return
+    try:
+        values = tomllib.loads(Path(path).read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise click.BadParameter(f"{path}: {error}") from error
+    shared = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    defaults: dict[str, Any] = {}
+    for name, command in cli.commands.items():
+        known = {parameter.name for parameter in command.params}
+        own = values.get(name, {})
+        unknown = {key for key in own if key.replace("-", "_") not in known}
+        if unknown:
+            raise click.BadParameter(f"{path}: [{name}] has no option {', '.join(sorted(unknown))}")
+        merged = {key.replace("-", "_"): value for key, value in {**shared, **own}.items()}
+        defaults[name] = {key: value for key, value in merged.items() if key in known}
+    everything = {p.name for command in cli.commands.values() for p in command.params}
+    unknown = {key for key in shared if key.replace("-", "_") not in everything}
+    unknown |= {key for key, value in values.items() if isinstance(value, dict) and key not in cli.commands}
+    if unknown:
+        raise click.BadParameter(f"{path}: no command knows {', '.join(sorted(unknown))}")
+    context.default_map = defaults
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "auto_envvar_prefix": "OUTSIZE"},
+    epilog="Every option is also a variable, OUTSIZE_MEMORY or OUTSIZE_SEGMENT_MEMORY. "
+    "Exit codes: 0 done, 1 failed, 2 usage, 3 finished with failed tiles, 130 interrupted.",
+)
+@click.version_option(__version__, prog_name="outsize")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on the last line of stdout.")
+@click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False),
+    is_eager=True,
+    expose_value=False,
+    callback=_load_config,
+    help="Defaults from a TOML file; options and variables go before them.",
+)
+@click.pass_context
+def cli(context: click.Context, as_json: bool, debug: bool) -> None:  # noqa: ARG001 - debug is read by main
+    """Run CNNs over rasters that outsize the machine: tile by tile, with the same result as the whole image.
+
+    \b
+    outsize sample demo --size 4096               a scene to try with
+    outsize plan demo/scene.zarr                  what a run would do
+    outsize segment demo/scene.zarr demo/map.zarr
+    outsize evaluate demo/map.zarr demo/labels.zarr
+    outsize export demo/map.zarr demo/map.tif     a cloud-optimised GeoTIFF
+    outsize export demo/map.zarr demo/map.png     a picture of input and result
+    """
+    from .console import Console
+
+    context.obj = Console(as_json=as_json)
+
+
+def _option(*names: str, **settings: Any) -> Callable[[_Command], _Command]:
+    """An option whose variable is OUTSIZE_NAME too, whatever the command."""
+    variable = "OUTSIZE_" + names[0].lstrip("-").replace("-", "_").upper()
+    return click.option(*names, envvar=settings.pop("envvar", variable), **settings)
+
+
+def _together(*decorators: Callable[[Any], Any]) -> Callable[[_Command], _Command]:
+    def decorate(command: _Command) -> _Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+_overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+_planning = _together(
+    _option("--model", type=click.Path(), help="A model's .json; without it the shipped one."),
+    _option(
+        "--output",
+        type=click.Choice(["class", "probability", "logits"]),
+        default="class",
+        show_default=True,
+        help="What to write for each pixel.",
+    ),
+    _option("--memory", default="2GB", show_default=True, metavar="SIZE", help="Budget of all processes together."),
+    _option(
+        "--engine",
+        type=click.Choice(["auto", "openvino", "torch"]),
+        default="auto",
+        show_default=True,
+        help="What runs the network.",
+    ),
+    _option("--workers", type=click.IntRange(1), help="Worker processes; without it one for each 8 cores."),
+    _option("--threads", type=click.IntRange(1), help="Compute threads of each worker."),
+    _option("--core", type=click.IntRange(1), help="Side of a tile's core; without it what the budget allows."),
+    _option("--axes", metavar="ORDER", help="Order of a Zarr array's dimensions, such as yxb."),
+)
+_cluster = _together(
+    _option("--scheduler", metavar="ADDRESS", help="A running Dask scheduler, such as tcp://host:8786."),
+    _option("--scheduler-file", type=click.Path(), help="A running Dask scheduler's file."),
+    _option("--tls-ca-file", type=click.Path(), help="CA certificate of the scheduler."),
+    _option("--tls-cert", type=click.Path(), help="Certificate of this client."),
+    _option("--tls-key", type=click.Path(), help="Key of this client."),
+    _option(
+        "--dashboard-address",
+        default="127.0.0.1:8787",
+        show_default=True,
+        metavar="ADDRESS",
+        help="Of the dashboard that a run on this machine shows.",
+    ),
+    _option("--no-dashboard", is_flag=True, help="Show no dashboard."),
+)
+
+
+def _segment_options(source: str, options: dict[str, Any]) -> Any:
+    from .segment import SegmentOptions
+
+    names = ("axes", "model", "output", "memory", "engine", "workers", "threads", "core")
+    return SegmentOptions(source=source, **{name: options[name] for name in names})
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--size", type=click.IntRange(1, 200_000), default=4096, show_default=True, help="Height and width.")
+@click.option("--height", type=click.IntRange(1, 200_000), help="Height, if not --size.")
+@click.option("--width", type=click.IntRange(1, 200_000), help="Width, if not --size.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Another scene each.")
+@_overwrite
+@click.pass_obj
+def sample(
+    console: Any, folder: Path, size: int, height: int | None, width: int | None, seed: int, overwrite: bool
+) -> None:
+    """Make a 4-band scene with labels: FOLDER/scene.zarr and FOLDER/labels.zarr.
+
+    \b
+    outsize sample demo
+    outsize sample giant --size 30000 --seed 7
+    """
+    from .sample import run_sample
+
+    run_sample(console, folder, height=height or size, width=width or size, seed=seed, overwrite=overwrite)
+
+
+@cli.command()
+@click.argument("src")
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option("--axes", metavar="ORDER", help="Order of a Zarr array's dimensions, such as yxb.")
+@_overwrite
+@click.pass_obj
+def ingest(console: Any, src: str, dst: Path, axes: str | None, overwrite: bool) -> None:
+    """Copy a raster into Zarr v3, pixels and georeference equal. `segment` reads GeoTIFF too; Zarr is faster.
+
+    \b
+    outsize ingest scene.tif scene.zarr
+    """
+    from .ingest import run_ingest
+
+    run_ingest(console, src, dst, axes=axes, overwrite=overwrite)
+
+
+@cli.command()
+@click.argument("src")
+@_planning
+@click.pass_obj
+def plan(console: Any, src: str, **options: Any) -> None:
+    """Show what `segment` would do: tiles, halo and why, memory, time. Reads no pixel.
+
+    \b
+    outsize plan scene.tif --memory 4GB
+    """
+    from .segment import run_plan
+
+    run_plan(console, _segment_options(src, options))
+
+
+@cli.command()
+@click.argument("src")
+@click.argument("out", type=click.Path(path_type=Path))
+@_planning
+@_cluster
+@click.option("--no-resume", is_flag=True, help="Refuse an existing output instead of continuing it.")
+@_overwrite
+@click.pass_obj
+def segment(console: Any, src: str, out: Path, no_resume: bool, overwrite: bool, **options: Any) -> None:
+    """Segment a raster into OUT, a Zarr store. The same command continues a run that was interrupted.
+
+    \b
+    outsize segment scene.tif map.zarr
+    outsize segment scene.zarr map.zarr --output probability --memory 4GB
+    outsize segment scene.zarr map.zarr --scheduler tcp://10.0.0.5:8786
+    """
+    from ..tiler.cluster import ClusterOptions
+    from .segment import run_segment
+
+    cluster = ClusterOptions(
+        scheduler=options["scheduler"],
+        scheduler_file=options["scheduler_file"],
+        tls_ca_file=options["tls_ca_file"],
+        tls_cert=options["tls_cert"],
+        tls_key=options["tls_key"],
+        dashboard_address=None if options["no_dashboard"] else options["dashboard_address"],
+    )
+    summary = run_segment(
+        console, _segment_options(src, options), out, cluster, resume=not no_resume, overwrite=overwrite
+    )
+    if summary.failed_tiles:
+        raise SystemExit(EXIT_FAILED_TILES)
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("labels")
+@click.pass_obj
+def evaluate(console: Any, out: Path, labels: str) -> None:
+    """Compare a class map with labels on the same grid: accuracy and IoU of each class.
+
+    \b
+    outsize evaluate map.zarr labels.zarr
+    """
+    from .evaluate import run_evaluate
+
+    run_evaluate(console, out, labels)
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path))
+@_overwrite
+@click.pass_obj
+def export(console: Any, out: Path, file: Path, overwrite: bool) -> None:
+    """Write an output as FILE: .tif a cloud-optimised GeoTIFF with overviews, .png a quicklook of input and result.
+
+    \b
+    outsize export map.zarr map.tif
+    outsize export map.zarr map.png
+    """
+    from .export import run_export
+
+    run_export(console, out, file, overwrite=overwrite)
+
+
+def _global_first(arguments: list[str]) -> list[str]:
+    """`--json` and `--debug` may stand anywhere; click wants them before the command."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    moved = [word for word in arguments[:end] if word in ("--json", "--debug")]
+    return moved + [word for word in arguments[:end] if word not in moved] + arguments[end:]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The `outsize` command."""
+    words = _global_first(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words or bool(os.environ.get("OUTSIZE_DEBUG"))
+    try:
+        cli.main(words, prog_name="outsize", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+    except (KeyboardInterrupt, click.Abort):
+        print("outsize: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:
+        # The reader of our output has gone: nothing more to say to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(EXIT_FAILED) from None
+    except Exception as error:  # noqa: BLE001 - the last line of defence
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, TilerError):
+            print(f"outsize: error: {error}", file=sys.stderr)
+            raise SystemExit(error.exit_code) from None
+        reason = (str(error).strip().splitlines() or [""])[0]
+        print(f"outsize: unexpected {type(error).__name__}: {reason} (--debug shows where)", file=sys.stderr)
+        raise SystemExit(EXIT_FAILED) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""What a terminal shows: results to stdout, progress and remarks to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from ..tiler.memory import format_bytes
+from ..tiler.plan import format_seconds
+
+
+class Step(Protocol):
+    """A long piece of work in progress."""
+
+    def advance(self, pixels: int, detail: str = "") -> None:
+        """`pixels` more are done; `detail` is shown at the end of the line."""
+        ...
+
+
+class Console:
+    """One command's output: text, or with `as_json` one JSON object on the last line of stdout."""
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.as_json = as_json
+
+    def remark(self, text: str) -> None:
+        """A line for people, on stderr."""
+        print(text, file=sys.stderr, flush=True)
+
+    def result(self, text: str, values: dict[str, Any]) -> None:
+        """The command's result: text for people, or its values as JSON."""
+        print(json.dumps(values) if self.as_json else text, flush=True)
+
+    @contextmanager
+    def step(self, label: str, pixels: int) -> Iterator[Step]:
+        """Progress of work on that many pixels: a bar on a terminal, a line now and then elsewhere."""
+        if sys.stderr.isatty():
+            with _bar(label, pixels) as bar:
+                yield bar
+        else:
+            lines = _Lines(label, pixels)
+            yield lines
+            lines.close()
+
+
+def _rate(pixels: int, seconds: float) -> str:
+    return f"{pixels / seconds / 1e6:.2f} Mpx/s" if seconds > 0 else ""
+
+
+@contextmanager
+def _bar(label: str, pixels: int) -> Iterator[Step]:
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    class Bar:
+        def __init__(self, progress: Progress) -> None:
+            self.progress = progress
+            self.task = progress.add_task(label, total=pixels, rate="", detail="")
+            self.done, self.began = 0, time.monotonic()
+
+        def advance(self, pixels: int, detail: str = "") -> None:
+            self.done += pixels
+            rate = _rate(self.done, time.monotonic() - self.began)
+            self.progress.update(self.task, completed=self.done, rate=rate, detail=detail)
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TextColumn("ETA"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[detail]}"),
+    )
+    with Progress(*columns, console=RichConsole(stderr=True), refresh_per_second=5) as progress:
+        yield Bar(progress)
+
+
+class _Lines:
+    """At most one line every five seconds, and one at the end."""
+
+    def __init__(self, label: str, pixels: int) -> None:
+        self.label, self.pixels = label, pixels
+        self.done, self.detail = 0, ""
+        self.began = self.printed = time.monotonic()
+
+    def advance(self, pixels: int, detail: str = "") -> None:
+        self.done += pixels
+        self.detail = detail
+        now = time.monotonic()
+        if now - self.printed >= 5:
+            self.printed = now
+            left = (self.pixels - self.done) * (now - self.began) / self.done if self.done else 0
+            self._print(f"ETA {format_seconds(left)}")
+
+    def _print(self, end: str) -> None:
+        share = 100 * self.done / self.pixels if self.pixels else 100
+        parts = [f"{share:.0f} %", _rate(self.done, time.monotonic() - self.began), end, self.detail]
+        print(f"{self.label}: {', '.join(part for part in parts if part)}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.done:
+            self._print(f"took {format_seconds(time.monotonic() - self.began)}")
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned for a terminal: the first to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = cells
+        return "  ".join(
+            [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
+        ).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
+
+
+def describe_memory(current: int) -> str:
+    return f"memory {format_bytes(current)}"

@@ -1,0 +1,68 @@
+"""`outsize evaluate`: a class map against labels on the same grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ..models.segmentation.metrics import Confusion
+from ..tiler.errors import UsageError
+from ..tiler.geometry import Grid
+from ..tiler.raster import open_raster
+from ..tiler.store import NODATA, open_array, read_header
+from .console import Console, format_table
+
+_BLOCK = 2048
+
+
+def run_evaluate(console: Console, out: Path, labels: str) -> None:
+    """Count every pixel where both the map and the labels hold a class, block by block."""
+    header = read_header(out)
+    if header["kind"] != "class":
+        raise UsageError(f"evaluate needs a class map, {out} holds {header['kind']}; segment with --output class")
+    truth = open_raster(labels)
+    predicted = open_array(out, "class")
+    if truth.bands != 1 or truth.shape_yx != predicted.shape:
+        raise UsageError(
+            f"labels must be one band on the output's grid of {predicted.shape[0]} x {predicted.shape[1]}, "
+            f"got {truth.bands} bands of {truth.shape_yx[0]} x {truth.shape_yx[1]}"
+        )
+    names = [entry["name"] for entry in header["classes"]]
+    count = len(names) or 255
+    total = Confusion(counts=np.zeros((count, count), np.int64))
+    grid = Grid(shape=truth.shape_yx, cell=(_BLOCK, _BLOCK))
+    reader = truth.open_reader()
+    ignore = int(truth.nodata) if truth.nodata is not None and truth.nodata == truth.nodata else NODATA
+    with console.step("evaluate", truth.shape_yx[0] * truth.shape_yx[1]) as step:
+        for at in grid:
+            window = grid.window(*at)
+            wanted = reader.read(window)[0]
+            found = np.asarray(predicted[window.slices()])
+            known = (wanted != ignore) & (found != NODATA)
+            if known.any() and int(wanted[known].max()) >= count:
+                raise UsageError(f"{labels}: labels must be 0..{count - 1}, got {int(wanted[known].max())} in {window}")
+            wanted = np.where(known, wanted, NODATA).astype(np.uint8)
+            total += Confusion.count(wanted, found, count)
+            step.advance(window.pixels)
+    reader.close()
+    present = np.flatnonzero(total.counts.sum(0) + total.counts.sum(1))
+    rows = [
+        [
+            names[value] if names else str(value),
+            f"{total.iou[value]:.4f}",
+            f"{total.counts[value].sum() / total.pixels:.2%}",
+            f"{total.counts[:, value].sum() / total.pixels:.2%}",
+        ]
+        for value in present
+    ]
+    console.result(
+        f"accuracy {total.accuracy:.4f}, mean IoU {total.mean_iou:.4f}, {total.pixels / 1e6:.1f} Mpx compared\n"
+        + format_table(("class", "IoU", "labelled", "mapped"), rows),
+        {
+            "pixels": total.pixels,
+            "accuracy": total.accuracy,
+            "mean_iou": total.mean_iou,
+            "iou": {(names[v] if names else str(v)): total.iou[v] for v in present},
+        },
+    )

@@ -1,0 +1,158 @@
+"""A quicklook: input and result side by side, with a legend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from ..tiler.errors import RasterError
+from ..tiler.geometry import Grid
+from ..tiler.raster import Raster, nodata_mask, open_raster
+from ..tiler.store import NODATA
+from .console import Console, Step
+
+SIDE = 900
+"""Longest side of each picture, in pixels."""
+_ROWS = 1024
+_INK, _PAPER, _GREY = (30, 32, 36), (255, 255, 255), (225, 227, 230)
+
+Rgb = npt.NDArray[np.uint8]
+
+
+def _shrink_factor(shape_yx: tuple[int, int]) -> int:
+    return max(1, -(-max(shape_yx) // SIDE))
+
+
+def _read_small(raster: Raster, bands: list[int], factor: int, *, average: bool, step: Step) -> npt.NDArray[Any]:
+    """(bands, h, w) shrunk by a whole factor, strip by strip: block means, or each block's first pixel."""
+    height, width = (max(1, extent // factor) for extent in raster.shape_yx)
+    small = np.empty((len(bands), height, width), np.float32 if average else raster.dtype)
+    reader = raster.open_reader()
+    try:
+        rows_at_once = max(factor, _ROWS // factor * factor)
+        grid = Grid(shape=(height * factor, width * factor), cell=(rows_at_once, 4096 // factor * factor))
+        for at in grid:
+            window = grid.window(*at).clamp(raster.shape_yx)
+            image = reader.read(window)
+            missing = nodata_mask(image, raster.nodata)
+            block = image[bands]
+            y, x = window.y // factor, window.x // factor
+            if average:
+                values = block.astype(np.float32)
+                if missing is not None:
+                    values[:, missing] = np.nan
+                h, w = (extent // factor for extent in values.shape[1:])
+                parts = values[:, : h * factor, : w * factor].reshape(len(bands), h, factor, w, factor)
+                with np.errstate(invalid="ignore"):
+                    # A block with any nodata pixel counts as nodata: no dark rims.
+                    reduced = parts.mean((2, 4))
+            else:
+                reduced = block[:, ::factor, ::factor]
+            small[:, y : y + reduced.shape[1], x : x + reduced.shape[2]] = reduced
+            step.advance(window.pixels)
+    finally:
+        reader.close()
+    return small
+
+
+def _display_bands(raster: Raster) -> list[int]:
+    """Red, green, blue by name; else the first three; else the first."""
+    names = [name.lower() for name in raster.band_names]
+    if all(colour in names for colour in ("red", "green", "blue")):
+        return [names.index(colour) for colour in ("red", "green", "blue")]
+    return [0, 1, 2] if raster.bands >= 3 else [0]
+
+
+def _stretch(values: npt.NDArray[Any]) -> Rgb:
+    """Brightness between the 1st and 99th percentile of all shown bands together, so that colours stay."""
+    valid = values[np.isfinite(values)]
+    low, high = np.percentile(valid, (1, 99)) if valid.size else (0, 1)
+    scaled = np.clip((values - low) / max(high - low, 1e-9), 0, 1)
+    grey = np.nan_to_num(scaled * 255, nan=_GREY[0]).astype(np.uint8)
+    return np.moveaxis(grey if grey.shape[0] == 3 else np.repeat(grey[:1], 3, axis=0), 0, -1)
+
+
+def _colour_classes(classes: npt.NDArray[Any], header: dict[str, Any]) -> Rgb:
+    palette = np.zeros((256, 3), np.uint8)
+    palette[:] = np.linspace(60, 200, 256)[:, None]
+    for entry in header["classes"]:
+        palette[entry["value"]] = entry["colour"]
+    palette[NODATA] = _GREY
+    return palette[classes]
+
+
+def save_quicklook(console: Console, out: Path, header: dict[str, Any], target: Path) -> None:
+    """Draw the input (where it is still at its place) and the result, with captions and the classes' shares."""
+    kind = header["kind"]
+    result = open_raster(out / kind)
+    factor = _shrink_factor(result.shape_yx)
+    sources: list[tuple[str, Raster]] = []
+    try:
+        source = open_raster(header["source"], header.get("source_axes"))
+        sources.append((Path(header["source"]).name, source))
+    except RasterError as error:
+        console.remark(f"quicklook without the input: {error}")
+    panels: list[tuple[str, Image.Image]] = []
+    shares: npt.NDArray[np.int64] | None = None
+    total = sum(r.shape_yx[0] * r.shape_yx[1] for _, r in [*sources, ("", result)])
+    with console.step("quicklook", total) as step:
+        for name, raster in sources:
+            own = _shrink_factor(raster.shape_yx)
+            small = _read_small(raster, _display_bands(raster), own, average=True, step=step)
+            panels.append((f"input: {name}", Image.fromarray(_stretch(small))))
+        if kind == "logits":
+            values = _read_small(result, list(range(result.bands)), factor, average=True, step=step)
+            classes = np.where(np.isfinite(values).all(0), np.argmax(values, 0), NODATA)
+        else:
+            values = _read_small(result, list(range(result.bands)), factor, average=False, step=step)
+            classes = values[0] if kind == "class" else np.where(values[0] == NODATA, NODATA, np.argmax(values, 0))
+        shares = np.bincount(classes.astype(np.uint8).ravel(), minlength=256)
+        caption = f"result: {header['model'] or kind}"
+        panels.append((caption, Image.fromarray(_colour_classes(classes.astype(np.uint8), header))))
+    _compose(panels, header, shares).save(target, optimize=True)
+
+
+def _compose(
+    panels: list[tuple[str, Image.Image]], header: dict[str, Any], shares: npt.NDArray[np.int64]
+) -> Image.Image:
+    margin, caption = 16, 30
+    font = ImageFont.load_default(size=16)
+    tallest = max(picture.height for _, picture in panels)
+    width = max(sum(picture.width for _, picture in panels) + margin * (len(panels) + 1), 420)
+    valid = max(1, int(shares[:NODATA].sum()))
+    entries = [(tuple(e["colour"]), f"{e['name']} {100 * shares[e['value']] / valid:.1f} %") for e in header["classes"]]
+    entries.append((_GREY, "nodata"))
+    rows = _legend_rows(entries, font, width - 2 * margin)
+    canvas = Image.new("RGB", (width, margin + caption + tallest + margin + 28 * len(rows) + margin), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    x = margin
+    for text, picture in panels:
+        draw.text((x, margin), text, fill=_INK, font=font)
+        canvas.paste(picture, (x, margin + caption))
+        x += picture.width + margin
+    y = margin + caption + tallest + margin
+    for row in rows:
+        x = margin
+        for colour, text, advance in row:
+            draw.rectangle((x, y + 2, x + 16, y + 18), fill=colour, outline=_INK)
+            draw.text((x + 24, y), text, fill=_INK, font=font)
+            x += advance
+        y += 28
+    return canvas
+
+
+def _legend_rows(entries: list[tuple[Any, str]], font: Any, width: int) -> list[list[tuple[Any, str, int]]]:
+    rows: list[list[tuple[Any, str, int]]] = [[]]
+    used = 0
+    for colour, text in entries:
+        advance = int(font.getlength(text)) + 48
+        if rows[-1] and used + advance > width:
+            rows.append([])
+            used = 0
+        rows[-1].append((colour, text, advance))
+        used += advance
+    return rows

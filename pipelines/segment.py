@@ -1,0 +1,167 @@
+"""`outsize plan` and `outsize segment`: a raster through a segmentation model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..models.segmentation.mlm import load_model
+from ..models.segmentation.model import Output, SegmentationModel, as_tile_network
+from ..tiler.cluster import ClusterOptions
+from ..tiler.errors import UsageError
+from ..tiler.events import ClusterReady, Event, RunPlanned, StartChecked, TileFinished
+from ..tiler.machine import measure_flops_per_s
+from ..tiler.memory import format_bytes
+from ..tiler.network import Network, analyze_network
+from ..tiler.plan import TilePlan, format_seconds, plan_tiles
+from ..tiler.predict import RunSummary, predict
+from ..tiler.raster import Raster, open_raster
+from ..tiler.store import OutputDescription
+from .console import Console
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentOptions:
+    """What `plan` and `segment` share."""
+
+    source: str
+    axes: str | None
+    model: str | None
+    output: Output
+    memory: str
+    engine: str | None
+    workers: int | None
+    threads: int | None
+    core: int | None
+
+
+def _prepare(options: SegmentOptions) -> tuple[Raster, SegmentationModel, Network]:
+    raster = open_raster(options.source, options.axes)
+    model = load_model(options.model)
+    if raster.bands != len(model.bands):
+        raise UsageError(
+            f"{options.source} has {raster.bands} band{'s' if raster.bands != 1 else ''}, model {model.name} takes "
+            f"{len(model.bands)} ({', '.join(model.bands)}); give a raster with those bands, or a fitting --model"
+        )
+    dtype = getattr(torch, str(raster.dtype))
+    return raster, model, analyze_network(as_tile_network(model, options.output), raster.bands, dtype)
+
+
+def _plan(options: SegmentOptions, raster: Raster, network: Network) -> TilePlan:
+    return plan_tiles(
+        raster,
+        network,
+        memory=options.memory,
+        engine=options.engine,
+        workers=options.workers,
+        threads=options.threads,
+        core=options.core,
+    )
+
+
+def run_plan(console: Console, options: SegmentOptions) -> None:
+    """Show every decision that `segment` would make, without reading a pixel."""
+    raster, model, network = _prepare(options)
+    plan = _plan(options, raster, network)
+    speed = measure_flops_per_s()
+    console.result(
+        f"model     {model.name}\n{plan.explain(speed)}",
+        {"model": model.name, "plan": plan.to_json(), "estimated_s": round(plan.flops / speed, 1)},
+    )
+
+
+def run_segment(
+    console: Console,
+    options: SegmentOptions,
+    out: Path,
+    cluster: ClusterOptions,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> RunSummary:
+    """Segment a raster; returns what was done."""
+    raster, model, network = _prepare(options)
+    description = OutputDescription(
+        kind=options.output,
+        model=model.name,
+        model_sha256=model.sha256,
+        classes=tuple(entry.name for entry in model.classes),
+        colours=tuple(entry.colour for entry in model.classes),
+    )
+    console.remark(f"model     {model.name}")
+    listener = _Listener(console)
+    try:
+        summary = predict(
+            raster,
+            network,
+            out,
+            description=description,
+            fill=model.fill,
+            cluster=cluster,
+            memory=options.memory,
+            engine=options.engine,
+            workers=options.workers,
+            threads=options.threads,
+            core=options.core,
+            resume=resume,
+            overwrite=overwrite,
+            listener=listener,
+        )
+    finally:
+        listener.close()
+    for row, column, reason in summary.failed_tiles[:20]:
+        console.remark(f"failed    tile {row},{column}: {reason}")
+    if len(summary.failed_tiles) > 20:
+        console.remark(f"failed    and {len(summary.failed_tiles) - 20} more, in {out}.run/records.jsonl")
+    console.result(_sentence(summary, out), {"model": model.name, **summary.to_json()})
+    return summary
+
+
+def _sentence(summary: RunSummary, out: Path) -> str:
+    if not summary.tiles:
+        return f"{out}: nothing to do, all {summary.resumed_tiles} tiles are there"
+    failed = f", {len(summary.failed_tiles)} FAILED" if summary.failed_tiles else ""
+    return (
+        f"{out}: {summary.pixels / 1e6:.1f} Mpx in {format_seconds(summary.seconds)} "
+        f"({summary.mpx_per_s:.2f} Mpx/s, start-up {format_seconds(summary.startup_s)}), "
+        f"{summary.tiles} tiles{failed}, peak memory {format_bytes(summary.peak_bytes)} "
+        f"(predicted {format_bytes(summary.predicted_peak_bytes)})"
+    )
+
+
+class _Listener:
+    """Shows a run's events."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._pixels = 0
+        self._step_context = None
+        self._step = None
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case RunPlanned(plan=plan, resumed=resumed):
+                self._console.remark(plan.explain())
+                self._pixels = plan.output_shape[1] * plan.output_shape[2]
+                if resumed:
+                    self._console.remark(f"resume    {resumed} of {len(plan.grid)} tiles are there already")
+            case ClusterReady(workers=workers, dashboard=dashboard):
+                page = dashboard or "none (a dashboard needs bokeh, or was switched off)"
+                self._console.remark(f"dashboard {page}")
+                del workers
+            case StartChecked(check=check):
+                self._console.remark(f"check     {check.sentence()}")
+            case TileFinished():
+                if self._step is None:
+                    share = event.total * event.pixels // event.finished
+                    total = share if event.total > 1 else event.pixels
+                    self._step_context = self._console.step("segment", min(total, self._pixels))
+                    self._step = self._step_context.__enter__()
+                memory = format_bytes(event.memory_bytes)
+                self._step.advance(event.record.pixels, f"{event.finished}/{event.total} tiles, memory {memory}")
+
+    def close(self) -> None:
+        if self._step_context is not None:
+            self._step_context.__exit__(None, None, None)

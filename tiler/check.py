@@ -1,0 +1,132 @@
+"""The start check: sampled cores recomputed inside a larger window, by the reference engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ExactnessError
+from .geometry import Interval, Window
+from .network import Network
+from .plan import TilePlan
+
+PATCH = 64
+"""Side of a compared patch, in output pixels; patches lie at the corners of cores, where a short halo shows."""
+RELATIVE_TOLERANCE = 1e-4
+"""Of the largest logit. Engines differ by 1e-6 to 1e-5 in float32; a missing row of halo by far more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckPatch:
+    """A part of a core that is computed twice."""
+
+    row: int
+    column: int
+    window: Window
+    """In output pixels, inside the core of tile (row, column)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartCheck:
+    """What the start check found."""
+
+    tiles: int
+    pixels: int
+    compared: str
+    """"logits", or "output" for a network that shows no logits."""
+    max_abs: float
+    """Largest absolute difference, tile against larger window."""
+    largest: float
+    """Largest absolute reference value."""
+    flipped: int
+    """Pixels whose finished value (class) differs."""
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.max_abs <= self.tolerance
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def sentence(self) -> str:
+        return (
+            f"{self.tiles} tiles, {self.pixels} px recomputed in larger windows by torch: largest difference of "
+            f"{self.compared} {self.max_abs:.2g} (tolerance {self.tolerance:.2g}), {self.flipped} flipped pixels"
+        )
+
+
+def sample_patches(plan: TilePlan) -> list[CheckPatch]:
+    """Top-left and bottom-right corner of the first, the middle and the last tile."""
+    rows, columns = plan.grid.counts
+    tiles = dict.fromkeys([(0, 0), (rows // 2, columns // 2), (rows - 1, columns - 1)])
+    patches: list[CheckPatch] = []
+    for row, column in tiles:
+        core = plan.grid.window(row, column)
+        height, width = min(PATCH, core.height), min(PATCH, core.width)
+        corners = dict.fromkeys([(core.y, core.x), (core.y + core.height - height, core.x + core.width - width)])
+        patches.extend(
+            CheckPatch(row=row, column=column, window=Window(y=y, x=x, height=height, width=width)) for y, x in corners
+        )
+    return patches
+
+
+def larger_window(network: Network, patch: Window, shape_yx: tuple[int, int]) -> Window:
+    """An input window for `patch` that reaches one halo and one stride further than it must, on every side."""
+    needed = network.input_window(patch, shape_yx)
+    halo, padded = network.halo, network.padded_shape(shape_yx)
+    intervals: list[Interval] = []
+    for axis, (interval, before, after) in enumerate(
+        ((needed.rows, halo.top, halo.bottom), (needed.columns, halo.left, halo.right))
+    ):
+        stride = network.stride[axis]
+        wider = Interval(start=interval.start - before - stride, stop=interval.stop + after + stride)
+        intervals.append(network.align(axis, wider.clamp(padded[axis]), padded[axis]))
+    return Window.from_intervals(*intervals)
+
+
+def compare_patches(
+    pairs: list[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]],
+    *,
+    tiles: int,
+    has_logits: bool,
+) -> StartCheck:
+    """Compare (finished, logits, reference finished, reference logits) of each patch."""
+    max_abs, largest, flipped, pixels = 0.0, 0.0, 0, 0
+    for finished, logits, expected_finished, expected in pairs:
+        difference = np.abs(logits.astype(np.float64) - expected.astype(np.float64))
+        # NaN against NaN is agreement, NaN against a number is not.
+        both = np.isnan(logits.astype(np.float64)) & np.isnan(expected.astype(np.float64))
+        worst = np.where(both, 0.0, difference).max(initial=0.0)
+        max_abs = float("inf") if np.isnan(worst) else max(max_abs, float(worst))
+        finite = expected[np.isfinite(expected)]
+        largest = max(largest, float(np.abs(finite.astype(np.float64)).max(initial=0.0)))
+        differs = (finished != expected_finished) & ~((finished != finished) & (expected_finished != expected_finished))
+        flipped += int(differs.any(axis=0).sum()) if finished.dtype.kind != "f" else 0
+        pixels += finished.shape[-2] * finished.shape[-1]
+    return StartCheck(
+        tiles=tiles,
+        pixels=pixels,
+        compared="logits" if has_logits else "output",
+        max_abs=max_abs,
+        largest=largest,
+        flipped=flipped,
+        tolerance=RELATIVE_TOLERANCE * max(1.0, largest),
+    )
+
+
+def require_exact(check: StartCheck) -> None:
+    """Stop a run whose tiles differ from larger windows.
+
+    Raises:
+        ExactnessError: beyond tolerance.
+    """
+    if not check.passed:
+        raise ExactnessError(
+            f"the start check must agree to {check.tolerance:.2g}, tiles differ from larger windows by "
+            f"{check.max_abs:.3g} ({check.flipped} of {check.pixels} pixels flipped); nothing was written. "
+            "Try --engine torch, and report the network"
+        )

@@ -1,0 +1,115 @@
+"""Dask: connect to the scheduler that the user names, or start workers on this machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import dask
+from distributed import Client, LocalCluster
+from distributed.security import Security
+
+from .errors import TilerError
+from .plan import GDAL_CACHE_BYTES, TilePlan
+
+
+class ClusterError(TilerError):
+    """A scheduler that cannot be reached."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterOptions:
+    """Where to run; the names are Dask's."""
+
+    scheduler: str | None = None
+    """Address of a running scheduler; None: DASK_SCHEDULER_ADDRESS, else workers on this machine."""
+    scheduler_file: str | None = None
+    tls_ca_file: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    dashboard_address: str | None = "127.0.0.1:8787"
+    """Of a cluster on this machine; None: no dashboard. A taken port gives another one."""
+    processes: bool = True
+    """False: workers are threads of this process."""
+
+
+def _worker_environment() -> dict[str, str]:
+    return {
+        "GDAL_CACHEMAX": str(GDAL_CACHE_BYTES // 2**20),
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        # One tile's chunks are few; more threads would only hold more memory.
+        "ZARR_ASYNC__CONCURRENCY": "4",
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
+
+
+@contextmanager
+def open_client(options: ClusterOptions, plan: TilePlan) -> Iterator[Client]:
+    """A client for the run; what was started here is closed at the end.
+
+    Raises:
+        ClusterError: the scheduler does not answer.
+    """
+    security = None
+    if options.tls_ca_file or options.tls_cert or options.tls_key:
+        security = Security(
+            tls_ca_file=options.tls_ca_file,
+            tls_client_cert=options.tls_cert,
+            tls_client_key=options.tls_key,
+            require_encryption=True,
+        )
+    address = options.scheduler or dask.config.get("scheduler-address", None)
+    if address or options.scheduler_file:
+        try:
+            client = Client(address, scheduler_file=options.scheduler_file, security=security, timeout="20s")
+        except (OSError, TimeoutError, ValueError) as error:
+            raise ClusterError(f"no Dask scheduler at {address or options.scheduler_file}: {error}") from error
+        with client:
+            yield client
+        return
+    settings = {
+        # A run holds few, small results; Dask must neither spill nor stop workers at a share of its own guess.
+        "distributed.worker.memory.target": False,
+        "distributed.worker.memory.spill": False,
+        "distributed.worker.memory.pause": False,
+        "distributed.worker.memory.terminate": False,
+        "distributed.nanny.pre-spawn-environ": _worker_environment(),
+    }
+    with dask.config.set(settings):
+        if not options.processes:
+            os.environ.setdefault("GDAL_CACHEMAX", _worker_environment()["GDAL_CACHEMAX"])
+        with (
+            _quiet_main(),
+            LocalCluster(
+                n_workers=plan.workers if options.processes else 1,
+                threads_per_worker=plan.in_flight,
+                processes=options.processes,
+                host="127.0.0.1",
+                dashboard_address=options.dashboard_address,
+                memory_limit=0,
+                silence_logs=40,
+            ) as cluster,
+            Client(cluster) as client,
+        ):
+            yield client
+
+
+@contextmanager
+def _quiet_main() -> Iterator[None]:
+    """Hide the main module's file from spawned workers, which would import it: with it comes torch, unused there."""
+    main = sys.modules["__main__"]
+    file, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
+    if file is not None:
+        main.__file__ = None
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        if file is not None:
+            main.__file__ = file
+        main.__spec__ = spec

@@ -1,0 +1,102 @@
+"""Engines: what runs a program. The protocol, what is shipped to workers, and the choice."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy.typing as npt
+
+from .errors import EngineError, UsageError
+from .memory import MB, EngineMemory
+
+if TYPE_CHECKING:
+    from .network import Network
+
+EngineName = Literal["openvino", "torch"]
+
+# Measured with PSS on Linux (docs/memory.md); OpenVINO workers never import torch.
+ENGINE_MEMORY: dict[str, EngineMemory] = {
+    "openvino": EngineMemory(worker_bytes=230 * MB, factor=1.1, constant_bytes=60 * MB),
+    "torch": EngineMemory(worker_bytes=330 * MB, factor=1.35, constant_bytes=60 * MB),
+}
+
+
+class Engine(Protocol):
+    """Runs one network on windows; one thread at a time."""
+
+    def run(self, image: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """(bands, h, w) in the network's dtype -> (channels, h', w'). The result is valid until the next call."""
+        ...
+
+    def run_with_logits(self, image: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """(result, logits), each (channels, h', w'); the result twice for a network without logits."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineProgram:
+    """A network in an engine's own form, as bytes: what a worker gets, once."""
+
+    engine: EngineName
+    payload: tuple[bytes, ...]
+    has_logits: bool
+    threads: int
+    """Compute threads of one worker process."""
+
+    @property
+    def sha256(self) -> str:
+        digest = hashlib.sha256(self.engine.encode())
+        for part in self.payload:
+            digest.update(part)
+        return digest.hexdigest()
+
+    def load(self) -> Engine:
+        """The engine with this network.
+
+        Raises:
+            EngineError: the engine is not installed here.
+        """
+        if self.engine == "openvino":
+            from .engine_openvino import OpenVinoEngine
+
+            return OpenVinoEngine(self)
+        from .engine_torch import TorchEngine
+
+        return TorchEngine.from_program(self)
+
+
+def choose_engine(name: str | None = None) -> EngineName:
+    """The engine to use: the one named, else OpenVINO where it is installed, else torch.
+
+    Raises:
+        UsageError: no such engine.
+        EngineError: it is not installed.
+    """
+    installed = importlib.util.find_spec("openvino") is not None
+    if name in (None, "auto"):
+        return "openvino" if installed else "torch"
+    if name == "openvino":
+        if not installed:
+            raise EngineError("engine openvino is not installed; pip install openvino, or use --engine torch")
+        return "openvino"
+    if name == "torch":
+        return "torch"
+    raise UsageError(f"engine must be auto, openvino or torch, got {name!r}")
+
+
+def compile_program(network: Network, engine: EngineName, threads: int) -> EngineProgram:
+    """Convert a network for an engine.
+
+    Raises:
+        EngineError: the engine cannot run this network.
+    """
+    if engine == "openvino":
+        from .engine_openvino import convert_network
+
+        return convert_network(network, threads)
+    from .engine_torch import pack_network
+
+    return pack_network(network, threads)

@@ -1,0 +1,42 @@
+"""Every refusal and failure that a caller of the package can tell apart."""
+
+
+class TilerError(Exception):
+    """Base of every refusal: its text gives the rule, the value and the remedy in one line.
+
+    `exit_code` is what the command line ends with (1 failed, 2 usage, 3 finished with failed tiles).
+    """
+
+    exit_code = 1
+
+
+class UsageError(TilerError):
+    """An option or argument that cannot be right, whatever the data."""
+
+    exit_code = 2
+
+
+class RasterError(TilerError):
+    """An input raster that cannot be opened, read or understood."""
+
+
+class UntileableError(TilerError):
+    """A network that cannot be tiled exactly; names the operation, its module and the remedy."""
+
+
+class BudgetError(TilerError):
+    """A memory budget that no tile size can keep; names the smallest budget that can."""
+
+    exit_code = 2
+
+
+class OutputError(TilerError):
+    """An output that cannot be created, continued or trusted."""
+
+
+class ExactnessError(TilerError):
+    """The start check found a tile that differs from the larger window beyond tolerance."""
+
+
+class EngineError(TilerError):
+    """An engine that is not installed or cannot run this network."""

@@ -1,0 +1,72 @@
+"""Events: what a run tells whoever listens. The engine room never prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .check import StartCheck
+    from .plan import TilePlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileRecord:
+    """What is kept of a finished or failed tile."""
+
+    row: int
+    column: int
+    state: str
+    """"done" or "failed"."""
+    pixels: int
+    """Of the core."""
+    read_s: float
+    compute_s: float
+    write_s: float
+    worker: str
+    error: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlanned:
+    """The plan is made, the output open; `resumed` tiles are already there."""
+
+    plan: TilePlan
+    resumed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterReady:
+    """Workers are connected."""
+
+    workers: int
+    dashboard: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartChecked:
+    check: StartCheck
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileFinished:
+    """A tile is done or has failed."""
+
+    record: TileRecord
+    finished: int
+    """Tiles finished so far in this run, this one included."""
+    total: int
+    """Tiles that this run has to do."""
+    pixels: int
+    """Core pixels finished so far in this run."""
+    elapsed_s: float
+    memory_bytes: int
+    """All processes together, now."""
+
+
+Event = RunPlanned | ClusterReady | StartChecked | TileFinished
+Listener = Callable[[Event], None]

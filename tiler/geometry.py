@@ -1,0 +1,139 @@
+"""Windows and grids: pure arithmetic of rectangles and intervals, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A half-open run [start, stop) of pixels on one axis."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if self.stop < self.start:
+            raise UsageError(f"an interval must not end before it starts, got [{self.start}, {self.stop})")
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    def clamp(self, size: int) -> Interval:
+        """The part inside [0, size)."""
+        start = min(max(self.start, 0), size)
+        return Interval(start=start, stop=max(start, min(self.stop, size)))
+
+    def contains(self, other: Interval) -> bool:
+        return self.start <= other.start and other.stop <= self.stop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """A rectangle of pixels: rows [y, y + height), columns [x, x + width)."""
+
+    y: int
+    x: int
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.height < 0 or self.width < 0:
+            raise UsageError(f"a window's height and width must be >= 0, got {self.height} x {self.width}")
+
+    @classmethod
+    def from_intervals(cls, rows: Interval, columns: Interval) -> Window:
+        return cls(y=rows.start, x=columns.start, height=rows.length, width=columns.length)
+
+    @classmethod
+    def whole(cls, shape_yx: tuple[int, int]) -> Window:
+        return cls(y=0, x=0, height=shape_yx[0], width=shape_yx[1])
+
+    @property
+    def rows(self) -> Interval:
+        return Interval(start=self.y, stop=self.y + self.height)
+
+    @property
+    def columns(self) -> Interval:
+        return Interval(start=self.x, stop=self.x + self.width)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.height, self.width)
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+    def contains(self, other: Window) -> bool:
+        return self.rows.contains(other.rows) and self.columns.contains(other.columns)
+
+    def clamp(self, shape_yx: tuple[int, int]) -> Window:
+        """The part inside a raster of `shape_yx`."""
+        return Window.from_intervals(self.rows.clamp(shape_yx[0]), self.columns.clamp(shape_yx[1]))
+
+    def slices(self, origin: Window | None = None) -> tuple[slice, slice]:
+        """Row and column slices that cut this window out of an array covering `origin` (None: the whole)."""
+        y, x = (origin.y, origin.x) if origin else (0, 0)
+        return slice(self.y - y, self.y - y + self.height), slice(self.x - x, self.x - x + self.width)
+
+    def __str__(self) -> str:
+        return f"{self.y},{self.x},{self.height},{self.width}"
+
+
+def align_down(position: int, period: int) -> int:
+    """The largest multiple of `period` that is <= `position`."""
+    return position // period * period
+
+
+def align_up(position: int, period: int) -> int:
+    """The smallest multiple of `period` that is >= `position`."""
+    return -(-position // period) * period
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """A partition of [0, height) x [0, width) into cells of `cell` pixels; the last row and column may be smaller."""
+
+    shape: tuple[int, int]
+    """(height, width) in pixels."""
+    cell: tuple[int, int]
+    """(height, width) of a whole cell in pixels."""
+
+    def __post_init__(self) -> None:
+        if min(self.shape) < 1 or min(self.cell) < 1:
+            raise UsageError(f"a grid's shape and cell must be >= 1, got shape {self.shape}, cell {self.cell}")
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(rows, columns) of cells."""
+        return (-(-self.shape[0] // self.cell[0]), -(-self.shape[1] // self.cell[1]))
+
+    def window(self, row: int, column: int) -> Window:
+        """The cell at (row, column)."""
+        rows, columns = self.counts
+        if not (0 <= row < rows and 0 <= column < columns):
+            raise UsageError(f"cell ({row}, {column}) is outside the grid of {rows} x {columns} cells")
+        y, x = row * self.cell[0], column * self.cell[1]
+        return Window(y=y, x=x, height=min(self.cell[0], self.shape[0] - y), width=min(self.cell[1], self.shape[1] - x))
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        rows, columns = self.counts
+        return ((row, column) for row in range(rows) for column in range(columns))
+
+    def __len__(self) -> int:
+        rows, columns = self.counts
+        return rows * columns
+
+    def cells_touching(self, window: Window) -> list[tuple[int, int]]:
+        """The (row, column) of every cell that shares a pixel with `window`, in row-major order."""
+        inside = window.clamp(self.shape)
+        if inside.pixels == 0:
+            return []
+        rows = range(inside.y // self.cell[0], (inside.y + inside.height - 1) // self.cell[0] + 1)
+        columns = range(inside.x // self.cell[1], (inside.x + inside.width - 1) // self.cell[1] + 1)
+        return [(row, column) for row in rows for column in columns]

@@ -1,0 +1,143 @@
+"""Where a raster lies on the Earth: CRS and transform, to and from the attributes that Zarr readers understand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from affine import Affine
+from rasterio.crs import CRS
+from rasterio.errors import CRSError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Georeference:
+    """CRS and affine transform of a raster; either may be missing."""
+
+    crs_wkt: str | None = None
+    transform: tuple[float, float, float, float, float, float] | None = None
+    """(a, b, c, d, e, f): x = a*column + b*row + c, y = d*column + e*row + f, of pixel corners."""
+
+    @property
+    def crs(self) -> CRS | None:
+        return CRS.from_wkt(self.crs_wkt) if self.crs_wkt else None
+
+    @property
+    def affine(self) -> Affine:
+        return Affine(*self.transform) if self.transform else Affine.identity()
+
+    @property
+    def is_rotated(self) -> bool:
+        return self.transform is not None and (self.transform[1] != 0 or self.transform[3] != 0)
+
+    def at_scale(self, scale_yx: tuple[Fraction, Fraction]) -> Georeference:
+        """The georeference of a grid with `scale_yx` pixels for each pixel of this one, from the same corner."""
+        if self.transform is None:
+            return self
+        a, b, c, d, e, f = self.transform
+        sy, sx = float(scale_yx[0]), float(scale_yx[1])
+        return Georeference(crs_wkt=self.crs_wkt, transform=(a / sx, b / sy, c, d / sx, e / sy, f))
+
+
+def from_rasterio(crs: CRS | None, transform: Affine) -> Georeference:
+    """The georeference of an open rasterio dataset; an identity transform without CRS counts as none."""
+    known = bool(crs) or not transform.is_identity
+    return Georeference(
+        crs_wkt=crs.to_wkt() if crs else None,
+        transform=(transform.a, transform.b, transform.c, transform.d, transform.e, transform.f) if known else None,
+    )
+
+
+def spatial_ref_attributes(place: Georeference) -> dict[str, Any]:
+    """Attributes of the CF grid-mapping variable, as rioxarray and GDAL read them."""
+    attributes: dict[str, Any] = {}
+    if place.crs_wkt:
+        attributes["crs_wkt"] = place.crs_wkt
+        attributes["spatial_ref"] = place.crs_wkt
+    if place.transform:
+        a, b, c, d, e, f = place.transform
+        attributes["GeoTransform"] = " ".join(repr(v) for v in (c, a, b, f, d, e))
+    return attributes
+
+
+def geozarr_attributes(place: Georeference, shape_yx: tuple[int, int]) -> dict[str, Any]:
+    """GeoZarr's `spatial:` and `proj:` attributes."""
+    attributes: dict[str, Any] = {"spatial:dimensions": ["y", "x"], "spatial:shape": list(shape_yx)}
+    if place.transform:
+        attributes["spatial:transform"] = list(place.transform)
+        attributes["spatial:transform_type"] = "affine"
+        attributes["spatial:registration"] = "pixel"
+    if place.crs_wkt:
+        crs = place.crs
+        authority = crs.to_authority() if crs else None
+        attributes["proj:wkt2"] = crs.to_wkt(version="WKT2_2019") if crs else place.crs_wkt
+        if authority:
+            attributes["proj:code"] = ":".join(authority)
+    return attributes
+
+
+def pixel_centres(
+    place: Georeference, shape_yx: tuple[int, int]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
+    """(y, x) coordinates of row and column centres; None for rotated grids, whose rows have no one coordinate."""
+    if place.is_rotated:
+        return None
+    transform = place.affine
+    y = transform.f + transform.e * (np.arange(shape_yx[0]) + 0.5)
+    x = transform.c + transform.a * (np.arange(shape_yx[1]) + 0.5)
+    return y, x
+
+
+def axis_attributes(place: Georeference) -> tuple[dict[str, str], dict[str, str]]:
+    """CF attributes of the y and x coordinate variables."""
+    crs = place.crs
+    if crs and crs.is_geographic:
+        return (
+            {"standard_name": "latitude", "units": "degrees_north", "axis": "Y"},
+            {"standard_name": "longitude", "units": "degrees_east", "axis": "X"},
+        )
+    units = {"units": "m"} if crs and crs.is_projected and crs.linear_units.lower() in ("metre", "meter", "m") else {}
+    return (
+        {"standard_name": "projection_y_coordinate", "axis": "Y", **units},
+        {"standard_name": "projection_x_coordinate", "axis": "X", **units},
+    )
+
+
+def from_attributes(attributes: Mapping[str, Any], spatial_ref: Mapping[str, Any] | None) -> Georeference:
+    """Read what `spatial_ref_attributes` or `geozarr_attributes`, or another writer of the same conventions, wrote."""
+    crs_wkt: str | None = None
+    transform: tuple[float, ...] | None = None
+    if spatial_ref:
+        crs_wkt = spatial_ref.get("crs_wkt") or spatial_ref.get("spatial_ref")
+        if "GeoTransform" in spatial_ref:
+            numbers = spatial_ref["GeoTransform"]
+            c, a, b, f, d, e = (float(v) for v in (numbers.split() if isinstance(numbers, str) else numbers))
+            transform = (a, b, c, d, e, f)
+    if crs_wkt is None:
+        for key in ("proj:wkt2", "proj:code", "crs"):
+            if isinstance(attributes.get(key), str):
+                try:
+                    crs_wkt = CRS.from_user_input(attributes[key]).to_wkt()
+                    break
+                except CRSError:
+                    continue
+    if transform is None and attributes.get("spatial:transform"):
+        transform = tuple(float(v) for v in attributes["spatial:transform"][:6])
+    if transform is not None and len(transform) != 6:
+        transform = None
+    return Georeference(crs_wkt=crs_wkt, transform=transform)  # pyright: ignore[reportArgumentType]
+
+
+def from_centres(y: npt.NDArray[Any], x: npt.NDArray[Any]) -> tuple[float, float, float, float, float, float] | None:
+    """The transform of evenly spaced pixel centres; None where spacing is uneven or there is one row or column."""
+    if len(y) < 2 or len(x) < 2:
+        return None
+    dy, dx = (float(v[-1] - v[0]) / (len(v) - 1) for v in (y, x))
+    for values, step in ((y, dy), (x, dx)):
+        if step == 0 or not np.allclose(np.diff(values), step, rtol=1e-3):
+            return None
+    return (dx, 0.0, float(x[0]) - dx / 2, 0.0, dy, float(y[0]) - dy / 2)

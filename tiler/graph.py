@@ -1,0 +1,189 @@
+"""Tracing: a torch module becomes an ATen graph whose height and width are symbols."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, cast, runtime_checkable
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+
+from .errors import UntileableError
+
+# Two primes, so that no size is special and neither axis can be taken for the other.
+_TRACE_SIZE = (67, 53)
+_LARGEST_MULTIPLE = 64
+
+
+@runtime_checkable
+class HasLogits(Protocol):
+    """A module that can show what it decides from: forward(x) == finish(logits(x)).
+
+    The start check then compares logits, since class numbers have no distance.
+    """
+
+    def logits(self, x: Tensor) -> Tensor: ...
+
+    def finish(self, logits: Tensor) -> Tensor: ...
+
+
+class WithLogits(nn.Module):
+    """(finished, logits) of a HasLogits module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        module = cast("HasLogits", self.module)
+        logits = module.logits(x)
+        return module.finish(logits), logits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedGraph:
+    """One traced module: what every later step looks at."""
+
+    program: ExportedProgram
+    """Outputs: the result, and the logits where the module has them."""
+    height: sympy.Symbol
+    width: sympy.Symbol
+    size_multiple: int
+    """The module accepts only sizes divisible by this (1: all)."""
+    smallest: tuple[int, int]
+    """Height and width below which the module takes another path or fails."""
+    has_logits: bool
+
+    @property
+    def nodes(self) -> list[torch.fx.Node]:
+        return list(self.program.graph.nodes)
+
+    @property
+    def input_node(self) -> torch.fx.Node:
+        name = self.program.graph_signature.user_inputs[0]
+        return next(node for node in self.program.graph.nodes if node.name == name)
+
+    @property
+    def output_nodes(self) -> tuple[torch.fx.Node, ...]:
+        return tuple(self.program.graph.output_node().args[0])  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+def _runs(module: nn.Module, bands: int, size: tuple[int, int], dtype: torch.dtype) -> Exception | None:
+    try:
+        with torch.no_grad():
+            module(torch.zeros((1, bands, *size), dtype=dtype))
+    except Exception as error:  # noqa: BLE001 - any failure of the user's module is the answer
+        return error
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def find_size_multiple(module: nn.Module, bands: int, dtype: torch.dtype) -> int:
+    """The smallest k such that the module accepts sizes divisible by k, found by running it on small images.
+
+    Raises:
+        UntileableError: it fails for every k up to 64; carries the module's own words.
+    """
+    first = _runs(module, bands, _TRACE_SIZE, dtype)
+    if first is None:
+        return 1
+    for multiple in range(2, _LARGEST_MULTIPLE + 1):
+        if all(_runs(module, bands, (multiple * a, multiple * b), dtype) is None for a, b in ((3, 5), (4, 3), (7, 3))):
+            return multiple
+    raise UntileableError(
+        f"the network fails on images of {bands} bands ({_first_line(first)}), also at sizes divisible by up to "
+        f"{_LARGEST_MULTIPLE}; give a module that maps (1, {bands}, height, width) to one tensor"
+    )
+
+
+def trace(module: nn.Module, bands: int, dtype: torch.dtype) -> TracedGraph:
+    """Trace a module for images of any height and width.
+
+    Raises:
+        UntileableError: the module cannot be traced, accepts one size only, or changes with the size.
+    """
+    traced = WithLogits(module) if isinstance(module, HasLogits) else module
+    multiple = find_size_multiple(traced, bands, dtype)
+    size = _TRACE_SIZE if multiple == 1 else (multiple * 7, multiple * 5)
+    example = torch.zeros((1, bands, *size), dtype=dtype)
+    free = {2: Dim.AUTO, 3: Dim.AUTO}
+    spec = {next(iter(_parameter_names(traced.forward))): free}
+    exports_log = logging.getLogger("torch.export")
+    level = exports_log.level
+    try:
+        exports_log.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = export(traced, (example,), dynamic_shapes=spec, strict=False)
+    except Exception as error:
+        raise UntileableError(
+            f"the network cannot be traced by torch.export: {_first_line(error)}; "
+            "remove control flow that depends on pixel values or sizes"
+        ) from error
+    finally:
+        exports_log.setLevel(level)
+
+    graph = program.graph
+    name = program.graph_signature.user_inputs[0]
+    shape = next(node for node in graph.nodes if node.name == name).meta["val"].shape
+    symbols: list[sympy.Symbol] = []
+    smallest: list[int] = []
+    for axis, extent in zip(("height", "width"), shape[2:], strict=True):
+        symbol = extent.node.expr if isinstance(extent, torch.SymInt) else None
+        if not isinstance(symbol, sympy.Symbol):
+            raise UntileableError(
+                f"the network must accept any {axis}, but its code fixes it ({extent}); "
+                "replace constants of that size (position embeddings, fixed reshapes) by size-free operations"
+            )
+        limits = program.range_constraints.get(symbol)
+        lower, upper = (int(limits.lower), limits.upper) if limits is not None else (1, sympy.oo)
+        if upper.is_number and upper < 2**31:
+            raise UntileableError(
+                f"the network takes another path above a {axis} of {upper}; remove control flow that depends on sizes"
+            )
+        # torch.export treats sizes 0 and 1 apart, so that 2 is its word for "no limit"; the module itself is asked.
+        smallest.append(lower if lower > 2 else 1)
+        symbols.append(symbol)
+    if symbols[0] == symbols[1]:
+        raise UntileableError("the network must accept any height with any width, but its code makes the two equal")
+    if _runs(traced, bands, (multiple, multiple), dtype) is not None:
+        smallest = [max(2, value) for value in smallest]
+    return TracedGraph(
+        program=program,
+        height=symbols[0],
+        width=symbols[1],
+        size_multiple=multiple,
+        smallest=(smallest[0], smallest[1]),
+        has_logits=traced is not module,
+    )
+
+
+def _parameter_names(function: Callable[..., Any]) -> list[str]:
+    import inspect
+
+    return list(inspect.signature(function).parameters)
+
+
+def where(node: torch.fx.Node) -> str:
+    """Where in the user's code a node comes from: module path and source line, as far as the trace knows."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values() if path]
+    lines = [
+        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")
+    ]
+    own = [line for line in lines if "/torch/" not in line]
+    place = (own or lines or [""])[-1]
+    parts = [f"module '{paths[-1]}'" if paths else "the top module"]
+    if place:
+        file, _, rest = place.removeprefix("File ").partition(", line ")
+        parts.append(f"{file.strip(chr(34))}:{rest.partition(',')[0]}")
+    return " at ".join(parts)

@@ -1,0 +1,28 @@
+"""What this machine offers: cores and speed."""
+
+from __future__ import annotations
+
+import time
+
+from dask.system import CPU_COUNT
+
+
+def cpu_count() -> int:
+    """Cores that this process may use, as Dask counts them (cgroup limits and affinity included)."""
+    return int(CPU_COUNT)
+
+
+def measure_flops_per_s(seconds: float = 0.25) -> float:
+    """Float32 multiplications and additions a second in a large matrix product on all cores: the estimate's yardstick."""
+    import torch
+
+    size = 1024
+    a = torch.ones(size, size)
+    b = torch.ones(size, size)
+    torch.mm(a, b)
+    began, best = time.perf_counter(), float("inf")
+    while time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -1,0 +1,96 @@
+"""Predicted memory: what every process of a run holds at its peak, as plain sums of bytes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .errors import UsageError
+
+MB = 1_000_000
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(text: str | int) -> int:
+    """A size such as "2GB", "1.5 GiB" or 2000000000, in bytes.
+
+    Raises:
+        UsageError: not a size.
+    """
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
+    try:
+        if match is None:
+            raise ValueError
+        return int(float(match[1]) * _UNITS[match[2].upper()])
+    except (ValueError, KeyError):
+        raise UsageError(f"a memory size must look like 2GB or 1.5GiB, got {text!r}") from None
+
+
+def format_bytes(count: float) -> str:
+    """A size for people: 1.72 GB, 431 MB."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.0f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineMemory:
+    """What an engine adds to the tensors of the graph; measured, see docs/memory.md."""
+
+    worker_bytes: int
+    """A worker process with the engine loaded and the weights in it, before the first program."""
+    factor: float
+    """Peak of a running program, in units of `Network.peak_activation_bytes`."""
+    constant_bytes: int
+    """What a program holds whatever its size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPrediction:
+    """Peak bytes of a run, summed over its processes (proportional set size)."""
+
+    client_bytes: int
+    """The process that plans, schedules and shows progress."""
+    worker_bytes: int
+    """All workers without programs and buffers."""
+    program_bytes: int
+    """The programs that run at once."""
+    buffer_bytes: int
+    """Windows read, results not yet written, block caches."""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.client_bytes + self.worker_bytes + self.program_bytes + self.buffer_bytes
+
+
+def predict_memory(
+    *,
+    engine: EngineMemory,
+    workers: int,
+    in_flight: int,
+    client_bytes: int,
+    activation_bytes: int,
+    window_bytes: int,
+    result_bytes: int,
+    chunk_bytes: int,
+    cache_bytes: int,
+) -> MemoryPrediction:
+    """The sum for `workers` processes that each run one program and hold `in_flight` tiles.
+
+    Args:
+        activation_bytes: peak of the graph's tensors on the largest window.
+        window_bytes: one window as read, with its nodata mask.
+        result_bytes: one program's output and the core cut from it.
+        chunk_bytes: one output chunk while it is encoded.
+        cache_bytes: block cache of one process.
+    """
+    return MemoryPrediction(
+        client_bytes=client_bytes,
+        worker_bytes=workers * engine.worker_bytes,
+        program_bytes=workers * (int(engine.factor * activation_bytes) + engine.constant_bytes),
+        buffer_bytes=workers * (in_flight * (2 * window_bytes + result_bytes + chunk_bytes) + cache_bytes),
+    )

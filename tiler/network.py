@@ -1,0 +1,393 @@
+"""A network as tiling sees it: its graph, and what any window of its output needs of its input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from .errors import UntileableError, UsageError
+from .geometry import Interval, Window, align_down, align_up
+from .graph import TracedGraph, trace, where
+from .operations import (
+    AXES,
+    Call,
+    Outcome,
+    Pixels,
+    apply_rule,
+    evaluate,
+    expression_of,
+    operation_name,
+    sample_extents,
+)
+from .receptive import AxisGraph, AxisNode, Same, Shift, Slide, footprint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Halo:
+    """Input pixels needed beyond a core that starts and ends on the stride, on each side."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    def __str__(self) -> str:
+        sides = (self.top, self.bottom, self.left, self.right)
+        if len(set(sides)) == 1:
+            return f"{self.top} px"
+        return f"{self.top}/{self.bottom}/{self.left}/{self.right} px (top/bottom/left/right)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """An analysed module: a window of its output equals the same window of the whole image's, or analysis refused it.
+
+    Guarantee: run on `input_window(core, shape)` and cropped to `core`, the module gives what it gives on the whole image
+    padded to `padded_shape(shape)`, up to floating-point rounding.
+    """
+
+    module: nn.Module = field(repr=False)
+    """(1, bands, h, w) of `dtype` -> (1, channels, h * scale, w * scale) of `output_dtype`; in eval mode."""
+    graph: TracedGraph = field(repr=False)
+    axes: tuple[AxisGraph, AxisGraph] = field(repr=False)
+    """The interval rules along height and width."""
+    bands: int
+    dtype: torch.dtype
+    channels: int
+    output_dtype: torch.dtype
+    notes: tuple[str, ...] = ()
+    """What a user should know about its exactness, in sentences."""
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """Alignment period of windows, in input pixels."""
+        return (self.axes[0].stride, self.axes[1].stride)
+
+    @property
+    def scale(self) -> tuple[Fraction, Fraction]:
+        """Output pixels for each input pixel."""
+        return (self.axes[0].scale, self.axes[1].scale)
+
+    @property
+    def size_multiple(self) -> int:
+        """Rasters are padded at bottom and right to a multiple of this; 1 for a network that takes every size."""
+        return self.graph.size_multiple
+
+    @property
+    def halo(self) -> Halo:
+        (top, bottom), (left, right) = (axis.halo() for axis in self.axes)
+        return Halo(top=top, bottom=bottom, left=left, right=right)
+
+    def padded_shape(self, shape_yx: tuple[int, int]) -> tuple[int, int]:
+        """The raster's shape with what the network's size multiple adds at bottom and right.
+
+        Raises:
+            UsageError: a raster below the network's smallest size.
+        """
+        height, width = (align_up(extent, self.size_multiple) for extent in shape_yx)
+        for axis, extent, smallest in zip(AXES, (height, width), self.graph.smallest, strict=True):
+            if extent < smallest:
+                raise UsageError(f"the network needs a {axis} of at least {smallest} pixels, the raster has {extent}")
+        return (height, width)
+
+    def output_shape(self, shape_yx: tuple[int, int]) -> tuple[int, int]:
+        """Shape of the output for a raster: ceil(size * scale)."""
+        height, width = (-(-extent * scale // 1) for extent, scale in zip(shape_yx, self.scale, strict=True))
+        return (int(height), int(width))
+
+    def input_window(self, core: Window, shape_yx: tuple[int, int]) -> Window:
+        """The window of the (padded) raster on which the module must run so that `core` of its output is exact.
+
+        It holds every input pixel that the core needs or ends at the image's true edge, starts on the stride, and
+        has a size that the module accepts.
+
+        Raises:
+            UsageError: a core that is empty or outside the output.
+        """
+        if core.pixels == 0 or not Window.whole(self.output_shape(shape_yx)).contains(core):
+            height, width = self.output_shape(shape_yx)
+            raise UsageError(f"a core must be non-empty and inside the output of {height} x {width}, got {core}")
+        rows, columns = (
+            self._input_interval(axis, wanted, extent)
+            for axis, wanted, extent in zip((0, 1), (core.rows, core.columns), self.padded_shape(shape_yx), strict=True)
+        )
+        return Window.from_intervals(rows, columns)
+
+    def _input_interval(self, axis: int, wanted: Interval, extent: int) -> Interval:
+        needed = self.axes[axis].input_interval(wanted).clamp(extent)
+        return self.align(axis, needed, extent)
+
+    def align(self, axis: int, needed: Interval, extent: int) -> Interval:
+        """The smallest legal window along an axis that holds `needed`: start on the stride, size acceptable."""
+        stride, smallest = self.axes[axis].stride, self.graph.smallest[axis]
+        start = align_down(needed.start, stride)
+        stop = min(start + max(align_up(needed.stop - start, self.size_multiple), smallest), extent)
+        # Only at the image's end can a window be too small; then it grows backwards, by whole strides.
+        while stop - start < smallest and start > 0:
+            start = max(0, start - stride)
+        return Interval(start=start, stop=stop)
+
+    def output_window(self, window: Window) -> Window:
+        """Where the module's output on an input window lies in the whole output."""
+        rows, columns = (
+            footprint(interval, 1 / scale)
+            for interval, scale in zip((window.rows, window.columns), self.scale, strict=True)
+        )
+        return Window.from_intervals(rows, columns)
+
+    def flops(self, shape_yx: tuple[int, int]) -> int:
+        """Multiplications and additions of the convolutions on an image of that shape."""
+        total = 0
+        for node in self.graph.program.graph.nodes:
+            if node.op == "call_function" and operation_name(node) in ("aten.conv2d", "aten.convolution"):
+                weight = _bound_arguments(node)["weight"].meta["val"].shape
+                height, width = self._sizes_at(node, shape_yx)
+                total += 2 * height * width * int(weight.numel())
+        return total
+
+    def peak_activation_bytes(self, shape_yx: tuple[int, int]) -> int:
+        """Largest sum of tensors alive at once when the graph runs node by node on an image of that shape.
+
+        A tensor lives from the node that makes it to its last reader; views and in-place results share their operand's.
+        """
+        nodes = [node for node in self.graph.program.graph.nodes if node.op in ("placeholder", "call_function")]
+        storage: dict[Node, Node] = {}
+        last_use: dict[Node, int] = {}
+        input_node = self.graph.input_node
+        for position, node in enumerate(nodes):
+            value = node.meta.get("val")
+            if not isinstance(value, torch.Tensor) or (node.op == "placeholder" and node is not input_node):
+                continue
+            owner = node
+            name = operation_name(node)
+            if node.all_input_nodes and (name.endswith("_") or name in _SHARING):
+                owner = storage.get(node.all_input_nodes[0], node)
+            storage[node] = owner
+            for source in node.all_input_nodes:
+                if source in storage:
+                    last_use[storage[source]] = position
+            last_use.setdefault(owner, position)
+        for node in self.graph.output_nodes:
+            last_use[storage[node]] = len(nodes)
+        alive, peak = 0, 0
+        ending: dict[int, list[Node]] = {}
+        for owner, position in last_use.items():
+            ending.setdefault(position, []).append(owner)
+        for position, node in enumerate(nodes):
+            if storage.get(node) is node:
+                alive += self._bytes_at(node, shape_yx)
+            peak = max(peak, alive)
+            alive -= sum(self._bytes_at(owner, shape_yx) for owner in ending.get(position, ()))
+        return peak
+
+    def _sizes_at(self, node: Node, shape_yx: tuple[int, int]) -> tuple[int, int]:
+        height, width = (
+            evaluate(expression_of(extent), symbol, size)
+            for extent, symbol, size in zip(
+                node.meta["val"].shape[-2:], (self.graph.height, self.graph.width), shape_yx, strict=True
+            )
+        )
+        return (height, width)
+
+    def _bytes_at(self, node: Node, shape_yx: tuple[int, int]) -> int:
+        value = node.meta["val"]
+        total = value.dtype.itemsize
+        for extent in value.shape:
+            expression = expression_of(extent)
+            for symbol, size in zip((self.graph.height, self.graph.width), shape_yx, strict=True):
+                if symbol in expression.free_symbols:
+                    expression = expression_of(evaluate(expression, symbol, size))
+            total *= int(expression)
+        return total
+
+
+_SHARING = frozenset(
+    f"aten.{name}" for name in ["slice", "alias", "detach", "permute", "transpose", "unsqueeze", "squeeze", "select", "view", "dropout"]
+)
+
+
+def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | None = None) -> Network:
+    """Trace a module and derive what any window of its output needs of its input.
+
+    Args:
+        module: maps (1, bands, height, width) to one tensor (1, channels, h, w), for any height and width (or those
+            divisible by some k); in eval mode.
+        bands: number of input channels.
+        dtype: of the pixels that will go in; None: that of the module's first floating parameter.
+
+    Raises:
+        UntileableError: an operation without an exact rule, named with its module and source line; a module that fixes
+            the image's size; an output that is not on the image's grid times a constant scale.
+    """
+    if dtype is None:
+        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    graph = trace(module, bands, dtype)
+    symbols = (graph.height, graph.width)
+    known: dict[Node, Pixels] = {}
+    position: dict[Node, int] = {}
+    axes: tuple[list[AxisNode], list[AxisNode]] = ([], [])
+    notes: list[str] = []
+
+    def add(node: Node, pixels: Pixels, needs: tuple[Any, ...]) -> None:
+        known[node] = pixels
+        position[node] = len(axes[0])
+        for axis in (0, 1):
+            sources = tuple((position[operand], rules[axis]) for operand, *rules in needs)
+            axes[axis].append(AxisNode(name=node.name, scale=pixels.scale[axis], sources=sources))
+
+    one = (Fraction(1), Fraction(1))
+    add(graph.input_node, Pixels(dims=(2, 3), scale=one, sizes=symbols), ())
+    for node in graph.nodes:
+        if node.op != "call_function" or not _holds_tensor(node):
+            continue
+        operands = {source: known[source] for source in node.all_input_nodes if source in known}
+        if not operands:
+            if _free_symbols(node) & set(symbols):
+                raise UntileableError(
+                    f"{operation_name(node)} in {where(node)} cannot be tiled: it makes a tensor of the image's size, so "
+                    "its values may depend on the position; replace it by a constant that broadcasts"
+                )
+            continue
+        call = Call(
+            node=node,
+            operands=operands,
+            symbols=symbols,
+            size_multiple=graph.size_multiple,
+            arguments=_bound_arguments(node),
+        )
+        writes_in_place = call.name.endswith("_")
+        if writes_in_place and any(operand.cropped_view for operand in operands.values()):
+            call.refuse("it writes into a part of a tensor in place", "compute a new tensor instead")
+        outcome = apply_rule(call)
+        add(node, _result_pixels(call, outcome), outcome.needs)
+        notes.extend(outcome.notes)
+
+    output = graph.output_nodes[0]
+    if len(graph.output_nodes) != (2 if graph.has_logits else 1) or any(n not in known for n in graph.output_nodes):
+        raise UntileableError("the network must return one tensor computed from the image")
+    _check_output(output, known[output])
+    result = Network(
+        module=module,
+        graph=graph,
+        axes=(_axis_graph(axes[0], graph, position), _axis_graph(axes[1], graph, position)),
+        bands=bands,
+        dtype=dtype,
+        channels=int(output.meta["val"].shape[1]),
+        output_dtype=output.meta["val"].dtype,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+    _check_sizes(result, known, output)
+    return result
+
+
+def _axis_graph(nodes: list[AxisNode], graph: TracedGraph, position: dict[Node, int]) -> AxisGraph:
+    """The graph with one more node at its end that reads every output, so that the logits are exact too."""
+    outputs = tuple(position[node] for node in graph.output_nodes)
+    scale = nodes[outputs[0]].scale
+    return AxisGraph(
+        nodes=(*nodes, AxisNode(name="output", scale=scale, sources=tuple((index, Same()) for index in outputs)))
+    )
+
+
+def _holds_tensor(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) or (
+        isinstance(value, (tuple, list)) and any(isinstance(entry, torch.Tensor) for entry in value)
+    )
+
+
+def _tensors(node: Node) -> Iterator[torch.Tensor]:
+    value = node.meta.get("val")
+    yield from (
+        entry for entry in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(entry, torch.Tensor)
+    )
+
+
+def _free_symbols(node: Node) -> set[Any]:
+    return {
+        symbol for value in _tensors(node) for extent in value.shape for symbol in expression_of(extent).free_symbols
+    }
+
+
+def _bound_arguments(node: Node) -> dict[str, Any]:
+    """The operation's arguments by the names of its schema, defaults filled in."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {}
+    bound: dict[str, Any] = {}
+    for index, argument in enumerate(schema.arguments):
+        if index < len(node.args):
+            bound[argument.name] = node.args[index]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        elif argument.has_default_value():
+            bound[argument.name] = argument.default_value
+    return bound
+
+
+def _result_pixels(call: Call, outcome: Outcome) -> Pixels:
+    """Scale and sizes of the result; refuses operands of different scale and results whose symbols went elsewhere."""
+    scales: list[Fraction] = []
+    for axis in (0, 1):
+        ratios = {call.operands[operand].scale[axis] * rules[axis].ratio for operand, *rules in outcome.needs}
+        if len(ratios) != 1:
+            call.refuse(f"its operands have different scales ({', '.join(map(str, sorted(ratios)))})", "resample first")
+        scales.append(ratios.pop())
+    for value in _tensors(call.node):
+        for dim, extent in enumerate(value.shape):
+            symbols = expression_of(extent).free_symbols & set(call.symbols)
+            expected = {call.symbols[outcome.dims.index(dim)]} if dim in outcome.dims else set()
+            if symbols != expected:
+                call.refuse("it mixes height, width and other dimensions", "keep them as dimensions of their own")
+    first = next(_tensors(call.node))
+    crops = any(isinstance(rule, (Shift, Slide)) for _, *rules in outcome.needs for rule in rules)
+    return Pixels(
+        dims=outcome.dims,
+        scale=(scales[0], scales[1]),
+        sizes=(expression_of(first.shape[outcome.dims[0]]), expression_of(first.shape[outcome.dims[1]])),
+        cropped_view=outcome.is_view and (crops or any(p.cropped_view for p in call.operands.values())),
+    )
+
+
+def _check_output(output: Node, pixels: Pixels) -> None:
+    value = output.meta["val"]
+    if len(value.shape) != 4 or pixels.dims != (2, 3):
+        raise UntileableError(
+            f"the network must return (1, channels, height, width), got {tuple(value.shape)}; "
+            "keep the batch and channel dimensions"
+        )
+
+
+def _check_sizes(network: Network, known: dict[Node, Pixels], output: Node) -> None:
+    """Refuse sizes that do not move with the image by whole strides, and outputs that are not ceil(size * scale)."""
+    multiple = network.size_multiple
+    seen: set[Any] = set()
+    for node, pixels in known.items():
+        for axis, symbol in enumerate((network.graph.height, network.graph.width)):
+            expression, scale = pixels.sizes[axis], pixels.scale[axis]
+            if (axis, expression, scale) in seen:
+                continue
+            seen.add((axis, expression, scale))
+            period = network.stride[axis]
+            for extent in sample_extents(multiple):
+                moved = evaluate(expression, symbol, extent + period * multiple)
+                if moved - evaluate(expression, symbol, extent) != period * multiple * scale:
+                    raise UntileableError(
+                        f"{operation_name(node)} in {where(node)} cannot be tiled: its {AXES[axis]} does not follow the "
+                        "image's in constant steps; crop and pad by constants or to another tensor's size"
+                    )
+    for axis, symbol in enumerate((network.graph.height, network.graph.width)):
+        expression, scale = known[output].sizes[axis], known[output].scale[axis]
+        for extent in sample_extents(multiple):
+            given = evaluate(expression, symbol, extent)
+            if given != -(-extent * scale // 1):
+                raise UntileableError(
+                    f"the network's output must have {scale} x the image's {AXES[axis]}, rounded up, but an image of "
+                    f"{extent} gives {given}; pad its convolutions, or pad the result"
+                )

@@ -1,0 +1,513 @@
+"""Rules: for each ATen operation, what a pixel of its result needs of its operands, or why it cannot be tiled.
+
+A rule takes a `Call` and returns an `Outcome`; `register_rule` puts it under the operation's name without overload
+("aten.conv2d"). Whatever has no rule is refused: nothing is guessed. How to add one: CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cache
+from typing import Any, NoReturn
+
+import numpy as np
+import sympy
+import torch
+from torch.fx import Node
+
+from .errors import UntileableError
+from .geometry import align_up
+from .graph import where
+from .receptive import AxisRule, EnlargeBilinear, EnlargeNearest, Same, Shift, Slide
+
+AXES = ("height", "width")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pixels:
+    """What is known of a tensor that has pixels."""
+
+    dims: tuple[int, int]
+    """Which of its dimensions are height and width."""
+    scale: tuple[Fraction, Fraction]
+    """Its pixels for each pixel of the network's input."""
+    sizes: tuple[sympy.Expr, sympy.Expr]
+    """Its height and width as functions of the input's."""
+    cropped_view: bool = False
+    """It shares memory with a part of a larger tensor, so that writing into it would change only some pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a rule says: where the result's height and width are, and what it needs of each operand."""
+
+    dims: tuple[int, int]
+    needs: tuple[tuple[Node, AxisRule, AxisRule], ...]
+    is_view: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One operation of the graph, its arguments by name."""
+
+    node: Node
+    operands: dict[Node, Pixels]
+    """The operands that have pixels."""
+    symbols: tuple[sympy.Symbol, sympy.Symbol]
+    size_multiple: int
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return operation_name(self.node)
+
+    def refuse(self, reason: str, remedy: str) -> NoReturn:
+        raise UntileableError(f"{self.name} in {where(self.node)} cannot be tiled: {reason}; {remedy}")
+
+    def pixels(self, argument: str = "self") -> tuple[Node, Pixels]:
+        """The operand that must have pixels."""
+        node = self.arguments[argument]
+        if node not in self.operands:
+            self.refuse(f"its operand '{argument}' must be computed from the image", "restructure the module")
+        for other in self.operands:
+            if other is not node:
+                self.refuse("only its first operand may be computed from the image", "restructure the module")
+        return node, self.operands[node]
+
+    def spatial_dim(self, dim: int, dims: tuple[int, int], rank: int) -> int | None:
+        """0 for height, 1 for width, None for any other dimension."""
+        positive = dim % rank
+        return dims.index(positive) if positive in dims else None
+
+    def size_at(self, axis: int, expression: Any, extent: int) -> int:
+        """An expression of the image's size along `axis`, at one extent."""
+        return evaluate(expression, self.symbols[axis], extent)
+
+    def constant(self, axis: int, value: Any, what: str) -> int:
+        """An argument that must be the same number for every image size."""
+        if isinstance(value, int):
+            return value
+        expression = expression_of(value)
+        values = {self.size_at(axis, expression, n) for n in sample_extents(self.size_multiple)}
+        if len(values) != 1:
+            self.refuse(f"{what} depends on the image's {AXES[axis]}", "make it a constant")
+        return values.pop()
+
+
+def operation_name(node: Node) -> str:
+    """ "aten.conv2d" for aten.conv2d.default and every other overload."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, _, name = target._schema.name.partition("::")
+        return f"{namespace}.{name}"
+    return getattr(target, "__name__", str(target))
+
+
+def expression_of(value: Any) -> sympy.Expr:
+    """A size as a sympy expression: of an int, a SymInt, or a graph node that holds one."""
+    if isinstance(value, Node):
+        value = value.meta["val"]
+    if isinstance(value, torch.SymInt):
+        return value.node.expr
+    return sympy.Integer(int(value))
+
+
+@cache
+def evaluate(expression: sympy.Expr, symbol: sympy.Symbol, extent: int) -> int:
+    """A size expression at one extent of the image."""
+    return int(expression.subs({symbol: extent}))
+
+
+@cache
+def sample_extents(size_multiple: int) -> tuple[int, ...]:
+    """Extents at which size arguments are compared: every phase of strides up to 64, on small and on giant images."""
+    starts = (align_up(128, size_multiple), align_up(1 << 20, size_multiple))
+    return tuple(start + step * size_multiple for start in starts for step in range(65))
+
+
+Rule = Callable[[Call], Outcome]
+_RULES: dict[str, Rule] = {}
+_REFUSALS: dict[str, tuple[str, str]] = {}
+
+
+def register_rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule under operation names such as "aten.conv2d" or "mylib.myop"."""
+
+    def register(rule: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+def apply_rule(call: Call) -> Outcome:
+    """The outcome of the operation's rule.
+
+    Raises:
+        UntileableError: no rule, or the rule refuses; names the operation, its module and the source line.
+    """
+    rule = _RULES.get(call.name)
+    if rule is None:
+        reason, remedy = _REFUSALS.get(
+            call.name,
+            ("no rule says which pixels it needs", "replace it, or register a rule (outsize.tiler.operations)"),
+        )
+        call.refuse(reason, remedy)
+    return rule(call)
+
+
+def _refuse_always(names: Iterable[str], reason: str, remedy: str) -> None:
+    _REFUSALS.update({f"aten.{name}": (reason, remedy) for name in names})
+
+
+_WHOLE_IMAGE = "it needs whole-image statistics"
+_refuse_always(
+    ["adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "group_norm", "native_group_norm", "instance_norm", "layer_norm", "native_layer_norm", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "cumsum", "cumprod"],
+    _WHOLE_IMAGE,
+    "use batch norm in eval mode, or no norm; pool over fixed windows",
+)
+_refuse_always(
+    ["grid_sampler", "grid_sampler_2d", "fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2", "fft_fftn", "fft_rfftn", "_fft_r2c", "_fft_c2c", "sort", "topk", "median", "scaled_dot_product_attention", "matmul", "bmm", "mm", "einsum", "flip", "roll", "rot90", "nonzero", "unique_dim"],
+    "a pixel may need any pixel of the image",
+    "replace it by convolutions, or run this network on the whole image",
+)
+_refuse_always(
+    ["convolution_backward", "conv_transpose2d", "upsample_bicubic2d", "reflection_pad2d", "replication_pad2d", "pixel_shuffle"],
+    "this version has no rule for it",
+    "use convolution, nearest or bilinear upsampling and zero padding",
+)
+
+
+# Pointwise operations and joins ------------------------------------------------------------------------------------
+
+_POINTWISE = ["abs", "add", "alias", "atan", "ceil", "celu", "clamp", "clamp_max", "clamp_min", "clone", "contiguous", "cos", "detach", "div", "elu", "eq", "erf", "exp", "expm1", "floor", "ge", "gelu", "glu_", "gt", "hardsigmoid", "hardswish", "hardtanh", "isnan", "le", "leaky_relu", "lift_fresh_copy", "log", "log1p", "log_sigmoid", "logical_and", "logical_not", "logical_or", "lt", "masked_fill", "maximum", "minimum", "mish", "mul", "nan_to_num", "ne", "neg", "pow", "prelu", "reciprocal", "relu", "relu6", "remainder", "round", "rsqrt", "rsub", "selu", "sigmoid", "sign", "silu", "sin", "softplus", "softsign", "sqrt", "square", "sub", "tanh", "threshold", "to", "_to_copy", "trunc", "type_as", "where"]
+
+
+def _same_for_all(call: Call, dims: tuple[int, int]) -> Outcome:
+    return Outcome(dims, tuple((operand, Same(), Same()) for operand in call.operands))
+
+
+@register_rule(*(f"aten.{name}" for name in _POINTWISE), *(f"aten.{name}_" for name in _POINTWISE))
+def pointwise_rule(call: Call) -> Outcome:
+    """Every operand's pixels line up with the result's from the last dimension, as broadcasting does."""
+    rank = len(call.node.meta["val"].shape)
+    from_end: set[tuple[int, int]] = set()
+    for operand, pixels in call.operands.items():
+        operand_rank = len(operand.meta["val"].shape)
+        from_end.add((pixels.dims[0] - operand_rank, pixels.dims[1] - operand_rank))
+    if len(from_end) != 1:
+        call.refuse("its operands have height and width in different dimensions", "permute them alike")
+    if any(isinstance(a, Node) and isinstance(a.meta.get("val"), torch.SymInt) for a in call.node.args):
+        call.refuse("it uses the image's size as a number", "replace it by a constant")
+    dims = from_end.pop()
+    result = _same_for_all(call, (dims[0] + rank, dims[1] + rank))
+    return Outcome(result.dims, result.needs, is_view=call.name in ("aten.alias", "aten.detach", "aten.to"))
+
+
+@register_rule("aten.dropout", "aten.dropout_", "aten.feature_dropout", "aten.alpha_dropout")
+def dropout_rule(call: Call) -> Outcome:
+    if call.arguments.get("train"):
+        call.refuse("dropout is random in training mode", "call module.eval() first")
+    return _same_for_all(call, next(iter(call.operands.values())).dims)
+
+
+@register_rule("aten.batch_norm", "aten._native_batch_norm_legit_no_training", "aten.cudnn_batch_norm")
+def batch_norm_rule(call: Call) -> Outcome:
+    if call.arguments.get("training"):
+        call.refuse(
+            f"{_WHOLE_IMAGE} in training mode",
+            "call module.eval() first; a norm without running statistics cannot be used",
+        )
+    return _same_for_all(call, call.pixels("input")[1].dims)
+
+
+@register_rule("aten.cat", "aten.concat")
+def cat_rule(call: Call) -> Outcome:
+    rank = len(call.node.meta["val"].shape)
+    if len(call.operands) != len(call.arguments["tensors"]):
+        call.refuse("it joins the image with a constant of the image's size", "broadcast the constant instead")
+    dims = {pixels.dims for pixels in call.operands.values()}
+    if len(dims) != 1:
+        call.refuse("its operands have height and width in different dimensions", "permute them alike")
+    both = dims.pop()
+    if call.spatial_dim(int(call.arguments.get("dim", 0)), both, rank) is not None:
+        call.refuse("it joins images side by side", "join along channels")
+    return _same_for_all(call, both)
+
+
+@register_rule(
+    *(
+        f"aten.{name}"
+        for name in ["softmax", "log_softmax", "_softmax", "_log_softmax", "argmax", "argmin", "amax", "amin", "sum", "mean", "max", "min", "prod"]
+    )
+)
+def channel_reduction_rule(call: Call) -> Outcome:
+    """A reduction over dimensions other than height and width."""
+    operand, pixels = call.pixels()
+    rank = len(operand.meta["val"].shape)
+    given = call.arguments.get("dim")
+    over = [] if given is None else [int(d) % rank for d in (given if isinstance(given, (list, tuple)) else [given])]
+    if not over or any(d in pixels.dims for d in over):
+        call.refuse(_WHOLE_IMAGE, "reduce over channels only")
+    keeps = "keepdim" not in call.arguments or bool(call.arguments["keepdim"])
+    removed = [] if keeps else over
+    y, x = (d - sum(r < d for r in removed) for d in pixels.dims)
+    return Outcome((y, x), ((operand, Same(), Same()),))
+
+
+# Dimensions --------------------------------------------------------------------------------------------------------
+
+
+@register_rule("aten.unsqueeze")
+def unsqueeze_rule(call: Call) -> Outcome:
+    operand, pixels = call.pixels()
+    rank = len(operand.meta["val"].shape)
+    dim = int(call.arguments["dim"]) % (rank + 1)
+    y, x = (d + (dim <= d) for d in pixels.dims)
+    return Outcome((y, x), ((operand, Same(), Same()),), is_view=True)
+
+
+@register_rule("aten.squeeze")
+def squeeze_rule(call: Call) -> Outcome:
+    operand, pixels = call.pixels()
+    rank = len(operand.meta["val"].shape)
+    given = call.arguments.get("dim")
+    if given is None:
+        call.refuse("it would drop a height or width of one pixel", "name the dimension to squeeze")
+    dims = [int(d) % rank for d in (given if isinstance(given, (list, tuple)) else [given])]
+    if any(d in pixels.dims for d in dims):
+        call.refuse("it would drop a height or width of one pixel", "squeeze another dimension")
+    removed = [d for d in dims if operand.meta["val"].shape[d] == 1]
+    y, x = (d - sum(r < d for r in removed) for d in pixels.dims)
+    return Outcome((y, x), ((operand, Same(), Same()),), is_view=True)
+
+
+@register_rule("aten.permute")
+def permute_rule(call: Call) -> Outcome:
+    operand, pixels = call.pixels()
+    rank = len(operand.meta["val"].shape)
+    order = [int(d) % rank for d in call.arguments["dims"]]
+    return Outcome(
+        (order.index(pixels.dims[0]), order.index(pixels.dims[1])), ((operand, Same(), Same()),), is_view=True
+    )
+
+
+@register_rule("aten.transpose")
+def transpose_rule(call: Call) -> Outcome:
+    operand, pixels = call.pixels()
+    rank = len(operand.meta["val"].shape)
+    first, second = int(call.arguments["dim0"]) % rank, int(call.arguments["dim1"]) % rank
+    swap = {first: second, second: first}
+    y, x = (swap.get(d, d) for d in pixels.dims)
+    return Outcome((y, x), ((operand, Same(), Same()),), is_view=True)
+
+
+@register_rule("aten.select")
+def select_rule(call: Call) -> Outcome:
+    operand, pixels = call.pixels()
+    rank = len(operand.meta["val"].shape)
+    dim = int(call.arguments["dim"]) % rank
+    if dim in pixels.dims:
+        call.refuse("it picks one row or column of the image", "select along channels")
+    y, x = (d - (dim < d) for d in pixels.dims)
+    return Outcome((y, x), ((operand, Same(), Same()),), is_view=True)
+
+
+@register_rule("aten.chunk", "aten.split", "aten.split_with_sizes", "aten.unbind")
+def channel_split_rule(call: Call) -> Outcome:
+    operand, pixels = call.pixels()
+    rank = len(operand.meta["val"].shape)
+    dim = int(call.arguments.get("dim", 0)) % rank
+    if dim in pixels.dims:
+        call.refuse("it cuts the image into parts", "split along channels")
+    removed = 1 if call.name == "aten.unbind" else 0
+    y, x = (d - (removed if dim < d else 0) for d in pixels.dims)
+    return Outcome((y, x), ((operand, Same(), Same()),), is_view=True)
+
+
+@register_rule("getitem")
+def getitem_rule(call: Call) -> Outcome:
+    ((operand, pixels),) = call.operands.items()
+    return Outcome(pixels.dims, ((operand, Same(), Same()),), is_view=True)
+
+
+# Sliding windows ---------------------------------------------------------------------------------------------------
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)]
+    return (values[0], values[-1])
+
+
+def _image_dims(call: Call, argument: str) -> Node:
+    """The operand, which must be laid out as (batch, channel, height, width)."""
+    operand, pixels = call.pixels(argument)
+    if pixels.dims != (2, 3) or len(operand.meta["val"].shape) != 4:
+        call.refuse("height and width must be its last two dimensions of four", "permute before it")
+    return operand
+
+
+@register_rule("aten.conv2d", "aten.convolution")
+def convolution_rule(call: Call) -> Outcome:
+    operand = _image_dims(call, "input")
+    arguments = call.arguments
+    if arguments.get("transposed"):
+        call.refuse("this version has no rule for transposed convolution", "upsample and convolve instead")
+    kernel = arguments["weight"].meta["val"].shape[2:]
+    stride, dilation = _pair(arguments.get("stride", 1)), _pair(arguments.get("dilation", 1))
+    padding = arguments.get("padding", 0)
+    rules: list[Slide] = []
+    for axis in (0, 1):
+        extent = dilation[axis] * (int(kernel[axis]) - 1) + 1
+        if padding == "same":
+            # torch pads the odd pixel of an even kernel at the end.
+            before = (extent - 1) // 2
+        elif padding == "valid":
+            before = 0
+        else:
+            before = _pair(padding)[axis]
+        rules.append(Slide(extent=extent, stride=stride[axis], padding=before))
+    return Outcome((2, 3), ((operand, rules[0], rules[1]),))
+
+
+@register_rule("aten.max_pool2d", "aten.avg_pool2d", "aten.max_pool2d_with_indices")
+def pooling_rule(call: Call) -> Outcome:
+    operand = _image_dims(call, "self")
+    arguments = call.arguments
+    kernel = _pair(arguments["kernel_size"])
+    stride = _pair(arguments["stride"]) if arguments.get("stride") else kernel
+    padding, dilation = _pair(arguments.get("padding", 0)), _pair(arguments.get("dilation", 1))
+    rules = [
+        Slide(extent=dilation[axis] * (kernel[axis] - 1) + 1, stride=stride[axis], padding=padding[axis])
+        for axis in (0, 1)
+    ]
+    return Outcome((2, 3), ((operand, rules[0], rules[1]),))
+
+
+# Upsampling --------------------------------------------------------------------------------------------------------
+
+
+def _integer_factor(call: Call, axis: int, operand: Node, factors: Any) -> int:
+    """The factor by which an upsampling enlarges every image along one axis."""
+    before = expression_of(operand.meta["val"].shape[2 + axis])
+    after = expression_of(call.node.meta["val"].shape[2 + axis])
+    if factors is not None:
+        factor = float(factors[axis])
+        if factor != int(factor) or factor < 1:
+            call.refuse(f"the factor must be a whole number, got {factor}", "use an integer scale_factor")
+        return int(factor)
+    ratios = set()
+    for extent in sample_extents(call.size_multiple):
+        small, large = call.size_at(axis, before, extent), call.size_at(axis, after, extent)
+        ratios.add(Fraction(large, small))
+    if len(ratios) != 1 or (ratio := ratios.pop()).denominator != 1:
+        call.refuse(
+            f"its size argument makes the factor depend on the image's {AXES[axis]}",
+            "pool with ceil_mode=True, upsample with scale_factor=2 and crop to the wanted size",
+        )
+    return int(ratio)
+
+
+@cache
+def nearest_is_exact(factor: int) -> bool:
+    """Whether torch's float32 index floor(i * (1 / factor)) is i // factor for every position below 2^20."""
+    position = np.arange(1 << 20)
+    index = np.floor(position.astype(np.float32) * (np.float32(1) / np.float32(factor))).astype(np.int64)
+    return bool((index == position // factor).all())
+
+
+@register_rule("aten.upsample_nearest2d")
+def nearest_rule(call: Call) -> Outcome:
+    operand = _image_dims(call, "input" if "input" in call.arguments else "self")
+    factors = call.arguments.get("scale_factors")
+    rules: list[EnlargeNearest] = []
+    for axis in (0, 1):
+        factor = _integer_factor(call, axis, operand, factors)
+        if not nearest_is_exact(factor):
+            call.refuse(
+                f"torch's float32 index arithmetic picks other pixels at some positions for factor {factor}",
+                "use factors 2, 4 or 8",
+            )
+        rules.append(EnlargeNearest(factor=factor))
+    return Outcome((2, 3), ((operand, rules[0], rules[1]),))
+
+
+@register_rule("aten.upsample_bilinear2d")
+def bilinear_rule(call: Call) -> Outcome:
+    operand = _image_dims(call, "input" if "input" in call.arguments else "self")
+    if call.arguments.get("align_corners"):
+        call.refuse("align_corners=True makes every weight depend on the image's size", "use align_corners=False")
+    factors = [_integer_factor(call, axis, operand, call.arguments.get("scale_factors")) for axis in (0, 1)]
+    notes: list[str] = []
+    for factor in set(factors):
+        if factor & (factor - 1):
+            notes.append(
+                f"bilinear x{factor} in {where(call.node)}: torch computes source coordinates in float32, whose rounding "
+                "differs with the position (weights by up to about 5e-4 at 30000 pixels); in float64 tiles agree"
+            )
+    return Outcome(
+        (2, 3),
+        ((operand, EnlargeBilinear(factor=factors[0]), EnlargeBilinear(factor=factors[1])),),
+        notes=tuple(notes),
+    )
+
+
+# Cropping and padding ----------------------------------------------------------------------------------------------
+
+
+def _shift(call: Call, axis: int, operand: Node, pixels: Pixels, offset: int) -> Shift:
+    """The rule of an operation that moves pixels by `offset` and cuts or pads the end.
+
+    `beyond` is 0 where the result always reaches to the end of the nominal extent (floor of size x scale): then a
+    window that holds the pixel's footprint has the pixel. Otherwise it is the largest number of pixels cut off.
+    """
+    before = expression_of(operand.meta["val"].shape[pixels.dims[axis]])
+    after = expression_of(call.node.meta["val"].shape[pixels.dims[axis]])
+    cut, falls_short = 0, False
+    for extent in sample_extents(call.size_multiple):
+        source, result = call.size_at(axis, before, extent), call.size_at(axis, after, extent)
+        cut = max(cut, source - offset - result)
+        falls_short |= result < int(extent * pixels.scale[axis])
+    if falls_short and cut > 64:
+        call.refuse(
+            f"it cuts {cut} or more pixels off the end", "crop by a small constant, or to another tensor's size"
+        )
+    return Shift(offset=offset, beyond=cut if falls_short else 0)
+
+
+@register_rule("aten.slice")
+def slice_rule(call: Call) -> Outcome:
+    operand, pixels = call.pixels()
+    rank = len(operand.meta["val"].shape)
+    axis = call.spatial_dim(int(call.arguments.get("dim", 0)), pixels.dims, rank)
+    rules: list[AxisRule] = [Same(), Same()]
+    if axis is not None:
+        start = call.arguments.get("start")
+        offset = 0 if start is None else call.constant(axis, start, "its start")
+        if offset < 0:
+            call.refuse(f"it counts from the image's end ({offset})", "crop from the start by a constant")
+        step = int(call.arguments.get("step", 1) or 1)
+        rules[axis] = (
+            _shift(call, axis, operand, pixels, offset) if step == 1 else Slide(extent=1, stride=step, padding=-offset)
+        )
+    return Outcome(pixels.dims, ((operand, rules[0], rules[1]),), is_view=True)
+
+
+@register_rule("aten.pad", "aten.constant_pad_nd")
+def pad_rule(call: Call) -> Outcome:
+    operand, pixels = call.pixels()
+    mode = call.arguments.get("mode", "constant")
+    if mode != "constant":
+        call.refuse(f"this version has no rule for {mode} padding", "pad with zeros")
+    rank = len(operand.meta["val"].shape)
+    amounts = list(call.arguments["pad"])
+    rules: list[AxisRule] = [Same(), Same()]
+    for pair, dim in enumerate(range(rank - 1, rank - 1 - len(amounts) // 2, -1)):
+        axis = call.spatial_dim(dim, pixels.dims, rank)
+        if axis is not None:
+            before = call.constant(axis, amounts[2 * pair], "its padding before the first pixel")
+            rules[axis] = _shift(call, axis, operand, pixels, -before)
+    return Outcome(pixels.dims, ((operand, rules[0], rules[1]),))

@@ -1,0 +1,487 @@
+"""The everyday calls: a window, a lazy array, a whole raster."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from distributed import Client
+
+from .check import StartCheck, compare_patches, larger_window, require_exact, sample_patches
+from .cluster import ClusterOptions, open_client
+from .engine import Engine, choose_engine, compile_program
+from .engine_torch import TorchEngine
+from .errors import BudgetError, OutputError, UsageError
+from .events import ClusterReady, Listener, RunPlanned, StartChecked, TileFinished, TileRecord
+from .fingerprint import find_differences, make_fingerprint
+from .geometry import Window
+from .machine import cpu_count
+from .memory import format_bytes, parse_bytes
+from .meter import MemoryMeter
+from .network import Network
+from .plan import TilePlan, plan_tiles
+from .raster import Raster, open_raster, read_filled
+from .records import RunFolder, log, remove_output
+from .schedule import run_tiles
+from .store import (
+    DONE,
+    FAILED,
+    OutputDescription,
+    create_output,
+    has_all_chunks,
+    open_array,
+    output_nodata,
+    read_header,
+    update_header,
+    write_core,
+    write_status,
+)
+from .worker import RunPlugin, RunSpec, check_tiles, missing_in_output
+
+if TYPE_CHECKING:
+    import dask.array
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """What a run did; of this call only, where it continued an earlier one."""
+
+    out: str
+    pixels: int
+    """Output pixels of the tiles done in this call."""
+    startup_s: float
+    """Until the first read."""
+    seconds: float
+    """First read to last chunk."""
+    mpx_per_s: float
+    peak_bytes: int
+    """Sum of the PSS of all processes on this machine, sampled five times a second."""
+    predicted_peak_bytes: int
+    tiles: int
+    resumed_tiles: int
+    """Tiles that were already there."""
+    failed_tiles: tuple[tuple[int, int, str], ...]
+    """(row, column, reason)."""
+    start_check: StartCheck | None
+    """None where nothing was left to do."""
+    read_amplification: float
+    engine: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "out": self.out,
+            "pixels": self.pixels,
+            "startup_s": round(self.startup_s, 3),
+            "seconds": round(self.seconds, 3),
+            "mpx_per_s": round(self.mpx_per_s, 4),
+            "peak_bytes": self.peak_bytes,
+            "predicted_peak_bytes": self.predicted_peak_bytes,
+            "tiles": self.tiles,
+            "resumed_tiles": self.resumed_tiles,
+            "failed_tiles": len(self.failed_tiles),
+            "failures": [{"row": r, "column": c, "error": e} for r, c, e in self.failed_tiles],
+            "start_check_max_abs": self.start_check.max_abs if self.start_check else None,
+            "start_check_flipped": self.start_check.flipped if self.start_check else None,
+            "read_amplification": round(self.read_amplification, 3),
+            "engine": self.engine,
+        }
+
+
+_ENGINES: OrderedDict[tuple[int, str], tuple[Network, Engine]] = OrderedDict()
+
+
+def _engine_for(network: Network, name: str | None) -> Engine:
+    """This process's engine for a network; the last two are kept."""
+    engine = choose_engine(name)
+    key = (id(network), engine)
+    if key not in _ENGINES:
+        program = None if engine == "torch" else compile_program(network, engine, cpu_count())
+        _ENGINES[key] = (network, program.load() if program else TorchEngine(network.module))
+        if len(_ENGINES) > 2:
+            _ENGINES.popitem(last=False)
+    return _ENGINES[key][1]
+
+
+def predict_window(
+    raster: Raster,
+    network: Network,
+    window: Window,
+    *,
+    fill: tuple[float, ...] | None = None,
+    engine: str | None = None,
+) -> Array:
+    """One window of the whole-image result: (channels, height, width).
+
+    Guarantee: equal to the same window of the module applied to the whole raster (nodata replaced by `fill`, nodata
+    out), up to floating-point rounding.
+
+    Args:
+        window: in output pixels, inside the output.
+        fill: raw value of each band for nodata pixels; None: 0.
+        engine: "openvino" or "torch"; None: OpenVINO where it is installed.
+
+    Raises:
+        UsageError: a window outside the output, or another number of bands than the network takes.
+        RasterError: the raster cannot be read there.
+    """
+    if raster.bands != network.bands:
+        raise UsageError(f"the network takes {network.bands} bands, the raster has {raster.bands}")
+    source = network.input_window(window, raster.shape_yx)
+    reader = raster.open_reader()
+    try:
+        filled = read_filled(reader, raster, source, fill)
+    finally:
+        reader.close()
+    top, left = (int(start * scale) for start, scale in zip((source.y, source.x), network.scale, strict=True))
+    rows, columns = Window(y=window.y - top, x=window.x - left, height=window.height, width=window.width).slices()
+    result = _engine_for(network, engine).run(filled.image)[:, rows, columns].copy()
+    if filled.missing is not None:
+        result[:, missing_in_output(filled.missing, source, window, network.scale)] = output_nodata(result.dtype)
+    return result
+
+
+def lazy_predict(
+    raster: Raster,
+    network: Network,
+    *,
+    chunk: int = 1024,
+    fill: tuple[float, ...] | None = None,
+    engine: str | None = None,
+) -> dask.array.Array:
+    """The whole result as a lazy dask array (channels, height, width); each block is one `predict_window`.
+
+    For looking at parts of a result with xarray or napari. For a whole raster `predict` is faster and bounded.
+    """
+    import dask.array
+
+    height, width = network.output_shape(raster.shape_yx)
+    dtype = np.dtype(str(network.output_dtype).removeprefix("torch."))
+
+    def block(block_info: Any = None) -> Array:
+        (_, (y0, y1), (x0, x1)) = block_info[None]["array-location"]
+        window = Window(y=y0, x=x0, height=y1 - y0, width=x1 - x0)
+        return predict_window(raster, network, window, fill=fill, engine=engine)
+
+    chunks = ((network.channels,), _chunk_sizes(height, chunk), _chunk_sizes(width, chunk))
+    return dask.array.map_blocks(block, chunks=chunks, dtype=dtype, meta=np.empty((0, 0, 0), dtype))
+
+
+def _chunk_sizes(extent: int, chunk: int) -> tuple[int, ...]:
+    return tuple(min(chunk, extent - start) for start in range(0, extent, chunk))
+
+
+def _default_description(network: Network) -> OutputDescription:
+    dtype = np.dtype(str(network.output_dtype).removeprefix("torch."))
+    if dtype.kind == "f":
+        return OutputDescription(kind="logits")
+    if dtype != np.uint8:
+        raise UsageError(f"the network's output must be uint8 or floating, got {dtype}; end it with .to(torch.uint8)")
+    return OutputDescription(kind="class" if network.channels == 1 else "probability")
+
+
+def predict(
+    raster: Raster | str | Path,
+    network: Network,
+    out: str | Path,
+    *,
+    description: OutputDescription | None = None,
+    fill: tuple[float, ...] | None = None,
+    client: Client | None = None,
+    cluster: ClusterOptions | None = None,
+    memory: str | int = "2GB",
+    engine: str | None = None,
+    workers: int | None = None,
+    threads: int | None = None,
+    core: int | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+) -> RunSummary:
+    """Run a network over a whole raster, tile by tile on Dask, into a Zarr store of output format 1.
+
+    Guarantee: every pixel equals the module's on the whole raster up to floating-point rounding, which a start check
+    confirms on sampled tiles before anything is written; nodata in, nodata out. The same call continues a run that was
+    interrupted.
+
+    Args:
+        description: what the output means; None: told from the network's output dtype and channels.
+        fill: raw value of each band that stands in for nodata; None: 0.
+        client: a Dask client to use; None: one is opened as `cluster` says.
+        memory: budget of all processes together; `plan_tiles` has the other planning options.
+        resume: continue an output whose fingerprint agrees; False: refuse an existing output.
+        overwrite: replace an existing output.
+        listener: called with every event.
+
+    Returns:
+        What was done, with failed tiles listed. Failed tiles hold nodata.
+
+    Raises:
+        TilerError: its subclasses say what: raster, budget, output, engine, start check.
+    """
+    called = time.perf_counter()
+    tell: Listener = listener or (lambda event: None)
+    out = Path(out).absolute()
+    with MemoryMeter() as meter:
+        raster = raster if isinstance(raster, Raster) else open_raster(raster)
+        fill = fill if fill is not None else (0.0,) * raster.bands
+        if len(fill) != raster.bands:
+            raise UsageError(f"fill must have one value a band, {raster.bands} bands, got {len(fill)} values")
+        description = description or _default_description(network)
+        plan = plan_tiles(raster, network, memory=memory, engine=engine, workers=workers, threads=threads, core=core)
+        fingerprint = make_fingerprint(raster, network, description.kind, plan.engine, fill)
+        with _writing(out), RunFolder(out) as folder:
+            if overwrite:
+                _require_ours(out)
+                remove_output(out)
+                folder.clear()
+            records: dict[tuple[int, int], dict[str, Any]] = {}
+            if out.exists():
+                plan = _continue(out, fingerprint, resume=resume, budget=parse_bytes(memory))
+                records = folder.read()
+            todo = [at for at in plan.order() if not _is_done(out, description.kind, plan, at, records)]
+            resumed = len(plan.grid) - len(todo)
+            tell(RunPlanned(plan=plan, resumed=resumed))
+            run = _Run(
+                raster=raster,
+                network=network,
+                plan=plan,
+                description=description,
+                fill=fill,
+                fingerprint=fingerprint,
+                out=out,
+                folder=folder,
+                meter=meter,
+                tell=tell,
+            )
+            if todo:
+                opened = contextlib.nullcontext(client) if client else open_client(cluster or ClusterOptions(), plan)
+                with opened as connected:
+                    assert connected is not None
+                    run.execute(connected, todo)
+            run.finish(records)
+            began = run.began or time.perf_counter()
+            pixels = sum(record.pixels for record in run.records if record.state == "done")
+            seconds = (run.ended or began) - began
+            peak = max(meter.peak_bytes, meter.current_bytes)
+            summary = RunSummary(
+                out=str(out),
+                pixels=pixels,
+                startup_s=began - called,
+                seconds=seconds,
+                mpx_per_s=pixels / seconds / 1e6 if seconds else 0.0,
+                peak_bytes=peak,
+                predicted_peak_bytes=plan.memory.total_bytes,
+                tiles=len(todo),
+                resumed_tiles=resumed,
+                failed_tiles=tuple((r.row, r.column, r.error) for r in run.records if r.state == "failed"),
+                start_check=run.check,
+                read_amplification=plan.read_amplification,
+                engine=plan.engine,
+            )
+            update_header(out, {"run": summary.to_json()})
+            log.info("finished: %s", summary.to_json())
+    return summary
+
+
+class _Run:
+    """One call's run: its records, its clock."""
+
+    def __init__(
+        self,
+        *,
+        raster: Raster,
+        network: Network,
+        plan: TilePlan,
+        description: OutputDescription,
+        fill: tuple[float, ...],
+        fingerprint: dict[str, Any],
+        out: Path,
+        folder: RunFolder,
+        meter: MemoryMeter,
+        tell: Listener,
+    ) -> None:
+        self.raster, self.network, self.plan, self.description = raster, network, plan, description
+        self.fill, self.fingerprint, self.out, self.folder = fill, fingerprint, out, folder
+        self.meter, self.tell = meter, tell
+        self.records: list[TileRecord] = []
+        self.check: StartCheck | None = None
+        self.began: float | None = None
+        self.ended: float | None = None
+
+    def execute(self, client: Client, todo: list[tuple[int, int]]) -> None:
+        """Start check, then all tiles of `todo`."""
+        run_id = uuid.uuid4().hex[:8]
+        program = compile_program(self.network, self.plan.engine, self.plan.threads)
+        spec = RunSpec(
+            run_id=run_id,
+            raster=self.raster,
+            plan=self.plan,
+            program=program,
+            fill=self.fill,
+            out=str(self.out),
+            array=self.description.kind,
+        )
+        plugin = RunPlugin(spec)
+        client.wait_for_workers(1, timeout=120)
+        client.register_plugin(plugin)
+        try:
+            self.tell(ClusterReady(workers=len(client.nthreads()), dashboard=_dashboard(client)))
+            self.began = time.perf_counter()
+            self.check = run_start_check(client, spec, self.network)
+            log.info("start check: %s", self.check.sentence())
+            self.tell(StartChecked(check=self.check))
+            require_exact(self.check)
+            if not self.out.exists():
+                create_output(
+                    self.out,
+                    plan=self.plan,
+                    description=self.description,
+                    place=self.raster.place,
+                    header={
+                        "fingerprint": self.fingerprint,
+                        "source": self.raster.path,
+                        "program_sha256": program.sha256,
+                        "versions": _versions(),
+                    },
+                )
+            update_header(self.out, {"start_check": self.check.to_json()})
+            pixels_of = {at: self.plan.grid.window(*at).pixels for at in todo}
+            pixels, synced = 0, time.monotonic()
+            for record in run_tiles(client, run_id, todo, pixels_of):
+                self.folder.append(record)
+                self.records.append(record)
+                pixels += record.pixels
+                if record.state == "failed":
+                    log.error("tile %d,%d failed: %s", record.row, record.column, record.error)
+                if time.monotonic() - synced > 2:
+                    self.folder.sync()
+                    synced = time.monotonic()
+                self.tell(
+                    TileFinished(
+                        record=record,
+                        finished=len(self.records),
+                        total=len(todo),
+                        pixels=pixels,
+                        elapsed_s=time.perf_counter() - self.began,
+                        memory_bytes=self.meter.current_bytes,
+                    )
+                )
+            self.ended = time.perf_counter()
+            self.folder.sync()
+        finally:
+            with contextlib.suppress(Exception):
+                client.unregister_worker_plugin(plugin.name)
+
+    def finish(self, earlier: dict[tuple[int, int], dict[str, Any]]) -> None:
+        """Give failed tiles their nodata, and write the tiles' states."""
+        status = np.zeros(self.plan.grid.counts, np.uint8)
+        for (row, column), record in earlier.items():
+            status[row, column] = DONE if record["state"] == "done" else FAILED
+        for record in self.records:
+            status[record.row, record.column] = DONE if record.state == "done" else FAILED
+        array = open_array(self.out, self.description.kind, "r+")
+        dtype = np.dtype(self.plan.output_dtype)
+        for row, column in np.argwhere(status == FAILED):
+            core = self.plan.grid.window(int(row), int(column))
+            write_core(array, core, np.full((self.plan.output_shape[0], *core.shape), output_nodata(dtype), dtype))
+        write_status(self.out, status)
+
+
+def run_start_check(client: Client, spec: RunSpec, network: Network) -> StartCheck:
+    """Compare patches that workers compute from their tiles' windows with the module itself in larger windows."""
+    patches = sample_patches(spec.plan)
+    future = client.submit(check_tiles, spec.run_id, patches, key=f"start-check-{spec.run_id}", pure=False)
+    reference = TorchEngine(network.module)
+    reader = spec.raster.open_reader()
+    expected: list[tuple[Array, Array]] = []
+    try:
+        for patch in patches:
+            window = larger_window(network, patch.window, spec.raster.shape_yx)
+            image = read_filled(reader, spec.raster, window, spec.fill).image
+            top, left = (int(v * s) for v, s in zip((window.y, window.x), network.scale, strict=True))
+            y, x = patch.window.y - top, patch.window.x - left
+            cut = (slice(None), slice(y, y + patch.window.height), slice(x, x + patch.window.width))
+            finished, logits = reference.run_with_logits(image)
+            expected.append((finished[cut], logits[cut]))
+    finally:
+        reader.close()
+    computed: list[tuple[Array, Array]] = future.result()
+    pairs = [(*ours, *theirs) for ours, theirs in zip(computed, expected, strict=True)]
+    return compare_patches(pairs, tiles=len({(p.row, p.column) for p in patches}), has_logits=network.graph.has_logits)
+
+
+def _dashboard(client: Client) -> str | None:
+    link = client.dashboard_link
+    services = client.scheduler_info().get("services", {})
+    return link if "dashboard" in services else None
+
+
+def _versions() -> dict[str, str]:
+    names = ("outsize", "torch", "openvino", "zarr", "rasterio", "dask", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(ModuleNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Turn the file system's refusals at the output into one line."""
+    try:
+        yield
+    except PermissionError as error:
+        raise OutputError(f"no permission to write {error.filename or out}; choose another path") from error
+    except OSError as error:
+        if error.errno in (28, 122):
+            raise OutputError(f"no space left for {out}; free some and run the same command again") from error
+        if isinstance(error, (NotADirectoryError, FileExistsError)):
+            raise OutputError(f"{error.filename or out} is not a folder; choose another path") from error
+        raise
+
+
+def _require_ours(out: Path) -> None:
+    """Only an output of ours may be overwritten."""
+    if out.exists():
+        read_header(out)
+
+
+def _continue(out: Path, fingerprint: dict[str, Any], *, resume: bool, budget: int) -> TilePlan:
+    """The plan of an existing output that this run may continue.
+
+    Raises:
+        OutputError: it is foreign, another run's, or resuming was switched off.
+        BudgetError: its plan needs more memory than this run may take.
+    """
+    header = read_header(out)
+    if not resume:
+        raise OutputError(f"{out} exists; choose another path, or --overwrite")
+    differences = find_differences(header.get("fingerprint", {}), fingerprint)
+    if differences:
+        raise OutputError(f"{out} was made by another run: {'; '.join(differences)}; --overwrite replaces it")
+    plan = TilePlan.from_json(header["plan"])
+    if plan.memory.total_bytes > budget:
+        raise BudgetError(
+            f"memory must be at least {format_bytes(plan.memory.total_bytes)} to continue {out} with the plan it was begun "
+            f"with, got {format_bytes(budget)}; raise --memory, or --overwrite"
+        )
+    return plan
+
+
+def _is_done(
+    out: Path, kind: str, plan: TilePlan, at: tuple[int, int], records: dict[tuple[int, int], dict[str, Any]]
+) -> bool:
+    record = records.get(at)
+    return record is not None and record.get("state") == "done" and has_all_chunks(out, kind, plan, plan.tile(*at))
