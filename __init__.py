@@ -29,4 +29,4 @@ __getattr__, __dir__, _names = lazy_loader.attach(
         ],
     },
 )
-__all__ = [*_names, "__version__"]
+__all__ = [*_names, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]

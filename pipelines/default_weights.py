@@ -2,8 +2,8 @@
 
     python -m outsize.pipelines.default_weights --minutes 25 --out models/segmentation/weights/sample-unet
 
-The same recipe trains the per-pixel baseline (1 x 1 convolutions of the same widths), so that the card shows what context
-is worth. The seeds of the training scenes and of the held-out ones do not meet.
+The same recipe trains the per-pixel baseline (1 x 1 convolutions), so that the card shows what context is worth. The
+seeds of the training scenes and of the held-out ones do not meet.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def main() -> None:
     )
     del valid
     network, steps = train(
-        UNet(norm=norm).to(memory_format=torch.channels_last),
+        UNet(norm=norm).to(memory_format=torch.channels_last),  # pyright: ignore[reportCallIssue] - torch's stubs
         images,
         labels,
         scaling,
@@ -180,7 +180,7 @@ def main() -> None:
     if options.out:
         model = SegmentationModel(
             name="sample-unet",
-            network=network.to(memory_format=torch.contiguous_format),
+            network=network.to(memory_format=torch.contiguous_format),  # pyright: ignore[reportCallIssue]
             bands=BANDS,
             scaling=scaling,
             fill=(float(NODATA),) * len(BANDS),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 from ..tiler.geometry import Interval, Window
 
-Floats = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.floating[Any]]
+"""float32 throughout; numpy's stubs do not follow."""
 
 
 def hash_unit(seed: int, iy: npt.NDArray[np.int64], ix: npt.NDArray[np.int64]) -> Floats:

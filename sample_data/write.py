@@ -9,7 +9,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
+import rasterio.crs
 import zarr
+from affine import Affine
 
 from ..tiler.errors import OutputError
 from ..tiler.geometry import Grid, Window
@@ -24,11 +26,8 @@ _RENDER = 256
 
 def scene_place() -> Georeference:
     """CRS and transform of every sample scene."""
-    from affine import Affine
-    from rasterio.crs import CRS as RasterioCRS
-
     x, y = ORIGIN_XY
-    return from_rasterio(RasterioCRS.from_user_input(CRS), Affine(PIXEL_METRES, 0, x, 0, -PIXEL_METRES, y))
+    return from_rasterio(rasterio.crs.CRS.from_user_input(CRS), Affine(PIXEL_METRES, 0, x, 0, -PIXEL_METRES, y))
 
 
 def _create(folder: Path, scene: Scene) -> tuple[zarr.Array, zarr.Array]:
@@ -69,7 +68,7 @@ def _create(folder: Path, scene: Scene) -> tuple[zarr.Array, zarr.Array]:
 
 
 def write_scene(
-    folder: Path, scene: Scene, *, overwrite: bool = False, advance: Callable[[int], None] = lambda pixels: None
+    folder: Path, scene: Scene, *, overwrite: bool = False, advance: Callable[[int], None] | None = None
 ) -> None:
     """Write FOLDER/scene.zarr and FOLDER/labels.zarr; both appear under their names only when whole.
 
@@ -106,7 +105,8 @@ def write_scene(
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
         for pixels in _bounded(pool, write, (grid.window(*at) for at in grid), 2 * workers):
-            advance(pixels)
+            if advance is not None:
+                advance(pixels)
     for target in targets:
         shutil.rmtree(target, ignore_errors=True)
         (unfinished / target.name).rename(target)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import dask
+from dask import config
 from distributed import Client, LocalCluster
 from distributed.security import Security
 
@@ -63,7 +63,7 @@ def open_client(options: ClusterOptions, plan: TilePlan) -> Iterator[Client]:
             tls_client_key=options.tls_key,
             require_encryption=True,
         )
-    address = options.scheduler or dask.config.get("scheduler-address", None)
+    address = options.scheduler or config.get("scheduler-address", None)
     if address or options.scheduler_file:
         try:
             client = Client(address, scheduler_file=options.scheduler_file, security=security, timeout="20s")
@@ -80,7 +80,7 @@ def open_client(options: ClusterOptions, plan: TilePlan) -> Iterator[Client]:
         "distributed.worker.memory.terminate": False,
         "distributed.nanny.pre-spawn-environ": _worker_environment(),
     }
-    with dask.config.set(settings):
+    with config.set(settings):
         if not options.processes:
             os.environ.setdefault("GDAL_CACHEMAX", _worker_environment()["GDAL_CACHEMAX"])
         with (
@@ -90,7 +90,7 @@ def open_client(options: ClusterOptions, plan: TilePlan) -> Iterator[Client]:
                 threads_per_worker=plan.in_flight,
                 processes=options.processes,
                 host="127.0.0.1",
-                dashboard_address=options.dashboard_address,
+                dashboard_address=options.dashboard_address,  # pyright: ignore[reportArgumentType] - None: no dashboard
                 memory_limit=0,
                 silence_logs=40,
             ) as cluster,

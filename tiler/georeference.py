@@ -89,7 +89,7 @@ def pixel_centres(
     transform = place.affine
     y = transform.f + transform.e * (np.arange(shape_yx[0]) + 0.5)
     x = transform.c + transform.a * (np.arange(shape_yx[1]) + 0.5)
-    return y, x
+    return y.astype(np.float64), x.astype(np.float64)
 
 
 def axis_attributes(place: Georeference) -> tuple[dict[str, str], dict[str, str]]:

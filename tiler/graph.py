@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Callable
@@ -65,7 +66,7 @@ class TracedGraph:
 
     @property
     def input_node(self) -> torch.fx.Node:
-        name = self.program.graph_signature.user_inputs[0]
+        name = next(iter(self.program.graph_signature.user_inputs))
         return next(node for node in self.program.graph.nodes if node.name == name)
 
     @property
@@ -133,7 +134,7 @@ def trace(module: nn.Module, bands: int, dtype: torch.dtype) -> TracedGraph:
         exports_log.setLevel(level)
 
     graph = program.graph
-    name = program.graph_signature.user_inputs[0]
+    name = next(iter(program.graph_signature.user_inputs))
     shape = next(node for node in graph.nodes if node.name == name).meta["val"].shape
     symbols: list[sympy.Symbol] = []
     smallest: list[int] = []
@@ -168,8 +169,6 @@ def trace(module: nn.Module, bands: int, dtype: torch.dtype) -> TracedGraph:
 
 
 def _parameter_names(function: Callable[..., Any]) -> list[str]:
-    import inspect
-
     return list(inspect.signature(function).parameters)
 
 

@@ -13,7 +13,7 @@ def cpu_count() -> int:
 
 
 def measure_flops_per_s(seconds: float = 0.25) -> float:
-    """Float32 multiplications and additions a second in a large matrix product on all cores: the estimate's yardstick."""
+    """Float32 operations a second in a large matrix product on all cores: the yardstick of estimated times."""
     import torch
 
     size = 1024

@@ -44,7 +44,7 @@ class EngineMemory:
     worker_bytes: int
     """A worker process with the engine loaded and the weights in it, before the first program."""
     factor: float
-    """Peak of a running program, in units of `Network.peak_activation_bytes`."""
+    """Peak of a running program, in units of `cost.compute_peak_bytes`."""
     constant_bytes: int
     """What a program holds whatever its size."""
 

@@ -20,6 +20,7 @@ from .operations import (
     Outcome,
     Pixels,
     apply_rule,
+    bound_arguments,
     evaluate,
     expression_of,
     operation_name,
@@ -48,8 +49,8 @@ class Halo:
 class Network:
     """An analysed module: a window of its output equals the same window of the whole image's, or analysis refused it.
 
-    Guarantee: run on `input_window(core, shape)` and cropped to `core`, the module gives what it gives on the whole image
-    padded to `padded_shape(shape)`, up to floating-point rounding.
+    Guarantee: run on `input_window(core, shape)` and cropped to `core`, the module gives what it gives on the whole
+    image padded to `padded_shape(shape)`, up to floating-point rounding.
     """
 
     module: nn.Module = field(repr=False)
@@ -141,76 +142,6 @@ class Network:
         )
         return Window.from_intervals(rows, columns)
 
-    def flops(self, shape_yx: tuple[int, int]) -> int:
-        """Multiplications and additions of the convolutions on an image of that shape."""
-        total = 0
-        for node in self.graph.program.graph.nodes:
-            if node.op == "call_function" and operation_name(node) in ("aten.conv2d", "aten.convolution"):
-                weight = _bound_arguments(node)["weight"].meta["val"].shape
-                height, width = self._sizes_at(node, shape_yx)
-                total += 2 * height * width * int(weight.numel())
-        return total
-
-    def peak_activation_bytes(self, shape_yx: tuple[int, int]) -> int:
-        """Largest sum of tensors alive at once when the graph runs node by node on an image of that shape.
-
-        A tensor lives from the node that makes it to its last reader; views and in-place results share their operand's.
-        """
-        nodes = [node for node in self.graph.program.graph.nodes if node.op in ("placeholder", "call_function")]
-        storage: dict[Node, Node] = {}
-        last_use: dict[Node, int] = {}
-        input_node = self.graph.input_node
-        for position, node in enumerate(nodes):
-            value = node.meta.get("val")
-            if not isinstance(value, torch.Tensor) or (node.op == "placeholder" and node is not input_node):
-                continue
-            owner = node
-            name = operation_name(node)
-            if node.all_input_nodes and (name.endswith("_") or name in _SHARING):
-                owner = storage.get(node.all_input_nodes[0], node)
-            storage[node] = owner
-            for source in node.all_input_nodes:
-                if source in storage:
-                    last_use[storage[source]] = position
-            last_use.setdefault(owner, position)
-        for node in self.graph.output_nodes:
-            last_use[storage[node]] = len(nodes)
-        alive, peak = 0, 0
-        ending: dict[int, list[Node]] = {}
-        for owner, position in last_use.items():
-            ending.setdefault(position, []).append(owner)
-        for position, node in enumerate(nodes):
-            if storage.get(node) is node:
-                alive += self._bytes_at(node, shape_yx)
-            peak = max(peak, alive)
-            alive -= sum(self._bytes_at(owner, shape_yx) for owner in ending.get(position, ()))
-        return peak
-
-    def _sizes_at(self, node: Node, shape_yx: tuple[int, int]) -> tuple[int, int]:
-        height, width = (
-            evaluate(expression_of(extent), symbol, size)
-            for extent, symbol, size in zip(
-                node.meta["val"].shape[-2:], (self.graph.height, self.graph.width), shape_yx, strict=True
-            )
-        )
-        return (height, width)
-
-    def _bytes_at(self, node: Node, shape_yx: tuple[int, int]) -> int:
-        value = node.meta["val"]
-        total = value.dtype.itemsize
-        for extent in value.shape:
-            expression = expression_of(extent)
-            for symbol, size in zip((self.graph.height, self.graph.width), shape_yx, strict=True):
-                if symbol in expression.free_symbols:
-                    expression = expression_of(evaluate(expression, symbol, size))
-            total *= int(expression)
-        return total
-
-
-_SHARING = frozenset(
-    f"aten.{name}" for name in ["slice", "alias", "detach", "permute", "transpose", "unsqueeze", "squeeze", "select", "view", "dropout"]
-)
-
 
 def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | None = None) -> Network:
     """Trace a module and derive what any window of its output needs of its input.
@@ -250,8 +181,8 @@ def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | None = N
         if not operands:
             if _free_symbols(node) & set(symbols):
                 raise UntileableError(
-                    f"{operation_name(node)} in {where(node)} cannot be tiled: it makes a tensor of the image's size, so "
-                    "its values may depend on the position; replace it by a constant that broadcasts"
+                    f"{operation_name(node)} in {where(node)} cannot be tiled: it makes a tensor of the image's "
+                    "size, so its values may depend on the position; replace it by a constant that broadcasts"
                 )
             continue
         call = Call(
@@ -259,7 +190,7 @@ def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | None = N
             operands=operands,
             symbols=symbols,
             size_multiple=graph.size_multiple,
-            arguments=_bound_arguments(node),
+            arguments=bound_arguments(node),
         )
         writes_in_place = call.name.endswith("_")
         if writes_in_place and any(operand.cropped_view for operand in operands.values()):
@@ -315,22 +246,6 @@ def _free_symbols(node: Node) -> set[Any]:
     }
 
 
-def _bound_arguments(node: Node) -> dict[str, Any]:
-    """The operation's arguments by the names of its schema, defaults filled in."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return {}
-    bound: dict[str, Any] = {}
-    for index, argument in enumerate(schema.arguments):
-        if index < len(node.args):
-            bound[argument.name] = node.args[index]
-        elif argument.name in node.kwargs:
-            bound[argument.name] = node.kwargs[argument.name]
-        elif argument.has_default_value():
-            bound[argument.name] = argument.default_value
-    return bound
-
-
 def _result_pixels(call: Call, outcome: Outcome) -> Pixels:
     """Scale and sizes of the result; refuses operands of different scale and results whose symbols went elsewhere."""
     scales: list[Fraction] = []
@@ -379,8 +294,8 @@ def _check_sizes(network: Network, known: dict[Node, Pixels], output: Node) -> N
                 moved = evaluate(expression, symbol, extent + period * multiple)
                 if moved - evaluate(expression, symbol, extent) != period * multiple * scale:
                     raise UntileableError(
-                        f"{operation_name(node)} in {where(node)} cannot be tiled: its {AXES[axis]} does not follow the "
-                        "image's in constant steps; crop and pad by constants or to another tensor's size"
+                        f"{operation_name(node)} in {where(node)} cannot be tiled: its {AXES[axis]} does not follow "
+                        "the image's in constant steps; crop and pad by constants or to another tensor's size"
                     )
     for axis, symbol in enumerate((network.graph.height, network.graph.width)):
         expression, scale = known[output].sizes[axis], known[output].scale[axis]

@@ -6,7 +6,7 @@ A rule takes a `Call` and returns an `Outcome`; `register_rule` puts it under th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
@@ -106,6 +106,22 @@ def operation_name(node: Node) -> str:
     return getattr(target, "__name__", str(target))
 
 
+def bound_arguments(node: Node) -> dict[str, Any]:
+    """The operation's arguments by the names of its schema, defaults filled in."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {}
+    bound: dict[str, Any] = {}
+    for index, argument in enumerate(schema.arguments):
+        if index < len(node.args):
+            bound[argument.name] = node.args[index]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        elif argument.has_default_value():
+            bound[argument.name] = argument.default_value
+    return bound
+
+
 def expression_of(value: Any) -> sympy.Expr:
     """A size as a sympy expression: of an int, a SymInt, or a graph node that holds one."""
     if isinstance(value, Node):
@@ -159,23 +175,29 @@ def apply_rule(call: Call) -> Outcome:
     return rule(call)
 
 
-def _refuse_always(names: Iterable[str], reason: str, remedy: str) -> None:
-    _REFUSALS.update({f"aten.{name}": (reason, remedy) for name in names})
+def _aten(names: str) -> list[str]:
+    return [f"aten.{name}" for name in names.split()]
+
+
+def _refuse_always(names: str, reason: str, remedy: str) -> None:
+    _REFUSALS.update(dict.fromkeys(_aten(names), (reason, remedy)))
 
 
 _WHOLE_IMAGE = "it needs whole-image statistics"
 _refuse_always(
-    ["adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "group_norm", "native_group_norm", "instance_norm", "layer_norm", "native_layer_norm", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "cumsum", "cumprod"],
+    """adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d group_norm native_group_norm instance_norm layer_norm
+    native_layer_norm var std var_mean std_mean norm linalg_vector_norm cumsum cumprod""",
     _WHOLE_IMAGE,
     "use batch norm in eval mode, or no norm; pool over fixed windows",
 )
 _refuse_always(
-    ["grid_sampler", "grid_sampler_2d", "fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2", "fft_fftn", "fft_rfftn", "_fft_r2c", "_fft_c2c", "sort", "topk", "median", "scaled_dot_product_attention", "matmul", "bmm", "mm", "einsum", "flip", "roll", "rot90", "nonzero", "unique_dim"],
+    """grid_sampler grid_sampler_2d fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_rfftn _fft_r2c _fft_c2c sort
+    topk median scaled_dot_product_attention matmul bmm mm einsum flip roll rot90 nonzero""",
     "a pixel may need any pixel of the image",
     "replace it by convolutions, or run this network on the whole image",
 )
 _refuse_always(
-    ["convolution_backward", "conv_transpose2d", "upsample_bicubic2d", "reflection_pad2d", "replication_pad2d", "pixel_shuffle"],
+    "conv_transpose2d upsample_bicubic2d reflection_pad2d replication_pad2d pixel_shuffle pixel_unshuffle",
     "this version has no rule for it",
     "use convolution, nearest or bilinear upsampling and zero padding",
 )
@@ -183,14 +205,20 @@ _refuse_always(
 
 # Pointwise operations and joins ------------------------------------------------------------------------------------
 
-_POINTWISE = ["abs", "add", "alias", "atan", "ceil", "celu", "clamp", "clamp_max", "clamp_min", "clone", "contiguous", "cos", "detach", "div", "elu", "eq", "erf", "exp", "expm1", "floor", "ge", "gelu", "glu_", "gt", "hardsigmoid", "hardswish", "hardtanh", "isnan", "le", "leaky_relu", "lift_fresh_copy", "log", "log1p", "log_sigmoid", "logical_and", "logical_not", "logical_or", "lt", "masked_fill", "maximum", "minimum", "mish", "mul", "nan_to_num", "ne", "neg", "pow", "prelu", "reciprocal", "relu", "relu6", "remainder", "round", "rsqrt", "rsub", "selu", "sigmoid", "sign", "silu", "sin", "softplus", "softsign", "sqrt", "square", "sub", "tanh", "threshold", "to", "_to_copy", "trunc", "type_as", "where"]
+_POINTWISE = _aten(
+    """abs add alias atan ceil celu clamp clamp_max clamp_min clone contiguous cos detach div elu eq erf exp expm1 floor
+    ge gelu gt hardsigmoid hardswish hardtanh isnan le leaky_relu lift_fresh_copy log log1p log_sigmoid logical_and
+    logical_not logical_or lt masked_fill maximum minimum mish mul nan_to_num ne neg pow prelu reciprocal relu relu6
+    remainder round rsqrt rsub selu sigmoid sign silu sin softplus softsign sqrt square sub tanh threshold to _to_copy
+    trunc type_as where"""
+)
 
 
 def _same_for_all(call: Call, dims: tuple[int, int]) -> Outcome:
     return Outcome(dims, tuple((operand, Same(), Same()) for operand in call.operands))
 
 
-@register_rule(*(f"aten.{name}" for name in _POINTWISE), *(f"aten.{name}_" for name in _POINTWISE))
+@register_rule(*_POINTWISE, *(f"{name}_" for name in _POINTWISE))
 def pointwise_rule(call: Call) -> Outcome:
     """Every operand's pixels line up with the result's from the last dimension, as broadcasting does."""
     rank = len(call.node.meta["val"].shape)
@@ -238,12 +266,7 @@ def cat_rule(call: Call) -> Outcome:
     return _same_for_all(call, both)
 
 
-@register_rule(
-    *(
-        f"aten.{name}"
-        for name in ["softmax", "log_softmax", "_softmax", "_log_softmax", "argmax", "argmin", "amax", "amin", "sum", "mean", "max", "min", "prod"]
-    )
-)
+@register_rule(*_aten("softmax log_softmax _softmax _log_softmax argmax argmin amax amin sum mean max min prod"))
 def channel_reduction_rule(call: Call) -> Outcome:
     """A reduction over dimensions other than height and width."""
     operand, pixels = call.pixels()
@@ -445,8 +468,8 @@ def bilinear_rule(call: Call) -> Outcome:
     for factor in set(factors):
         if factor & (factor - 1):
             notes.append(
-                f"bilinear x{factor} in {where(call.node)}: torch computes source coordinates in float32, whose rounding "
-                "differs with the position (weights by up to about 5e-4 at 30000 pixels); in float64 tiles agree"
+                f"bilinear x{factor} in {where(call.node)}: torch computes source coordinates in float32, whose "
+                "rounding differs with the position (weights by up to about 5e-4 at 30000 px); float64 tiles agree"
             )
     return Outcome(
         (2, 3),

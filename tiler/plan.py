@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .cost import compute_flops, compute_peak_bytes
 from .engine import ENGINE_MEMORY, EngineName, choose_engine
 from .errors import BudgetError, UsageError
 from .geometry import Grid, Interval, Window
@@ -140,7 +141,9 @@ class TilePlan:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TilePlan:
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
         for axis in ("rows", "columns"):
             fields[axis] = tuple(
                 Span(core=(s["core"][0], s["core"][1]), window=(s["window"][0], s["window"][1])) for s in values[axis]
@@ -168,8 +171,8 @@ class TilePlan:
             ),
             (
                 "tiles",
-                f"{rows * columns} ({rows} x {columns}), core {_pair(self.core)}, largest window {window_h} x {window_w}, "
-                f"{self.geometries} window shape{'s' if self.geometries != 1 else ''}",
+                f"{rows * columns} ({rows} x {columns}), core {_pair(self.core)}, largest window {window_h} x "
+                f"{window_w}, {self.geometries} window shape{'s' if self.geometries != 1 else ''}",
             ),
             (
                 "overhead",
@@ -203,7 +206,7 @@ class TilePlan:
             lines.append(
                 (
                     "time",
-                    f"about {format_seconds(self.flops / flops_per_s)} at this machine's {flops_per_s / 1e9:.0f} GFLOP/s",
+                    f"about {format_seconds(self.flops / flops_per_s)} at {flops_per_s / 1e9:.0f} GFLOP/s (measured)",
                 )
             )
         lines.extend(("note", note) for note in self.notes)
@@ -310,7 +313,7 @@ def plan_tiles(
             workers=workers,
             in_flight=min(IN_FLIGHT, tiles),
             client_bytes=CLIENT_BYTES[engine_name],
-            activation_bytes=network.peak_activation_bytes(window),
+            activation_bytes=compute_peak_bytes(network.graph, window),
             window_bytes=pixels * (shape[0] * itemsize + 1),
             result_bytes=network.channels * output_itemsize * (pixels + core_pixels),
             chunk_bytes=2 * chunk[0] * chunk[1] * output_itemsize,
@@ -340,7 +343,7 @@ def plan_tiles(
             memory_budget_bytes=budget,
             memory=prediction,
             flops=_total_flops(network, rows, columns),
-            flops_bare=network.flops(network.padded_shape(shape[1:])),
+            flops_bare=compute_flops(network.graph, network.padded_shape(shape[1:])),
             read_amplification=_read_amplification(rows, columns, shape[1:], block),
             notes=network.notes,
         )
@@ -357,7 +360,7 @@ def _total_flops(network: Network, rows: Sequence[Span], columns: Sequence[Span]
     heights, widths = ([s.window[1] - s.window[0] for s in spans] for spans in (rows, columns))
     for height in set(heights):
         for width in set(widths):
-            total += heights.count(height) * widths.count(width) * network.flops((height, width))
+            total += heights.count(height) * widths.count(width) * compute_flops(network.graph, (height, width))
     return total
 
 

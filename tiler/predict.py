@@ -22,7 +22,7 @@ from .cluster import ClusterOptions, open_client
 from .engine import Engine, choose_engine, compile_program
 from .engine_torch import TorchEngine
 from .errors import BudgetError, OutputError, UsageError
-from .events import ClusterReady, Listener, RunPlanned, StartChecked, TileFinished, TileRecord
+from .events import ClusterReady, Event, Listener, RunPlanned, StartChecked, TileFinished, TileRecord
 from .fingerprint import find_differences, make_fingerprint
 from .geometry import Window
 from .machine import cpu_count
@@ -32,7 +32,7 @@ from .network import Network
 from .plan import TilePlan, plan_tiles
 from .raster import Raster, open_raster, read_filled
 from .records import RunFolder, log, remove_output
-from .schedule import run_tiles
+from .schedule import count_threads, run_tiles
 from .store import (
     DONE,
     FAILED,
@@ -231,7 +231,7 @@ def predict(
         TilerError: its subclasses say what: raster, budget, output, engine, start check.
     """
     called = time.perf_counter()
-    tell: Listener = listener or (lambda event: None)
+    tell: Listener = listener or _ignore
     out = Path(out).absolute()
     with MemoryMeter() as meter:
         raster = raster if isinstance(raster, Raster) else open_raster(raster)
@@ -337,7 +337,7 @@ class _Run:
         client.wait_for_workers(1, timeout=120)
         client.register_plugin(plugin)
         try:
-            self.tell(ClusterReady(workers=len(client.nthreads()), dashboard=_dashboard(client)))
+            self.tell(ClusterReady(workers=len(count_threads(client)), dashboard=_dashboard(client)))
             self.began = time.perf_counter()
             self.check = run_start_check(client, spec, self.network)
             log.info("start check: %s", self.check.sentence())
@@ -422,6 +422,11 @@ def run_start_check(client: Client, spec: RunSpec, network: Network) -> StartChe
     return compare_patches(pairs, tiles=len({(p.row, p.column) for p in patches}), has_logits=network.graph.has_logits)
 
 
+def _ignore(event: Event) -> None:
+    """The listener of a run that nobody watches."""
+    del event
+
+
 def _dashboard(client: Client) -> str | None:
     link = client.dashboard_link
     services = client.scheduler_info().get("services", {})
@@ -474,8 +479,8 @@ def _continue(out: Path, fingerprint: dict[str, Any], *, resume: bool, budget: i
     plan = TilePlan.from_json(header["plan"])
     if plan.memory.total_bytes > budget:
         raise BudgetError(
-            f"memory must be at least {format_bytes(plan.memory.total_bytes)} to continue {out} with the plan it was begun "
-            f"with, got {format_bytes(budget)}; raise --memory, or --overwrite"
+            f"memory must be at least {format_bytes(plan.memory.total_bytes)} to continue {out} with its own plan, "
+            f"got {format_bytes(budget)}; raise --memory, or --overwrite"
         )
     return plan
 

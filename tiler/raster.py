@@ -108,13 +108,13 @@ def nodata_mask(image: Array, nodata: float | None) -> npt.NDArray[np.bool_] | N
     if np.isnan(nodata):
         if image.dtype.kind != "f":
             return None
-        missing = np.isnan(image).all(axis=0)
+        missing = np.asarray(np.isnan(image).all(axis=0))
     else:
-        missing = np.equal(image[0], nodata)
+        missing = np.asarray(image[0] == nodata)
         for band in image[1:]:
             if not missing.any():
                 return None
-            missing &= np.equal(band, nodata)
+            missing &= np.asarray(band == nodata)
     return missing if missing.any() else None
 
 

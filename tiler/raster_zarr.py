@@ -160,7 +160,7 @@ def _band_names(group: zarr.Group | None, count: int) -> tuple[str, ...]:
 
 
 def _identity(store: Path, inner: str) -> str:
-    """Hash of the metadata, with the times at which the array's folders changed: a rewritten chunk changes its folder."""
+    """Hash of the metadata, with the times at which the array's folders changed."""
     digest = hashlib.sha256()
     folder = store / inner
     for name in _METADATA_FILES:

@@ -78,7 +78,7 @@ class EnlargeNearest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnlargeBilinear:
-    """Bilinear upsampling by an integer, align_corners=False: output i needs the floor of (i + 1/2)/factor - 1/2 and the next."""
+    """Bilinear upsampling by an integer (align_corners=False): i needs floor((i + 1/2)/factor - 1/2) and the next."""
 
     factor: int
 
@@ -152,10 +152,10 @@ class AxisGraph:
         return needed
 
     def input_interval(self, wanted: Interval) -> Interval:
-        """Input pixels that a window must hold so that `wanted` output pixels come out of it as out of the whole image.
+        """Input pixels that a window must hold so that `wanted` comes out of it as out of the whole image.
 
-        These are the needed pixels of the input, and the pixels under every needed pixel of every other node: a pixel of
-        a node exists in a window's own computation only if the window reaches as far as the pixel does.
+        These are the needed pixels of the input, and the pixels under every needed pixel of every other node: a pixel
+        of a node exists in a window's own computation only if the window reaches as far as the pixel does.
         """
         hull = footprint(wanted, self.scale)
         for node, needed in zip(self.nodes, self.intervals(wanted), strict=True):

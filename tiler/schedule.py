@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from dask.typing import Key
 from distributed import Client, Future, as_completed
 from distributed.client import FutureCancelledError
 from distributed.scheduler import KilledWorker
@@ -20,13 +22,13 @@ def run_tiles(
 ) -> Iterator[TileRecord]:
     """Run tiles in the given order; yields each one's record as it ends.
 
-    The scheduler never knows more than a few tiles a thread, so that its memory does not grow with the raster. A tile whose
-    worker dies is tried again elsewhere by Dask, and becomes a failed record after `distributed.scheduler.allowed-failures`
-    deaths.
+    The scheduler never knows more than a few tiles a thread, so that its memory does not grow with the raster. A tile
+    whose worker dies is tried again elsewhere by Dask, and becomes a failed record after
+    `distributed.scheduler.allowed-failures` deaths.
     """
-    threads = max(1, sum(client.nthreads().values()))
+    threads = max(1, sum(count_threads(client).values()))
     waiting = iter(tiles)
-    at: dict[str, tuple[int, int]] = {}
+    at: dict[Key, tuple[int, int]] = {}
 
     def submit() -> Future | None:
         tile = next(waiting, None)
@@ -49,6 +51,12 @@ def run_tiles(
     finally:
         if at:
             client.cancel([Future(key, client) for key in at], force=True)
+
+
+def count_threads(client: Client) -> dict[str, int]:
+    """Worker addresses and their threads, of a client that is not asynchronous."""
+    threads: Any = client.nthreads()
+    return dict(threads)
 
 
 def _record(future: Future, tile: tuple[int, int], pixels: int) -> TileRecord:

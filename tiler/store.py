@@ -198,7 +198,8 @@ def read_header(path: Path) -> dict[str, Any]:
 def update_header(path: Path, values: dict[str, Any]) -> None:
     """Add values to the `outsize` attribute."""
     group = zarr.open_group(str(path), mode="r+")
-    group.attrs["outsize"] = {**dict(group.attrs)["outsize"], **values}  # pyright: ignore[reportCallIssue, reportArgumentType]
+    header: Any = dict(group.attrs)["outsize"]
+    group.attrs["outsize"] = {**header, **values}
 
 
 def open_array(path: str | Path, name: str, mode: Literal["r", "r+"] = "r") -> zarr.Array[Any]:

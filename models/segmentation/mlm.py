@@ -138,7 +138,7 @@ def save_model(model: SegmentationModel, path: str | Path, card: dict[str, Any] 
 
 def default_model_path() -> Path:
     """The shipped model's description."""
-    return Path(str(resources.files(__package__) / "weights" / "sample-unet.json"))
+    return Path(str(resources.files("outsize.models.segmentation") / "weights" / "sample-unet.json"))
 
 
 def load_model(path: str | Path | None = None) -> SegmentationModel:

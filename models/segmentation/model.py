@@ -68,8 +68,8 @@ class SegmentationModel:
 class TileNetwork(nn.Module):
     """Scaling, network and finishing step as one module: raw pixels in, finished pixels out.
 
-    Shapes: (1, bands, h, w) in the raster's own dtype -> class (1, 1, h, w) uint8; probability (1, classes, h, w) uint8,
-    round(254 p); logits (1, classes, h, w) float.
+    Shapes: (1, bands, h, w) in the raster's own dtype -> class (1, 1, h, w) uint8; probability (1, classes, h, w)
+    uint8, round(254 p); logits (1, classes, h, w) float.
     """
 
     subtract: Tensor

@@ -43,7 +43,7 @@ class FrozenNorm(nn.Module):
 
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """While open, a forward pass sets every FrozenNorm's statistics from the batch that reaches it, in network order."""
+    """While open, a forward pass sets every FrozenNorm's statistics from the batch that reaches it."""
     norms = [module for module in model.modules() if isinstance(module, FrozenNorm)]
     for norm in norms:
         norm.is_calibrating = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -21,7 +22,8 @@ def _stage(channels_in: int, channels_out: int, norm: Norm) -> nn.Sequential:
         convolution = nn.Conv2d(source, channels_out, 3, padding=1)
         # He initialisation keeps the variance of ReLU activations from layer to layer, so that no norm is needed.
         nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
-        nn.init.zeros_(convolution.bias) if convolution.bias is not None else None
+        assert convolution.bias is not None
+        nn.init.zeros_(convolution.bias)
         layers += [convolution, FrozenNorm(channels_out)] if norm == "frozen" else [convolution]
         layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
@@ -30,8 +32,8 @@ def _stage(channels_in: int, channels_out: int, norm: Norm) -> nn.Sequential:
 class UNet(nn.Module):
     """U-Net (Ronneberger et al. 2015) with same-size convolutions: logits for every pixel of any image.
 
-    Shapes: (batch, bands, h, w) float -> (batch, classes, h, w), for all h, w >= 1: it pools with ceil_mode, upsamples by
-    exactly 2 (nearest) and crops to the skip's size, so no size needs padding.
+    Shapes: (batch, bands, h, w) float -> (batch, classes, h, w), for all h, w >= 1: it pools with ceil_mode, upsamples
+    by exactly 2 (nearest) and crops to the skip's size, so no size needs padding.
 
     Args:
         bands: input channels.
@@ -61,7 +63,7 @@ class UNet(nn.Module):
         self.checkpointing = checkpointing
         sources = (bands, *widths)
         self.encoder = nn.ModuleList(_stage(a, b, norm) for a, b in zip(sources, widths, strict=False))
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(pairwise(widths))
         self.decoder = nn.ModuleList(_stage(fine + coarse, fine, norm) for fine, coarse in reversed(pairs))
         self.head = nn.Conv2d(widths[0], classes, 1)
 
