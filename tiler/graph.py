@@ -122,7 +122,8 @@ def trace(module: nn.Module, bands: int, dtype: torch.dtype) -> TracedGraph:
     level = exports_log.level
     try:
         exports_log.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        # Without gradients, as inference runs: writing into views in place is then allowed.
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = export(traced, (example,), dynamic_shapes=spec, strict=False)
     except Exception as error:

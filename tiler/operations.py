@@ -255,7 +255,7 @@ def batch_norm_rule(call: Call) -> Outcome:
 @register_rule("aten.cat", "aten.concat")
 def cat_rule(call: Call) -> Outcome:
     rank = len(call.node.meta["val"].shape)
-    if len(call.operands) != len(call.arguments["tensors"]):
+    if set(call.operands) != set(call.arguments["tensors"]):
         call.refuse("it joins the image with a constant of the image's size", "broadcast the constant instead")
     dims = {pixels.dims for pixels in call.operands.values()}
     if len(dims) != 1:

@@ -1,0 +1,23 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Real rasters that are not part of the project; SHARED_DIR says where."""
+    folder = Path(os.environ.get("SHARED_DIR", Path(__file__).parents[1] / "../shared")).resolve()
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no shared data at {folder}; set SHARED_DIR")
+    return folder
