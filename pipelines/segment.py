@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -81,7 +82,8 @@ def run_segment(
     resume: bool,
     overwrite: bool,
 ) -> RunSummary:
-    """Segment a raster; returns what was done."""
+    """Segment a raster; returns what was done, start-up counted from here."""
+    began = time.perf_counter()
     raster, model, network = _prepare(options)
     description = OutputDescription(
         kind=options.output,
@@ -92,6 +94,7 @@ def run_segment(
     )
     console.remark(f"model     {model.name}")
     listener = _Listener(console)
+    prepared_s = time.perf_counter() - began
     try:
         summary = predict(
             raster,
@@ -111,6 +114,7 @@ def run_segment(
         )
     finally:
         listener.close()
+    summary = replace(summary, startup_s=summary.startup_s + prepared_s)
     for row, column, reason in summary.failed_tiles[:20]:
         console.remark(f"failed    tile {row},{column}: {reason}")
     if len(summary.failed_tiles) > 20:

@@ -83,6 +83,15 @@ def _runs(module: nn.Module, bands: int, size: tuple[int, int], dtype: torch.dty
     return None
 
 
+def _shows_logits(module: nn.Module, example: Tensor) -> bool:
+    """Whether the module has logits other than its result."""
+    if not isinstance(module, HasLogits):
+        return False
+    with torch.no_grad():
+        logits = module.logits(example)
+        return module.finish(logits) is not logits
+
+
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
@@ -112,10 +121,10 @@ def trace(module: nn.Module, bands: int, dtype: torch.dtype) -> TracedGraph:
     Raises:
         UntileableError: the module cannot be traced, accepts one size only, or changes with the size.
     """
-    traced = WithLogits(module) if isinstance(module, HasLogits) else module
-    multiple = find_size_multiple(traced, bands, dtype)
+    multiple = find_size_multiple(module, bands, dtype)
     size = _TRACE_SIZE if multiple == 1 else (multiple * 7, multiple * 5)
     example = torch.zeros((1, bands, *size), dtype=dtype)
+    traced = WithLogits(module) if _shows_logits(module, example) else module
     free = {2: Dim.AUTO, 3: Dim.AUTO}
     spec = {next(iter(_parameter_names(traced.forward))): free}
     exports_log = logging.getLogger("torch.export")

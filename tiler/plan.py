@@ -29,7 +29,7 @@ TILES_PER_WORKER = 8
 CORES_PER_WORKER = 8
 """CPU cores of one worker process; more are slower in one convolution than in two."""
 GDAL_CACHE_BYTES = 64 * MB
-CLIENT_BYTES = {"openvino": 420 * MB, "torch": 420 * MB}
+CLIENT_BYTES = {"openvino": 520 * MB, "torch": 450 * MB}
 """The planning process with torch and Dask loaded, and the traced network; measured, see docs/memory.md."""
 
 
@@ -317,7 +317,7 @@ def plan_tiles(
             window_bytes=pixels * (shape[0] * itemsize + 1),
             result_bytes=network.channels * output_itemsize * (pixels + core_pixels),
             chunk_bytes=2 * chunk[0] * chunk[1] * output_itemsize,
-            cache_bytes=GDAL_CACHE_BYTES,
+            cache_bytes=GDAL_CACHE_BYTES if isinstance(raster, Raster) and raster.kind == "gdal" else 0,
         )
         smallest = prediction
         if prediction.total_bytes > budget:

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from distributed import Client
 
 from .check import StartCheck, compare_patches, larger_window, require_exact, sample_patches
 from .cluster import ClusterOptions, open_client
-from .engine import Engine, choose_engine, compile_program
+from .engine import Engine, EngineProgram, choose_engine, compile_program
 from .engine_torch import TorchEngine
 from .errors import BudgetError, OutputError, UsageError
 from .events import ClusterReady, Event, Listener, RunPlanned, StartChecked, TileFinished, TileRecord
@@ -266,6 +267,7 @@ def predict(
                 tell=tell,
             )
             if todo:
+                run.convert()
                 opened = contextlib.nullcontext(client) if client else open_client(cluster or ClusterOptions(), plan)
                 with opened as connected:
                     assert connected is not None
@@ -319,11 +321,19 @@ class _Run:
         self.check: StartCheck | None = None
         self.began: float | None = None
         self.ended: float | None = None
+        self._program: Future[EngineProgram] | None = None
+
+    def convert(self) -> None:
+        """Begin to convert the network for the engine, while workers start."""
+        pool = ThreadPoolExecutor(1, thread_name_prefix="convert")
+        self._program = pool.submit(compile_program, self.network, self.plan.engine, self.plan.threads)
+        pool.shutdown(wait=False)
 
     def execute(self, client: Client, todo: list[tuple[int, int]]) -> None:
         """Start check, then all tiles of `todo`."""
         run_id = uuid.uuid4().hex[:8]
-        program = compile_program(self.network, self.plan.engine, self.plan.threads)
+        assert self._program is not None
+        program = self._program.result()
         spec = RunSpec(
             run_id=run_id,
             raster=self.raster,

@@ -9,10 +9,9 @@ from functools import cache
 
 import pytest
 import torch
-from torch import Tensor
-
 from outsize.tiler.geometry import Grid, Interval, Window, align_down
 from outsize.tiler.network import Network, analyze_network
+from torch import Tensor
 
 from .zoo import ZOO, alive
 
@@ -125,9 +124,7 @@ def test_the_halo_cut_by_one_fails_on_every_side(name: str) -> None:
             tile = run_window(network, image, core, window)
             rows, columns = core.slices()
             expected = whole[:, rows, columns]
-            worst = (
-                float("inf") if tile.shape != expected.shape else float((tile - expected).abs().max())
-            )
+            worst = float("inf") if tile.shape != expected.shape else float((tile - expected).abs().max())
             caught[side] = max(caught.get(side, 0.0), worst)
     assert set(caught) == {f"{side} of axis {axis}" for side in ("start", "stop") for axis in (0, 1)}
     assert min(caught.values()) > 1e-10, caught

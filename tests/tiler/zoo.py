@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from outsize.models.segmentation.unet import UNet
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from outsize.models.segmentation.unet import UNet
 
 
 def alive(module: nn.Module, seed: int = 0) -> nn.Module:
