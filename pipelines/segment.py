@@ -17,8 +17,8 @@ from ..tiler.machine import measure_flops_per_s
 from ..tiler.memory import format_bytes
 from ..tiler.network import Network, analyze_network
 from ..tiler.plan import TilePlan, format_seconds, plan_tiles
-from ..tiler.predict import RunSummary, predict
 from ..tiler.raster import Raster, open_raster
+from ..tiler.run import RunSummary, predict
 from ..tiler.store import OutputDescription
 from .console import Console
 

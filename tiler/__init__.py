@@ -11,10 +11,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "cluster": ["ClusterOptions"],
         "errors": ["TilerError"],
         "geometry": ["Window"],
+        "inference": ["lazy_predict", "predict_window"],
         "network": ["Network", "analyze_network"],
         "plan": ["TilePlan", "plan_tiles"],
-        "predict": ["RunSummary", "lazy_predict", "predict", "predict_window"],
         "raster": ["Raster", "open_raster"],
+        "run": ["RunSummary", "predict"],
         "store": ["OutputDescription"],
     },
 )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 
 import pytest
@@ -13,7 +11,7 @@ from outsize.tiler.geometry import Grid, Interval, Window, align_down
 from outsize.tiler.network import Network, analyze_network
 from torch import Tensor
 
-from .zoo import ZOO, alive
+from .zoo import ZOO, alive, without_onednn
 
 CASES = (
     ((1, 1), (8, 8)),
@@ -44,15 +42,6 @@ def run_window(network: Network, image: Tensor, core: Window, window: Window) ->
         result = network.module(image[..., rows, columns])[0]
     top, left = int(window.y * network.scale[0]), int(window.x * network.scale[1])
     return result[:, core.y - top : core.y - top + core.height, core.x - left : core.x - left + core.width]
-
-
-@contextmanager
-def without_onednn() -> Iterator[None]:
-    """Its Winograd convolution spreads NaN over whole blocks."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch remarks on Intel GPUs
-        with torch.backends.mkldnn.flags(enabled=False):
-            yield
 
 
 def run_whole(network: Network, image: Tensor) -> Tensor:

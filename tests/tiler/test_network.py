@@ -108,7 +108,7 @@ def test_a_network_of_sizes_divisible_by_four_is_found_out() -> None:
 
 
 def test_a_network_that_runs_at_no_size_is_refused_in_its_own_words() -> None:
-    with pytest.raises(UntileableError, match="expected input.* to have 5 channels"):
+    with pytest.raises(UntileableError, match=r"expected input.* to have 5 channels"):
         analyze_network(nn.Conv2d(5, 1, 1), bands=3)
 
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from outsize.models.segmentation.unet import UNet
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Its Winograd convolution spreads NaN over whole blocks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch remarks on Intel GPUs
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
 
 
 def alive(module: nn.Module, seed: int = 0) -> nn.Module:

@@ -1,0 +1,32 @@
+"""Rasters whose every pixel is unique, so that a wrong offset cannot pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+from affine import Affine
+
+TRANSFORM = Affine(2.5, 0, 400_000, 0, -2.5, 5_600_000)
+CRS = "EPSG:32633"
+
+
+def unique_pixels(bands: int, height: int, width: int, dtype: Any = np.int32) -> np.ndarray:
+    return np.arange(1, bands * height * width + 1).reshape(bands, height, width).astype(dtype)
+
+
+def write_geotiff(path: Path, image: np.ndarray, **options: Any) -> Path:
+    settings: dict[str, Any] = {
+        "driver": "GTiff",
+        "count": image.shape[0],
+        "height": image.shape[1],
+        "width": image.shape[2],
+        "dtype": image.dtype,
+        "crs": CRS,
+        "transform": TRANSFORM,
+    }
+    with rasterio.open(path, "w", **{**settings, **options}) as dataset:
+        dataset.write(image)
+    return path

@@ -1,0 +1,359 @@
+"""Runs: the whole image's result, nodata, resuming, failures, refusals. Workers are threads of this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distributed import Client, LocalCluster
+from outsize.models.segmentation.unet import UNet
+from outsize.tiler.errors import BudgetError, ExactnessError, OutputError, RasterError, TilerError, UsageError
+from outsize.tiler.events import ClusterReady, Event, RunPlanned, StartChecked, TileFinished
+from outsize.tiler.geometry import Window
+from outsize.tiler.inference import lazy_predict, predict_window
+from outsize.tiler.network import Network, analyze_network
+from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_gdal import GdalReader
+from outsize.tiler.receptive import AxisGraph, Slide
+from outsize.tiler.records import RunFolder
+from outsize.tiler.run import RunSummary, predict
+from outsize.tiler.store import open_array, read_header
+from torch import Tensor, nn
+
+from .rasters import write_geotiff
+from .zoo import ZOO, PlainUNet, alive
+
+
+class Classify(nn.Module):
+    """Class numbers of another network, its logits shown."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.network(x / 50)
+
+    def finish(self, logits: Tensor) -> Tensor:
+        return logits.argmax(1, keepdim=True).to(torch.uint8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(self.logits(x))
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@cache
+def class_network() -> Network:
+    network = alive(UNet(3, 4, (6, 8, 10)), seed=3).float()
+    return analyze_network(Classify(network).eval(), bands=3, dtype=torch.float32)
+
+
+@cache
+def logit_network(name: str) -> Network:
+    return analyze_network(alive(ZOO[name]() if name in ZOO else PlainUNet()).float(), bands=3)
+
+
+def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(100, 60, (3, height, width)).astype(np.float32)
+
+
+def scene(folder: Path, height: int, width: int, *, nodata: bool = False) -> Path:
+    image = random_image(height, width)
+    if nodata:
+        image[:, : height // 3, : width // 3] = -1
+        image[0, -1, -1] = -1  # one band only: still valid
+        image[:, height // 2, width // 2] = -1
+    options = {"nodata": -1, "tiled": True, "blockxsize": 32, "blockysize": 48} if nodata else {}
+    return write_geotiff(folder / f"scene-{height}x{width}.tif", image, **options)
+
+
+def run(source: Path, network: Network, out: Path, client: Client, **options: Any) -> RunSummary:
+    settings: dict[str, Any] = {"engine": "torch", "core": 64, "memory": "4GB", **options}
+    return predict(source, network, out, client=client, **settings)
+
+
+def whole(network: Network, source: Path, fill: tuple[float, ...] = (0, 0, 0)) -> np.ndarray:
+    """The module on the whole raster, nodata filled before and masked after: the definition."""
+    raster = open_raster(source)
+    image = raster.open_reader().read(Window.whole(raster.shape_yx))
+    missing = np.zeros(raster.shape_yx, bool)
+    if raster.nodata is not None:
+        missing = (image == raster.nodata).all(0)
+        image = np.where(missing, np.asarray(fill, image.dtype)[:, None, None], image)
+    height, width = network.padded_shape(raster.shape_yx)
+    padded = np.empty((3, height, width), image.dtype)
+    padded[:] = np.asarray(fill)[:, None, None]
+    padded[:, : image.shape[1], : image.shape[2]] = image
+    with torch.no_grad():
+        result = network.module(torch.from_numpy(padded)[None])[0].numpy()
+    output_h, output_w = network.output_shape(raster.shape_yx)
+    result = result[:, :output_h, :output_w]
+    if missing.any():
+        assert network.scale == (1, 1)
+        result = np.where(missing, np.asarray(255 if result.dtype == np.uint8 else np.nan, result.dtype), result)
+    return result
+
+
+def stored(out: Path) -> np.ndarray:
+    header = read_header(out)
+    values = np.asarray(open_array(out, header["kind"])[...])
+    return values if values.ndim == 3 else values[None]
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 130), (97, 131), (129, 65)])
+def test_a_run_equals_the_whole_image(tmp_path: Path, client: Client, height: int, width: int) -> None:
+    source = scene(tmp_path, height, width)
+    summary = run(source, class_network(), tmp_path / "o.zarr", client)
+    assert np.array_equal(stored(tmp_path / "o.zarr"), whole(class_network(), source))
+    assert summary.pixels == height * width
+    assert summary.start_check is not None
+    assert summary.start_check.flipped == 0
+    assert summary.start_check.compared == "logits"
+    assert (np.asarray(open_array(tmp_path / "o.zarr", "status")[...]) == 1).all()
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+@pytest.mark.parametrize("name", ["plain unet", "padded unet", "strided", "enlarged nearest", "cropped"])
+def test_networks_of_any_scale_and_size_rule_run_on_both_engines(
+    tmp_path: Path, client: Client, name: str, engine: str
+) -> None:
+    source = scene(tmp_path, 117, 150)
+    run(source, logit_network(name), tmp_path / "o.zarr", client, engine=engine)
+    expected = whole(logit_network(name), source)
+    assert np.allclose(stored(tmp_path / "o.zarr"), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def test_nodata_in_is_nodata_out_and_fill_is_what_neighbours_see(tmp_path: Path, client: Client) -> None:
+    source = scene(tmp_path, 150, 141, nodata=True)
+    network = logit_network("unet depth 1")
+    run(source, network, tmp_path / "o.zarr", client, fill=(90, 100, 110))
+    result, expected = stored(tmp_path / "o.zarr"), whole(network, source, (90, 100, 110))
+    assert np.isnan(result[:, :50, :47]).all()
+    assert np.isfinite(result[:, -1, -1]).all()
+    assert np.allclose(result, expected, rtol=1e-4, atol=1e-3, equal_nan=True)
+    other = whole(network, source, (0, 0, 0))
+    assert not np.allclose(expected, other, rtol=1e-4, atol=1e-3, equal_nan=True)
+
+
+def test_a_scaled_output_is_nodata_where_all_pixels_under_it_are(tmp_path: Path, client: Client) -> None:
+    image = random_image(60, 60)
+    image[:, :30, :20] = -1
+    source = write_geotiff(tmp_path / "s.tif", image, nodata=-1)
+    run(source, logit_network("strided"), tmp_path / "o.zarr", client)
+    missing = np.isnan(stored(tmp_path / "o.zarr")[0])
+    assert missing[:10, :6].all()  # columns 18..20 hold valid pixels too
+    assert missing.sum() == 60
+
+
+def test_two_plans_give_the_same_output(tmp_path: Path, client: Client) -> None:
+    source = scene(tmp_path, 200, 170, nodata=True)
+    for core in (64, 128, 512):
+        run(source, class_network(), tmp_path / f"{core}.zarr", client, core=core)
+    assert np.array_equal(stored(tmp_path / "64.zarr"), stored(tmp_path / "128.zarr"))
+    assert np.array_equal(stored(tmp_path / "64.zarr"), stored(tmp_path / "512.zarr"))
+
+
+def test_windows_and_lazy_arrays_equal_the_run(tmp_path: Path, client: Client) -> None:
+    source = scene(tmp_path, 150, 141, nodata=True)
+    run(source, class_network(), tmp_path / "o.zarr", client)
+    expected = stored(tmp_path / "o.zarr")
+    raster = open_raster(source)
+    for window in (Window(y=0, x=0, height=1, width=1), Window(y=37, x=51, height=64, width=83)):
+        got = predict_window(raster, class_network(), window, engine="torch")
+        assert np.array_equal(got, expected[(slice(None), *window.slices())])
+    lazy = lazy_predict(raster, class_network(), chunk=50, engine="torch")
+    assert lazy.shape == expected.shape
+    assert np.array_equal(lazy[:, 20:120, 33:77].compute(scheduler="synchronous"), expected[:, 20:120, 33:77])
+    with pytest.raises(UsageError, match="inside the output"):
+        predict_window(raster, class_network(), Window(y=149, x=0, height=2, width=2))
+
+
+def test_events_tell_the_run(tmp_path: Path, client: Client) -> None:
+    events: list[Event] = []
+    run(scene(tmp_path, 100, 100), class_network(), tmp_path / "o.zarr", client, listener=events.append)
+    kinds = [type(event) for event in events]
+    assert kinds == [RunPlanned, ClusterReady, StartChecked, *[TileFinished] * 4]
+    last = events[-1]
+    assert isinstance(last, TileFinished)
+    assert (last.finished, last.total, last.pixels) == (4, 4, 10_000)
+
+
+def test_the_same_call_finishes_what_is_missing(tmp_path: Path, client: Client) -> None:
+    source, out = scene(tmp_path, 200, 200), tmp_path / "o.zarr"
+    run(source, class_network(), out, client)
+    expected = stored(out)
+    again = run(source, class_network(), out, client)
+    assert (again.tiles, again.resumed_tiles) == (0, 16)
+    # A lost chunk, a lost record, and a record cut short by a crash.
+    (out / "class/c/1/2").unlink()
+    records = tmp_path / "o.zarr.run/records.jsonl"
+    lines = [line for line in records.read_text().splitlines() if '"row": 3, "column": 3' not in line]
+    records.write_text("\n".join(lines) + '\n{"row": 0, "col')
+    resumed = run(source, class_network(), out, client)
+    assert (resumed.tiles, resumed.resumed_tiles) == (2, 14)
+    assert np.array_equal(stored(out), expected)
+    assert run(source, class_network(), out, client).tiles == 0
+
+
+def test_an_interrupted_run_is_continued(tmp_path: Path, client: Client) -> None:
+    source, out = scene(tmp_path, 200, 200), tmp_path / "o.zarr"
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, TileFinished) and event.finished == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(source, class_network(), out, client, listener=interrupt)
+    summary = run(source, class_network(), out, client)
+    assert summary.resumed_tiles >= 3
+    assert summary.tiles + summary.resumed_tiles == 16
+    assert np.array_equal(stored(out), whole(class_network(), source))
+
+
+def test_another_network_or_input_is_not_mixed_into_an_output(tmp_path: Path, client: Client) -> None:
+    source, out = scene(tmp_path, 70, 70), tmp_path / "o.zarr"
+    run(source, class_network(), out, client)
+    before = stored(out)
+    other = analyze_network(Classify(alive(UNet(3, 4, (6, 8, 10)), seed=4).float()).eval(), 3, torch.float32)
+    with pytest.raises(OutputError, match="made by another run: network"):
+        run(source, other, out, client)
+    with pytest.raises(OutputError, match=r"made by another run: .*input"):
+        run(scene(tmp_path, 70, 71), class_network(), out, client)
+    with pytest.raises(OutputError, match="exists; choose another path, or --overwrite"):
+        run(source, class_network(), out, client, resume=False)
+    assert np.array_equal(stored(out), before)
+    run(source, other, out, client, overwrite=True)
+    assert np.array_equal(stored(out), whole(other, source))
+
+
+def test_foreign_folders_are_neither_continued_nor_overwritten(tmp_path: Path, client: Client) -> None:
+    source, out = scene(tmp_path, 70, 70), tmp_path / "precious"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="not an output of outsize"):
+            run(source, class_network(), out, client, overwrite=overwrite)
+    assert (out / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(OutputError, match=r"not a folder|is not an output"):
+        run(source, class_network(), source, client)
+
+
+def test_a_second_run_on_the_same_output_is_kept_off(tmp_path: Path, client: Client) -> None:
+    source, out = scene(tmp_path, 70, 70), tmp_path / "o.zarr"
+    with RunFolder(out), pytest.raises(OutputError, match="being written by another run"):
+        run(source, class_network(), out, client)
+
+
+def test_a_plan_that_needs_more_than_the_new_budget_is_not_continued(tmp_path: Path, client: Client) -> None:
+    source, out = scene(tmp_path, 70, 70), tmp_path / "o.zarr"
+    run(source, class_network(), out, client, core=None)
+    with pytest.raises(BudgetError, match="memory must be at least"):
+        run(source, class_network(), out, client, core=None, memory="400MB")
+
+
+def test_a_bad_tile_is_recorded_becomes_nodata_and_is_tried_again_next_time(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = scene(tmp_path, 200, 200), tmp_path / "o.zarr"
+    readable = GdalReader.read
+
+    def unreadable(self: GdalReader, window: Window) -> np.ndarray:
+        if window.y > 100 and window.x > 100:
+            raise RasterError(f"window {window} cannot be read: bad sector")
+        return readable(self, window)
+
+    monkeypatch.setattr("outsize.tiler.run.run_start_check", lambda *_: _passed())
+    monkeypatch.setattr(GdalReader, "read", unreadable)
+    summary = run(source, class_network(), out, client)
+    monkeypatch.undo()
+    failed = {(row, column) for row, column, _ in summary.failed_tiles}
+    assert failed == {(2, 2), (2, 3), (3, 2), (3, 3)}
+    assert all("bad sector" in reason for *_, reason in summary.failed_tiles)
+    result, expected = stored(out), whole(class_network(), source)
+    assert (result[:, 128:, 128:] == 255).all()
+    assert np.array_equal(result[:, :128], expected[:, :128])
+    status = np.asarray(open_array(out, "status")[...])
+    assert {tuple(map(int, at)) for at in np.argwhere(status == 2)} == failed
+    again = run(source, class_network(), out, client)
+    assert (again.tiles, again.failed_tiles) == (4, ())
+    assert np.array_equal(stored(out), expected)
+
+
+def _passed() -> Any:
+    from outsize.tiler.check import StartCheck
+
+    return StartCheck(tiles=0, pixels=0, compared="logits", max_abs=0, largest=1, flipped=0, tolerance=1)
+
+
+def test_the_start_check_stops_a_run_whose_halo_is_too_small(tmp_path: Path, client: Client) -> None:
+    """Mutation: one convolution's reach is cut by a pixel on each side, as a wrong rule would."""
+    network = class_network()
+
+    def cut(graph: AxisGraph) -> AxisGraph:
+        nodes = list(graph.nodes)
+        for index, node in enumerate(nodes):
+            ((source, rule), *rest) = node.sources or ((0, None),)
+            if isinstance(rule, Slide) and rule.extent == 3:
+                narrow = Slide(extent=1, stride=rule.stride, padding=0)
+                nodes[index] = dataclasses.replace(node, sources=((source, narrow), *rest))
+        return AxisGraph(nodes=tuple(nodes))
+
+    wrong = dataclasses.replace(network, axes=(cut(network.axes[0]), cut(network.axes[1])))
+    honest = larger_windows_of(network)
+    source, out = scene(tmp_path, 300, 300), tmp_path / "o.zarr"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("outsize.tiler.run.larger_window", honest)
+        with pytest.raises(ExactnessError, match="start check must agree"):
+            run(source, wrong, out, client)
+    assert not out.exists()
+
+
+def larger_windows_of(network: Network) -> Any:
+    from outsize.tiler.check import larger_window
+
+    return lambda _, patch, shape: larger_window(network, patch, shape)
+
+
+def test_the_stored_header_says_what_was_done(tmp_path: Path, client: Client) -> None:
+    source, out = scene(tmp_path, 70, 70), tmp_path / "o.zarr"
+    run(source, class_network(), out, client)
+    header = read_header(out)
+    assert header["format"] == 1
+    assert header["start_check"]["flipped"] == 0
+    assert header["plan"]["halo"]["top"] == class_network().halo.top
+    assert {"torch", "zarr", "rasterio", "dask"} <= set(header["versions"])
+    assert header["run"]["failed_tiles"] == 0
+    records = (tmp_path / "o.zarr.run/records.jsonl").read_text().splitlines()
+    assert {json.loads(line)["state"] for line in records} == {"done"}
+
+
+def test_wrong_arguments_are_refused(tmp_path: Path, client: Client) -> None:
+    source = scene(tmp_path, 70, 70)
+    with pytest.raises(UsageError, match="fill must have one value a band"):
+        run(source, class_network(), tmp_path / "o.zarr", client, fill=(0,))
+    with pytest.raises(RasterError, match="no such raster"):
+        run(tmp_path / "none.tif", class_network(), tmp_path / "o.zarr", client)
+
+    class Whole(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.argmax(1, keepdim=True)
+
+    with pytest.raises(UsageError, match=r"\.to\(torch\.uint8\)"):
+        run(source, analyze_network(Whole(), bands=3), tmp_path / "o.zarr", client)
+    assert not (tmp_path / "o.zarr").exists()
+    assert issubclass(UsageError, TilerError)

@@ -1,0 +1,139 @@
+"""Output stores as others see them: xarray, rioxarray, GDAL's conventions, damaged chunks."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rioxarray  # noqa: F401 - registers .rio
+import xarray
+from affine import Affine
+from outsize.tiler.errors import OutputError
+from outsize.tiler.geometry import Window
+from outsize.tiler.georeference import Georeference, from_rasterio
+from outsize.tiler.network import analyze_network
+from outsize.tiler.plan import TilePlan, plan_tiles
+from outsize.tiler.raster import open_raster
+from outsize.tiler.store import (
+    OutputDescription,
+    create_output,
+    has_all_chunks,
+    open_array,
+    read_header,
+    update_header,
+    write_core,
+)
+from rasterio.crs import CRS
+
+from .rasters import CRS as WHERE
+from .rasters import TRANSFORM
+from .zoo import ZOO, alive
+
+PLACE = from_rasterio(CRS.from_string(WHERE), TRANSFORM)
+
+
+def class_plan(shape: tuple[int, int] = (130, 200)) -> TilePlan:
+    import torch
+
+    class Argmax(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.argmax(1, keepdim=True).to(torch.uint8)
+
+    return plan_tiles((3, *shape), analyze_network(Argmax(), bands=3), core=64)
+
+
+def make_output(path: Path, place: Georeference = PLACE) -> TilePlan:
+    plan = class_plan()
+    description = OutputDescription(kind="class", classes=("a", "b c"), colours=((1, 2, 3), (4, 5, 6)))
+    create_output(path, plan=plan, description=description, place=place, header={"source": "nowhere"})
+    return plan
+
+
+def test_xarray_and_rioxarray_open_it_georeferenced_with_its_dtype(tmp_path: Path) -> None:
+    plan = make_output(tmp_path / "o.zarr")
+    core = plan.grid.window(1, 1)
+    write_core(open_array(tmp_path / "o.zarr", "class", "r+"), core, np.full((1, *core.shape), 1, np.uint8))
+    dataset = xarray.open_dataset(tmp_path / "o.zarr", engine="zarr", consolidated=False, decode_coords="all")
+    classes = dataset["class"]
+    assert classes.dtype == np.uint8
+    assert classes.rio.crs == CRS.from_string(WHERE)
+    assert classes.rio.transform().almost_equals(TRANSFORM)
+    assert classes.rio.nodata == 255
+    assert (classes.to_numpy()[core.slices()] == 1).all()
+    assert classes.attrs["flag_meanings"] == "a b_c"
+    assert float(dataset["x"][0]) == TRANSFORM.c + TRANSFORM.a / 2
+
+
+def test_it_is_read_back_as_a_raster_with_the_same_place(tmp_path: Path) -> None:
+    make_output(tmp_path / "o.zarr")
+    raster = open_raster(tmp_path / "o.zarr" / "class")
+    assert raster.place == PLACE
+    assert raster.nodata == 255
+
+
+def test_a_rotated_grid_keeps_its_transform(tmp_path: Path) -> None:
+    rotated = from_rasterio(CRS.from_string(WHERE), Affine.translation(10, 20) * Affine.rotation(30))
+    make_output(tmp_path / "o.zarr", rotated)
+    assert open_raster(tmp_path / "o.zarr" / "class").place == rotated
+
+
+def test_a_raster_without_georeference_stays_without(tmp_path: Path) -> None:
+    make_output(tmp_path / "o.zarr", Georeference())
+    assert open_raster(tmp_path / "o.zarr" / "class").place == Georeference()
+
+
+def test_scaled_grids_keep_the_corner() -> None:
+    scaled = PLACE.at_scale((Fraction(1, 4), Fraction(2)))
+    assert scaled.affine * (0, 0) == PLACE.affine * (0, 0)
+    assert scaled.affine * (2, 1) == PLACE.affine * (1, 4)
+
+
+def test_chunks_of_fill_value_are_written_too(tmp_path: Path) -> None:
+    plan = make_output(tmp_path / "o.zarr")
+    tile = plan.tile(2, 3)
+    assert not has_all_chunks(tmp_path / "o.zarr", "class", plan, tile)
+    write_core(open_array(tmp_path / "o.zarr", "class", "r+"), tile.core, np.full((1, *tile.core.shape), 255, np.uint8))
+    assert has_all_chunks(tmp_path / "o.zarr", "class", plan, tile)
+    assert not has_all_chunks(tmp_path / "o.zarr", "class", plan, plan.tile(2, 2))
+
+
+def test_a_flipped_byte_in_a_chunk_is_an_error(tmp_path: Path) -> None:
+    plan = make_output(tmp_path / "o.zarr")
+    core = plan.grid.window(0, 0)
+    values = np.random.default_rng(0).integers(0, 2, (1, *core.shape)).astype(np.uint8)
+    write_core(open_array(tmp_path / "o.zarr", "class", "r+"), core, values)
+    chunk = tmp_path / "o.zarr/class/c/0/0"
+    damaged = bytearray(chunk.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    chunk.write_bytes(damaged)
+    with pytest.raises(Exception, match=r"(?i)checksum|corrupt|zstd|decompress"):
+        open_array(tmp_path / "o.zarr", "class")[core.slices()]
+
+
+def test_headers_are_extended_and_foreign_stores_refused(tmp_path: Path) -> None:
+    make_output(tmp_path / "o.zarr")
+    update_header(tmp_path / "o.zarr", {"more": 1})
+    header = read_header(tmp_path / "o.zarr")
+    assert (header["more"], header["source"], header["kind"]) == (1, "nowhere", "class")
+    with pytest.raises(OutputError, match="not an output of outsize"):
+        read_header(tmp_path)
+    update_header(tmp_path / "o.zarr", {"format": 99})
+    with pytest.raises(OutputError, match="has output format 99, this version reads 1"):
+        read_header(tmp_path / "o.zarr")
+
+
+def test_layers_of_a_core_land_in_their_place(tmp_path: Path) -> None:
+    network = analyze_network(alive(ZOO["convolution"]()).float(), bands=3)
+    plan = plan_tiles((3, 70, 90), network, core=64)
+    create_output(tmp_path / "l.zarr", plan=plan, description=OutputDescription(kind="logits"), place=PLACE, header={})
+    core = plan.grid.window(1, 1)
+    values = np.random.default_rng(0).random((2, *core.shape)).astype(np.float32)
+    array = open_array(tmp_path / "l.zarr", "logits", "r+")
+    write_core(array, core, values)
+    rows, columns = core.slices()
+    assert np.array_equal(array[:, rows, columns], values)
+    assert np.isnan(array[:, :64, :]).all()
+    assert has_all_chunks(tmp_path / "l.zarr", "logits", plan, plan.tile(1, 1))
+    assert core == Window(y=64, x=64, height=6, width=26)
