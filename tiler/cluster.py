@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from dask import config
 from distributed import Client, LocalCluster
@@ -64,6 +65,9 @@ def open_client(options: ClusterOptions, plan: TilePlan) -> Iterator[Client]:
             require_encryption=True,
         )
     address = options.scheduler or config.get("scheduler-address", None)
+    if options.scheduler_file and not Path(options.scheduler_file).is_file():
+        # Dask would wait for the file to appear.
+        raise ClusterError(f"no Dask scheduler at {options.scheduler_file}: no such file; start the scheduler first")
     if address or options.scheduler_file:
         try:
             client = Client(address, scheduler_file=options.scheduler_file, security=security, timeout="20s")

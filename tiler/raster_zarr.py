@@ -20,7 +20,7 @@ from .georeference import Georeference, from_attributes, from_centres
 from .raster import Array, Raster
 
 _AXIS_NAMES = {
-    "b": ("b", "band", "bands", "c", "channel", "channels"),
+    "b": ("b", "band", "bands", "c", "channel", "channels", "class"),
     "y": ("y", "lat", "latitude", "northing", "row", "rows", "height"),
     "x": ("x", "lon", "longitude", "easting", "column", "columns", "col", "width"),
 }

@@ -52,6 +52,9 @@ class RunFolder:
         if self._log is not None:
             log.removeHandler(self._log)
             self._log.close()
+        if not self._output.exists() and not self._file.exists():
+            # Nothing was begun: leave nothing behind.
+            shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import platform
 import time
 import uuid
@@ -29,7 +30,7 @@ from .meter import MemoryMeter
 from .network import Network
 from .plan import TilePlan, plan_tiles
 from .raster import Raster, open_raster, read_filled
-from .records import RunFolder, log, remove_output
+from .records import RunFolder, log, remove_output, run_folder
 from .schedule import count_threads, run_tiles
 from .store import (
     DONE,
@@ -156,9 +157,10 @@ def predict(
         description = description or _default_description(network)
         plan = plan_tiles(raster, network, memory=memory, engine=engine, workers=workers, threads=threads, core=core)
         fingerprint = make_fingerprint(raster, network, description.kind, plan.engine, fill)
+        if out.exists():
+            read_header(out)  # a folder that is not ours is neither continued nor overwritten, nor given neighbours
         with _writing(out), RunFolder(out) as folder:
             if overwrite:
-                _require_ours(out)
                 remove_output(out)
                 folder.clear()
             records: dict[tuple[int, int], dict[str, Any]] = {}
@@ -371,20 +373,15 @@ def _writing(out: Path) -> Iterator[None]:
     """Turn the file system's refusals at the output into one line."""
     try:
         yield
-    except PermissionError as error:
-        raise OutputError(f"no permission to write {error.filename or out}; choose another path") from error
     except OSError as error:
-        if error.errno in (28, 122):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"no space left for {out}; free some and run the same command again") from error
-        if isinstance(error, (NotADirectoryError, FileExistsError)):
-            raise OutputError(f"{error.filename or out} is not a folder; choose another path") from error
-        raise
-
-
-def _require_ours(out: Path) -> None:
-    """Only an output of ours may be overwritten."""
-    if out.exists():
-        read_header(out)
+        where = Path(str(error.filename or ""))
+        if where not in (out, *out.parents) and run_folder(out) not in (where, *where.parents):
+            raise
+        if isinstance(error, PermissionError):
+            raise OutputError(f"no permission to write {where}; choose another path") from error
+        raise OutputError(f"{out} cannot be written: {where}: {error.strerror}; choose another path") from error
 
 
 def _continue(out: Path, fingerprint: dict[str, Any], *, resume: bool, budget: int) -> TilePlan:

@@ -1,0 +1,150 @@
+"""Model files, the tile network, and the shipped weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from outsize.models.segmentation.metrics import Confusion
+from outsize.models.segmentation.mlm import ModelFileError, default_model_path, load_model, save_model
+from outsize.models.segmentation.model import Scaling, SegmentationClass, SegmentationModel, as_tile_network
+from outsize.models.segmentation.unet import UNet
+from outsize.sample_data.small import small_scene_path
+from outsize.tiler.errors import UsageError
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from stac_model.schema import MLModelProperties
+
+
+def small_model(kind: str = "z-score") -> SegmentationModel:
+    return SegmentationModel(
+        name="small",
+        network=UNet(2, 3, (4, 6), norm="frozen").eval(),
+        bands=("red", "nir"),
+        scaling=Scaling(kind=kind, subtract=(10.5, 20.25), divide=(3.5, 4.0)),  # pyright: ignore[reportArgumentType]
+        fill=(1.0, 2.0),
+        classes=tuple(SegmentationClass(name=n, colour=(i, 2, 255)) for i, n in enumerate("abc")),
+    )
+
+
+@pytest.mark.parametrize("kind", ["z-score", "min-max"])
+def test_a_model_survives_its_files(tmp_path: Path, kind: str) -> None:
+    model = small_model(kind)
+    saved = save_model(model, tmp_path / "m.json", card={"accuracy": 0.5})
+    for path in (tmp_path / "m.json", tmp_path / "m.safetensors", tmp_path / "m"):
+        loaded = load_model(path)
+        assert (loaded.bands, loaded.scaling, loaded.fill, loaded.classes) == (
+            model.bands,
+            model.scaling,
+            model.fill,
+            model.classes,
+        )
+        assert loaded.sha256 == saved.sha256 != ""
+        image = torch.randn(1, 2, 9, 11)
+        assert torch.equal(loaded.network(image), model.network(image))
+
+
+def test_the_description_is_a_valid_mlm_item(tmp_path: Path) -> None:
+    save_model(small_model(), tmp_path / "m.json")
+    for path in (tmp_path / "m.json", default_model_path()):
+        item = json.loads(path.read_text())
+        fields = {key.removeprefix("mlm:"): value for key, value in item["properties"].items()}
+        known = {key: value for key, value in fields.items() if not key.startswith("outsize:")}
+        aliased = {f"mlm:{key}": value for key, value in known.items()}
+        MLModelProperties.model_validate(aliased)
+        for missing in ("mlm:input", "mlm:output", "mlm:tasks", "mlm:name"):
+            with pytest.raises(ValidationError):
+                MLModelProperties.model_validate({key: value for key, value in aliased.items() if key != missing})
+
+
+def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="no model at"):
+        load_model(tmp_path / "none.json")
+    save_model(small_model(), tmp_path / "m.json")
+    item = json.loads((tmp_path / "m.json").read_text())
+    weights = (tmp_path / "m.safetensors").read_bytes()
+    broken = {
+        "not JSON": ("{", weights, "not a model description"),
+        "no properties": ("{}", weights, "not a model description"),
+        "cut weights": (json.dumps(item), weights[:100], "does not hold the weights"),
+        "other widths": (
+            json.dumps(item).replace('"widths": [4, 6]', '"widths": [4, 8]'),
+            weights,
+            "does not hold the weights",
+        ),
+        "other architecture": (json.dumps(item).replace("UNet", "Transformer"), weights, "architecture must be"),
+    }
+    for name, (text, data, words) in broken.items():
+        (tmp_path / "b.json").write_text(text.replace("m.safetensors", "b.safetensors"))
+        (tmp_path / "b.safetensors").write_bytes(data)
+        with pytest.raises(ModelFileError, match=words) as refusal:
+            load_model(tmp_path / "b.json")
+        assert "\n" not in str(refusal.value), name
+
+
+def test_the_tile_network_takes_raw_pixels_and_finishes_them() -> None:
+    model = small_model()
+    image = torch.randint(0, 255, (1, 2, 13, 17), dtype=torch.uint8)
+    scaled = (image.float() - torch.tensor([10.5, 20.25])[:, None, None]) / torch.tensor([3.5, 4.0])[:, None, None]
+    logits = model.network(scaled)
+    assert torch.allclose(as_tile_network(model, "logits")(image), logits, atol=1e-5)
+    assert torch.equal(as_tile_network(model, "class")(image), logits.argmax(1, keepdim=True).to(torch.uint8))
+    probability = as_tile_network(model, "probability")(image)
+    assert probability.dtype == torch.uint8
+    assert (probability.int() - 254 * logits.softmax(1)).abs().max() <= 0.51
+    with pytest.raises(UsageError, match="output must be one of"):
+        as_tile_network(model, "vibes")  # pyright: ignore[reportArgumentType]
+
+
+def test_models_that_contradict_themselves_are_refused() -> None:
+    good = {f: getattr(small_model(), f) for f in ("name", "network", "bands", "scaling", "fill", "classes")}
+    for change, words in (
+        ({"fill": (1.0,)}, "as many fill values, got 1"),
+        ({"bands": ("red",)}, "as many scaling constants, got 2"),
+        ({"classes": ()}, "1..255 classes"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            SegmentationModel(**{**good, **change})
+    with pytest.raises(UsageError, match="divide by numbers > 0"):
+        Scaling(kind="z-score", subtract=(0,), divide=(0,))
+
+
+def test_the_shipped_weights_are_small_and_know_the_small_scene() -> None:
+    weights = default_model_path().with_suffix(".safetensors")
+    assert weights.stat().st_size < 3_000_000
+    assert all(value.dtype == torch.float32 for value in load_file(weights).values())
+    model = load_model()
+    with (
+        rasterio.open(small_scene_path()) as scene,
+        rasterio.open(small_scene_path().with_name("labels.tif")) as labels,
+    ):
+        image, truth = scene.read(), labels.read(1)
+        assert tuple(scene.descriptions) == model.bands
+    with torch.inference_mode():
+        found = as_tile_network(model)(torch.from_numpy(image)[None])[0, 0].numpy()
+    confusion = Confusion.count(truth, found, 6)
+    assert confusion.accuracy > 0.98
+    assert confusion.mean_iou > 0.95
+
+
+def test_the_card_sets_the_network_against_a_per_pixel_baseline() -> None:
+    card = json.loads(default_model_path().read_text())["properties"]["outsize:card"]
+    assert card["unet"]["mean_iou"] > card["per_pixel_baseline"]["mean_iou"] + 0.2
+    assert card["per_pixel_baseline"]["iou"]["built-up"] < 0.5
+
+
+def test_confusion_counts_and_scores() -> None:
+    truth = np.array([0, 0, 1, 1, 2, 255, 0], np.uint8)
+    found = np.array([0, 1, 1, 1, 0, 0, 255], np.uint8)
+    confusion = Confusion.count(truth, found, 4)
+    assert confusion.counts.tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert confusion.accuracy == pytest.approx(3 / 5)
+    assert confusion.iou[:3] == pytest.approx([1 / 3, 2 / 3, 0])
+    assert np.isnan(confusion.iou[3])
+    assert confusion.mean_iou == pytest.approx(1 / 3)
+    assert (confusion + confusion).pixels == 10
+    assert np.isnan(Confusion.count(truth[:0], found[:0], 2).accuracy)

@@ -1,0 +1,320 @@
+"""The command line as a user meets it: real processes, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+import zarr
+from outsize.models import Scaling, SegmentationClass, SegmentationModel, UNet, as_tile_network, load_model, save_model
+from outsize.sample_data.small import small_scene_path
+from outsize.tiler.store import open_array, read_header
+from rio_cogeo.cogeo import cog_validate
+
+SCENE = small_scene_path()
+LABELS = SCENE.with_name("labels.tif")
+
+
+def outsize(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "outsize", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+        env={**os.environ, **(env or {})},
+    )
+
+
+def result_of(completed: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert completed.returncode == 0, completed.stderr
+    return json.loads(completed.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def segmented(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small scene's map in a folder of its own, made once by the real command."""
+    folder = tmp_path_factory.mktemp("segmented")
+    values = result_of(outsize("--json", "segment", SCENE, folder / "map.zarr", "--core", "128", "--no-dashboard"))
+    (folder / "summary.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_help_is_fast_and_imports_no_torch() -> None:
+    code = (
+        "import sys, outsize\n"
+        "from outsize.pipelines.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(sum(name in sys.modules for name in ('torch', 'dask', 'distributed', 'zarr', 'rasterio', 'numpy')))"
+    )
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        times.append(time.perf_counter() - began)
+        assert completed.returncode == 0
+        assert "segment" in completed.stdout
+    assert min(times) < 0.5
+
+
+@pytest.mark.parametrize("command", ["sample", "ingest", "plan", "segment", "evaluate", "export"])
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    completed = outsize(command, "--help")
+    assert completed.returncode == 0
+    assert f"outsize {command} " in completed.stdout.split("Options:")[0].replace("Usage: outsize", "")
+
+
+def test_the_map_equals_the_model_on_the_whole_scene(segmented: Path) -> None:
+    with rasterio.open(SCENE) as dataset:
+        image = dataset.read()
+    with torch.inference_mode():
+        expected = as_tile_network(load_model())(torch.from_numpy(image)[None])[0, 0].numpy()
+    expected[(image == 0).all(0)] = 255
+    assert np.array_equal(open_array(segmented / "map.zarr", "class")[:], expected)
+
+
+def test_the_summary_has_every_promised_number(segmented: Path) -> None:
+    values = json.loads((segmented / "summary.json").read_text())
+    assert values["pixels"] == 401 * 389
+    assert values["tiles"] == 16
+    assert values["failed_tiles"] == 0
+    assert values["mpx_per_s"] == pytest.approx(values["pixels"] / values["seconds"] / 1e6, rel=0.01)
+    assert 0 < values["peak_bytes"] <= values["predicted_peak_bytes"] <= 2e9
+    assert 0 <= values["start_check_max_abs"] < 1e-3
+    assert values["startup_s"] > 0
+    assert values["read_amplification"] > 1
+
+
+def test_the_same_command_has_nothing_left_to_do(segmented: Path) -> None:
+    completed = outsize("segment", SCENE, segmented / "map.zarr", "--core", "128")
+    assert completed.returncode == 0
+    assert "all 16 tiles are there" in completed.stdout
+
+
+def test_the_map_scores_well_against_the_labels(segmented: Path) -> None:
+    values = result_of(outsize("--json", "evaluate", segmented / "map.zarr", LABELS))
+    assert values["accuracy"] > 0.98
+    assert set(values["iou"]) == {"water", "forest", "cropland", "grass", "built-up", "road"}
+    table = outsize("evaluate", segmented / "map.zarr", LABELS).stdout
+    assert "mean IoU" in table
+    assert "built-up" in table
+
+
+def test_the_export_is_a_strict_cog_with_everything_in_its_place(segmented: Path) -> None:
+    target = segmented / "map.tif"
+    completed = outsize("export", segmented / "map.zarr", target, "--overwrite")
+    assert completed.returncode == 0, completed.stderr
+    valid, errors, warnings = cog_validate(target, strict=True)
+    assert valid, (errors, warnings)
+    with rasterio.open(target) as cog, rasterio.open(SCENE) as source:
+        assert (cog.crs, cog.transform, cog.shape) == (source.crs, source.transform, source.shape)
+        assert cog.nodata == 255
+        assert np.array_equal(cog.read(1), open_array(segmented / "map.zarr", "class")[:])
+        colours = cog.colormap(1)
+        for value, entry in enumerate(load_model().classes):
+            assert colours[value] == (*entry.colour, 255)
+        names = json.loads(cog.tags(1)["CLASS_NAMES"])
+        assert names["4"] == "built-up"
+        assert cog.tags()["OUTSIZE_MODEL"] == "sample-unet"
+    refused = outsize("export", segmented / "map.zarr", target)
+    assert refused.returncode == 1
+    assert "--overwrite" in refused.stderr
+    assert sorted(path.name for path in segmented.iterdir() if path.name.startswith(".")) == []
+
+
+def test_overviews_hold_the_most_common_class(tmp_path: Path, segmented: Path) -> None:
+    """A class map of 1024 x 1024: in the overview no class appears that was not in the 2 x 2 pixels below."""
+    from outsize.pipelines.console import Console
+    from outsize.pipelines.export import run_export
+    from outsize.tiler.network import analyze_network
+    from outsize.tiler.plan import plan_tiles
+    from outsize.tiler.raster import open_raster
+    from outsize.tiler.store import OutputDescription, create_output, writable
+
+    class Argmax(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.argmax(1, keepdim=True).to(torch.uint8)
+
+    plan = plan_tiles((3, 1024, 1024), analyze_network(Argmax(), bands=3))
+    description = OutputDescription(kind="class", classes=("a", "b", "c", "d"), colours=((1, 1, 1),) * 4)
+    place = open_raster(SCENE).place
+    create_output(tmp_path / "o.zarr", plan=plan, description=description, place=place, header={"source": "none"})
+    classes = np.random.default_rng(0).choice([0, 3], (1024, 1024)).astype(np.uint8)
+    writable(zarr.open_array(tmp_path / "o.zarr", path="class", mode="r+"))[:] = classes
+    run_export(Console(), tmp_path / "o.zarr", tmp_path / "o.tif", overwrite=False)
+    with rasterio.open(tmp_path / "o.tif") as cog:
+        assert cog.overviews(1) == [2]
+        small = cog.read(1, out_shape=(512, 512))
+    assert set(np.unique(small)) == {0, 3}
+    counts = classes.reshape(512, 2, 512, 2).astype(int).sum((1, 3)) // 3
+    assert (small[counts > 2] == 3).all()
+    assert (small[counts < 2] == 0).all()
+    del segmented
+
+
+def test_the_quicklook_shows_input_and_result(segmented: Path) -> None:
+    from PIL import Image
+
+    target = segmented / "map.png"
+    completed = outsize("export", segmented / "map.zarr", target, "--overwrite")
+    assert completed.returncode == 0, completed.stderr
+    picture = np.asarray(Image.open(target).convert("RGB"))
+    assert picture.shape[1] > 2 * 389
+    pixels = picture.reshape(-1, 3)
+    for entry in load_model().classes:
+        assert (pixels == entry.colour).all(1).sum() > 200, entry.name
+
+
+def test_ingest_is_pixel_equal_and_keeps_the_place(tmp_path: Path) -> None:
+    from outsize.tiler.geometry import Window
+    from outsize.tiler.raster import open_raster
+
+    values = result_of(outsize("--json", "ingest", SCENE, tmp_path / "s.zarr"))
+    assert values["shape"] == [4, 401, 389]
+    raster = open_raster(tmp_path / "s.zarr")
+    with rasterio.open(SCENE) as source:
+        assert np.array_equal(raster.open_reader().read(Window.whole(raster.shape_yx)), source.read())
+        assert (raster.place.crs, raster.place.affine) == (source.crs, source.transform)
+        assert raster.band_names == source.descriptions
+        assert raster.nodata == source.nodata
+    refused = outsize("ingest", SCENE, tmp_path / "s.zarr")
+    assert refused.returncode == 1
+    assert "exists" in refused.stderr
+
+
+def test_probability_and_logits_are_written_and_exported(tmp_path: Path) -> None:
+    for kind in ("probability", "logits"):
+        out = tmp_path / f"{kind}.zarr"
+        assert outsize("segment", SCENE, out, "--output", kind, "--no-dashboard").returncode == 0
+        assert outsize("export", out, tmp_path / f"{kind}.tif").returncode == 0
+        with rasterio.open(tmp_path / f"{kind}.tif") as cog:
+            assert cog.descriptions == ("water", "forest", "cropland", "grass", "built-up", "road")
+            assert np.array_equal(cog.read(), open_array(out, kind)[...], equal_nan=kind == "logits")
+        assert cog_validate(tmp_path / f"{kind}.tif", strict=True)[0]
+
+
+ERRORS = {
+    "missing file": (["plan", "nowhere.tif"], 1, "no such raster: nowhere.tif"),
+    "not a raster": (["plan", __file__], 1, "not a raster that GDAL can open"),
+    "wrong bands": (["plan", str(LABELS)], 2, "has 1 band, model sample-unet takes 4 (red, green, blue, nir)"),
+    "budget too small": (["plan", str(SCENE), "--memory", "50MB"], 2, "memory must be at least"),
+    "no size": (["plan", str(SCENE), "--memory", "much"], 2, "must look like 2GB"),
+    "no model": (["plan", str(SCENE), "--model", "none.json"], 2, "no model at none.json"),
+    "axes of a file": (["plan", str(SCENE), "--axes", "yxb"], 1, "--axes is for Zarr"),
+    "not an output": (["evaluate", str(SCENE.parent), str(LABELS)], 1, "not an output of outsize"),
+    "foreign output": (["segment", str(SCENE), str(SCENE.parent)], 1, "not an output of outsize"),
+    "no scheduler": (
+        ["segment", str(SCENE), "unused.zarr", "--scheduler-file", "/nonexistent/scheduler.json"],
+        1,
+        "no Dask scheduler at",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ERRORS)
+def test_errors_are_one_line_with_the_right_code(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, code, words = ERRORS[what]
+    monkeypatch.chdir(tmp_path)
+    completed = outsize(*arguments)
+    assert completed.returncode == code, completed.stderr
+    last = completed.stderr.strip().splitlines()[-1]
+    assert last.startswith("outsize: error: ")
+    assert words in last
+    assert "Traceback" not in completed.stderr
+    assert not (tmp_path / "unused.zarr").exists()
+    assert not (SCENE.parent.parent / "small.run").exists()
+
+
+def test_a_traceback_only_with_debug() -> None:
+    assert "Traceback" in outsize("plan", "nowhere.tif", "--debug").stderr
+
+
+def test_an_output_without_permission_is_refused(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        target = "/proc/outsize/map.zarr"  # root may write anywhere else
+    else:
+        (tmp_path / "closed").mkdir(mode=0o500)
+        target = str(tmp_path / "closed" / "map.zarr")
+    completed = outsize("segment", SCENE, target)
+    assert completed.returncode == 1
+    last = completed.stderr.strip().splitlines()[-1]
+    assert last.startswith("outsize: error: ")
+    assert "unexpected" not in last
+
+
+def test_options_go_before_variables_before_config(tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text('memory = "3GB"\n[plan]\ncore = 256\n')
+
+    def planned(*options: str, env: dict[str, str] | None = None) -> dict[str, Any]:
+        return result_of(outsize("--json", "--config", config, "plan", SCENE, *options, env=env))["plan"]
+
+    assert planned()["memory_budget_bytes"] == 3e9
+    assert planned()["core"] == [256, 256]
+    assert planned(env={"OUTSIZE_MEMORY": "4GB"})["memory_budget_bytes"] == 4e9
+    assert planned("--memory", "5GB", env={"OUTSIZE_MEMORY": "4GB"})["memory_budget_bytes"] == 5e9
+    config.write_text("[plan]\nmemroy = 1\n")
+    completed = outsize("--config", config, "plan", SCENE)
+    assert completed.returncode == 2
+    assert "memroy" in completed.stderr
+
+
+def test_an_interrupt_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    import signal
+
+    scene = tmp_path / "scene"
+    assert outsize("sample", scene, "--size", "3000").returncode == 0
+    out = tmp_path / "map.zarr"
+    command = [sys.executable, "-m", "outsize", "segment", scene / "scene.zarr", out, "--core", "256", "--no-dashboard"]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    records = tmp_path / "map.zarr.run/records.jsonl"
+    deadline = time.monotonic() + 120
+    while not (records.exists() and records.read_text().count("\n") >= 5) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "the same command goes on" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    values = result_of(outsize("--json", *map(str, command[3:])))
+    assert values["resumed_tiles"] >= 5
+    assert values["tiles"] + values["resumed_tiles"] == 144
+    assert (open_array(out, "status")[:] == 1).all()
+    assert not (open_array(out, "class")[500:, 500:] == 255).any()
+
+
+def one_band_model(folder: Path) -> Path:
+    model = SegmentationModel(
+        name="one-band",
+        network=UNet(1, 3, (8, 12), norm="frozen"),
+        bands=("B04",),
+        scaling=Scaling(kind="min-max", subtract=(0.0,), divide=(255.0,)),
+        fill=(0.0,),
+        classes=tuple(SegmentationClass(name=n, colour=(90 * i, 80, 200)) for i, n in enumerate("abc")),
+    )
+    save_model(model, folder / "one-band.json")
+    return folder / "one-band.json"
+
+
+def test_naip_and_sentinel_2_go_through_with_their_place_kept(shared_dir: Path, tmp_path: Path) -> None:
+    naip = shared_dir / "data/naip/tile_13477.tif"
+    sentinel = shared_dir / "data/sentinel2_rachel_carson/S2B_L1C_20181013_B04.tif"
+    for source, options in ((naip, []), (sentinel, ["--model", str(one_band_model(tmp_path))])):
+        out, cog = tmp_path / f"{source.stem}.zarr", tmp_path / f"{source.stem}.tif"
+        completed = outsize("--json", "segment", source, out, "--no-dashboard", *options)
+        assert result_of(completed)["start_check_flipped"] == 0
+        assert outsize("export", out, cog).returncode == 0
+        with rasterio.open(cog) as ours, rasterio.open(source) as theirs:
+            assert (ours.crs, ours.transform, ours.shape) == (theirs.crs, theirs.transform, theirs.shape)
+        assert cog_validate(cog, strict=True)[0]
+        assert read_header(out)["source"] == str(source)
