@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -45,13 +44,6 @@ class EngineProgram:
     has_logits: bool
     threads: int
     """Compute threads of one worker process."""
-
-    @property
-    def sha256(self) -> str:
-        digest = hashlib.sha256(self.engine.encode())
-        for part in self.payload:
-            digest.update(part)
-        return digest.hexdigest()
 
     def load(self) -> Engine:
         """The engine with this network.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -10,13 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import openvino as ov
 
 from .engine import EngineProgram
 from .errors import EngineError
 
+# OpenVINO reports its use to its makers from the moment it is imported, unless the package that does so is missing. A
+# run must not talk to anyone, so here it is missing.
+sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore[reportArgumentType]
+
+import openvino as ov  # noqa: E402
+
 if TYPE_CHECKING:
     from .network import Network
+
+_WIDER = {"uint16": "int32", "uint32": "int64"}
+"""Pixel types that the converter does not know, and what holds all their values; cast inside the program."""
 
 
 def convert_network(network: Network, threads: int) -> EngineProgram:
@@ -28,8 +36,11 @@ def convert_network(network: Network, threads: int) -> EngineProgram:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            logging.getLogger("torch.export").setLevel(logging.ERROR)
-            model = ov.convert_model(network.graph.program)
+            model = ov.convert_model(_convertible(network))
+            if (dtype := _name(network)) in _WIDER:
+                prepared = ov.preprocess.PrePostProcessor(model)
+                prepared.input().tensor().set_element_type(ov.Type(np.dtype(dtype)))
+                model = prepared.build()
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EngineError(f"OpenVINO cannot run this network: {reason}; use --engine torch") from error
@@ -43,6 +54,22 @@ def convert_network(network: Network, threads: int) -> EngineProgram:
         has_logits=network.graph.has_logits,
         threads=threads,
     )
+
+
+def _name(network: Network) -> str:
+    return str(network.dtype).removeprefix("torch.")
+
+
+def _convertible(network: Network) -> Any:
+    """The traced program; for dtypes that the converter does not know, traced again with one that holds them."""
+    wider = _WIDER.get(_name(network))
+    if wider is None:
+        return network.graph.program
+    import torch  # only the planning process converts; workers do without torch
+
+    from .graph import trace
+
+    return trace(network.module, network.bands, getattr(torch, wider)).program
 
 
 class OpenVinoEngine:

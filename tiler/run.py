@@ -278,7 +278,6 @@ class _Run:
                     header={
                         "fingerprint": self.fingerprint,
                         "source": self.raster.path,
-                        "program_sha256": program.sha256,
                         "versions": _versions(),
                     },
                 )

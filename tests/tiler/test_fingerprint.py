@@ -1,0 +1,52 @@
+"""Fingerprints change with what a result depends on, and with nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+from outsize.tiler.fingerprint import find_differences, hash_network
+from outsize.tiler.network import analyze_network
+
+from .zoo import ZOO, alive
+
+CODE = """
+import torch
+from outsize.models import UNet
+from outsize.tiler.fingerprint import hash_network
+from outsize.tiler.network import analyze_network
+torch.manual_seed(0)
+print(hash_network(analyze_network(UNet(2, 3, (4, 6)).eval(), 2, torch.uint8)))
+"""
+
+
+def test_the_same_network_has_the_same_hash_in_every_process() -> None:
+    hashes = {
+        subprocess.run([sys.executable, "-c", CODE], check=True, capture_output=True, text=True).stdout
+        for _ in range(2)
+    }
+    assert len(hashes) == 1
+
+
+def test_one_weight_or_one_constant_changes_the_hash() -> None:
+    module = alive(ZOO["convolution"]())
+    before = hash_network(analyze_network(module, bands=3))
+    assert hash_network(analyze_network(module, bands=3)) == before
+    with torch.no_grad():
+        next(module.parameters()).view(-1)[0] += 1e-9
+    assert hash_network(analyze_network(module, bands=3)) != before
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.LeakyReLU(0.1)).eval()
+    before = hash_network(analyze_network(module, bands=3))
+    module[1] = torch.nn.LeakyReLU(0.2)
+    assert hash_network(analyze_network(module, bands=3)) != before
+
+
+def test_differences_are_named() -> None:
+    stored = {"kind": "class", "network": "a" * 64, "fill": [0]}
+    now = {"kind": "logits", "network": "b" * 64, "fill": [0]}
+    assert find_differences(stored, now) == [
+        "kind class there, logits now",
+        "network aaaaaaaaaaaa... there, bbbbbbbbbbbb... now",
+    ]
+    assert find_differences(stored, dict(stored)) == []
