@@ -6,8 +6,6 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from ..models.segmentation.mlm import load_model
 from ..models.segmentation.model import Output, SegmentationModel, as_tile_network
 from ..tiler.cluster import ClusterOptions
@@ -46,8 +44,8 @@ def _prepare(options: SegmentOptions) -> tuple[Raster, SegmentationModel, Networ
             f"{options.source} has {raster.bands} band{'s' if raster.bands != 1 else ''}, model {model.name} takes "
             f"{len(model.bands)} ({', '.join(model.bands)}); give a raster with those bands, or a fitting --model"
         )
-    dtype = getattr(torch, str(raster.dtype))
-    return raster, model, analyze_network(as_tile_network(model, options.output), raster.bands, dtype)
+    network = analyze_network(as_tile_network(model, options.output), raster.bands, raster.dtype)
+    return raster, model, network
 
 
 def _plan(options: SegmentOptions, raster: Raster, network: Network) -> TilePlan:

@@ -110,8 +110,9 @@ def find_size_multiple(module: nn.Module, bands: int, dtype: torch.dtype) -> int
         if all(_runs(module, bands, (multiple * a, multiple * b), dtype) is None for a, b in ((3, 5), (4, 3), (7, 3))):
             return multiple
     raise UntileableError(
-        f"the network fails on images of {bands} bands ({_first_line(first)}), also at sizes divisible by up to "
-        f"{_LARGEST_MULTIPLE}; give a module that maps (1, {bands}, height, width) to one tensor"
+        f"the network fails on {str(dtype).removeprefix('torch.')} images of {bands} bands ({_first_line(first)}), "
+        f"also at sizes divisible by up to {_LARGEST_MULTIPLE}; give a module that maps (1, {bands}, height, width) to one "
+        "tensor, scaling included"
     )
 
 

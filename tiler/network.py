@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.fx import Node
@@ -143,14 +144,14 @@ class Network:
         return Window.from_intervals(rows, columns)
 
 
-def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | None = None) -> Network:
+def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype[Any] | str | None = None) -> Network:
     """Trace a module and derive what any window of its output needs of its input.
 
     Args:
         module: maps (1, bands, height, width) to one tensor (1, channels, h, w), for any height and width (or those
             divisible by some k); in eval mode.
         bands: number of input channels.
-        dtype: of the pixels that will go in; None: that of the module's first floating parameter.
+        dtype: of the pixels that will go in, torch's or numpy's; None: that of the module's first floating parameter.
 
     Raises:
         UntileableError: an operation without an exact rule, named with its module and source line; a module that fixes
@@ -158,6 +159,8 @@ def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | None = N
     """
     if dtype is None:
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    elif not isinstance(dtype, torch.dtype):
+        dtype = torch_dtype(np.dtype(dtype))
     graph = trace(module, bands, dtype)
     symbols = (graph.height, graph.width)
     known: dict[Node, Pixels] = {}
@@ -215,6 +218,18 @@ def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | None = N
     )
     _check_sizes(result, known, output)
     return result
+
+
+def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    """torch's name for a numpy dtype.
+
+    Raises:
+        UsageError: torch has none.
+    """
+    found = getattr(torch, dtype.name, None)
+    if not isinstance(found, torch.dtype):
+        raise UsageError(f"pixels must be of a type that torch knows, got {dtype}; convert them first")
+    return found
 
 
 def _axis_graph(nodes: list[AxisNode], graph: TracedGraph, position: dict[Node, int]) -> AxisGraph:

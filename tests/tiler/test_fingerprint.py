@@ -17,7 +17,7 @@ from outsize.models import UNet
 from outsize.tiler.fingerprint import hash_network
 from outsize.tiler.network import analyze_network
 torch.manual_seed(0)
-print(hash_network(analyze_network(UNet(2, 3, (4, 6)).eval(), 2, torch.uint8)))
+print(hash_network(analyze_network(UNet(2, 3, (4, 6)).eval(), 2)))
 """
 
 
