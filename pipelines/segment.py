@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ..tiler.plan import TilePlan, format_seconds, plan_tiles
 from ..tiler.raster import Raster, open_raster
 from ..tiler.run import RunSummary, predict
 from ..tiler.store import OutputDescription
-from .console import Console
+from .console import Console, Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,7 @@ def run_plan(console: Console, options: SegmentOptions) -> None:
     speed = measure_flops_per_s()
     console.result(
         f"model     {model.name}\n{plan.explain(speed)}",
-        {"model": model.name, "plan": plan.to_json(), "estimated_s": round(plan.flops / speed, 1)},
+        {"model": model.name, "plan": plan.to_json(), "estimated_s": round(plan.estimate_s(speed), 1)},
     )
 
 
@@ -83,6 +84,7 @@ def run_segment(
     """Segment a raster; returns what was done, start-up counted from here."""
     began = time.perf_counter()
     raster, model, network = _prepare(options)
+    prepared_s = time.perf_counter() - began
     description = OutputDescription(
         kind=options.output,
         model=model.name,
@@ -92,7 +94,6 @@ def run_segment(
     )
     console.remark(f"model     {model.name}")
     listener = _Listener(console)
-    prepared_s = time.perf_counter() - began
     try:
         summary = predict(
             raster,
@@ -139,31 +140,27 @@ class _Listener:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._pixels = 0
-        self._step_context = None
-        self._step = None
+        self._open = ExitStack()
+        self._step: Step | None = None
 
     def __call__(self, event: Event) -> None:
         match event:
-            case RunPlanned(plan=plan, resumed=resumed):
+            case RunPlanned(plan=plan, resumed=resumed, pixels=pixels):
                 self._console.remark(plan.explain())
-                self._pixels = plan.output_shape[1] * plan.output_shape[2]
+                self._pixels = pixels
                 if resumed:
                     self._console.remark(f"resume    {resumed} of {len(plan.grid)} tiles are there already")
-            case ClusterReady(workers=workers, dashboard=dashboard):
-                page = dashboard or "none (a dashboard needs bokeh, or was switched off)"
-                self._console.remark(f"dashboard {page}")
-                del workers
+            case ClusterReady(dashboard=dashboard):
+                self._console.remark(f"dashboard {dashboard or 'none'}")
             case StartChecked(check=check):
                 self._console.remark(f"check     {check.sentence()}")
-            case TileFinished():
-                if self._step is None:
-                    share = event.total * event.pixels // event.finished
-                    total = share if event.total > 1 else event.pixels
-                    self._step_context = self._console.step("segment", min(total, self._pixels))
-                    self._step = self._step_context.__enter__()
+                if check.passed:
+                    self._step = self._open.enter_context(self._console.step("segment", self._pixels))
+            case TileFinished() if self._step is not None:
                 memory = format_bytes(event.memory_bytes)
                 self._step.advance(event.record.pixels, f"{event.finished}/{event.total} tiles, memory {memory}")
+            case TileFinished():
+                pass
 
     def close(self) -> None:
-        if self._step_context is not None:
-            self._step_context.__exit__(None, None, None)
+        self._open.close()

@@ -22,6 +22,9 @@ ENGINE_MEMORY: dict[str, EngineMemory] = {
     "torch": EngineMemory(worker_bytes=260 * MB, factor=2.1, constant_bytes=40 * MB),
 }
 
+ENGINE_EFFICIENCY: dict[str, float] = {"openvino": 0.6, "torch": 0.15}
+"""Share of a large matrix product's speed that the default network reaches in a run; measured, for estimates only."""
+
 
 class Engine(Protocol):
     """Runs one network on windows; one thread at a time."""

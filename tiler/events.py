@@ -33,10 +33,13 @@ class TileRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlanned:
-    """The plan is made, the output open; `resumed` tiles are already there."""
+    """The plan is made, the output open."""
 
     plan: TilePlan
     resumed: int
+    """Tiles that are already there."""
+    pixels: int
+    """Core pixels of the tiles that this run has to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

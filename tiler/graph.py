@@ -111,8 +111,8 @@ def find_size_multiple(module: nn.Module, bands: int, dtype: torch.dtype) -> int
             return multiple
     raise UntileableError(
         f"the network fails on {str(dtype).removeprefix('torch.')} images of {bands} bands ({_first_line(first)}), "
-        f"also at sizes divisible by up to {_LARGEST_MULTIPLE}; give a module that maps (1, {bands}, height, width) to one "
-        "tensor, scaling included"
+        f"also at sizes divisible by up to {_LARGEST_MULTIPLE}; give a module that maps (1, {bands}, height, width) "
+        "to one tensor, scaling included"
     )
 
 

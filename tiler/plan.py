@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .cost import compute_flops, compute_peak_bytes
-from .engine import ENGINE_MEMORY, EngineName, choose_engine
+from .engine import ENGINE_EFFICIENCY, ENGINE_MEMORY, EngineName, choose_engine
 from .errors import BudgetError, UsageError
 from .geometry import Grid, Interval, Window
 from .machine import cpu_count
@@ -135,6 +135,10 @@ class TilePlan:
     def largest_window(self) -> tuple[int, int]:
         return _largest_window(self.rows, self.columns)
 
+    def estimate_s(self, flops_per_s: float) -> float:
+        """Seconds of the tiles, on one machine of that matrix product speed."""
+        return self.flops / (flops_per_s * ENGINE_EFFICIENCY[self.engine])
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` gives the same plan."""
         return json.loads(json.dumps(asdict(self)))
@@ -206,7 +210,8 @@ class TilePlan:
             lines.append(
                 (
                     "time",
-                    f"about {format_seconds(self.flops / flops_per_s)} at {flops_per_s / 1e9:.0f} GFLOP/s (measured)",
+                    f"about {format_seconds(self.estimate_s(flops_per_s))} and start-up (matrix product here: "
+                    f"{flops_per_s / 1e9:.0f} GFLOP/s)",
                 )
             )
         lines.extend(("note", note) for note in self.notes)

@@ -169,7 +169,8 @@ def predict(
                 records = folder.read()
             todo = [at for at in plan.order() if not _is_done(out, description.kind, plan, at, records)]
             resumed = len(plan.grid) - len(todo)
-            tell(RunPlanned(plan=plan, resumed=resumed))
+            pixels = sum(plan.grid.window(*at).pixels for at in todo)
+            tell(RunPlanned(plan=plan, resumed=resumed, pixels=pixels))
             run = _Run(
                 raster=raster,
                 network=network,
