@@ -103,7 +103,7 @@ def save_quicklook(console: Console, out: Path, header: dict[str, Any], target: 
         for name, raster in sources:
             own = _shrink_factor(raster.shape_yx)
             small = _read_small(raster, _display_bands(raster), own, average=True, step=step)
-            panels.append((f"input: {name}", Image.fromarray(_stretch(small))))
+            panels.append((f"input: {name}", _enlarge(Image.fromarray(_stretch(small)))))
         if kind == "logits":
             values = _read_small(result, list(range(result.bands)), factor, average=True, step=step)
             classes = np.where(np.isfinite(values).all(0), np.argmax(values, 0), NODATA)
@@ -112,8 +112,14 @@ def save_quicklook(console: Console, out: Path, header: dict[str, Any], target: 
             classes = values[0] if kind == "class" else np.where(values[0] == NODATA, NODATA, np.argmax(values, 0))
         shares = np.bincount(classes.astype(np.uint8).ravel(), minlength=256)
         caption = f"result: {header['model'] or kind}"
-        panels.append((caption, Image.fromarray(_colour_classes(classes.astype(np.uint8), header))))
+        panels.append((caption, _enlarge(Image.fromarray(_colour_classes(classes.astype(np.uint8), header)))))
     _compose(panels, header, shares).save(target, optimize=True)
+
+
+def _enlarge(picture: Image.Image) -> Image.Image:
+    """A small picture by a whole factor, so that its pixels stay pixels."""
+    factor = max(1, SIDE // 2 // max(picture.size))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
 def _compose(

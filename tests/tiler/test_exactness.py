@@ -76,6 +76,20 @@ def test_every_tile_of_every_size_equals_the_whole_image(name: str) -> None:
     assert compared > 0
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("core", [16, 61, 128])
+def test_tiles_of_a_larger_image_equal_the_whole(name: str, core: int) -> None:
+    network = analysed(name)
+    shape = (383, 397)
+    image = padded_image(network, shape, seed=core)
+    whole = run_whole(network, image)
+    for wanted in cores_of(network, shape, (core, core)):
+        tile = run_window(network, image, wanted, network.input_window(wanted, shape))
+        rows, columns = wanted.slices()
+        assert (tile - whole[:, rows, columns]).abs().max() < 1e-10
+
+
 def cut_windows(network: Network, core: Window, shape: tuple[int, int]) -> dict[str, Window]:
     """The core's window with one pixel less at the end, or one alignment step less at the start, of each side that is
     not the image's edge."""
