@@ -28,7 +28,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("1GB", []),
         ("1.3GB", []),
         ("2GB", []),
-        ("3GB", ["--core", "2048"]),
+        ("3.2GB", ["--core", "2048"]),
         ("2GB", ["--output", "logits"]),
         ("2GB", ["--workers", "2", "--threads", "1"]),
         ("2GB", ["--engine", "torch"]),
