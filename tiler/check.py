@@ -97,10 +97,11 @@ def compare_patches(
     """Compare (finished, logits, reference finished, reference logits) of each patch."""
     max_abs, largest, flipped, pixels = 0.0, 0.0, 0, 0
     for finished, logits, expected_finished, expected in pairs:
-        difference = np.abs(logits.astype(np.float64) - expected.astype(np.float64))
-        # NaN against NaN is agreement, NaN against a number is not.
-        both = np.isnan(logits.astype(np.float64)) & np.isnan(expected.astype(np.float64))
-        worst = np.where(both, 0.0, difference).max(initial=0.0)
+        ours, theirs = logits.astype(np.float64), expected.astype(np.float64)
+        # Equal infinities agree, and NaN with NaN; NaN against a number does not.
+        agree = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
+        with np.errstate(invalid="ignore"):
+            worst = np.where(agree, 0.0, np.abs(ours - theirs)).max(initial=0.0)
         max_abs = float("inf") if np.isnan(worst) else max(max_abs, float(worst))
         finite = expected[np.isfinite(expected)]
         largest = max(largest, float(np.abs(finite.astype(np.float64)).max(initial=0.0)))
@@ -114,7 +115,7 @@ def compare_patches(
         max_abs=max_abs,
         largest=largest,
         flipped=flipped,
-        tolerance=RELATIVE_TOLERANCE * max(1.0, largest),
+        tolerance=RELATIVE_TOLERANCE * largest,
     )
 
 

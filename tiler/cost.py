@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from .graph import TracedGraph
-from .operations import bound_arguments, evaluate, expression_of, operation_name
+from .graph import TracedGraph, operation_name
+from .operations import bound_arguments
+from .sizes import evaluate, expression_of
 
 _SHARING = frozenset(
     f"aten.{name}"

@@ -38,17 +38,18 @@ def pack_network(network: Network, threads: int) -> EngineProgram:
 class TorchEngine:
     """Runs the module itself, eagerly."""
 
-    def __init__(self, module: nn.Module, threads: int | None = None) -> None:
+    def __init__(self, module: nn.Module, threads: int | None = None, *, has_logits: bool = False) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # TF32 would round inputs of convolutions to 10 bits: another result than the module's.
         torch.backends.cudnn.allow_tf32 = False
         if threads is not None:
             torch.set_num_threads(threads)
         self._module = module.to(self._device)
+        self._has_logits = has_logits
 
     @classmethod
     def from_program(cls, program: EngineProgram) -> TorchEngine:
-        return cls(pickle.loads(program.payload[0]), program.threads)
+        return cls(pickle.loads(program.payload[0]), program.threads, has_logits=program.has_logits)
 
     def _tensor(self, image: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(image).to(self._device)[None]
@@ -58,10 +59,11 @@ class TorchEngine:
             return self._module(self._tensor(image))[0].cpu().numpy()
 
     def run_with_logits(self, image: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        if not isinstance(self._module, HasLogits):
+        if not self._has_logits:
             result = self.run(image)
             return result, result
+        module = cast("HasLogits", self._module)
         with torch.inference_mode():
-            logits = self._module.logits(self._tensor(image))
-            finished = cast("HasLogits", self._module).finish(logits)
+            logits = module.logits(self._tensor(image))
+            finished = module.finish(logits)
             return finished[0].cpu().numpy(), logits[0].cpu().numpy()

@@ -16,8 +16,9 @@ from torch.export import Dim, ExportedProgram, export
 
 from .errors import UntileableError
 
-# Two primes, so that no size is special and neither axis can be taken for the other.
-_TRACE_SIZE = (67, 53)
+# Two primes, so that no size is special and neither axis can be taken for the other; large enough for strides of 128,
+# since torch.export takes an inner size of 1 for a constant.
+_TRACE_SIZE = (331, 293)
 _LARGEST_MULTIPLE = 64
 
 
@@ -84,15 +85,18 @@ def _runs(module: nn.Module, bands: int, size: tuple[int, int], dtype: torch.dty
 
 
 def _shows_logits(module: nn.Module, example: Tensor) -> bool:
-    """Whether the module has logits other than its result."""
-    if not isinstance(module, HasLogits):
+    """Whether the module has logits, pixel for pixel under its result and other than it."""
+    if not isinstance(module, HasLogits) or any(isinstance(part, nn.Module) for part in (module.logits, module.finish)):
         return False
     with torch.no_grad():
         logits = module.logits(example)
-        return module.finish(logits) is not logits
+        finished = module.finish(logits)
+        if finished is logits or finished.shape[2:] != logits.shape[2:]:
+            return False
+        return bool(torch.equal(finished, cast("nn.Module", module)(example)))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
@@ -104,13 +108,18 @@ def find_size_multiple(module: nn.Module, bands: int, dtype: torch.dtype) -> int
         UntileableError: it fails for every k up to 64; carries the module's own words.
     """
     first = _runs(module, bands, _TRACE_SIZE, dtype)
-    if first is None:
+    if first is None and _runs(module, bands, (332, 294), dtype) is None:
         return 1
     for multiple in range(2, _LARGEST_MULTIPLE + 1):
-        if all(_runs(module, bands, (multiple * a, multiple * b), dtype) is None for a, b in ((3, 5), (4, 3), (7, 3))):
+        sizes = ((multiple * a, multiple * b) for a, b in ((3, 5), (4, 3), (7, 6)))
+        if all(_runs(module, bands, size, dtype) is None for size in sizes):
             return multiple
+    if first is None:
+        raise UntileableError(
+            "the network runs on images of odd height and width only; pad or crop inside it so that every size will do"
+        )
     raise UntileableError(
-        f"the network fails on {str(dtype).removeprefix('torch.')} images of {bands} bands ({_first_line(first)}), "
+        f"the network fails on {str(dtype).removeprefix('torch.')} images of {bands} bands ({first_line(first)}), "
         f"also at sizes divisible by up to {_LARGEST_MULTIPLE}; give a module that maps (1, {bands}, height, width) "
         "to one tensor, scaling included"
     )
@@ -138,12 +147,14 @@ def trace(module: nn.Module, bands: int, dtype: torch.dtype) -> TracedGraph:
             program = export(traced, (example,), dynamic_shapes=spec, strict=False)
     except Exception as error:
         raise UntileableError(
-            f"the network cannot be traced by torch.export: {_first_line(error)}; "
+            f"the network cannot be traced by torch.export: {first_line(error)}; "
             "remove control flow that depends on pixel values or sizes"
         ) from error
     finally:
         exports_log.setLevel(level)
 
+    if not _returns_one_tensor(program, pair=traced is not module):
+        raise UntileableError("the network must return one tensor, not a tuple, list or dict; wrap it in such a module")
     graph = program.graph
     name = next(iter(program.graph_signature.user_inputs))
     shape = next(node for node in graph.nodes if node.name == name).meta["val"].shape
@@ -167,8 +178,6 @@ def trace(module: nn.Module, bands: int, dtype: torch.dtype) -> TracedGraph:
         symbols.append(symbol)
     if symbols[0] == symbols[1]:
         raise UntileableError("the network must accept any height with any width, but its code makes the two equal")
-    if _runs(traced, bands, (multiple, multiple), dtype) is not None:
-        smallest = [max(2, value) for value in smallest]
     return TracedGraph(
         program=program,
         height=symbols[0],
@@ -179,8 +188,25 @@ def trace(module: nn.Module, bands: int, dtype: torch.dtype) -> TracedGraph:
     )
 
 
+def _returns_one_tensor(program: ExportedProgram, *, pair: bool) -> bool:
+    spec = program.call_spec.out_spec
+    if spec is None:
+        return False
+    leaves, children = (2, 2) if pair else (1, 0)
+    return spec.num_leaves == leaves and spec.num_children == children
+
+
 def _parameter_names(function: Callable[..., Any]) -> list[str]:
     return list(inspect.signature(function).parameters)
+
+
+def operation_name(node: torch.fx.Node) -> str:
+    """ "aten.conv2d" for aten.conv2d.default and every other overload."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, _, name = target._schema.name.partition("::")
+        return f"{namespace}.{name}"
+    return getattr(target, "__name__", str(target))
 
 
 def where(node: torch.fx.Node) -> str:

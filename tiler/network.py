@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from .agreement import require_agreement
+from .aliasing import Aliases
 from .errors import UntileableError, UsageError
 from .geometry import Interval, Window, align_down, align_up
-from .graph import TracedGraph, trace, where
+from .graph import TracedGraph, operation_name, trace, where
 from .operations import (
     AXES,
     Call,
@@ -22,12 +25,11 @@ from .operations import (
     Pixels,
     apply_rule,
     bound_arguments,
-    evaluate,
-    expression_of,
-    operation_name,
-    sample_extents,
+    refuse_randomness,
+    require_constant,
 )
-from .receptive import AxisGraph, AxisNode, Same, Shift, Slide, footprint
+from .receptive import AxisGraph, AxisNode, Same, footprint
+from .sizes import evaluate, expression_of, sample_extents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +65,8 @@ class Network:
     dtype: torch.dtype
     channels: int
     output_dtype: torch.dtype
-    notes: tuple[str, ...] = ()
-    """What a user should know about its exactness, in sentences."""
+    largest_extent: int | None = None
+    """Height or width of a raster up to which tiles are exact; None: any."""
 
     @property
     def stride(self) -> tuple[int, int]:
@@ -91,7 +93,14 @@ class Network:
 
         Raises:
             UsageError: a raster below the network's smallest size.
+            UntileableError: a raster above the size up to which tiles are exact.
         """
+        if self.largest_extent is not None and max(shape_yx) > self.largest_extent:
+            raise UntileableError(
+                f"bilinear upsampling by a factor other than 2, 4, 8, ... in float32 is exact up to "
+                f"{self.largest_extent} pixels a side (torch rounds its source coordinates), the raster has "
+                f"{max(shape_yx)}; use such a factor, or float64"
+            )
         height, width = (align_up(extent, self.size_multiple) for extent in shape_yx)
         for axis, extent, smallest in zip(AXES, (height, width), self.graph.smallest, strict=True):
             if extent < smallest:
@@ -127,7 +136,9 @@ class Network:
 
     def align(self, axis: int, needed: Interval, extent: int) -> Interval:
         """The smallest legal window along an axis that holds `needed`: start on the stride, size acceptable."""
-        stride, smallest = self.axes[axis].stride, self.graph.smallest[axis]
+        smallest = self.graph.smallest[axis]
+        # On multiples of the accepted size too: then what is left to the image's end is acceptable as well.
+        stride = lcm(self.axes[axis].stride, self.size_multiple)
         start = align_down(needed.start, stride)
         stop = min(start + max(align_up(needed.stop - start, self.size_multiple), smallest), extent)
         # Only at the image's end can a window be too small; then it grows backwards, by whole strides.
@@ -166,7 +177,8 @@ def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype
     known: dict[Node, Pixels] = {}
     position: dict[Node, int] = {}
     axes: tuple[list[AxisNode], list[AxisNode]] = ([], [])
-    notes: list[str] = []
+    largest_extents: list[int] = []
+    aliases = Aliases()
 
     def add(node: Node, pixels: Pixels, needs: tuple[Any, ...]) -> None:
         known[node] = pixels
@@ -178,34 +190,32 @@ def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype
     one = (Fraction(1), Fraction(1))
     add(graph.input_node, Pixels(dims=(2, 3), scale=one, sizes=symbols), ())
     for node in graph.nodes:
+        aliases.visit(node)
         if node.op != "call_function" or not _holds_tensor(node):
             continue
+        refuse_randomness(node)
         operands = {source: known[source] for source in node.all_input_nodes if source in known}
         if not operands:
-            if _free_symbols(node) & set(symbols):
-                raise UntileableError(
-                    f"{operation_name(node)} in {where(node)} cannot be tiled: it makes a tensor of the image's "
-                    "size, so its values may depend on the position; replace it by a constant that broadcasts"
-                )
+            require_constant(node, symbols)
             continue
         call = Call(
             node=node,
             operands=operands,
             symbols=symbols,
             size_multiple=graph.size_multiple,
+            smallest=graph.smallest,
             arguments=bound_arguments(node),
         )
-        writes_in_place = call.name.endswith("_")
-        if writes_in_place and any(operand.cropped_view for operand in operands.values()):
-            call.refuse("it writes into a part of a tensor in place", "compute a new tensor instead")
         outcome = apply_rule(call)
         add(node, _result_pixels(call, outcome), outcome.needs)
-        notes.extend(outcome.notes)
+        if outcome.largest_extent is not None:
+            largest_extents.append(outcome.largest_extent)
 
     output = graph.output_nodes[0]
     if len(graph.output_nodes) != (2 if graph.has_logits else 1) or any(n not in known for n in graph.output_nodes):
         raise UntileableError("the network must return one tensor computed from the image")
     _check_output(output, known[output])
+    graph = replace(graph, smallest=_find_smallest(graph, known))
     result = Network(
         module=module,
         graph=graph,
@@ -214,10 +224,22 @@ def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype
         dtype=dtype,
         channels=int(output.meta["val"].shape[1]),
         output_dtype=output.meta["val"].dtype,
-        notes=tuple(dict.fromkeys(notes)),
+        largest_extent=min(largest_extents, default=None),
     )
     _check_sizes(result, known, output)
+    require_agreement(module, graph, bands, dtype)
     return result
+
+
+def _find_smallest(graph: TracedGraph, known: dict[Node, Pixels]) -> tuple[int, int]:
+    """Height and width from which on every node has at least one pixel."""
+    smallest = list(graph.smallest)
+    for axis, symbol in enumerate((graph.height, graph.width)):
+        expressions = {pixels.sizes[axis] for pixels in known.values()}
+        for extent in sample_extents(graph.size_multiple, smallest[axis]):
+            if any(evaluate(expression, symbol, extent) < 1 for expression in expressions):
+                smallest[axis] = extent + 1
+    return (smallest[0], smallest[1])
 
 
 def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
@@ -255,12 +277,6 @@ def _tensors(node: Node) -> Iterator[torch.Tensor]:
     )
 
 
-def _free_symbols(node: Node) -> set[Any]:
-    return {
-        symbol for value in _tensors(node) for extent in value.shape for symbol in expression_of(extent).free_symbols
-    }
-
-
 def _result_pixels(call: Call, outcome: Outcome) -> Pixels:
     """Scale and sizes of the result; refuses operands of different scale and results whose symbols went elsewhere."""
     scales: list[Fraction] = []
@@ -276,18 +292,16 @@ def _result_pixels(call: Call, outcome: Outcome) -> Pixels:
             if symbols != expected:
                 call.refuse("it mixes height, width and other dimensions", "keep them as dimensions of their own")
     first = next(_tensors(call.node))
-    crops = any(isinstance(rule, (Shift, Slide)) for _, *rules in outcome.needs for rule in rules)
     return Pixels(
         dims=outcome.dims,
         scale=(scales[0], scales[1]),
         sizes=(expression_of(first.shape[outcome.dims[0]]), expression_of(first.shape[outcome.dims[1]])),
-        cropped_view=outcome.is_view and (crops or any(p.cropped_view for p in call.operands.values())),
     )
 
 
 def _check_output(output: Node, pixels: Pixels) -> None:
     value = output.meta["val"]
-    if len(value.shape) != 4 or pixels.dims != (2, 3):
+    if len(value.shape) != 4 or pixels.dims != (2, 3) or value.shape[0] != 1:
         raise UntileableError(
             f"the network must return (1, channels, height, width), got {tuple(value.shape)}; "
             "keep the batch and channel dimensions"
@@ -305,7 +319,7 @@ def _check_sizes(network: Network, known: dict[Node, Pixels], output: Node) -> N
                 continue
             seen.add((axis, expression, scale))
             period = network.stride[axis]
-            for extent in sample_extents(multiple):
+            for extent in sample_extents(multiple, network.graph.smallest[axis]):
                 moved = evaluate(expression, symbol, extent + period * multiple)
                 if moved - evaluate(expression, symbol, extent) != period * multiple * scale:
                     raise UntileableError(
@@ -314,7 +328,7 @@ def _check_sizes(network: Network, known: dict[Node, Pixels], output: Node) -> N
                     )
     for axis, symbol in enumerate((network.graph.height, network.graph.width)):
         expression, scale = known[output].sizes[axis], known[output].scale[axis]
-        for extent in sample_extents(multiple):
+        for extent in sample_extents(multiple, network.graph.smallest[axis]):
             given = evaluate(expression, symbol, extent)
             if given != -(-extent * scale // 1):
                 raise UntileableError(

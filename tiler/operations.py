@@ -18,9 +18,9 @@ import torch
 from torch.fx import Node
 
 from .errors import UntileableError
-from .geometry import align_up
-from .graph import where
+from .graph import operation_name, where
 from .receptive import AxisRule, EnlargeBilinear, EnlargeNearest, Same, Shift, Slide
+from .sizes import evaluate, expression_of, sample_extents
 
 AXES = ("height", "width")
 
@@ -35,8 +35,6 @@ class Pixels:
     """Its pixels for each pixel of the network's input."""
     sizes: tuple[sympy.Expr, sympy.Expr]
     """Its height and width as functions of the input's."""
-    cropped_view: bool = False
-    """It shares memory with a part of a larger tensor, so that writing into it would change only some pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +43,8 @@ class Outcome:
 
     dims: tuple[int, int]
     needs: tuple[tuple[Node, AxisRule, AxisRule], ...]
-    is_view: bool = False
-    notes: tuple[str, ...] = ()
+    largest_extent: int | None = None
+    """Height or width of the image up to which tiles are exact; None: any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +56,7 @@ class Call:
     """The operands that have pixels."""
     symbols: tuple[sympy.Symbol, sympy.Symbol]
     size_multiple: int
+    smallest: tuple[int, int]
     arguments: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -86,24 +85,19 @@ class Call:
         """An expression of the image's size along `axis`, at one extent."""
         return evaluate(expression, self.symbols[axis], extent)
 
+    def extents(self, axis: int) -> tuple[int, ...]:
+        """Extents of the image along `axis` at which sizes are compared."""
+        return sample_extents(self.size_multiple, self.smallest[axis])
+
     def constant(self, axis: int, value: Any, what: str) -> int:
         """An argument that must be the same number for every image size."""
         if isinstance(value, int):
             return value
         expression = expression_of(value)
-        values = {self.size_at(axis, expression, n) for n in sample_extents(self.size_multiple)}
+        values = {self.size_at(axis, expression, extent) for extent in self.extents(axis)}
         if len(values) != 1:
             self.refuse(f"{what} depends on the image's {AXES[axis]}", "make it a constant")
         return values.pop()
-
-
-def operation_name(node: Node) -> str:
-    """ "aten.conv2d" for aten.conv2d.default and every other overload."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        namespace, _, name = target._schema.name.partition("::")
-        return f"{namespace}.{name}"
-    return getattr(target, "__name__", str(target))
 
 
 def bound_arguments(node: Node) -> dict[str, Any]:
@@ -120,28 +114,6 @@ def bound_arguments(node: Node) -> dict[str, Any]:
         elif argument.has_default_value():
             bound[argument.name] = argument.default_value
     return bound
-
-
-def expression_of(value: Any) -> sympy.Expr:
-    """A size as a sympy expression: of an int, a SymInt, or a graph node that holds one."""
-    if isinstance(value, Node):
-        value = value.meta["val"]
-    if isinstance(value, torch.SymInt):
-        return value.node.expr
-    return sympy.Integer(int(value))
-
-
-@cache
-def evaluate(expression: sympy.Expr, symbol: sympy.Symbol, extent: int) -> int:
-    """A size expression at one extent of the image."""
-    return int(expression.subs({symbol: extent}))
-
-
-@cache
-def sample_extents(size_multiple: int) -> tuple[int, ...]:
-    """Extents at which size arguments are compared: every phase of strides up to 64, on small and on giant images."""
-    starts = (align_up(128, size_multiple), align_up(1 << 20, size_multiple))
-    return tuple(start + step * size_multiple for start in starts for step in range(65))
 
 
 Rule = Callable[[Call], Outcome]
@@ -172,7 +144,57 @@ def apply_rule(call: Call) -> Outcome:
             ("no rule says which pixels it needs", "replace it, or register a rule (outsize.tiler.operations)"),
         )
         call.refuse(reason, remedy)
-    return rule(call)
+    _refuse_sizes_as_values(call.node)
+    try:
+        return rule(call)
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        raise UntileableError(
+            f"{call.name} in {where(call.node)} cannot be tiled: its rule does not understand it ({error}); replace it"
+        ) from error
+
+
+_TAKE_SIZES = frozenset(
+    f"aten.{name}" for name in ("slice", "pad", "constant_pad_nd", "upsample_nearest2d", "upsample_bilinear2d")
+)
+"""Operations whose rules look at every size among their arguments."""
+
+
+def _refuse_sizes_as_values(node: Node) -> None:
+    """A size may say where to cut, pad and resample; among the numbers computed with, pixels would depend on it."""
+    if operation_name(node) in _TAKE_SIZES:
+        return
+    for source in node.all_input_nodes:
+        value = source.meta.get("val")
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) and value.node.expr.free_symbols:
+            raise UntileableError(
+                f"{operation_name(node)} in {where(node)} cannot be tiled: it uses the image's size as a number; "
+                "replace it by a constant"
+            )
+
+
+def require_constant(node: Node, symbols: tuple[sympy.Symbol, sympy.Symbol]) -> None:
+    """Refuse a node without pixels among its operands whose value is no constant.
+
+    Raises:
+        UntileableError: it has the image's size, holds it, or is random.
+    """
+    values = node.meta.get("val")
+    tensors = [v for v in (values if isinstance(values, (tuple, list)) else [values]) if isinstance(v, torch.Tensor)]
+    if any(expression_of(extent).free_symbols & set(symbols) for value in tensors for extent in value.shape):
+        raise UntileableError(
+            f"{operation_name(node)} in {where(node)} cannot be tiled: it makes a tensor of the image's size, so its "
+            "values may depend on the position; replace it by a constant that broadcasts"
+        )
+    _refuse_sizes_as_values(node)
+
+
+def refuse_randomness(node: Node) -> None:
+    """Refuse operations that draw random numbers (dropout has its own rule)."""
+    tags = getattr(node.target, "tags", ())
+    if torch.Tag.nondeterministic_seeded in tags and "dropout" not in operation_name(node):
+        raise UntileableError(
+            f"{operation_name(node)} in {where(node)} cannot be tiled: it is random; remove it for inference"
+        )
 
 
 def _aten(names: str) -> list[str]:
@@ -228,11 +250,8 @@ def pointwise_rule(call: Call) -> Outcome:
         from_end.add((pixels.dims[0] - operand_rank, pixels.dims[1] - operand_rank))
     if len(from_end) != 1:
         call.refuse("its operands have height and width in different dimensions", "permute them alike")
-    if any(isinstance(a, Node) and isinstance(a.meta.get("val"), torch.SymInt) for a in call.node.args):
-        call.refuse("it uses the image's size as a number", "replace it by a constant")
     dims = from_end.pop()
-    result = _same_for_all(call, (dims[0] + rank, dims[1] + rank))
-    return Outcome(result.dims, result.needs, is_view=call.name in ("aten.alias", "aten.detach", "aten.to"))
+    return _same_for_all(call, (dims[0] + rank, dims[1] + rank))
 
 
 @register_rule("aten.dropout", "aten.dropout_", "aten.feature_dropout", "aten.alpha_dropout")
@@ -268,7 +287,9 @@ def cat_rule(call: Call) -> Outcome:
 
 @register_rule(*_aten("softmax log_softmax _softmax _log_softmax argmax argmin amax amin sum mean max min prod"))
 def channel_reduction_rule(call: Call) -> Outcome:
-    """A reduction over dimensions other than height and width."""
+    """A reduction over dimensions other than height and width; also the larger or smaller of two tensors."""
+    if "other" in call.arguments:
+        return pointwise_rule(call)
     operand, pixels = call.pixels()
     rank = len(operand.meta["val"].shape)
     given = call.arguments.get("dim")
@@ -290,7 +311,7 @@ def unsqueeze_rule(call: Call) -> Outcome:
     rank = len(operand.meta["val"].shape)
     dim = int(call.arguments["dim"]) % (rank + 1)
     y, x = (d + (dim <= d) for d in pixels.dims)
-    return Outcome((y, x), ((operand, Same(), Same()),), is_view=True)
+    return Outcome((y, x), ((operand, Same(), Same()),))
 
 
 @register_rule("aten.squeeze")
@@ -305,7 +326,7 @@ def squeeze_rule(call: Call) -> Outcome:
         call.refuse("it would drop a height or width of one pixel", "squeeze another dimension")
     removed = [d for d in dims if operand.meta["val"].shape[d] == 1]
     y, x = (d - sum(r < d for r in removed) for d in pixels.dims)
-    return Outcome((y, x), ((operand, Same(), Same()),), is_view=True)
+    return Outcome((y, x), ((operand, Same(), Same()),))
 
 
 @register_rule("aten.permute")
@@ -313,9 +334,7 @@ def permute_rule(call: Call) -> Outcome:
     operand, pixels = call.pixels()
     rank = len(operand.meta["val"].shape)
     order = [int(d) % rank for d in call.arguments["dims"]]
-    return Outcome(
-        (order.index(pixels.dims[0]), order.index(pixels.dims[1])), ((operand, Same(), Same()),), is_view=True
-    )
+    return Outcome((order.index(pixels.dims[0]), order.index(pixels.dims[1])), ((operand, Same(), Same()),))
 
 
 @register_rule("aten.transpose")
@@ -325,7 +344,7 @@ def transpose_rule(call: Call) -> Outcome:
     first, second = int(call.arguments["dim0"]) % rank, int(call.arguments["dim1"]) % rank
     swap = {first: second, second: first}
     y, x = (swap.get(d, d) for d in pixels.dims)
-    return Outcome((y, x), ((operand, Same(), Same()),), is_view=True)
+    return Outcome((y, x), ((operand, Same(), Same()),))
 
 
 @register_rule("aten.select")
@@ -336,7 +355,7 @@ def select_rule(call: Call) -> Outcome:
     if dim in pixels.dims:
         call.refuse("it picks one row or column of the image", "select along channels")
     y, x = (d - (dim < d) for d in pixels.dims)
-    return Outcome((y, x), ((operand, Same(), Same()),), is_view=True)
+    return Outcome((y, x), ((operand, Same(), Same()),))
 
 
 @register_rule("aten.chunk", "aten.split", "aten.split_with_sizes", "aten.unbind")
@@ -348,13 +367,15 @@ def channel_split_rule(call: Call) -> Outcome:
         call.refuse("it cuts the image into parts", "split along channels")
     removed = 1 if call.name == "aten.unbind" else 0
     y, x = (d - (removed if dim < d else 0) for d in pixels.dims)
-    return Outcome((y, x), ((operand, Same(), Same()),), is_view=True)
+    return Outcome((y, x), ((operand, Same(), Same()),))
 
 
 @register_rule("getitem")
 def getitem_rule(call: Call) -> Outcome:
     ((operand, pixels),) = call.operands.items()
-    return Outcome(pixels.dims, ((operand, Same(), Same()),), is_view=True)
+    if operation_name(operand) == "aten.max_pool2d_with_indices" and call.node.args[1] != 0:
+        call.refuse("pooling indices count the image's pixels", "use the pooled values only")
+    return Outcome(pixels.dims, ((operand, Same(), Same()),))
 
 
 # Sliding windows ---------------------------------------------------------------------------------------------------
@@ -423,9 +444,10 @@ def _integer_factor(call: Call, axis: int, operand: Node, factors: Any) -> int:
             call.refuse(f"the factor must be a whole number, got {factor}", "use an integer scale_factor")
         return int(factor)
     ratios = set()
-    for extent in sample_extents(call.size_multiple):
+    for extent in call.extents(axis):
         small, large = call.size_at(axis, before, extent), call.size_at(axis, after, extent)
-        ratios.add(Fraction(large, small))
+        if small > 0:  # below the network's smallest image there is nothing to enlarge
+            ratios.add(Fraction(large, small))
     if len(ratios) != 1 or (ratio := ratios.pop()).denominator != 1:
         call.refuse(
             f"its size argument makes the factor depend on the image's {AXES[axis]}",
@@ -464,41 +486,40 @@ def bilinear_rule(call: Call) -> Outcome:
     if call.arguments.get("align_corners"):
         call.refuse("align_corners=True makes every weight depend on the image's size", "use align_corners=False")
     factors = [_integer_factor(call, axis, operand, call.arguments.get("scale_factors")) for axis in (0, 1)]
-    notes: list[str] = []
-    for factor in set(factors):
-        if factor & (factor - 1):
-            notes.append(
-                f"bilinear x{factor} in {where(call.node)}: torch computes source coordinates in float32, whose "
-                "rounding differs with the position (weights by up to about 5e-4 at 30000 px); float64 tiles agree"
-            )
+    # torch computes source coordinates in float32: exact for powers of two, else rounded by up to 6e-8 of the position.
+    rounded = any(factor & (factor - 1) for factor in factors) and call.node.meta["val"].dtype != torch.float64
     return Outcome(
         (2, 3),
         ((operand, EnlargeBilinear(factor=factors[0]), EnlargeBilinear(factor=factors[1])),),
-        notes=tuple(notes),
+        largest_extent=LARGEST_ROUNDED if rounded else None,
     )
+
+
+LARGEST_ROUNDED = 1024
+"""Pixels up to which bilinear weights of factors such as 3 differ by less than 1e-4 between a window and the image."""
 
 
 # Cropping and padding ----------------------------------------------------------------------------------------------
 
 
-def _shift(call: Call, axis: int, operand: Node, pixels: Pixels, offset: int) -> Shift:
-    """The rule of an operation that moves pixels by `offset` and cuts or pads the end.
+def _cut_off(call: Call, axis: int, operand: Node, pixels: Pixels, offset: int, step: int = 1) -> int:
+    """Source pixels after the last wanted one that must exist, for an operation that cuts or pads the end.
 
-    `beyond` is 0 where the result always reaches to the end of the nominal extent (floor of size x scale): then a
-    window that holds the pixel's footprint has the pixel. Otherwise it is the largest number of pixels cut off.
+    0 where the result always reaches to the end of the nominal extent (floor of size x scale): then a window that
+    holds the pixel's footprint has the pixel. Otherwise the largest number of source pixels cut off.
     """
     before = expression_of(operand.meta["val"].shape[pixels.dims[axis]])
     after = expression_of(call.node.meta["val"].shape[pixels.dims[axis]])
     cut, falls_short = 0, False
-    for extent in sample_extents(call.size_multiple):
+    for extent in call.extents(axis):
         source, result = call.size_at(axis, before, extent), call.size_at(axis, after, extent)
-        cut = max(cut, source - offset - result)
-        falls_short |= result < int(extent * pixels.scale[axis])
+        cut = max(cut, source - offset - result * step)
+        falls_short |= result < int(extent * pixels.scale[axis] / step)
     if falls_short and cut > 64:
         call.refuse(
             f"it cuts {cut} or more pixels off the end", "crop by a small constant, or to another tensor's size"
         )
-    return Shift(offset=offset, beyond=cut if falls_short else 0)
+    return cut if falls_short else 0
 
 
 @register_rule("aten.slice")
@@ -506,17 +527,23 @@ def slice_rule(call: Call) -> Outcome:
     operand, pixels = call.pixels()
     rank = len(operand.meta["val"].shape)
     axis = call.spatial_dim(int(call.arguments.get("dim", 0)), pixels.dims, rank)
+    start, end = call.arguments.get("start"), call.arguments.get("end")
     rules: list[AxisRule] = [Same(), Same()]
-    if axis is not None:
-        start = call.arguments.get("start")
+    if axis is None:
+        if isinstance(start, Node) or isinstance(end, Node):
+            call.refuse("it picks channels by the image's size", "use constants")
+    else:
         offset = 0 if start is None else call.constant(axis, start, "its start")
         if offset < 0:
             call.refuse(f"it counts from the image's end ({offset})", "crop from the start by a constant")
         step = int(call.arguments.get("step", 1) or 1)
+        beyond = _cut_off(call, axis, operand, pixels, offset, step)
         rules[axis] = (
-            _shift(call, axis, operand, pixels, offset) if step == 1 else Slide(extent=1, stride=step, padding=-offset)
+            Shift(offset=offset, beyond=beyond)
+            if step == 1
+            else Slide(extent=1, stride=step, padding=-offset, beyond=beyond)
         )
-    return Outcome(pixels.dims, ((operand, rules[0], rules[1]),), is_view=True)
+    return Outcome(pixels.dims, ((operand, rules[0], rules[1]),))
 
 
 @register_rule("aten.pad", "aten.constant_pad_nd")
@@ -530,7 +557,10 @@ def pad_rule(call: Call) -> Outcome:
     rules: list[AxisRule] = [Same(), Same()]
     for pair, dim in enumerate(range(rank - 1, rank - 1 - len(amounts) // 2, -1)):
         axis = call.spatial_dim(dim, pixels.dims, rank)
+        before, after = amounts[2 * pair : 2 * pair + 2]
         if axis is not None:
-            before = call.constant(axis, amounts[2 * pair], "its padding before the first pixel")
-            rules[axis] = _shift(call, axis, operand, pixels, -before)
+            offset = -call.constant(axis, before, "its padding before the first pixel")
+            rules[axis] = Shift(offset=offset, beyond=_cut_off(call, axis, operand, pixels, offset))
+        elif isinstance(before, Node) or isinstance(after, Node):
+            call.refuse("it pads channels by the image's size", "use constants")
     return Outcome(pixels.dims, ((operand, rules[0], rules[1]),))

@@ -90,7 +90,6 @@ class TilePlan:
     """Of one pass over the raster without overlap."""
     read_amplification: float
     """Pixels decoded for each pixel of the raster, if no block is kept from one tile to the next."""
-    notes: tuple[str, ...] = ()
 
     @property
     def grid(self) -> Grid:
@@ -214,7 +213,6 @@ class TilePlan:
                     f"{flops_per_s / 1e9:.0f} GFLOP/s)",
                 )
             )
-        lines.extend(("note", note) for note in self.notes)
         return "\n".join(f"{name:<9} {text}" for name, text in lines)
 
 
@@ -350,7 +348,6 @@ def plan_tiles(
             flops=_total_flops(network, rows, columns),
             flops_bare=compute_flops(network.graph, network.padded_shape(shape[1:])),
             read_amplification=_read_amplification(rows, columns, shape[1:], block),
-            notes=network.notes,
         )
     assert smallest is not None
     raise BudgetError(

@@ -151,7 +151,9 @@ def read_filled(
         whole[:, : inside.height, : inside.width] = image
         image = whole
         if missing is not None:
-            missing = np.pad(missing, [(0, window.height - inside.height), (0, window.width - inside.width)])
+            # Beyond the raster there is nothing valid either.
+            beyond = [(0, window.height - inside.height), (0, window.width - inside.width)]
+            missing = np.pad(missing, beyond, constant_values=True)
     return FilledWindow(np.ascontiguousarray(image), missing)
 
 

@@ -50,6 +50,8 @@ class Slide:
     stride: int
     padding: int
     """Before the first pixel."""
+    beyond: int = 0
+    """As of Shift: input pixels after the last needed one that must exist."""
 
     @property
     def ratio(self) -> Fraction:
@@ -58,7 +60,7 @@ class Slide:
     def needs(self, wanted: Interval) -> Interval:
         return Interval(
             start=wanted.start * self.stride - self.padding,
-            stop=(wanted.stop - 1) * self.stride - self.padding + self.extent,
+            stop=(wanted.stop - 1) * self.stride - self.padding + self.extent + self.beyond,
         )
 
 

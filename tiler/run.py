@@ -329,7 +329,7 @@ def run_start_check(client: Client, spec: RunSpec, network: Network) -> StartChe
     """Compare patches that workers compute from their tiles' windows with the module itself in larger windows."""
     patches = sample_patches(spec.plan)
     future = client.submit(check_tiles, spec.run_id, patches, key=f"start-check-{spec.run_id}", pure=False)
-    reference = TorchEngine(network.module)
+    reference = TorchEngine(network.module, has_logits=network.graph.has_logits)
     reader = spec.raster.open_reader()
     expected: list[tuple[Array, Array]] = []
     try:

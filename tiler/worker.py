@@ -16,7 +16,7 @@ from distributed import Worker, WorkerPlugin
 from .check import CheckPatch
 from .engine import Engine, EngineProgram
 from .events import TileRecord
-from .geometry import Window
+from .geometry import Interval, Window
 from .plan import Tile, TilePlan
 from .raster import Raster, RasterReader, read_filled
 from .receptive import footprint
@@ -41,17 +41,18 @@ def missing_in_output(
     missing: npt.NDArray[np.bool_], window: Window, core: Window, scale: tuple[Fraction, Fraction]
 ) -> npt.NDArray[np.bool_]:
     """Nodata of a core's pixels: an output pixel is nodata where every input pixel under it is."""
-    for axis, (interval, start, ratio) in enumerate(
+    valid = (~missing).astype(np.int64)
+    for axis, (interval, origin, ratio) in enumerate(
         ((core.rows, window.y, scale[0]), (core.columns, window.x, scale[1]))
     ):
-        under = [footprint(type(interval)(start=i, stop=i + 1), ratio) for i in range(interval.start, interval.stop)]
-        first = np.array([u.start - start for u in under])
-        if ratio >= 1:
-            missing = np.take(missing, first, axis=axis)
-        else:
-            last = min(under[-1].stop - start, missing.shape[axis])
-            missing = np.logical_and.reduceat(np.take(missing, range(last), axis=axis), first, axis=axis)
-    return missing
+        under = [footprint(Interval(start=i, stop=i + 1), ratio) for i in range(interval.start, interval.stop)]
+        size = valid.shape[axis]
+        first = np.clip([u.start - origin for u in under], 0, size)
+        last = np.clip([u.stop - origin for u in under], 0, size)
+        # Valid pixels up to each position, so that a difference counts those of any footprint.
+        counts = np.concatenate([np.zeros_like(np.take(valid, [0], axis)), np.cumsum(valid, axis)], axis)
+        valid = np.take(counts, last, axis) - np.take(counts, first, axis)
+    return valid == 0
 
 
 class TileRunner:

@@ -57,7 +57,7 @@ REFUSED = {
     "flip": (lambda y, _: y.flip(-1), "any pixel of the image"),
     "crop to a fixed size": (lambda y, _: y[..., :40], "fixes|cuts|above|cannot be tiled"),
     "crop from the end": (lambda y, _: y[..., -5:], "cannot be tiled"),
-    "writing into a part": (lambda y, _: _write_into_part(y), "writes into a part"),
+    "writing into a part": (lambda y, _: _write_into_part(y), "writes in place"),
     "joining side by side": (lambda y, _: torch.cat([y, y], dim=-1), "side by side"),
     "flatten": (lambda y, _: y.flatten(2).softmax(-1).unflatten(2, y.shape[2:]), "no rule"),
     "unpadded": (lambda y, _: F.conv2d(y, torch.ones(1, 4, 3, 3)), "pad its convolutions"),
@@ -142,6 +142,10 @@ def test_nearest_upsampling_by_small_factors_has_the_exact_index(factor: int) ->
     assert torch.equal(large[0, 0, 0], torch.arange(1000.0).repeat_interleave(factor))
 
 
-def test_bilinear_by_three_is_accepted_with_a_note() -> None:
-    network = analyze_network(nn.Sequential(nn.Conv2d(3, 2, 1), nn.Upsample(scale_factor=3, mode="bilinear")).eval(), 3)
-    assert any("float32" in note for note in network.notes)
+def test_bilinear_by_three_is_exact_in_float64_and_up_to_1024_pixels_in_float32() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Upsample(scale_factor=3, mode="bilinear")).eval()
+    network = analyze_network(module, bands=3)
+    assert network.padded_shape((1024, 1000)) == (1024, 1000)
+    with pytest.raises(UntileableError, match=r"exact up to 1024 pixels a side .* has 1025"):
+        network.padded_shape((1025, 10))
+    assert analyze_network(module.double(), bands=3).padded_shape((30000, 1)) == (30000, 1)

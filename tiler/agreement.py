@@ -1,0 +1,107 @@
+"""Agreement: whether the traced graph is the module at every size, tried where they could part.
+
+A trace follows one path through the module's Python code. Branches on the size leave guards; both paths are compared at
+sizes on the guard's other side, and at awkward small sizes in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UntileableError
+from .graph import TracedGraph, first_line
+from .sizes import evaluate_both, sample_extents
+
+_SMALL = ((1, 1), (1, 5), (5, 1), (2, 3), (8, 9), (9, 8), (16, 25), (41, 22), (64, 31))
+_LARGEST_TRIED = 1 << 12
+"""Pixels along an axis; a branch that is taken only above this is refused untried."""
+
+
+def require_agreement(module: nn.Module, graph: TracedGraph, bands: int, dtype: torch.dtype) -> None:
+    """Compare module and graph.
+
+    Raises:
+        UntileableError: they differ at a size that the network is said to accept, or one of them fails there.
+    """
+    k = graph.size_multiple
+    sizes = dict.fromkeys((h * k, w * k) for h, w in _SMALL)
+    sizes |= dict.fromkeys(_other_sides(graph))
+    for size in sizes:
+        if any(extent < smallest for extent, smallest in zip(size, graph.smallest, strict=True)):
+            continue
+        image = _random_image(bands, size, dtype)
+        try:
+            expected = _run_module(module, image)
+        except Exception as error:
+            raise UntileableError(
+                f"the network fails on an image of {size[0]} x {size[1]} ({first_line(error)}), though not on others; "
+                "make it accept every size, or those divisible by some number"
+            ) from error
+        try:
+            traced = _run_graph(graph, image)
+        except Exception:  # noqa: BLE001 - any failure means another path
+            traced = None
+        if traced is None or not _same(traced, expected):
+            raise UntileableError(
+                f"the network takes another path on an image of {size[0]} x {size[1]} than on others; "
+                "remove control flow that depends on sizes, and randomness"
+            )
+
+
+def _random_image(bands: int, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(size[0] * 65537 + size[1])
+    image = torch.rand((1, bands, *size), generator=generator, dtype=torch.float64)
+    return (image * (100 if not dtype.is_floating_point else 1)).to(dtype)
+
+
+def _run_module(module: nn.Module, image: Tensor) -> Tensor:
+    with torch.no_grad():
+        return module(image.clone())
+
+
+def _run_graph(graph: TracedGraph, image: Tensor) -> Tensor:
+    """The finished result of the traced graph."""
+    program = graph.program
+    tensors: dict[str, Any] = {**program.state_dict, **program.constants}
+    inputs = [image if spec.target is None else tensors[spec.target] for spec in program.graph_signature.input_specs]
+    with torch.no_grad():
+        return torch.fx.Interpreter(program.graph_module).run(*inputs)[0]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.dtype.is_floating_point:
+        return bool(torch.equal(a, b))
+    return bool(torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().nan_to_num(0, 0, 0).max()), equal_nan=True))
+
+
+def _other_sides(graph: TracedGraph) -> Iterator[tuple[int, int]]:
+    """For each branch in the user's code, small sizes where it goes the other way than in the trace."""
+    environment = graph.input_node.meta["val"].shape[2].node.shape_env
+    library = Path(torch.__file__).parent
+    extents = sample_extents(graph.size_multiple, min(graph.smallest))
+    few = [*extents[:12], *extents[60:70], extents[-1]]
+    pairs = [*((n, n) for n in extents), *((a, b) for a in few for b in few)]
+    for guard in getattr(environment, "guards", ()):
+        frame = getattr(guard.sloc, "framework_loc", None)
+        if frame is None or library in Path(frame.filename).parents:
+            continue
+        place = f"{Path(frame.filename).name}:{frame.lineno}"
+        symbols = {graph.height, graph.width}
+        if not guard.expr.free_symbols <= symbols:
+            raise UntileableError(f"the network branches on pixel values at {place}; remove that control flow")
+        other = [(h, w) for h, w in pairs if not evaluate_both(guard.expr, (graph.height, graph.width), (h, w))]
+        small = [size for size in other if max(size) <= _LARGEST_TRIED]
+        if other and not small:
+            raise UntileableError(
+                f"the network takes another path on images above {_LARGEST_TRIED} pixels ({place}); "
+                "remove control flow that depends on sizes"
+            )
+        yield from small[:2]
+        yield from small[-1:]

@@ -1,0 +1,57 @@
+"""Sizes as expressions of the image's size: evaluation, and the extents at which they are compared."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+from torch.utils._sympy.printers import PythonPrinter
+
+from .geometry import align_up
+
+
+def expression_of(value: Any) -> sympy.Expr:
+    """A size as a sympy expression: of an int, a SymInt, or a graph node that holds one."""
+    if isinstance(value, Node):
+        value = value.meta["val"]
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value.node.expr
+    return sympy.Integer(int(value))
+
+
+@cache
+def _compiled(expression: sympy.Expr, symbols: tuple[sympy.Symbol, ...]) -> Callable[..., Any]:
+    """The expression as a Python function of its symbols; sympy's own substitution is a thousand times slower."""
+    names = [symbol.name for symbol in symbols]
+    helpers = {"math": __import__("math"), "operator": operator, "min": min, "max": max}
+    return eval(f"lambda {', '.join(names)}: {PythonPrinter().doprint(expression)}", helpers)
+
+
+def evaluate(expression: sympy.Expr, symbol: sympy.Symbol, extent: int) -> int:
+    """A size expression of one symbol at one extent of the image.
+
+    Raises:
+        ValueError: it depends on another symbol too.
+    """
+    if expression.free_symbols - {symbol}:
+        raise ValueError(f"{expression} depends on more than {symbol}")
+    return int(_compiled(expression, (symbol,))(extent))
+
+
+def evaluate_both(expression: sympy.Basic, symbols: tuple[sympy.Symbol, sympy.Symbol], size: tuple[int, int]) -> bool:
+    """A condition on height and width at one size."""
+    return bool(expression.subs(dict(zip(symbols, size, strict=True))))
+
+
+@cache
+def sample_extents(size_multiple: int, smallest: int = 1) -> tuple[int, ...]:
+    """Extents at which sizes are compared: all small ones, and every phase of strides up to 128 on a giant image."""
+    first = align_up(max(1, smallest), size_multiple)
+    small = range(first, first + 192 * size_multiple, size_multiple)
+    giant = align_up(1 << 20, size_multiple)
+    return (*small, *range(giant, giant + 129 * size_multiple, size_multiple))
