@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from .graph import TracedGraph, operation_name
-from .operations import bound_arguments
+from .rules import bound_arguments
 from .sizes import evaluate, expression_of
 
 _SHARING = frozenset(

@@ -13,22 +13,14 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from . import operations as operations  # registers the rules
 from .agreement import require_agreement
 from .aliasing import Aliases
 from .errors import UntileableError, UsageError
 from .geometry import Interval, Window, align_down, align_up
 from .graph import TracedGraph, operation_name, trace, where
-from .operations import (
-    AXES,
-    Call,
-    Outcome,
-    Pixels,
-    apply_rule,
-    bound_arguments,
-    refuse_randomness,
-    require_constant,
-)
 from .receptive import AxisGraph, AxisNode, Same, footprint
+from .rules import AXES, Call, Outcome, Pixels, apply_rule, bound_arguments, refuse_randomness, require_constant
 from .sizes import evaluate, expression_of, sample_extents
 
 

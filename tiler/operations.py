@@ -1,225 +1,48 @@
-"""Rules: for each ATen operation, what a pixel of its result needs of its operands, or why it cannot be tiled.
-
-A rule takes a `Call` and returns an `Outcome`; `register_rule` puts it under the operation's name without overload
-("aten.conv2d"). Whatever has no rule is refused: nothing is guessed. How to add one: CONTRIBUTING.md.
-"""
+"""Operations: for each ATen operation, what a pixel of its result needs of its operands, or why it cannot be tiled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
-import sympy
 import torch
 from torch.fx import Node
 
-from .errors import UntileableError
-from .graph import operation_name, where
+from .graph import operation_name
 from .receptive import AxisRule, EnlargeBilinear, EnlargeNearest, Same, Shift, Slide
-from .sizes import evaluate, expression_of, sample_extents
-
-AXES = ("height", "width")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pixels:
-    """What is known of a tensor that has pixels."""
-
-    dims: tuple[int, int]
-    """Which of its dimensions are height and width."""
-    scale: tuple[Fraction, Fraction]
-    """Its pixels for each pixel of the network's input."""
-    sizes: tuple[sympy.Expr, sympy.Expr]
-    """Its height and width as functions of the input's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a rule says: where the result's height and width are, and what it needs of each operand."""
-
-    dims: tuple[int, int]
-    needs: tuple[tuple[Node, AxisRule, AxisRule], ...]
-    largest_extent: int | None = None
-    """Height or width of the image up to which tiles are exact; None: any."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """One operation of the graph, its arguments by name."""
-
-    node: Node
-    operands: dict[Node, Pixels]
-    """The operands that have pixels."""
-    symbols: tuple[sympy.Symbol, sympy.Symbol]
-    size_multiple: int
-    smallest: tuple[int, int]
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return operation_name(self.node)
-
-    def refuse(self, reason: str, remedy: str) -> NoReturn:
-        raise UntileableError(f"{self.name} in {where(self.node)} cannot be tiled: {reason}; {remedy}")
-
-    def pixels(self, argument: str = "self") -> tuple[Node, Pixels]:
-        """The operand that must have pixels."""
-        node = self.arguments[argument]
-        if node not in self.operands:
-            self.refuse(f"its operand '{argument}' must be computed from the image", "restructure the module")
-        for other in self.operands:
-            if other is not node:
-                self.refuse("only its first operand may be computed from the image", "restructure the module")
-        return node, self.operands[node]
-
-    def spatial_dim(self, dim: int, dims: tuple[int, int], rank: int) -> int | None:
-        """0 for height, 1 for width, None for any other dimension."""
-        positive = dim % rank
-        return dims.index(positive) if positive in dims else None
-
-    def size_at(self, axis: int, expression: Any, extent: int) -> int:
-        """An expression of the image's size along `axis`, at one extent."""
-        return evaluate(expression, self.symbols[axis], extent)
-
-    def extents(self, axis: int) -> tuple[int, ...]:
-        """Extents of the image along `axis` at which sizes are compared."""
-        return sample_extents(self.size_multiple, self.smallest[axis])
-
-    def constant(self, axis: int, value: Any, what: str) -> int:
-        """An argument that must be the same number for every image size."""
-        if isinstance(value, int):
-            return value
-        expression = expression_of(value)
-        values = {self.size_at(axis, expression, extent) for extent in self.extents(axis)}
-        if len(values) != 1:
-            self.refuse(f"{what} depends on the image's {AXES[axis]}", "make it a constant")
-        return values.pop()
-
-
-def bound_arguments(node: Node) -> dict[str, Any]:
-    """The operation's arguments by the names of its schema, defaults filled in."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return {}
-    bound: dict[str, Any] = {}
-    for index, argument in enumerate(schema.arguments):
-        if index < len(node.args):
-            bound[argument.name] = node.args[index]
-        elif argument.name in node.kwargs:
-            bound[argument.name] = node.kwargs[argument.name]
-        elif argument.has_default_value():
-            bound[argument.name] = argument.default_value
-    return bound
-
-
-Rule = Callable[[Call], Outcome]
-_RULES: dict[str, Rule] = {}
-_REFUSALS: dict[str, tuple[str, str]] = {}
-
-
-def register_rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule under operation names such as "aten.conv2d" or "mylib.myop"."""
-
-    def register(rule: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(names, rule))
-        return rule
-
-    return register
-
-
-def apply_rule(call: Call) -> Outcome:
-    """The outcome of the operation's rule.
-
-    Raises:
-        UntileableError: no rule, or the rule refuses; names the operation, its module and the source line.
-    """
-    rule = _RULES.get(call.name)
-    if rule is None:
-        reason, remedy = _REFUSALS.get(
-            call.name,
-            ("no rule says which pixels it needs", "replace it, or register a rule (outsize.tiler.operations)"),
-        )
-        call.refuse(reason, remedy)
-    _refuse_sizes_as_values(call.node)
-    try:
-        return rule(call)
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-        raise UntileableError(
-            f"{call.name} in {where(call.node)} cannot be tiled: its rule does not understand it ({error}); replace it"
-        ) from error
-
-
-_TAKE_SIZES = frozenset(
-    f"aten.{name}" for name in ("slice", "pad", "constant_pad_nd", "upsample_nearest2d", "upsample_bilinear2d")
-)
-"""Operations whose rules look at every size among their arguments."""
-
-
-def _refuse_sizes_as_values(node: Node) -> None:
-    """A size may say where to cut, pad and resample; among the numbers computed with, pixels would depend on it."""
-    if operation_name(node) in _TAKE_SIZES:
-        return
-    for source in node.all_input_nodes:
-        value = source.meta.get("val")
-        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) and value.node.expr.free_symbols:
-            raise UntileableError(
-                f"{operation_name(node)} in {where(node)} cannot be tiled: it uses the image's size as a number; "
-                "replace it by a constant"
-            )
-
-
-def require_constant(node: Node, symbols: tuple[sympy.Symbol, sympy.Symbol]) -> None:
-    """Refuse a node without pixels among its operands whose value is no constant.
-
-    Raises:
-        UntileableError: it has the image's size, holds it, or is random.
-    """
-    values = node.meta.get("val")
-    tensors = [v for v in (values if isinstance(values, (tuple, list)) else [values]) if isinstance(v, torch.Tensor)]
-    if any(expression_of(extent).free_symbols & set(symbols) for value in tensors for extent in value.shape):
-        raise UntileableError(
-            f"{operation_name(node)} in {where(node)} cannot be tiled: it makes a tensor of the image's size, so its "
-            "values may depend on the position; replace it by a constant that broadcasts"
-        )
-    _refuse_sizes_as_values(node)
-
-
-def refuse_randomness(node: Node) -> None:
-    """Refuse operations that draw random numbers (dropout has its own rule)."""
-    tags = getattr(node.target, "tags", ())
-    if torch.Tag.nondeterministic_seeded in tags and "dropout" not in operation_name(node):
-        raise UntileableError(
-            f"{operation_name(node)} in {where(node)} cannot be tiled: it is random; remove it for inference"
-        )
+from .rules import AXES, Call, Outcome, Pixels, register_refusal, register_rule
+from .sizes import expression_of
 
 
 def _aten(names: str) -> list[str]:
     return [f"aten.{name}" for name in names.split()]
 
 
-def _refuse_always(names: str, reason: str, remedy: str) -> None:
-    _REFUSALS.update(dict.fromkeys(_aten(names), (reason, remedy)))
-
-
 _WHOLE_IMAGE = "it needs whole-image statistics"
-_refuse_always(
-    """adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d group_norm native_group_norm instance_norm layer_norm
-    native_layer_norm var std var_mean std_mean norm linalg_vector_norm cumsum cumprod""",
+register_refusal(
+    _aten(
+        """
+        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d group_norm native_group_norm instance_norm
+        layer_norm native_layer_norm var std var_mean std_mean norm linalg_vector_norm cumsum cumprod
+        """
+    ),
     _WHOLE_IMAGE,
     "use batch norm in eval mode, or no norm; pool over fixed windows",
 )
-_refuse_always(
-    """grid_sampler grid_sampler_2d fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_rfftn _fft_r2c _fft_c2c sort
-    topk median scaled_dot_product_attention matmul bmm mm einsum flip roll rot90 nonzero""",
+register_refusal(
+    _aten(
+        """
+        grid_sampler grid_sampler_2d fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_rfftn _fft_r2c _fft_c2c
+        sort topk median scaled_dot_product_attention matmul bmm mm einsum flip roll rot90 nonzero
+        """
+    ),
     "a pixel may need any pixel of the image",
     "replace it by convolutions, or run this network on the whole image",
 )
-_refuse_always(
-    "conv_transpose2d upsample_bicubic2d reflection_pad2d replication_pad2d pixel_shuffle pixel_unshuffle",
+register_refusal(
+    _aten("conv_transpose2d upsample_bicubic2d reflection_pad2d replication_pad2d pixel_shuffle pixel_unshuffle"),
     "this version has no rule for it",
     "use convolution, nearest or bilinear upsampling and zero padding",
 )
