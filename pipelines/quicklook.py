@@ -93,7 +93,7 @@ def save_quicklook(console: Console, out: Path, header: dict[str, Any], target: 
     sources: list[tuple[str, Raster]] = []
     try:
         source = open_raster(header["source"], header.get("source_axes"))
-        sources.append((Path(header["source"]).name, source))
+        sources.append((Path(source.path).name, source))
     except RasterError as error:
         console.remark(f"quicklook without the input: {error}")
     panels: list[tuple[str, Image.Image]] = []

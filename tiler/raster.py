@@ -47,6 +47,13 @@ class Raster:
     def shape_yx(self) -> tuple[int, int]:
         return self.shape[1:]
 
+    @property
+    def location(self) -> str:
+        """Absolute path by which `open_raster` finds it again from any folder; GDAL's own names stay as they are."""
+        if not Path(self.path).exists():
+            return self.path
+        return str(Path(self.path).absolute() / self.array_path)
+
     def open_reader(self) -> RasterReader:
         """A reader for one thread at a time."""
         if self.kind == "zarr":

@@ -278,7 +278,8 @@ class _Run:
                     place=self.raster.place,
                     header={
                         "fingerprint": self.fingerprint,
-                        "source": self.raster.path,
+                        "source": self.raster.location,
+                        "source_axes": self.raster.axes if self.raster.kind == "zarr" else None,
                         "versions": _versions(),
                     },
                 )

@@ -147,3 +147,17 @@ def test_naip_and_sentinel_2_are_described_as_rasterio_does(shared_dir: Path) ->
             window = Window(y=13, x=17, height=101, width=97)
             expected = dataset.read(window=((13, 114), (17, 114)))
         assert np.array_equal(raster.open_reader().read(window), expected)
+
+
+def test_a_raster_is_found_again_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_geotiff(tmp_path / "a.tif", unique_pixels(1, 4, 4))
+    group = zarr.create_group(tmp_path / "g.zarr")
+    for name in ("red", "green"):
+        group.create_array(name, shape=(4, 4), dtype="u1")
+    monkeypatch.chdir(tmp_path)
+    for source in ("a.tif", "g.zarr/red"):
+        raster = open_raster(source)
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert open_raster(raster.location).shape == raster.shape
+        monkeypatch.chdir(tmp_path)
