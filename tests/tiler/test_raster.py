@@ -157,7 +157,8 @@ def test_a_raster_is_found_again_from_any_folder(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     for source in ("a.tif", "g.zarr/red"):
         raster = open_raster(source)
+        location = raster.location
         (tmp_path / "elsewhere").mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / "elsewhere")
-        assert open_raster(raster.location).shape == raster.shape
+        assert open_raster(location).shape == raster.shape
         monkeypatch.chdir(tmp_path)
