@@ -120,5 +120,10 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
 
 
+def count_of(number: int, noun: str) -> str:
+    """1 band, 4 bands."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def describe_memory(current: int) -> str:
     return f"memory {format_bytes(current)}"

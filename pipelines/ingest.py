@@ -11,7 +11,7 @@ from ..tiler.geometry import Grid
 from ..tiler.meter import MemoryMeter
 from ..tiler.raster import open_raster
 from ..tiler.store import create_raster_group, writable
-from .console import Console, describe_memory
+from .console import Console, count_of, describe_memory
 
 CHUNK = 512
 _BYTES_AT_ONCE = 64_000_000
@@ -50,23 +50,27 @@ def run_ingest(console: Console, source: str, target: Path, *, axes: str | None,
     across = max(1, min(-(-width // CHUNK), _BYTES_AT_ONCE // (bands * raster.dtype.itemsize * CHUNK * CHUNK)))
     grid = Grid(shape=(height, width), cell=(CHUNK, across * CHUNK))
     began = time.perf_counter()
-    with MemoryMeter() as meter, console.step("ingest", height * width) as step:
-        reader = raster.open_reader()
-        try:
-            for at in grid:
-                window = grid.window(*at)
-                rows, columns = window.slices()
-                array[:, rows, columns] = reader.read(window)
-                step.advance(window.pixels, describe_memory(meter.current_bytes))
-        finally:
-            reader.close()
+    try:
+        with MemoryMeter() as meter, console.step("ingest", height * width) as step:
+            reader = raster.open_reader()
+            try:
+                for at in grid:
+                    window = grid.window(*at)
+                    rows, columns = window.slices()
+                    array[:, rows, columns] = reader.read(window)
+                    step.advance(window.pixels, describe_memory(meter.current_bytes))
+            finally:
+                reader.close()
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     if target.exists():
         shutil.rmtree(target)
     unfinished.rename(target)
     seconds = time.perf_counter() - began
     place = "georeferenced" if raster.place.crs_wkt else "no CRS"
     console.result(
-        f"{target}: {height} x {width} px, {bands} bands {raster.dtype}, {place}",
+        f"{target}: {height} x {width} px, {count_of(bands, 'band')} {raster.dtype}, {place}",
         {
             "out": str(target),
             "shape": list(raster.shape),

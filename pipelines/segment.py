@@ -19,7 +19,7 @@ from ..tiler.plan import TilePlan, format_seconds, plan_tiles
 from ..tiler.raster import Raster, open_raster
 from ..tiler.run import RunSummary, predict
 from ..tiler.store import OutputDescription
-from .console import Console, Step
+from .console import Console, Step, count_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ def _prepare(options: SegmentOptions) -> tuple[Raster, SegmentationModel, Networ
     model = load_model(options.model)
     if raster.bands != len(model.bands):
         raise UsageError(
-            f"{options.source} has {raster.bands} band{'s' if raster.bands != 1 else ''}, model {model.name} takes "
+            f"{options.source} has {count_of(raster.bands, 'band')}, model {model.name} takes "
             f"{len(model.bands)} ({', '.join(model.bands)}); give a raster with those bands, or a fitting --model"
         )
     network = analyze_network(as_tile_network(model, options.output), raster.bands, raster.dtype)
@@ -129,7 +129,7 @@ def _sentence(summary: RunSummary, out: Path) -> str:
     return (
         f"{out}: {summary.pixels / 1e6:.1f} Mpx in {format_seconds(summary.seconds)} "
         f"({summary.mpx_per_s:.2f} Mpx/s, start-up {format_seconds(summary.startup_s)}), "
-        f"{summary.tiles} tiles{failed}, peak memory {format_bytes(summary.peak_bytes)} "
+        f"{count_of(summary.tiles, 'tile')}{failed}, peak memory {format_bytes(summary.peak_bytes)} "
         f"(predicted {format_bytes(summary.predicted_peak_bytes)})"
     )
 

@@ -54,8 +54,8 @@ class StartCheck:
 
     def sentence(self) -> str:
         return (
-            f"{self.tiles} tiles, {self.pixels} px recomputed in larger windows by torch: largest difference of "
-            f"{self.compared} {self.max_abs:.2g} (tolerance {self.tolerance:.2g}), {self.flipped} flipped pixels"
+            f"{self.tiles} tile{'s' * (self.tiles != 1)}, {self.pixels} px recomputed in larger windows by torch: largest "
+            f"difference of {self.compared} {self.max_abs:.2g} (tolerance {self.tolerance:.2g}), {self.flipped} flipped pixels"
         )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import rasterio
-from rasterio.errors import RasterioError, RasterioIOError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
 from rasterio.windows import Window as RasterioWindow
 
 from .errors import RasterError
@@ -19,6 +22,19 @@ def _one_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A raster without georeference is an ordinary case, told by its description."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        yield
+
+
+def _open(path: str) -> rasterio.DatasetReader:
+    with _quiet():
+        return rasterio.open(path)
+
+
 def describe_gdal(path: str) -> Raster:
     """Describe a file that GDAL reads.
 
@@ -26,7 +42,7 @@ def describe_gdal(path: str) -> Raster:
         RasterError: GDAL cannot open it, or its bands differ in dtype.
     """
     try:
-        with rasterio.open(path) as dataset:
+        with _quiet(), rasterio.open(path) as dataset:
             dtypes = set(dataset.dtypes)
             if len(dtypes) != 1:
                 raise RasterError(f"{path}: all bands must have one dtype, got {sorted(dtypes)}; convert them first")
@@ -58,7 +74,7 @@ class GdalReader:
     def __init__(self, raster: Raster) -> None:
         self._raster = raster
         try:
-            self._dataset = rasterio.open(raster.path)
+            self._dataset = _open(raster.path)
         except RasterioIOError as error:
             raise RasterError(f"{raster.path} is not a raster that GDAL can open: {_one_line(error)}") from error
 
@@ -69,7 +85,7 @@ class GdalReader:
         except RasterioError as error:
             # An open dataset may answer a later read with zeros after a failed one: open it again.
             self._dataset.close()
-            self._dataset = rasterio.open(self._raster.path)
+            self._dataset = _open(self._raster.path)
             raise RasterError(f"{self._raster.path}: window {window} cannot be read: {_one_line(error)}") from error
 
     def close(self) -> None:

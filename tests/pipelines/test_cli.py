@@ -192,6 +192,17 @@ def test_ingest_is_pixel_equal_and_keeps_the_place(tmp_path: Path) -> None:
     assert "exists" in refused.stderr
 
 
+def test_an_ingest_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    data = SCENE.read_bytes()
+    (tmp_path / "damaged.tif").write_bytes(data[: 2 * len(data) // 3])
+    failed = outsize("ingest", tmp_path / "damaged.tif", tmp_path / "d.zarr")
+    assert failed.returncode == 1
+    last = failed.stderr.strip().splitlines()[-1]
+    assert last.startswith("outsize: error: ")
+    assert "cannot be read" in last
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged.tif"]
+
+
 def test_probability_and_logits_are_written_and_exported(tmp_path: Path) -> None:
     for kind in ("probability", "logits"):
         out = tmp_path / f"{kind}.zarr"
