@@ -53,9 +53,10 @@ class StartCheck:
         return {name: getattr(self, name) for name in self.__slots__}
 
     def sentence(self) -> str:
+        tiles = f"{self.tiles} tile{'s' * (self.tiles != 1)}"
         return (
-            f"{self.tiles} tile{'s' * (self.tiles != 1)}, {self.pixels} px recomputed in larger windows by torch: largest "
-            f"difference of {self.compared} {self.max_abs:.2g} (tolerance {self.tolerance:.2g}), {self.flipped} flipped pixels"
+            f"{tiles}, {self.pixels} px recomputed in larger windows by torch: largest difference of {self.compared} "
+            f"{self.max_abs:.2g} (tolerance {self.tolerance:.2g}), {self.flipped} flipped pixels"
         )
 
 

@@ -15,6 +15,7 @@ import pytest
 import rasterio
 import torch
 import zarr
+from affine import Affine
 from outsize.models import Scaling, SegmentationClass, SegmentationModel, UNet, as_tile_network, load_model, save_model
 from outsize.sample_data.small import small_scene_path
 from outsize.tiler.store import open_array, read_header
@@ -22,6 +23,7 @@ from rio_cogeo.cogeo import cog_validate
 
 SCENE = small_scene_path()
 LABELS = SCENE.with_name("labels.tif")
+PLACE = Affine(2, 0, 1000, 0, -2, 5000)
 
 
 def outsize(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -193,8 +195,13 @@ def test_ingest_is_pixel_equal_and_keeps_the_place(tmp_path: Path) -> None:
 
 
 def test_an_ingest_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    data = SCENE.read_bytes()
-    (tmp_path / "damaged.tif").write_bytes(data[: 2 * len(data) // 3])
+    image = np.random.default_rng(0).integers(1, 255, (2, 900, 700), dtype=np.uint8)
+    with rasterio.open(
+        tmp_path / "damaged.tif", "w", driver="GTiff", count=2, height=900, width=700, dtype="uint8", transform=PLACE
+    ) as dataset:
+        dataset.write(image)
+    data = (tmp_path / "damaged.tif").read_bytes()
+    (tmp_path / "damaged.tif").write_bytes(data[: 3 * len(data) // 4])
     failed = outsize("ingest", tmp_path / "damaged.tif", tmp_path / "d.zarr")
     assert failed.returncode == 1
     last = failed.stderr.strip().splitlines()[-1]
