@@ -83,6 +83,11 @@ def run_segment(
 ) -> RunSummary:
     """Segment a raster; returns what was done, start-up counted from here."""
     began = time.perf_counter()
+    if out.suffix.lower() in (".tif", ".tiff", ".png", ".jp2"):
+        raise UsageError(
+            f"segment writes a Zarr store, got {out.name}; name it {out.stem}.zarr, then: "
+            f"outsize export {out.stem}.zarr {out.name}"
+        )
     raster, model, network = _prepare(options)
     prepared_s = time.perf_counter() - began
     description = OutputDescription(

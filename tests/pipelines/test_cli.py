@@ -231,6 +231,7 @@ ERRORS = {
     "axes of a file": (["plan", str(SCENE), "--axes", "yxb"], 1, "--axes is for Zarr"),
     "not an output": (["evaluate", str(SCENE.parent), str(LABELS)], 1, "not an output of outsize"),
     "foreign output": (["segment", str(SCENE), str(SCENE.parent)], 1, "not an output of outsize"),
+    "not a store's name": (["segment", str(SCENE), "map.tif"], 2, "outsize export map.zarr map.tif"),
     "no scheduler": (
         ["segment", str(SCENE), "unused.zarr", "--scheduler-file", "/nonexistent/scheduler.json"],
         1,
