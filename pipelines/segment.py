@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..models.segmentation.mlm import load_model
-from ..models.segmentation.model import Output, SegmentationModel, as_tile_network
+from ..models.segmentation.model import Output, SegmentationModel, as_tile_network, describe_output
 from ..tiler.cluster import ClusterOptions
 from ..tiler.errors import UsageError
 from ..tiler.events import ClusterReady, Event, RunPlanned, StartChecked, TileFinished
@@ -18,7 +18,6 @@ from ..tiler.network import Network, analyze_network
 from ..tiler.plan import TilePlan, format_seconds, plan_tiles
 from ..tiler.raster import Raster, open_raster
 from ..tiler.run import RunSummary, predict
-from ..tiler.store import OutputDescription
 from .console import Console, Step, count_of
 
 
@@ -90,15 +89,9 @@ def run_segment(
         )
     raster, model, network = _prepare(options)
     prepared_s = time.perf_counter() - began
-    description = OutputDescription(
-        kind=options.output,
-        model=model.name,
-        model_sha256=model.sha256,
-        classes=tuple(entry.name for entry in model.classes),
-        colours=tuple(entry.colour for entry in model.classes),
-    )
+    description = describe_output(model, options.output)
     console.remark(f"model     {model.name}")
-    listener = _Listener(console)
+    listener = _Listener(console, own_page=cluster.dashboard_address is not None)
     try:
         summary = predict(
             raster,
@@ -142,8 +135,9 @@ def _sentence(summary: RunSummary, out: Path) -> str:
 class _Listener:
     """Shows a run's events."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, own_page: bool) -> None:
         self._console = console
+        self._own_page = own_page
         self._pixels = 0
         self._open = ExitStack()
         self._step: Step | None = None
@@ -156,7 +150,7 @@ class _Listener:
                 if resumed:
                     self._console.remark(f"resume    {resumed} of {len(plan.grid)} tiles are there already")
             case ClusterReady(dashboard=dashboard):
-                self._console.remark(f"dashboard {dashboard or 'none'}")
+                self._console.remark(f"dashboard {(self._own_page and dashboard) or 'none'}")
             case StartChecked(check=check):
                 self._console.remark(f"check     {check.sentence()}")
                 if check.passed:

@@ -209,7 +209,8 @@ def predict(
                 read_amplification=plan.read_amplification,
                 engine=plan.engine,
             )
-            update_header(out, {"run": summary.to_json()})
+            if todo:
+                update_header(out, {"run": summary.to_json()})
             log.info("finished: %s", summary.to_json())
     return summary
 

@@ -117,8 +117,15 @@ def describe(model: SegmentationModel, weights_name: str, card: dict[str, Any] |
     }
 
 
+def _files(path: str | Path) -> tuple[Path, Path]:
+    """(description, weights) of a model; a name may hold dots of its own, such as unet-1.5."""
+    path = Path(path)
+    name = path.name.removesuffix(".json").removesuffix(".safetensors")
+    return path.with_name(f"{name}.json"), path.with_name(f"{name}.safetensors")
+
+
 def save_model(model: SegmentationModel, path: str | Path, card: dict[str, Any] | None = None) -> SegmentationModel:
-    """Write PATH.safetensors and PATH.json (any suffix of `path` is dropped); returns the model with its hash.
+    """Write PATH.safetensors and PATH.json (either suffix of `path` is dropped); returns the model with its hash.
 
     Args:
         card: what was measured about the model, stored under `outsize:card`.
@@ -126,14 +133,13 @@ def save_model(model: SegmentationModel, path: str | Path, card: dict[str, Any] 
     Raises:
         ModelFileError: a network that is not a UNet.
     """
-    stem = Path(path).with_suffix("")
-    weights = stem.with_suffix(".safetensors")
+    item_path, weights = _files(path)
     description = describe(model, weights.name, card)
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    weights.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.contiguous() for key, value in model.network.state_dict().items()}
     save_file(state, weights)
-    stem.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n")
-    return load_model(stem.with_suffix(".json"))
+    item_path.write_text(json.dumps(description, indent=1) + "\n")
+    return load_model(item_path)
 
 
 def default_model_path() -> Path:
@@ -149,7 +155,7 @@ def load_model(path: str | Path | None = None) -> SegmentationModel:
     Raises:
         ModelFileError: a file that is missing, damaged, or describes another architecture.
     """
-    description_path = default_model_path() if path is None else Path(path).with_suffix(".json")
+    description_path = default_model_path() if path is None else _files(path)[0]
     if not description_path.is_file():
         raise ModelFileError(f"no model at {description_path}; give the .json that save_model wrote")
     try:

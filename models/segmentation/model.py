@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...tiler.errors import UsageError
+from ...tiler.store import OutputDescription
 from .norm import fold_norms
 
 Output = Literal["class", "probability", "logits"]
@@ -63,6 +64,17 @@ class SegmentationModel:
                 raise UsageError(f"a model of {len(self.bands)} bands needs as many {what}, got {len(values)}")
         if not 1 <= len(self.classes) <= 255:
             raise UsageError(f"a model has 1..255 classes (255 is nodata in class maps), got {len(self.classes)}")
+
+
+def describe_output(model: SegmentationModel, output: Output = "class") -> OutputDescription:
+    """What an output of this model means: for `predict(..., description=...)`, so that names and colours are kept."""
+    return OutputDescription(
+        kind=output,
+        model=model.name,
+        model_sha256=model.sha256,
+        classes=tuple(entry.name for entry in model.classes),
+        colours=tuple(entry.colour for entry in model.classes),
+    )
 
 
 class TileNetwork(nn.Module):

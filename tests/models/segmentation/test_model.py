@@ -31,6 +31,17 @@ def small_model(kind: str = "z-score") -> SegmentationModel:
     )
 
 
+def test_names_with_dots_stay_apart(tmp_path: Path) -> None:
+    first, second = (
+        save_model(small_model(), tmp_path / "unet-1.5"),
+        save_model(small_model(), tmp_path / "unet-1.6.json"),
+    )
+    assert first.sha256 != second.sha256
+    assert load_model(tmp_path / "unet-1.5").sha256 == first.sha256
+    assert load_model(tmp_path / "unet-1.6").sha256 == second.sha256
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 @pytest.mark.parametrize("kind", ["z-score", "min-max"])
 def test_a_model_survives_its_files(tmp_path: Path, kind: str) -> None:
     model = small_model(kind)
