@@ -286,7 +286,9 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         raise SystemExit(error.exit_code) from None
     except (KeyboardInterrupt, click.Abort):
-        print("outsize: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        resumes = "segment" in words
+        how = "the same command goes on where it stopped" if resumes else "the same command begins anew"
+        print(f"outsize: interrupted; {how}", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
         # The reader of our output has gone: nothing more to say to it.

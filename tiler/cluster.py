@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,9 +89,8 @@ def open_client(options: ClusterOptions, plan: TilePlan) -> Iterator[Client]:
     with config.set(settings):
         if not options.processes:
             os.environ.setdefault("GDAL_CACHEMAX", _worker_environment()["GDAL_CACHEMAX"])
-        with (
-            _quiet_main(),
-            LocalCluster(
+        with _quiet_main(), _interrupts_ignored():
+            local = LocalCluster(
                 n_workers=plan.workers if options.processes else 1,
                 threads_per_worker=plan.in_flight,
                 processes=options.processes,
@@ -97,10 +98,22 @@ def open_client(options: ClusterOptions, plan: TilePlan) -> Iterator[Client]:
                 dashboard_address=options.dashboard_address,  # pyright: ignore[reportArgumentType] - None: no dashboard
                 memory_limit=0,
                 silence_logs=40,
-            ) as cluster,
-            Client(cluster) as client,
-        ):
+            )
+        with local as cluster, Client(cluster) as client:
             yield client
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Workers started meanwhile inherit it: Ctrl-C in a terminal reaches them too, and only the client should act."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -295,12 +295,13 @@ def test_an_interrupt_ends_with_130_and_the_same_command_goes_on(tmp_path: Path)
     assert outsize("sample", scene, "--size", "3000").returncode == 0
     out = tmp_path / "map.zarr"
     command = [sys.executable, "-m", "outsize", "segment", scene / "scene.zarr", out, "--core", "256", "--no-dashboard"]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    # A session of its own: as in a terminal, Ctrl-C reaches workers too.
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, start_new_session=True)
     records = tmp_path / "map.zarr.run/records.jsonl"
     deadline = time.monotonic() + 120
     while not (records.exists() and records.read_text().count("\n") >= 5) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "the same command goes on" in errors.splitlines()[-1]
