@@ -19,7 +19,7 @@ from .aliasing import Aliases
 from .errors import UntileableError, UsageError
 from .geometry import Interval, Window, align_down, align_up
 from .graph import TracedGraph, operation_name, trace, where
-from .receptive import AxisGraph, AxisNode, Same, footprint
+from .receptive import AxisGraph, AxisNode, Same
 from .rules import AXES, Call, Outcome, Pixels, apply_rule, bound_arguments, refuse_randomness, require_constant
 from .sizes import evaluate, expression_of, sample_extents
 
@@ -137,14 +137,6 @@ class Network:
         while stop - start < smallest and start > 0:
             start = max(0, start - stride)
         return Interval(start=start, stop=stop)
-
-    def output_window(self, window: Window) -> Window:
-        """Where the module's output on an input window lies in the whole output."""
-        rows, columns = (
-            footprint(interval, 1 / scale)
-            for interval, scale in zip((window.rows, window.columns), self.scale, strict=True)
-        )
-        return Window.from_intervals(rows, columns)
 
 
 def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype[Any] | str | None = None) -> Network:

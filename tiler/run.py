@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,9 +46,6 @@ from .store import (
     write_status,
 )
 from .worker import RunPlugin, RunSpec, check_tiles
-
-if TYPE_CHECKING:
-    pass
 
 Array = npt.NDArray[Any]
 
@@ -160,11 +157,9 @@ def predict(
         if out.exists():
             read_header(out)  # a folder that is not ours is neither continued nor overwritten, nor given neighbours
         with _writing(out), RunFolder(out) as folder:
-            if overwrite:
-                remove_output(out)
-                folder.clear()
             records: dict[tuple[int, int], dict[str, Any]] = {}
-            if out.exists():
+            begins = overwrite or not out.exists()
+            if not begins:
                 plan = _continue(out, fingerprint, resume=resume, budget=parse_bytes(memory))
                 records = folder.read()
             todo = [at for at in plan.order() if not _is_done(out, description.kind, plan, at, records)]
@@ -179,6 +174,7 @@ def predict(
                 fill=fill,
                 fingerprint=fingerprint,
                 out=out,
+                begins=begins,
                 folder=folder,
                 meter=meter,
                 tell=tell,
@@ -228,6 +224,7 @@ class _Run:
         fill: tuple[float, ...],
         fingerprint: dict[str, Any],
         out: Path,
+        begins: bool,
         folder: RunFolder,
         meter: MemoryMeter,
         tell: Listener,
@@ -235,6 +232,7 @@ class _Run:
         self.raster, self.network, self.plan, self.description = raster, network, plan, description
         self.fill, self.fingerprint, self.out, self.folder = fill, fingerprint, out, folder
         self.meter, self.tell = meter, tell
+        self.begins = begins
         self.records: list[TileRecord] = []
         self.check: StartCheck | None = None
         self.began: float | None = None
@@ -271,7 +269,10 @@ class _Run:
             log.info("start check: %s", self.check.sentence())
             self.tell(StartChecked(check=self.check))
             require_exact(self.check)
-            if not self.out.exists():
+            if self.begins:
+                # Only now: an output that is replaced is lost to no run that could not start.
+                remove_output(self.out)
+                self.folder.clear()
                 create_output(
                     self.out,
                     plan=self.plan,

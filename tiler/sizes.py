@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -28,7 +28,7 @@ def expression_of(value: Any) -> sympy.Expr:
 def _compiled(expression: sympy.Expr, symbols: tuple[sympy.Symbol, ...]) -> Callable[..., Any]:
     """The expression as a Python function of its symbols; sympy's own substitution is a thousand times slower."""
     names = [symbol.name for symbol in symbols]
-    helpers = {"math": __import__("math"), "operator": operator, "min": min, "max": max}
+    helpers = {"math": math, "min": min, "max": max}
     return eval(f"lambda {', '.join(names)}: {PythonPrinter().doprint(expression)}", helpers)
 
 

@@ -321,6 +321,15 @@ def test_the_start_check_stops_a_run_whose_halo_is_too_small(tmp_path: Path, cli
         with pytest.raises(ExactnessError, match="start check must agree"):
             run(source, wrong, out, client)
     assert not out.exists()
+    # Nor does a run that cannot start take an earlier result with it.
+    run(source, network, out, client)
+    before = stored(out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("outsize.tiler.run.larger_window", honest)
+        with pytest.raises(ExactnessError):
+            run(source, wrong, out, client, overwrite=True)
+    assert np.array_equal(stored(out), before)
+    assert run(source, network, out, client).tiles == 0
 
 
 def larger_windows_of(network: Network) -> Any:
