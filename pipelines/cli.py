@@ -57,7 +57,7 @@ def _load_config(context: click.Context, _parameter: click.Parameter, path: str 
     cls=_Group,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "auto_envvar_prefix": "OUTSIZE"},
     epilog="Every option is also a variable, OUTSIZE_MEMORY or OUTSIZE_SEGMENT_MEMORY. "
-    "Exit codes: 0 done, 1 failed, 2 usage, 3 finished with failed tiles, 130 interrupted.",
+    "Exit codes: 0 done, 1 failed, 2 usage, 3 finished with failed tiles or windows, 130 interrupted.",
 )
 @click.version_option(__version__, prog_name="outsize")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on the last line of stdout.")
@@ -102,6 +102,54 @@ def _together(*decorators: Callable[[Any], Any]) -> Callable[[_Command], _Comman
     return decorate
 
 
+class _Numbers(click.ParamType):
+    """Numbers between commas."""
+
+    name = "numbers"
+
+    def __init__(self, kind: type[int] | type[float], count: int | None = None) -> None:
+        self.kind, self.count = kind, count
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
+        try:
+            numbers = tuple(self.kind(part) for part in parts)
+        except (TypeError, ValueError):
+            self.fail(f"numbers between commas, got {value!r}", param, ctx)
+        if self.count is not None and len(numbers) != self.count:
+            self.fail(f"{self.count} numbers between commas, got {value!r}", param, ctx)
+        return numbers
+
+
+class _NodataValue(click.ParamType):
+    """A number, nan, or none."""
+
+    name = "value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value is None or str(value).lower() == "none":
+            return "none"
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"a number, nan or none, got {value!r}", param, ctx)
+
+
+class _MaskBand(click.ParamType):
+    """N=V,V,...: a band and its values that mean nodata."""
+
+    name = "mask"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        band, _, values = str(value).partition("=")
+        try:
+            return int(band), tuple(float(part) for part in values.split(","))
+        except ValueError:
+            self.fail(f"a band and its values that mean nodata, such as 8=2,4; got {value!r}", param, ctx)
+
+
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 _planning = _together(
     _option("--model", type=click.Path(), help="A model's .json; without it the shipped one."),
@@ -123,7 +171,52 @@ _planning = _together(
     _option("--workers", type=click.IntRange(1), help="Worker processes; without it one for each 8 cores."),
     _option("--threads", type=click.IntRange(1), help="Compute threads of each worker."),
     _option("--core", type=click.IntRange(1), help="Side of a tile's core; without it what the budget allows."),
+    _option(
+        "--region",
+        type=_Numbers(int, 4),
+        metavar="Y,X,HEIGHT,WIDTH",
+        help="Only these pixels; their result equals the whole raster's.",
+    ),
+    _option(
+        "--bounds",
+        type=_Numbers(float, 4),
+        metavar="W,S,E,N",
+        help="Only what these bounds in the raster's CRS touch.",
+    ),
+    _option(
+        "--mark-nodata-context",
+        is_flag=True,
+        help="Also write nodata_context: 1 where a pixel's receptive field touches nodata.",
+    ),
+)
+_reading = _together(
     _option("--axes", metavar="ORDER", help="Order of a Zarr array's dimensions, such as yxb."),
+    _option("--bands", type=_Numbers(int), metavar="N,N,...", help="Bands to read, from 1, in this order."),
+    _option(
+        "--nodata",
+        type=_NodataValue(),
+        multiple=True,
+        metavar="VALUE",
+        help="Nodata value in place of the file's; repeat it for several; none: no value.",
+    ),
+    _option("--nodata-any", is_flag=True, help="A pixel is nodata where one band is; without it where all are."),
+    _option("--alpha", is_flag=True, help="Take the band tagged alpha for a mask, not for a band."),
+    _option(
+        "--mask-band",
+        type=_MaskBand(),
+        metavar="N=V,V,...",
+        help="Band N is a mask; where it holds one of the values, a pixel is nodata.",
+    ),
+)
+_writing = _together(
+    _option(
+        "--zarr-format",
+        type=click.Choice(["2", "3"]),
+        default="3",
+        show_default=True,
+        help="2 for readers that know no other, such as GDAL before 3.12.",
+    ),
+    _option("--no-space-check", is_flag=True, help="Begin even if the disk might be too small."),
 )
 _cluster = _together(
     _option("--scheduler", metavar="ADDRESS", help="A running Dask scheduler, such as tcp://host:8786."),
@@ -142,11 +235,47 @@ _cluster = _together(
 )
 
 
+def _read_options(options: dict[str, Any]) -> Any:
+    from ..tiler.raster import ReadOptions
+
+    values = options["nodata"]
+    mask = options["mask_band"] or (None, ())
+    return ReadOptions(
+        axes=options["axes"],
+        bands=options["bands"] or (),
+        nodata=tuple(value for value in values if value != "none") if values else None,
+        any_band=options["nodata_any"],
+        alpha=options["alpha"],
+        mask_band=mask[0],
+        mask_values=mask[1],
+    )
+
+
+def _cluster_options(options: dict[str, Any]) -> Any:
+    from ..tiler.cluster import ClusterOptions
+
+    return ClusterOptions(
+        scheduler=options["scheduler"],
+        scheduler_file=options["scheduler_file"],
+        tls_ca_file=options["tls_ca_file"],
+        tls_cert=options["tls_cert"],
+        tls_key=options["tls_key"],
+        dashboard_address=None if options["no_dashboard"] else options["dashboard_address"],
+    )
+
+
 def _segment_options(source: str, options: dict[str, Any]) -> Any:
     from .segment import SegmentOptions
 
-    names = ("axes", "model", "output", "memory", "engine", "workers", "threads", "core")
-    return SegmentOptions(source=source, **{name: options[name] for name in names})
+    names = ("model", "output", "memory", "engine", "workers", "threads", "core")
+    return SegmentOptions(
+        source=source,
+        reading=_read_options(options),
+        region=options["region"],
+        bounds=options["bounds"],
+        mark_nodata_context=options["mark_nodata_context"],
+        **{name: options[name] for name in names},
+    )
 
 
 @cli.command()
@@ -172,24 +301,56 @@ def sample(
 
 
 @cli.command()
-@click.argument("src")
+@click.argument("src", nargs=-1, required=True)
 @click.argument("dst", type=click.Path(path_type=Path))
-@click.option("--axes", metavar="ORDER", help="Order of a Zarr array's dimensions, such as yxb.")
+@click.option("--stack", is_flag=True, help="Several SRC are bands of one grid, in this order.")
+@click.option("--mosaic", is_flag=True, help="Several SRC are pieces of one grid; the first with data counts.")
+@_reading
+@_option("--memory", default="2GB", show_default=True, metavar="SIZE", help="Budget of all processes together.")
+@_option("--workers", type=click.IntRange(1), help="Worker processes; without it one for each core.")
+@_writing
+@_cluster
 @_overwrite
 @click.pass_obj
-def ingest(console: Any, src: str, dst: Path, axes: str | None, overwrite: bool) -> None:
-    """Copy a raster into Zarr v3, pixels and georeference equal. `segment` reads GeoTIFF too; Zarr is faster.
+def ingest(
+    console: Any, src: tuple[str, ...], dst: Path, stack: bool, mosaic: bool, overwrite: bool, **options: Any
+) -> None:
+    """Copy rasters into one Zarr store DST, pixels and georeference equal. The same command continues an interrupted
+    copy. Windows that cannot be read become nodata and are listed (exit code 3). `segment` reads GeoTIFF, COG, VRT and
+    Zarr directly too.
 
     \b
     outsize ingest scene.tif scene.zarr
+    outsize ingest B04.tif B03.tif B02.tif B08.tif scene.zarr --stack
+    outsize ingest tile_*.tif scene.zarr --mosaic
+    outsize ingest landsat.tif scene.zarr --bands 3,2,1,4 --mask-band 8=2,4 --nodata 16000 --nodata-any
+    outsize ingest cube.zarr scene.zarr --axes yxb
     """
-    from .ingest import run_ingest
+    from .ingest import IngestOptions, run_ingest
 
-    run_ingest(console, src, dst, axes=axes, overwrite=overwrite)
+    summary = run_ingest(
+        console,
+        IngestOptions(
+            sources=src,
+            stack=stack,
+            mosaic=mosaic,
+            reading=_read_options(options),
+            memory=options["memory"],
+            workers=options["workers"],
+            zarr_format=2 if options["zarr_format"] == "2" else 3,
+            space_check=not options["no_space_check"],
+            overwrite=overwrite,
+        ),
+        dst,
+        _cluster_options(options),
+    )
+    if summary.unreadable:
+        raise SystemExit(EXIT_FAILED_TILES)
 
 
 @cli.command()
 @click.argument("src")
+@_reading
 @_planning
 @click.pass_obj
 def plan(console: Any, src: str, **options: Any) -> None:
@@ -206,7 +367,9 @@ def plan(console: Any, src: str, **options: Any) -> None:
 @cli.command()
 @click.argument("src")
 @click.argument("out", type=click.Path(path_type=Path))
+@_reading
 @_planning
+@_writing
 @_cluster
 @click.option("--no-resume", is_flag=True, help="Refuse an existing output instead of continuing it.")
 @_overwrite
@@ -217,21 +380,21 @@ def segment(console: Any, src: str, out: Path, no_resume: bool, overwrite: bool,
     \b
     outsize segment scene.tif map.zarr
     outsize segment scene.zarr map.zarr --output probability --memory 4GB
+    outsize segment scene.tif part.zarr --region 1000,2000,4096,4096
+    outsize segment landsat.tif map.zarr --bands 3,2,1,4 --nodata -9999
     outsize segment scene.zarr map.zarr --scheduler tcp://10.0.0.5:8786
     """
-    from ..tiler.cluster import ClusterOptions
     from .segment import run_segment
 
-    cluster = ClusterOptions(
-        scheduler=options["scheduler"],
-        scheduler_file=options["scheduler_file"],
-        tls_ca_file=options["tls_ca_file"],
-        tls_cert=options["tls_cert"],
-        tls_key=options["tls_key"],
-        dashboard_address=None if options["no_dashboard"] else options["dashboard_address"],
-    )
     summary = run_segment(
-        console, _segment_options(src, options), out, cluster, resume=not no_resume, overwrite=overwrite
+        console,
+        _segment_options(src, options),
+        out,
+        _cluster_options(options),
+        resume=not no_resume,
+        overwrite=overwrite,
+        zarr_format=2 if options["zarr_format"] == "2" else 3,
+        space_check=not options["no_space_check"],
     )
     if summary.failed_tiles:
         raise SystemExit(EXIT_FAILED_TILES)
@@ -286,7 +449,7 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         raise SystemExit(error.exit_code) from None
     except (KeyboardInterrupt, click.Abort):
-        resumes = "segment" in words
+        resumes = "segment" in words or "ingest" in words
         how = "the same command goes on where it stopped" if resumes else "the same command begins anew"
         print(f"outsize: interrupted; {how}", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None

@@ -7,8 +7,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
+from ..tiler.errors import UsageError
 from ..tiler.memory import format_bytes
 from ..tiler.plan import format_seconds
 
@@ -121,8 +123,20 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def count_of(number: int, noun: str) -> str:
-    """1 band, 4 bands."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    """1 band, 4 bands, 2 processes."""
+    ending = "" if number == 1 else ("es" if noun.endswith("s") else "s")
+    return f"{number} {noun}{ending}"
+
+
+def refuse_picture_name(command: str, out: Path) -> None:
+    """Commands that write Zarr stores do not write pictures, whatever the name says.
+
+    Raises:
+        UsageError: a name that ends as a picture's does.
+    """
+    if out.suffix.lower() in (".tif", ".tiff", ".png", ".jp2"):
+        then = f", then: outsize export {out.stem}.zarr {out.name}" if command == "segment" else ""
+        raise UsageError(f"{command} writes a Zarr store, got {out.name}; name it {out.stem}.zarr{then}")
 
 
 def describe_memory(current: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,12 @@ import numpy as np
 from ..models.segmentation.metrics import Confusion
 from ..tiler.errors import UsageError
 from ..tiler.geometry import Grid
+from ..tiler.memory import format_bytes
+from ..tiler.meter import MemoryMeter
+from ..tiler.plan import TilePlan
 from ..tiler.raster import open_raster
 from ..tiler.store import NODATA, open_array, read_header
-from .console import Console, format_table
+from .console import Console, count_of, describe_memory, format_table
 
 _BLOCK = 2048
 
@@ -23,28 +27,33 @@ def run_evaluate(console: Console, out: Path, labels: str) -> None:
         raise UsageError(f"evaluate needs a class map, {out} holds {header['kind']}; segment with --output class")
     truth = open_raster(labels)
     predicted = open_array(out, "class")
-    if truth.bands != 1 or truth.shape_yx != predicted.shape:
+    plan = TilePlan.from_json(header["plan"])
+    height, width = predicted.shape
+    # Labels of the whole raster serve a map of a part of it too.
+    whole = truth.shape_yx == plan.raster_shape[1:] and plan.scale == ("1", "1")
+    if truth.bands != 1 or not (whole or truth.shape_yx == (height, width)):
         raise UsageError(
-            f"labels must be one band on the output's grid of {predicted.shape[0]} x {predicted.shape[1]}, "
-            f"got {truth.bands} bands of {truth.shape_yx[0]} x {truth.shape_yx[1]}"
+            f"labels must be one band on the output's grid of {height} x {width}, got {count_of(truth.bands, 'band')} "
+            f"of {truth.shape_yx[0]} x {truth.shape_yx[1]}"
         )
+    top, left = plan.output_origin if whole else (0, 0)
     names = [entry["name"] for entry in header["classes"]]
     count = len(names) or 255
     total = Confusion(counts=np.zeros((count, count), np.int64))
-    grid = Grid(shape=truth.shape_yx, cell=(_BLOCK, _BLOCK))
+    grid = Grid(shape=(height, width), cell=(_BLOCK, _BLOCK))
     reader = truth.open_reader()
     ignore = int(truth.nodata) if truth.nodata is not None and truth.nodata == truth.nodata else NODATA
-    with console.step("evaluate", truth.shape_yx[0] * truth.shape_yx[1]) as step:
+    with MemoryMeter() as meter, console.step("evaluate", height * width) as step:
         for at in grid:
             window = grid.window(*at)
-            wanted = reader.read(window)[0]
+            wanted = reader.read(replace(window, y=window.y + top, x=window.x + left))[0]
             found = np.asarray(predicted[window.slices()])
             known = (wanted != ignore) & (found != NODATA)
             if known.any() and int(wanted[known].max()) >= count:
                 raise UsageError(f"{labels}: labels must be 0..{count - 1}, got {int(wanted[known].max())} in {window}")
             wanted = np.where(known, wanted, NODATA).astype(np.uint8)
             total += Confusion.count(wanted, found, count)
-            step.advance(window.pixels)
+            step.advance(window.pixels, describe_memory(meter.current_bytes))
     reader.close()
     present = np.flatnonzero(total.counts.sum(0) + total.counts.sum(1))
     rows = [
@@ -57,12 +66,13 @@ def run_evaluate(console: Console, out: Path, labels: str) -> None:
         for value in present
     ]
     console.result(
-        f"accuracy {total.accuracy:.4f}, mean IoU {total.mean_iou:.4f}, {total.pixels / 1e6:.1f} Mpx compared\n"
-        + format_table(("class", "IoU", "labelled", "mapped"), rows),
+        f"accuracy {total.accuracy:.4f}, mean IoU {total.mean_iou:.4f}, {total.pixels / 1e6:.1f} Mpx compared, peak "
+        f"memory {format_bytes(meter.peak_bytes)}\n" + format_table(("class", "IoU", "labelled", "mapped"), rows),
         {
             "pixels": total.pixels,
             "accuracy": total.accuracy,
             "mean_iou": total.mean_iou,
+            "peak_bytes": meter.peak_bytes,
             "iou": {(names[v] if names else str(v)): total.iou[v] for v in present},
         },
     )

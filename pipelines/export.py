@@ -16,8 +16,10 @@ from rasterio.windows import Window as RasterioWindow
 
 from ..tiler.errors import OutputError, UsageError
 from ..tiler.geometry import Grid
+from ..tiler.memory import format_bytes
+from ..tiler.meter import MemoryMeter
 from ..tiler.raster import open_raster
-from ..tiler.store import NODATA, open_array, read_header
+from ..tiler.store import LEVELS, NODATA, open_array, read_header
 from .console import Console
 from .quicklook import save_quicklook
 
@@ -38,15 +40,19 @@ def run_export(console: Console, out: Path, target: Path, *, overwrite: bool) ->
     # Written beside its place and moved there whole.
     unfinished = target.with_name(f".{target.stem}-{uuid.uuid4().hex[:8]}{target.suffix}")
     try:
-        if suffix == ".png":
-            save_quicklook(console, out, header, unfinished)
-        else:
-            _write_cog(console, out, header, unfinished)
+        with MemoryMeter() as meter:
+            if suffix == ".png":
+                save_quicklook(console, out, header, unfinished)
+            else:
+                _write_cog(console, out, header, unfinished)
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
     size = target.stat().st_size
-    console.result(f"{target}: {size / 1e6:.1f} MB", {"out": str(target), "bytes": size})
+    console.result(
+        f"{target}: {format_bytes(size)}, peak memory {format_bytes(meter.peak_bytes)}",
+        {"out": str(target), "bytes": size, "peak_bytes": meter.peak_bytes},
+    )
 
 
 def _write_cog(console: Console, out: Path, header: dict[str, Any], target: Path) -> None:
@@ -122,3 +128,7 @@ def _describe(dataset: Any, header: dict[str, Any], bands: int, is_class: bool) 
     else:
         for band in range(1, bands + 1):
             dataset.set_band_description(band, classes[band - 1]["name"] if classes else f"channel {band}")
+        if header["kind"] == "probability":
+            # GDAL, rasterio and QGIS show value * scale; 255 stays nodata.
+            dataset.scales = [1 / LEVELS] * bands
+            dataset.units = ["probability"] * bands

@@ -1,83 +1,110 @@
-"""`outsize ingest`: a raster file into Zarr v3."""
+"""`outsize ingest`: rasters of any kind into one Zarr store."""
 
 from __future__ import annotations
 
-import shutil
-import time
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..tiler.errors import OutputError
-from ..tiler.geometry import Grid
-from ..tiler.meter import MemoryMeter
-from ..tiler.raster import open_raster
-from ..tiler.store import create_raster_group, writable
-from .console import Console, count_of, describe_memory
+from ..tiler.cluster import ClusterOptions
+from ..tiler.errors import UsageError
+from ..tiler.geometry import Window
+from ..tiler.memory import format_bytes
+from ..tiler.plan import format_seconds
+from ..tiler.raster import Raster, ReadOptions, open_with
+from ..tiler.raster_parts import open_mosaic, open_stack
+from ..tiler.store import ZarrFormat
+from ..tiler.transfer import TransferProgress, TransferSummary, copy_raster
+from .console import Console, Step, count_of, describe_memory, refuse_picture_name
 
-CHUNK = 512
-_BYTES_AT_ONCE = 64_000_000
+_LISTED = 20
+"""Unreadable windows that a terminal shows."""
 
 
-def run_ingest(console: Console, source: str, target: Path, *, axes: str | None, overwrite: bool) -> None:
-    """Copy a raster, pixel by pixel equal, with its georeference, nodata and band names.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngestOptions:
+    """What is copied, and how."""
 
-    The store appears under its name only when it is whole.
-    """
-    raster = open_raster(source, axes)
-    if target.exists() and not overwrite:
-        raise OutputError(f"{target} exists; choose another path, or --overwrite")
-    if target.resolve() == Path(raster.path).resolve():
-        raise OutputError(f"{target} is the source itself; choose another path")
-    unfinished = target.with_name(target.name + ".creating")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    bands, height, width = raster.shape
-    chunk = (min(CHUNK, height), min(CHUNK, width))
-    array = writable(
-        create_raster_group(
-            unfinished,
-            name="image",
-            shape=raster.shape,
-            dims=("band", "y", "x"),
-            dtype=raster.dtype,
-            chunks=(bands, *chunk),
-            place=raster.place,
-            fill=raster.nodata if raster.nodata is not None else 0,
-            nodata=raster.nodata,
-            group_attributes={"band_names": list(raster.band_names), "ingested_from": Path(source).name},
+    sources: tuple[str, ...]
+    stack: bool
+    mosaic: bool
+    reading: ReadOptions
+    memory: str
+    workers: int | None
+    zarr_format: ZarrFormat
+    space_check: bool
+    overwrite: bool
+
+
+def _open(options: IngestOptions) -> Raster:
+    if options.stack and options.mosaic:
+        raise UsageError("files are a stack or a mosaic, got both --stack and --mosaic; choose one")
+    if options.stack:
+        return open_stack(options.sources, options.reading)
+    if options.mosaic:
+        return open_mosaic(options.sources, options.reading)
+    if len(options.sources) > 1:
+        raise UsageError(
+            f"{len(options.sources)} files are bands of one grid (--stack) or pieces of one grid (--mosaic); say which"
         )
-    )
-    # Whole rows of chunks as far as memory allows: files in strips are then decoded once.
-    across = max(1, min(-(-width // CHUNK), _BYTES_AT_ONCE // (bands * raster.dtype.itemsize * CHUNK * CHUNK)))
-    grid = Grid(shape=(height, width), cell=(CHUNK, across * CHUNK))
-    began = time.perf_counter()
-    try:
-        with MemoryMeter() as meter, console.step("ingest", height * width) as step:
-            reader = raster.open_reader()
-            try:
-                for at in grid:
-                    window = grid.window(*at)
-                    rows, columns = window.slices()
-                    array[:, rows, columns] = reader.read(window)
-                    step.advance(window.pixels, describe_memory(meter.current_bytes))
-            finally:
-                reader.close()
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    if target.exists():
-        shutil.rmtree(target)
-    unfinished.rename(target)
-    seconds = time.perf_counter() - began
+    return open_with(next(iter(options.sources)), options.reading)
+
+
+def run_ingest(console: Console, options: IngestOptions, target: Path, cluster: ClusterOptions) -> TransferSummary:
+    """Copy rasters, pixel by pixel equal, with their georeference, nodata and band names; tell what cannot be read."""
+    refuse_picture_name("ingest", target)
+    raster = _open(options)
+    with ExitStack() as shown:
+        listener = _Listener(console, raster, shown)
+        summary = copy_raster(
+            raster,
+            target,
+            memory=options.memory,
+            workers=options.workers,
+            cluster=cluster,
+            zarr_format=options.zarr_format,
+            space_check=options.space_check,
+            overwrite=options.overwrite,
+            listener=listener,
+        )
+    for y, x, height, width, reason in summary.unreadable[:_LISTED]:
+        console.remark(f"unreadable {Window(y=y, x=x, height=height, width=width)}: {reason}")
+    if len(summary.unreadable) > _LISTED:
+        console.remark(f"unreadable and {len(summary.unreadable) - _LISTED} windows more, in {target}'s attributes")
+    console.result(_sentence(raster, summary, target), summary.to_json())
+    return summary
+
+
+def _sentence(raster: Raster, summary: TransferSummary, target: Path) -> str:
+    bands, height, width = summary.shape
     place = "georeferenced" if raster.place.crs_wkt else "no CRS"
-    console.result(
-        f"{target}: {height} x {width} px, {count_of(bands, 'band')} {raster.dtype}, {place}",
-        {
-            "out": str(target),
-            "shape": list(raster.shape),
-            "dtype": str(raster.dtype),
-            "pixels": height * width,
-            "seconds": round(seconds, 3),
-            "mpx_per_s": round(height * width / seconds / 1e6, 3),
-            "peak_bytes": meter.peak_bytes,
-        },
+    nodata = f", nodata {raster.nodata:g}" if raster.nodata is not None else ""
+    mask = ", mask" if summary.masked else ""
+    bad = f", {summary.unreadable_pixels} px UNREADABLE and nodata" if summary.unreadable else ""
+    return (
+        f"{target}: {height} x {width} px, {count_of(bands, 'band')} {summary.dtype}, {place}{nodata}{mask}{bad}; "
+        f"{summary.pixels / 1e6:.1f} Mpx in {format_seconds(summary.seconds)} ({summary.mpx_per_s:.2f} Mpx/s), peak "
+        f"memory {format_bytes(summary.peak_bytes)} (predicted {format_bytes(summary.predicted_peak_bytes)})"
     )
+
+
+class _Listener:
+    """Shows a copy's progress."""
+
+    def __init__(self, console: Console, raster: Raster, shown: ExitStack) -> None:
+        self._console, self._raster, self._shown = console, raster, shown
+        self._step: Step | None = None
+
+    def __call__(self, progress: TransferProgress) -> None:
+        if self._step is None:
+            plan = progress.plan
+            where = count_of(plan.workers, "worker process") if plan.workers else "this process"
+            self._console.remark(
+                f"copy      {len(plan.grid)} cells of up to {plan.grid.cell[0]} x {plan.grid.cell[1]} px in {where}, "
+                f"{format_bytes(plan.predicted_peak_bytes)} predicted peak of all processes"
+            )
+            if progress.resumed_cells:
+                self._console.remark(f"resume    {progress.resumed_cells} of {len(plan.grid)} cells are there already")
+            self._step = self._shown.enter_context(self._console.step("ingest", progress.pixels))
+        if progress.advanced:
+            self._step.advance(progress.advanced, describe_memory(progress.memory_bytes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from ..tiler.errors import RasterError
-from ..tiler.geometry import Grid
-from ..tiler.raster import Raster, nodata_mask, open_raster
+from ..tiler.geometry import Grid, Window
+from ..tiler.raster import Raster, open_raster
+from ..tiler.raster_parts import open_reference
 from ..tiler.store import NODATA
 from .console import Console, Step
 
@@ -27,20 +29,23 @@ def _shrink_factor(shape_yx: tuple[int, int]) -> int:
     return max(1, -(-max(shape_yx) // SIDE))
 
 
-def _read_small(raster: Raster, bands: list[int], factor: int, *, average: bool, step: Step) -> npt.NDArray[Any]:
-    """(bands, h, w) shrunk by a whole factor, strip by strip: block means, or each block's first pixel."""
-    height, width = (max(1, extent // factor) for extent in raster.shape_yx)
+def _read_small(
+    raster: Raster, bands: list[int], factor: int, region: Window, *, average: bool, step: Step
+) -> npt.NDArray[Any]:
+    """(bands, h, w) of a region shrunk by a whole factor, strip by strip: block means, or each block's first pixel."""
+    height, width = (max(1, extent // factor) for extent in region.shape)
     small = np.empty((len(bands), height, width), np.float32 if average else raster.dtype)
     reader = raster.open_reader()
     try:
         rows_at_once = max(factor, _ROWS // factor * factor)
         grid = Grid(shape=(height * factor, width * factor), cell=(rows_at_once, 4096 // factor * factor))
         for at in grid:
-            window = grid.window(*at).clamp(raster.shape_yx)
+            inside = grid.window(*at).clamp(region.shape)
+            window = replace(inside, y=inside.y + region.y, x=inside.x + region.x)
             image = reader.read(window)
-            missing = nodata_mask(image, raster.nodata)
+            missing = reader.read_missing(window, image)
             block = image[bands]
-            y, x = window.y // factor, window.x // factor
+            y, x = inside.y // factor, inside.x // factor
             if average:
                 values = block.astype(np.float32)
                 if missing is not None:
@@ -92,23 +97,26 @@ def save_quicklook(console: Console, out: Path, header: dict[str, Any], target: 
     factor = _shrink_factor(result.shape_yx)
     sources: list[tuple[str, Raster]] = []
     try:
-        source = open_raster(header["source"], header.get("source_axes"))
+        source = open_reference(header["source"])
         sources.append((Path(source.path).name, source))
     except RasterError as error:
         console.remark(f"quicklook without the input: {error}")
     panels: list[tuple[str, Image.Image]] = []
     shares: npt.NDArray[np.int64] | None = None
-    total = sum(r.shape_yx[0] * r.shape_yx[1] for _, r in [*sources, ("", result)])
+    whole = Window.whole(result.shape_yx)
+    y, x, height, width = header["plan"]["region"]
+    seen = Window(y=y, x=x, height=height, width=width)
+    total = whole.pixels + len(sources) * seen.pixels
     with console.step("quicklook", total) as step:
         for name, raster in sources:
-            own = _shrink_factor(raster.shape_yx)
-            small = _read_small(raster, _display_bands(raster), own, average=True, step=step)
+            own = _shrink_factor(seen.shape)
+            small = _read_small(raster, _display_bands(raster), own, seen, average=True, step=step)
             panels.append((f"input: {name}", _enlarge(Image.fromarray(_stretch(small)))))
         if kind == "logits":
-            values = _read_small(result, list(range(result.bands)), factor, average=True, step=step)
+            values = _read_small(result, list(range(result.bands)), factor, whole, average=True, step=step)
             classes = np.where(np.isfinite(values).all(0), np.argmax(values, 0), NODATA)
         else:
-            values = _read_small(result, list(range(result.bands)), factor, average=False, step=step)
+            values = _read_small(result, list(range(result.bands)), factor, whole, average=False, step=step)
             classes = values[0] if kind == "class" else np.where(values[0] == NODATA, NODATA, np.argmax(values, 0))
         shares = np.bincount(classes.astype(np.uint8).ravel(), minlength=256)
         caption = f"result: {header['model'] or kind}"

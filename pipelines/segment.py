@@ -12,13 +12,17 @@ from ..models.segmentation.model import Output, SegmentationModel, as_tile_netwo
 from ..tiler.cluster import ClusterOptions
 from ..tiler.errors import UsageError
 from ..tiler.events import ClusterReady, Event, RunPlanned, StartChecked, TileFinished
+from ..tiler.geometry import Window
+from ..tiler.georeference import window_of_bounds
 from ..tiler.machine import measure_flops_per_s
 from ..tiler.memory import format_bytes
 from ..tiler.network import Network, analyze_network
-from ..tiler.plan import TilePlan, format_seconds, plan_tiles
-from ..tiler.raster import Raster, open_raster
+from ..tiler.plan import TilePlan, format_seconds
+from ..tiler.planner import plan_tiles
+from ..tiler.raster import Raster, ReadOptions, open_with
 from ..tiler.run import RunSummary, predict
-from .console import Console, Step, count_of
+from ..tiler.store import ZarrFormat
+from .console import Console, Step, count_of, refuse_picture_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +30,7 @@ class SegmentOptions:
     """What `plan` and `segment` share."""
 
     source: str
-    axes: str | None
+    reading: ReadOptions
     model: str | None
     output: Output
     memory: str
@@ -34,15 +38,31 @@ class SegmentOptions:
     workers: int | None
     threads: int | None
     core: int | None
+    region: tuple[int, int, int, int] | None = None
+    """(y, x, height, width) in pixels of the raster."""
+    bounds: tuple[float, float, float, float] | None = None
+    """(west, south, east, north) in the raster's CRS."""
+    mark_nodata_context: bool = False
+
+
+def _region(options: SegmentOptions, raster: Raster) -> Window | None:
+    if options.region is not None and options.bounds is not None:
+        raise UsageError("a region is given in pixels or in the CRS, got both --region and --bounds; choose one")
+    if options.bounds is not None:
+        return window_of_bounds(raster.place, options.bounds, raster.shape_yx)
+    if options.region is not None:
+        y, x, height, width = options.region
+        return Window(y=y, x=x, height=height, width=width)
+    return None
 
 
 def _prepare(options: SegmentOptions) -> tuple[Raster, SegmentationModel, Network]:
-    raster = open_raster(options.source, options.axes)
+    raster = open_with(options.source, options.reading)
     model = load_model(options.model)
     if raster.bands != len(model.bands):
         raise UsageError(
             f"{options.source} has {count_of(raster.bands, 'band')}, model {model.name} takes "
-            f"{len(model.bands)} ({', '.join(model.bands)}); give a raster with those bands, or a fitting --model"
+            f"{len(model.bands)} ({', '.join(model.bands)}); choose them with --bands, or give a fitting --model"
         )
     network = analyze_network(as_tile_network(model, options.output), raster.bands, raster.dtype)
     return raster, model, network
@@ -57,6 +77,8 @@ def _plan(options: SegmentOptions, raster: Raster, network: Network) -> TilePlan
         workers=options.workers,
         threads=options.threads,
         core=options.core,
+        region=_region(options, raster),
+        mark_nodata_context=options.mark_nodata_context,
     )
 
 
@@ -79,14 +101,12 @@ def run_segment(
     *,
     resume: bool,
     overwrite: bool,
+    zarr_format: ZarrFormat = 3,
+    space_check: bool = True,
 ) -> RunSummary:
     """Segment a raster; returns what was done, start-up counted from here."""
     began = time.perf_counter()
-    if out.suffix.lower() in (".tif", ".tiff", ".png", ".jp2"):
-        raise UsageError(
-            f"segment writes a Zarr store, got {out.name}; name it {out.stem}.zarr, then: "
-            f"outsize export {out.stem}.zarr {out.name}"
-        )
+    refuse_picture_name("segment", out)
     raster, model, network = _prepare(options)
     prepared_s = time.perf_counter() - began
     description = describe_output(model, options.output)
@@ -105,6 +125,10 @@ def run_segment(
             workers=options.workers,
             threads=options.threads,
             core=options.core,
+            region=_region(options, raster),
+            mark_nodata_context=options.mark_nodata_context,
+            zarr_format=zarr_format,
+            space_check=space_check,
             resume=resume,
             overwrite=overwrite,
             listener=listener,

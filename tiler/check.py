@@ -66,7 +66,7 @@ def sample_patches(plan: TilePlan) -> list[CheckPatch]:
     tiles = dict.fromkeys([(0, 0), (rows // 2, columns // 2), (rows - 1, columns - 1)])
     patches: list[CheckPatch] = []
     for row, column in tiles:
-        core = plan.grid.window(row, column)
+        core = plan.tile(row, column).core
         height, width = min(PATCH, core.height), min(PATCH, core.width)
         corners = dict.fromkeys([(core.y, core.x), (core.y + core.height - height, core.x + core.width - width)])
         patches.extend(

@@ -16,7 +16,6 @@ from distributed import Client, LocalCluster
 from distributed.security import Security
 
 from .errors import TilerError
-from .plan import GDAL_CACHE_BYTES, TilePlan
 
 
 class ClusterError(TilerError):
@@ -38,10 +37,21 @@ class ClusterOptions:
     processes: bool = True
     """False: workers are threads of this process."""
 
+    @property
+    def address(self) -> str | None:
+        """Of the running scheduler, if one is named."""
+        return self.scheduler or config.get("scheduler-address", None)
 
-def _worker_environment() -> dict[str, str]:
+    @property
+    def connects(self) -> bool:
+        """Whether a running scheduler is named, so that no workers are started here."""
+        return bool(self.address or self.scheduler_file)
+
+
+def _worker_environment(gdal_cache_bytes: int) -> dict[str, str]:
     return {
-        "GDAL_CACHEMAX": str(GDAL_CACHE_BYTES // 2**20),
+        # GDAL takes a number below 100,000 for megabytes.
+        "GDAL_CACHEMAX": str(max(1, gdal_cache_bytes // 2**20)),
         "MALLOC_TRIM_THRESHOLD_": "65536",
         # One tile's chunks are few; more threads would only hold more memory.
         "ZARR_ASYNC__CONCURRENCY": "4",
@@ -52,8 +62,13 @@ def _worker_environment() -> dict[str, str]:
 
 
 @contextmanager
-def open_client(options: ClusterOptions, plan: TilePlan) -> Iterator[Client]:
+def open_client(options: ClusterOptions, *, workers: int, threads: int, gdal_cache_bytes: int) -> Iterator[Client]:
     """A client for the run; what was started here is closed at the end.
+
+    Args:
+        workers: processes to start, if no scheduler is named.
+        threads: tasks at once in each.
+        gdal_cache_bytes: GDAL's block cache in each.
 
     Raises:
         ClusterError: the scheduler does not answer.
@@ -66,7 +81,7 @@ def open_client(options: ClusterOptions, plan: TilePlan) -> Iterator[Client]:
             tls_client_key=options.tls_key,
             require_encryption=True,
         )
-    address = options.scheduler or config.get("scheduler-address", None)
+    address = options.address
     if options.scheduler_file and not Path(options.scheduler_file).is_file():
         # Dask would wait for the file to appear.
         raise ClusterError(f"no Dask scheduler at {options.scheduler_file}: no such file; start the scheduler first")
@@ -84,15 +99,15 @@ def open_client(options: ClusterOptions, plan: TilePlan) -> Iterator[Client]:
         "distributed.worker.memory.spill": False,
         "distributed.worker.memory.pause": False,
         "distributed.worker.memory.terminate": False,
-        "distributed.nanny.pre-spawn-environ": _worker_environment(),
+        "distributed.nanny.pre-spawn-environ": _worker_environment(gdal_cache_bytes),
     }
     with config.set(settings):
         if not options.processes:
-            os.environ.setdefault("GDAL_CACHEMAX", _worker_environment()["GDAL_CACHEMAX"])
+            os.environ.setdefault("GDAL_CACHEMAX", _worker_environment(gdal_cache_bytes)["GDAL_CACHEMAX"])
         with _quiet_main(), _interrupts_ignored():
             local = LocalCluster(
-                n_workers=plan.workers if options.processes else 1,
-                threads_per_worker=plan.in_flight,
+                n_workers=workers if options.processes else 1,
+                threads_per_worker=threads,
                 processes=options.processes,
                 host="127.0.0.1",
                 dashboard_address=options.dashboard_address,  # pyright: ignore[reportArgumentType] - None: no dashboard

@@ -27,6 +27,20 @@ class TileRecord:
     worker: str
     error: str = ""
 
+    @classmethod
+    def failure(cls, row: int, column: int, pixels: int, error: str, worker: str = "") -> TileRecord:
+        return cls(
+            row=row,
+            column=column,
+            state="failed",
+            pixels=pixels,
+            read_s=0,
+            compute_s=0,
+            write_s=0,
+            worker=worker,
+            error=error,
+        )
+
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
 

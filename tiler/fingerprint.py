@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .graph import TracedGraph
-from .network import Network
-from .raster import Raster
+if TYPE_CHECKING:
+    from .network import Network
+    from .plan import TilePlan
+    from .raster import Raster
 
 
 def hash_network(network: Network) -> str:
     """SHA-256 of the traced graph and of every weight in it."""
-    graph: TracedGraph = network.graph
+    graph = network.graph
     digest = hashlib.sha256(graph.program.graph_module.code.encode())
     tensors = {**graph.program.state_dict, **graph.program.constants}
     for name in sorted(tensors):
@@ -26,27 +27,41 @@ def hash_network(network: Network) -> str:
 
 
 def make_fingerprint(
-    raster: Raster, network: Network, kind: str, engine: str, fill: tuple[float, ...]
+    raster: Raster, network: Network, kind: str, plan: TilePlan, fill: tuple[float, ...], zarr_format: int
 ) -> dict[str, Any]:
     """What a run's result depends on, as plain values."""
+    return {
+        **fingerprint_raster(raster),
+        "region": list(plan.region),
+        "nodata_context": plan.receptive is not None,
+        "zarr_format": zarr_format,
+        "network": hash_network(network),
+        "kind": kind,
+        "engine": plan.engine,
+        "fill": list(fill),
+    }
+
+
+def fingerprint_raster(raster: Raster) -> dict[str, Any]:
+    """What tells one raster, read in one way, from another."""
     return {
         "input": raster.identity,
         "input_shape": list(raster.shape),
         "input_dtype": str(raster.dtype),
-        "input_nodata": repr(raster.nodata),
-        "network": hash_network(network),
-        "kind": kind,
-        "engine": engine,
-        "fill": list(fill),
+        "input_bands": list(raster.indexes),
+        "input_nodata": raster.nodata_rule.to_json(),
     }
 
 
 def find_differences(stored: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """One phrase for each part that differs."""
-    return [
+    phrases: list[str] = []
+    if stored.get("input") != ours.get("input"):
+        phrases.append("the input's size or time of change is another")
+    return phrases + [
         f"{name.replace('_', ' ')} {_short(stored.get(name))} there, {_short(ours.get(name))} now"
         for name in sorted({*stored, *ours})
-        if stored.get(name) != ours.get(name)
+        if name != "input" and stored.get(name) != ours.get(name)
     ]
 
 

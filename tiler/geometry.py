@@ -85,6 +85,22 @@ class Window:
         return f"{self.y},{self.x},{self.height},{self.width}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Halo:
+    """Input pixels needed beyond a core that starts and ends on the stride, on each side."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    def __str__(self) -> str:
+        sides = (self.top, self.bottom, self.left, self.right)
+        if len(set(sides)) == 1:
+            return f"{self.top} px"
+        return f"{self.top}/{self.bottom}/{self.left}/{self.right} px (top/bottom/left/right)"
+
+
 def align_down(position: int, period: int) -> int:
     """The largest multiple of `period` that is <= `position`."""
     return position // period * period

@@ -13,6 +13,9 @@ from affine import Affine
 from rasterio.crs import CRS
 from rasterio.errors import CRSError
 
+from .errors import UsageError
+from .geometry import Interval, Window
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Georeference:
@@ -34,6 +37,32 @@ class Georeference:
     def is_rotated(self) -> bool:
         return self.transform is not None and (self.transform[1] != 0 or self.transform[3] != 0)
 
+    def position_of(self, row: float, column: float) -> tuple[float, float]:
+        """(x, y) of a pixel's corner."""
+        transform = self.affine
+        return (
+            transform.a * column + transform.b * row + transform.c,
+            transform.d * column + transform.e * row + transform.f,
+        )
+
+    def pixel_of(self, x: float, y: float) -> tuple[float, float]:
+        """(row, column), with fractions, of a position."""
+        transform = self.affine
+        determinant = transform.a * transform.e - transform.b * transform.d
+        dx, dy = x - transform.c, y - transform.f
+        return (
+            (transform.a * dy - transform.d * dx) / determinant,
+            (transform.e * dx - transform.b * dy) / determinant,
+        )
+
+    def moved(self, rows: int, columns: int) -> Georeference:
+        """The georeference of a grid whose first pixel is that many rows and columns further."""
+        if self.transform is None or (rows, columns) == (0, 0):
+            return self
+        a, b, _, d, e, _ = self.transform
+        x, y = self.position_of(rows, columns)
+        return Georeference(crs_wkt=self.crs_wkt, transform=(a, b, x, d, e, y))
+
     def at_scale(self, scale_yx: tuple[Fraction, Fraction]) -> Georeference:
         """The georeference of a grid with `scale_yx` pixels for each pixel of this one, from the same corner."""
         if self.transform is None:
@@ -41,6 +70,39 @@ class Georeference:
         a, b, c, d, e, f = self.transform
         sy, sx = float(scale_yx[0]), float(scale_yx[1])
         return Georeference(crs_wkt=self.crs_wkt, transform=(a / sx, b / sy, c, d / sx, e / sy, f))
+
+
+def window_of_bounds(
+    place: Georeference, bounds: tuple[float, float, float, float], shape_yx: tuple[int, int]
+) -> Window:
+    """The pixels of a raster that bounds touch.
+
+    Args:
+        bounds: (west, south, east, north) in the raster's CRS; on a rotated grid the rectangle around them counts.
+
+    Raises:
+        UsageError: no transform, empty bounds, or bounds beside the raster, whose own are shown.
+    """
+    if place.transform is None or place.affine.is_degenerate:
+        raise UsageError("--bounds needs a raster with a transform; give --region in pixels")
+    west, south, east, north = bounds
+    if not (west < east and south < north):
+        raise UsageError(f"bounds are west,south,east,north with west < east and south < north, got {bounds}")
+    corners = [place.pixel_of(x, y) for x in (west, east) for y in (south, north)]
+    sides: list[Interval] = []
+    for axis in (0, 1):
+        values = [corner[axis] for corner in corners]
+        # A millionth of a pixel is the bounds' own rounding, not a wish for one pixel more.
+        sides.append(Interval(start=int(np.floor(min(values) + 1e-6)), stop=int(np.ceil(max(values) - 1e-6))))
+    window = Window.from_intervals(*sides).clamp(shape_yx)
+    if window.pixels == 0:
+        own = [place.position_of(y, x) for y in (0, shape_yx[0]) for x in (0, shape_yx[1])]
+        x, y = ([position[i] for position in own] for i in (0, 1))
+        raise UsageError(
+            f"bounds must touch the raster's {min(x):.10g},{min(y):.10g},{max(x):.10g},{max(y):.10g}, got "
+            f"{west:.10g},{south:.10g},{east:.10g},{north:.10g}"
+        )
+    return window
 
 
 def from_rasterio(crs: CRS | None, transform: Affine) -> Georeference:

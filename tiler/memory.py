@@ -32,6 +32,8 @@ def parse_bytes(text: str | int) -> int:
 
 def format_bytes(count: float) -> str:
     """A size for people: 1.72 GB, 431 MB."""
+    if count >= 1e12:
+        return f"{count / 1e12:.2f} TB"
     if count >= 1e9:
         return f"{count / 1e9:.2f} GB"
     return f"{count / 1e6:.0f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"

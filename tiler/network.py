@@ -17,27 +17,11 @@ from . import operations as operations  # registers the rules
 from .agreement import require_agreement
 from .aliasing import Aliases
 from .errors import UntileableError, UsageError
-from .geometry import Interval, Window, align_down, align_up
+from .geometry import Halo, Interval, Window, align_down, align_up
 from .graph import TracedGraph, operation_name, trace, where
 from .receptive import AxisGraph, AxisNode, Same
 from .rules import AXES, Call, Outcome, Pixels, apply_rule, bound_arguments, refuse_randomness, require_constant
 from .sizes import evaluate, expression_of, sample_extents
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Halo:
-    """Input pixels needed beyond a core that starts and ends on the stride, on each side."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-    def __str__(self) -> str:
-        sides = (self.top, self.bottom, self.left, self.right)
-        if len(set(sides)) == 1:
-            return f"{self.top} px"
-        return f"{self.top}/{self.bottom}/{self.left}/{self.right} px (top/bottom/left/right)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,27 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from .cost import compute_flops, compute_peak_bytes
-from .engine import ENGINE_EFFICIENCY, ENGINE_MEMORY, EngineName, choose_engine
-from .errors import BudgetError, UsageError
-from .geometry import Grid, Interval, Window
-from .machine import cpu_count
-from .memory import MB, MemoryPrediction, format_bytes, parse_bytes, predict_memory
-from .network import Halo, Network
-from .raster import Raster
+from .engine import ENGINE_EFFICIENCY, EngineName
+from .geometry import Grid, Halo, Interval, Window
+from .memory import MB, MemoryPrediction, format_bytes
 
-CORES = (4096, 3072, 2048, 1024, 512, 256, 128, 64)
-"""Sides of a core that a plan may choose, in output pixels."""
-LARGEST_CHUNK = 1024
-IN_FLIGHT = 2
-"""Tiles that a worker holds at once: one computes while the other is read or written."""
-TILES_PER_WORKER = 8
-"""Cores above one chunk are used only where every worker gets at least this many, so that the work divides well."""
-CORES_PER_WORKER = 8
-"""CPU cores of one worker process; more are slower in one convolution than in two."""
 GDAL_CACHE_BYTES = 64 * MB
-CLIENT_BYTES = {"openvino": 520 * MB, "torch": 450 * MB}
-"""The planning process with torch and Dask loaded, and the traced network; measured, see docs/memory.md."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +22,7 @@ class Span:
     """A row or column of tiles along one axis."""
 
     core: tuple[int, int]
-    """[start, stop) in output pixels."""
+    """[start, stop) in pixels of the whole result."""
     window: tuple[int, int]
     """[start, stop) in pixels of the (padded) raster."""
 
@@ -50,7 +34,9 @@ class Tile:
     row: int
     column: int
     core: Window
-    """In output pixels; a run writes just these."""
+    """In pixels of the whole result; a run writes just these."""
+    target: Window
+    """The core in pixels of the output array, which begins where the plan's region does."""
     window: Window
     """In pixels of the (padded) raster."""
     crop: Window
@@ -64,8 +50,12 @@ class TilePlan:
     raster_shape: tuple[int, int, int]
     """(bands, height, width)."""
     raster_dtype: str
+    region: tuple[int, int, int, int]
+    """(y, x, height, width) of what is wanted, in pixels of the raster."""
+    output_origin: tuple[int, int]
+    """(y, x) of the output array's first pixel, in pixels of the whole result."""
     output_shape: tuple[int, int, int]
-    """(channels, height, width)."""
+    """(channels, height, width) of the output array."""
     output_dtype: str
     core: tuple[int, int]
     chunk: tuple[int, int]
@@ -89,23 +79,39 @@ class TilePlan:
     flops_bare: int
     """Of one pass over the raster without overlap."""
     read_amplification: float
-    """Pixels decoded for each pixel of the raster, if no block is kept from one tile to the next."""
+    """Pixels decoded for each wanted pixel, if no block is kept from one tile to the next."""
+    receptive: tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]] | None = None
+    """For each axis the input interval of the first result pixels, one period of them; None: nodata context is not
+    marked."""
 
     @property
     def grid(self) -> Grid:
         return Grid(shape=self.output_shape[1:], cell=self.core)
 
     @property
+    def output_bytes(self) -> int:
+        """Of the output's arrays, uncompressed."""
+        pixels = self.output_shape[1] * self.output_shape[2]
+        context = pixels if self.receptive is not None else 0
+        return pixels * self.output_shape[0] * np.dtype(self.output_dtype).itemsize + context
+
+    @property
     def overlap(self) -> float:
         """Work relative to one pass without overlap; 1.1 means 10 % more."""
         rows = sum(span.window[1] - span.window[0] for span in self.rows)
         columns = sum(span.window[1] - span.window[0] for span in self.columns)
-        return rows * columns / (self.raster_shape[1] * self.raster_shape[2])
+        return rows * columns / (self.region[2] * self.region[3])
 
     def tile(self, row: int, column: int) -> Tile:
         """The tile at (row, column)."""
-        core = self.grid.window(row, column)
+        target = self.grid.window(row, column)
         rows, columns = self.rows[row], self.columns[column]
+        core = Window(
+            y=target.y + self.output_origin[0],
+            x=target.x + self.output_origin[1],
+            height=target.height,
+            width=target.width,
+        )
         window = Window.from_intervals(
             Interval(start=rows.window[0], stop=rows.window[1]),
             Interval(start=columns.window[0], stop=columns.window[1]),
@@ -115,7 +121,7 @@ class TilePlan:
             int(start * Fraction(scale)) for start, scale in zip((window.y, window.x), self.scale, strict=True)
         )
         crop = Window(y=core.y - top, x=core.x - left, height=core.height, width=core.width)
-        return Tile(row=row, column=column, core=core, window=window, crop=crop)
+        return Tile(row=row, column=column, core=core, target=target, window=window, crop=crop)
 
     def order(self) -> list[tuple[int, int]]:
         """Tiles in the order of the run: those of one window shape together, so that few programs are built."""
@@ -132,7 +138,7 @@ class TilePlan:
 
     @property
     def largest_window(self) -> tuple[int, int]:
-        return _largest_window(self.rows, self.columns)
+        return largest_window(self.rows, self.columns)
 
     def estimate_s(self, flops_per_s: float) -> float:
         """Seconds of the tiles, on one machine of that matrix product speed."""
@@ -151,6 +157,8 @@ class TilePlan:
             fields[axis] = tuple(
                 Span(core=(s["core"][0], s["core"][1]), window=(s["window"][0], s["window"][1])) for s in values[axis]
             )
+        if values.get("receptive"):
+            fields["receptive"] = tuple(tuple((lo, hi) for lo, hi in axis) for axis in values["receptive"])
         fields["halo"] = Halo(**values["halo"])
         fields["memory"] = MemoryPrediction(**values["memory"])
         return cls(**fields)
@@ -159,6 +167,7 @@ class TilePlan:
         """The plan in words, with an estimated time where the machine's speed is given."""
         bands, height, width = self.raster_shape
         rows, columns = self.grid.counts
+        wanted = self.region[2] * self.region[3]
         window_h, window_w = self.largest_window
         memory = self.memory
         lines = [
@@ -179,7 +188,7 @@ class TilePlan:
             ),
             (
                 "overhead",
-                f"{100 * (self.overlap - 1):.1f} % more pixels computed than the raster has; "
+                f"{100 * (self.overlap - 1):.1f} % more pixels computed than wanted; "
                 f"blocks read {self.read_amplification:.2f} x",
             ),
             (
@@ -194,8 +203,16 @@ class TilePlan:
                 f"{format_bytes(memory.worker_bytes)}, programs {format_bytes(memory.program_bytes)}, buffers "
                 f"{format_bytes(memory.buffer_bytes)})",
             ),
-            ("work", f"{self.flops / 1e12:.3g} TFLOP, {self.flops_bare / (height * width) / 1e3:.1f} kFLOP a pixel"),
+            (
+                "work",
+                f"{self.flops / 1e12:.3g} TFLOP, {self.flops_bare / wanted / 1e3:.1f} kFLOP a pixel",
+            ),
         ]
+        if self.region != (0, 0, height, width):
+            y, x, region_height, region_width = self.region
+            lines.insert(1, ("region", f"{region_height} x {region_width} px from row {y}, column {x}"))
+        if self.receptive is not None:
+            lines.insert(-1, ("context", "pixels whose receptive field touches nodata are marked in nodata_context"))
         if self.size_multiple > 1:
             lines.insert(
                 1,
@@ -230,151 +247,5 @@ def _pair(values: tuple[int, int]) -> str:
     return f"{values[0]}" if values[0] == values[1] else f"{values[0]} x {values[1]}"
 
 
-def _largest_window(rows: Sequence[Span], columns: Sequence[Span]) -> tuple[int, int]:
+def largest_window(rows: Sequence[Span], columns: Sequence[Span]) -> tuple[int, int]:
     return (max(s.window[1] - s.window[0] for s in rows), max(s.window[1] - s.window[0] for s in columns))
-
-
-def compute_spans(network: Network, axis: int, raster_shape_yx: tuple[int, int], core: int) -> tuple[Span, ...]:
-    """The tiles along one axis.
-
-    Windows at the first edge are extended to the length of an inner one: some pixels more to compute, one shape fewer.
-    """
-    extent = network.padded_shape(raster_shape_yx)[axis]
-    output = network.output_shape(raster_shape_yx)[axis]
-    spans: list[Span] = []
-    for start in range(0, output, core):
-        wanted = Interval(start=start, stop=min(start + core, output))
-        needed = network.axes[axis].input_interval(wanted).clamp(extent)
-        window = network.align(axis, needed, extent)
-        spans.append(Span(core=(wanted.start, wanted.stop), window=(window.start, window.stop)))
-    longest = max(span.window[1] - span.window[0] for span in spans)
-    return tuple(
-        Span(core=span.core, window=(0, min(longest, extent))) if span.window[0] == 0 else span for span in spans
-    )
-
-
-def plan_tiles(
-    raster: Raster | tuple[int, int, int],
-    network: Network,
-    *,
-    memory: str | int = "2GB",
-    engine: str | None = None,
-    workers: int | None = None,
-    threads: int | None = None,
-    core: int | None = None,
-) -> TilePlan:
-    """Decide how to run a network over a raster within a memory budget.
-
-    Args:
-        raster: an open raster, or its shape (bands, height, width).
-        memory: budget of all processes together, such as "2GB".
-        engine: "openvino" or "torch"; None: OpenVINO where it is installed.
-        workers: worker processes; None: one for each 8 cores.
-        threads: compute threads of each worker; None: the cores divided among the workers.
-        core: side of the cores in output pixels; None: the largest that the budget allows.
-
-    Raises:
-        UsageError: another number or kind of bands than the network takes; options below 1.
-        BudgetError: no core fits the budget; names the smallest budget that can be kept.
-    """
-    shape = raster.shape if isinstance(raster, Raster) else tuple(raster)
-    if len(shape) != 3 or min(shape) < 1:
-        raise UsageError(f"a raster's shape must be (bands, height, width), each >= 1, got {shape}")
-    if shape[0] != network.bands:
-        raise UsageError(f"the network takes {network.bands} bands, the raster has {shape[0]}; choose a fitting model")
-    for name, value in (("workers", workers), ("threads", threads), ("core", core)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} must be >= 1, got {value}")
-    budget = parse_bytes(memory)
-    dtype = str(network.dtype).removeprefix("torch.")
-    if isinstance(raster, Raster) and raster.dtype != np.dtype(dtype):
-        raise UsageError(f"the network was analysed for {dtype} pixels, the raster has {raster.dtype}; analyse again")
-    engine_name = choose_engine(engine)
-    cpus = cpu_count()
-    workers = workers or max(1, cpus // CORES_PER_WORKER)
-    threads = threads or max(1, cpus // workers)
-    output_shape = (network.channels, *network.output_shape(shape[1:]))
-    output_dtype = str(network.output_dtype).removeprefix("torch.")
-    itemsize, output_itemsize = np.dtype(dtype).itemsize, np.dtype(output_dtype).itemsize
-
-    smallest: MemoryPrediction | None = None
-    for side in [core] if core else CORES:
-        rows, columns = (compute_spans(network, axis, shape[1:], side) for axis in (0, 1))
-        tiles = len(rows) * len(columns)
-        if core is None and side > LARGEST_CHUNK and tiles < TILES_PER_WORKER * workers:
-            continue
-        window = _largest_window(rows, columns)
-        pixels = window[0] * window[1]
-        core_pixels = min(side, output_shape[1]) * min(side, output_shape[2])
-        chunk = (min(side, LARGEST_CHUNK, output_shape[1]), min(side, LARGEST_CHUNK, output_shape[2]))
-        if side > LARGEST_CHUNK and side % LARGEST_CHUNK:
-            raise UsageError(
-                f"a core above {LARGEST_CHUNK} must be a multiple of it, so that a tile owns whole chunks, got {side}"
-            )
-        prediction = predict_memory(
-            engine=ENGINE_MEMORY[engine_name],
-            workers=workers,
-            in_flight=min(IN_FLIGHT, tiles),
-            client_bytes=CLIENT_BYTES[engine_name],
-            activation_bytes=compute_peak_bytes(network.graph, window),
-            window_bytes=pixels * (shape[0] * itemsize + 1),
-            result_bytes=network.channels * output_itemsize * (pixels + core_pixels),
-            chunk_bytes=2 * chunk[0] * chunk[1] * output_itemsize,
-            cache_bytes=GDAL_CACHE_BYTES if isinstance(raster, Raster) and raster.kind == "gdal" else 0,
-        )
-        smallest = prediction
-        if prediction.total_bytes > budget:
-            continue
-        block = raster.block if isinstance(raster, Raster) else chunk
-        return TilePlan(
-            raster_shape=(shape[0], shape[1], shape[2]),
-            raster_dtype=dtype,
-            output_shape=output_shape,
-            output_dtype=output_dtype,
-            core=(side, side),
-            chunk=chunk,
-            rows=rows,
-            columns=columns,
-            stride=network.stride,
-            scale=(str(network.scale[0]), str(network.scale[1])),
-            halo=network.halo,
-            size_multiple=network.size_multiple,
-            engine=engine_name,
-            workers=workers,
-            threads=threads,
-            in_flight=IN_FLIGHT,
-            memory_budget_bytes=budget,
-            memory=prediction,
-            flops=_total_flops(network, rows, columns),
-            flops_bare=compute_flops(network.graph, network.padded_shape(shape[1:])),
-            read_amplification=_read_amplification(rows, columns, shape[1:], block),
-        )
-    assert smallest is not None
-    raise BudgetError(
-        f"memory must be at least {format_bytes(smallest.total_bytes + 0.5 * MB)} for this network with "
-        f"{workers} worker{'s' if workers != 1 else ''} (core {core or CORES[-1]}), got {format_bytes(budget)}; "
-        "raise --memory, or use fewer workers"
-    )
-
-
-def _total_flops(network: Network, rows: Sequence[Span], columns: Sequence[Span]) -> int:
-    total = 0
-    heights, widths = ([s.window[1] - s.window[0] for s in spans] for spans in (rows, columns))
-    for height in set(heights):
-        for width in set(widths):
-            total += heights.count(height) * widths.count(width) * compute_flops(network.graph, (height, width))
-    return total
-
-
-def _read_amplification(
-    rows: Sequence[Span], columns: Sequence[Span], shape_yx: tuple[int, int], block: tuple[int, int]
-) -> float:
-    """Pixels of all blocks that windows touch, relative to those of the raster; separable along the axes."""
-    product = 1.0
-    for spans, extent, size in zip((rows, columns), shape_yx, block, strict=True):
-        read = 0
-        for span in spans:
-            start, stop = span.window[0], min(span.window[1], extent)
-            read += min(-(-stop // size) * size, extent) - start // size * size
-        product *= read / extent
-    return product

@@ -3,18 +3,64 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import RasterError
+from .errors import RasterError, UsageError
 from .geometry import Window
 from .georeference import Georeference
+from .nodata import Array, Mask, NodataRule
 
-Array = npt.NDArray[Any]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadOptions:
+    """How a file is to be read where it does not say so itself, or says it wrongly."""
+
+    axes: str | None = None
+    """Order of a Zarr array's dimensions, such as "yxb"."""
+    bands: tuple[int, ...] = ()
+    """Bands to read, from 1, in this order; empty: all."""
+    nodata: tuple[float, ...] | None = None
+    """Nodata values in place of the file's own; empty: none; None: the file's own."""
+    any_band: bool = False
+    """One band's nodata makes the pixel nodata."""
+    alpha: bool = False
+    """The band tagged alpha is a mask (0: nodata), and no band. Without it an alpha tag means nothing: cameras' fourth
+    bands carry it often."""
+    mask_band: int | None = None
+    """A data band that is a mask, from 1; it is no band then, unless `bands` names it."""
+    mask_values: tuple[float, ...] = ()
+    """Values of the mask band that mean nodata."""
+
+    def to_json(self) -> dict[str, Any]:
+        values = {name: value for name, value in asdict(self).items() if value not in (None, (), False)}
+        if self.nodata is not None:
+            values["nodata"] = [repr(value) for value in self.nodata]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> ReadOptions:
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        if "nodata" in fields:
+            fields["nodata"] = tuple(float(value) for value in fields["nodata"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One file of a stack or a mosaic."""
+
+    raster: Raster
+    y: int = 0
+    """Of its first row and column in the whole."""
+    x: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,22 +68,33 @@ class Raster:
     """A georeferenced (bands, y, x) array on disk, described; pixels are read through `open_reader`."""
 
     path: str
-    kind: str
-    """"gdal" or "zarr"."""
+    kind: Literal["gdal", "zarr", "stack", "mosaic"]
     shape: tuple[int, int, int]
     """(bands, height, width)."""
     dtype: np.dtype[Any]
     place: Georeference
-    nodata: float | None
+    nodata_rule: NodataRule
     band_names: tuple[str, ...]
     block: tuple[int, int]
     """(height, width) of the blocks that are decoded together."""
+    block_bytes: int
+    """What one decoded block holds."""
     identity: str
     """Changes when the raster's content does, as far as metadata tell: size and times of its files."""
     axes: str = "byx"
     """Order of the stored dimensions."""
     array_path: str = ""
     """Of the array inside a Zarr group."""
+    indexes: tuple[int, ...] = ()
+    """Stored bands that are read, from 1, in order; empty: all."""
+    mask_path: str = ""
+    """Of the mask array inside a Zarr group."""
+    parts: tuple[Part, ...] = ()
+    """Of a stack or a mosaic."""
+    sources: tuple[str, ...] = ()
+    """All files of a stack or a mosaic."""
+    options: ReadOptions = field(default_factory=ReadOptions)
+    """As it was opened."""
 
     @property
     def bands(self) -> int:
@@ -46,6 +103,16 @@ class Raster:
     @property
     def shape_yx(self) -> tuple[int, int]:
         return self.shape[1:]
+
+    @property
+    def nodata(self) -> float | None:
+        """The value of nodata pixels; the first of several."""
+        return self.nodata_rule.values[0] if self.nodata_rule.values else None
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Of all bands."""
+        return self.bands * self.dtype.itemsize
 
     @property
     def location(self) -> str:
@@ -60,9 +127,13 @@ class Raster:
             from .raster_zarr import ZarrReader
 
             return ZarrReader(self)
-        from .raster_gdal import GdalReader
+        if self.kind == "gdal":
+            from .raster_gdal import GdalReader
 
-        return GdalReader(self)
+            return GdalReader(self)
+        from .raster_parts import PartsReader
+
+        return PartsReader(self)
 
 
 class RasterReader(Protocol):
@@ -76,53 +147,116 @@ class RasterReader(Protocol):
         """
         ...
 
+    def read_missing(self, window: Window, image: Array) -> Mask | None:
+        """(height, width), True where a pixel is nodata; `image` is what `read` gave for the window. None: nowhere.
+
+        Raises:
+            RasterError: the mask cannot be read.
+        """
+        ...
+
     def close(self) -> None: ...
 
 
-def open_raster(src: str | os.PathLike[str], axes: str | None = None) -> Raster:
+def open_raster(
+    src: str | os.PathLike[str],
+    axes: str | None = None,
+    *,
+    bands: Sequence[int] = (),
+    nodata: float | Sequence[float] | None = None,
+    any_band: bool = False,
+    alpha: bool = False,
+    mask_band: int | None = None,
+    mask_values: Sequence[float] = (),
+) -> Raster:
     """Describe a raster without reading pixels: whatever GDAL opens, and Zarr v2 and v3 groups and arrays.
 
     Args:
         src: a path. A Zarr group must hold one raster array, or the array is named: `scene.zarr/image`.
         axes: order of a Zarr array's dimensions, such as "yxb"; needed only where the array does not say it.
+        bands: bands to read, from 1, in this order; empty: all.
+        nodata: nodata value or values in place of the file's own; an empty sequence: none.
+        any_band: a pixel is nodata where one band holds the value; False: where all do.
+        alpha: take the band tagged alpha for a mask, not for a band.
+        mask_band: a data band that is a mask, from 1, not to be read as a band.
+        mask_values: its values that mean nodata.
 
     Raises:
-        RasterError: no such file, not a raster, complex or non-numeric pixels, an ambiguous group or axis order.
+        RasterError: no such file, not a raster, complex or non-numeric pixels, an ambiguous group or axis order, no
+            such band.
     """
+    values: tuple[float, ...] | None
+    if nodata is None:
+        values = None
+    elif isinstance(nodata, (int, float)):
+        values = (float(nodata),)
+    else:
+        values = tuple(float(value) for value in nodata)
+    options = ReadOptions(
+        axes=axes,
+        bands=tuple(bands),
+        nodata=values,
+        any_band=any_band,
+        alpha=alpha,
+        mask_band=mask_band,
+        mask_values=tuple(float(value) for value in mask_values),
+    )
+    return open_with(src, options)
+
+
+def open_with(src: str | os.PathLike[str], options: ReadOptions) -> Raster:
+    """`open_raster` with its options in one object."""
+    if (options.mask_band is None) != (not options.mask_values):
+        raise UsageError("a mask band needs the values that mean nodata, such as --mask-band 8=2,4; got one without")
     path = Path(src)
     from .raster_zarr import describe_zarr, split_zarr_path
 
     zarr_location = split_zarr_path(path)
     if zarr_location is not None:
-        raster = describe_zarr(*zarr_location, axes=axes)
+        raster = describe_zarr(*zarr_location, axes=options.axes)
     else:
         from .raster_gdal import describe_gdal
 
         if not path.exists() and "://" not in str(src) and not str(src).startswith("/vsi"):
             raise RasterError(f"no such raster: {src}")
-        if axes is not None:
+        if options.axes is not None:
             raise RasterError(f"--axes is for Zarr arrays, got a file that GDAL reads: {src}; leave it out")
-        raster = describe_gdal(str(src))
+        raster = describe_gdal(str(src), options)
     if raster.dtype.kind not in "uif":
         raise RasterError(f"{src}: pixels must be integers or real numbers, got {raster.dtype}; convert them first")
-    return raster
+    return _apply(str(src), raster, options)
 
 
-def nodata_mask(image: Array, nodata: float | None) -> npt.NDArray[np.bool_] | None:
-    """(height, width), True where all bands hold the nodata value; None where no pixel does."""
-    if nodata is None:
-        return None
-    if np.isnan(nodata):
-        if image.dtype.kind != "f":
-            return None
-        missing = np.asarray(np.isnan(image).all(axis=0))
-    else:
-        missing = np.asarray(image[0] == nodata)
-        for band in image[1:]:
-            if not missing.any():
-                return None
-            missing &= np.asarray(band == nodata)
-    return missing if missing.any() else None
+def _apply(src: str, raster: Raster, options: ReadOptions) -> Raster:
+    """The raster with the options' nodata and bands in place of its own."""
+    rule, stored = raster.nodata_rule, raster.bands
+    if options.alpha and rule.mask != "alpha":
+        raise RasterError(f"{src} has no band tagged alpha; leave --alpha out, or name its mask with --mask-band")
+    if options.nodata is not None:
+        rule = replace(rule, values=options.nodata)
+    rule = replace(rule, any_band=options.any_band)
+    if options.mask_band is not None:
+        rule = replace(rule, mask="band", mask_band=options.mask_band, mask_values=options.mask_values)
+    for band in (*options.bands, *([options.mask_band] if options.mask_band is not None else [])):
+        if not 1 <= band <= stored:
+            raise RasterError(f"{src} has bands 1 to {stored}, got {band}")
+    masks = {rule.mask_band} if rule.mask in ("alpha", "band") else set()
+    chosen = options.bands or tuple(band for band in range(1, stored + 1) if band not in masks)
+    if not chosen:
+        raise RasterError(f"{src} has no band beside its mask")
+    raster = replace(raster, nodata_rule=rule, options=options)
+    return raster if chosen == tuple(range(1, stored + 1)) else pick_bands(raster, chosen)
+
+
+def pick_bands(raster: Raster, bands: tuple[int, ...]) -> Raster:
+    """The raster with only those of its bands, from 1, in that order."""
+    stored = raster.indexes or tuple(range(1, raster.bands + 1))
+    return replace(
+        raster,
+        indexes=tuple(stored[band - 1] for band in bands),
+        shape=(len(bands), *raster.shape_yx),
+        band_names=tuple(raster.band_names[band - 1] for band in bands),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +283,7 @@ def read_filled(
     values = np.asarray(fill if fill is not None else (0,) * raster.bands).astype(raster.dtype)[:, None, None]
     inside = window.clamp(raster.shape_yx)
     image = reader.read(inside)
-    missing = nodata_mask(image, raster.nodata)
+    missing = reader.read_missing(inside, image)
     if missing is not None:
         image = np.where(missing[None], values, image)
     if inside != window:

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rasterio
-from rasterio.errors import NotGeoreferencedWarning, RasterioError, RasterioIOError
+from rasterio.enums import ColorInterp, Interleaving, MaskFlags
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterioWindow
 
 from .errors import RasterError
 from .geometry import Window
 from .georeference import from_rasterio
-from .raster import Array, Raster, file_identity
+from .nodata import Array, Mask, NodataRule, find_missing, join_missing
+from .raster import Raster, ReadOptions, file_identity
+
+# GDAL's warnings and errors reach Python's logging through rasterio, and from there a terminal as soon as nobody else
+# listens. What matters of them stands in the error that is raised.
+logging.getLogger("rasterio").addHandler(logging.NullHandler())
+# While a file is opened they go to stderr past Python, unless GDAL is told of a log.
+os.environ.setdefault("CPL_LOG", os.devnull)
 
 
-def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _reason(error: BaseException) -> str:
+    """GDAL's first complaint, in one line: the last is often no more than "see previous exception"."""
+    deepest = error
+    while (cause := deepest.__cause__ or deepest.__context__) is not None:
+        deepest = cause
+    return " ".join(str(deepest).split()) or type(deepest).__name__
 
 
 @contextmanager
@@ -31,41 +46,69 @@ def _quiet() -> Iterator[None]:
 
 
 def _open(path: str) -> rasterio.DatasetReader:
-    with _quiet():
-        return rasterio.open(path)
+    try:
+        with _quiet():
+            return rasterio.open(path)
+    except (RasterioError, TypeError, ValueError) as error:
+        raise RasterError(f"{path} is not a raster that GDAL can open: {_reason(error)}") from error
 
 
-def describe_gdal(path: str) -> Raster:
-    """Describe a file that GDAL reads.
+def describe_gdal(path: str, options: ReadOptions) -> Raster:
+    """Describe a file that GDAL reads; with `options.alpha` the band tagged alpha is its mask.
 
     Raises:
-        RasterError: GDAL cannot open it, or its bands differ in dtype.
+        RasterError: GDAL cannot open it, its bands differ in dtype, or its pixels are complex.
     """
-    try:
-        with _quiet(), rasterio.open(path) as dataset:
+    with _quiet(), _open(path) as dataset:
+        try:
             dtypes = set(dataset.dtypes)
             if len(dtypes) != 1:
                 raise RasterError(f"{path}: all bands must have one dtype, got {sorted(dtypes)}; convert them first")
-            nodata = {value for value in dataset.nodatavals if value is not None}
-            if len({repr(value) for value in nodata}) > 1:
-                raise RasterError(f"{path}: all bands must have one nodata value, got {sorted(nodata)}")
-            names = tuple(text or f"band {i}" for i, text in enumerate(dataset.descriptions, start=1))
-            dtype = dtypes.pop()
+            name = dtypes.pop()
+            if "complex" in name:
+                raise RasterError(
+                    f"{path}: pixels must be integers or real numbers, got {name}; take magnitude or parts first"
+                )
+            dtype = np.dtype(name)
+            rule = NodataRule(
+                values=tuple(value for value in dataset.nodatavals if value is not None),
+                **_find_mask(dataset, alpha=options.alpha),
+            )
+            if len(rule.values) > 1 and options.nodata is None:
+                raise RasterError(
+                    f"{path}: all bands must have one nodata value, got {list(rule.values)}; say which with --nodata"
+                )
+            block = dataset.block_shapes[0]
+            together = dataset.count if dataset.interleaving == Interleaving.pixel else 1
             return Raster(
                 path=path,
                 kind="gdal",
                 shape=(dataset.count, dataset.height, dataset.width),
-                dtype=np.dtype("int8" if dtype == "int8" else dtype),
+                dtype=dtype,
                 place=from_rasterio(dataset.crs, dataset.transform),
-                nodata=nodata.pop() if nodata else None,
-                band_names=names,
-                block=dataset.block_shapes[0],
-                identity=file_identity(Path(path)) if Path(path).exists() else "",
+                nodata_rule=rule,
+                band_names=tuple(text or f"band {i}" for i, text in enumerate(dataset.descriptions, start=1)),
+                block=block,
+                block_bytes=block[0] * block[1] * dtype.itemsize * together,
+                identity=_identity(path, dataset.files),
             )
-    except TypeError as error:
-        raise RasterError(f"{path}: pixels must be integers or real numbers; {_one_line(error)}") from error
-    except RasterioError as error:
-        raise RasterError(f"{path} is not a raster that GDAL can open: {_one_line(error)}") from error
+        except (RasterioError, TypeError, ValueError, UnicodeDecodeError) as error:
+            raise RasterError(f"{path} cannot be described: {_reason(error)}") from error
+
+
+def _find_mask(dataset: rasterio.DatasetReader, *, alpha: bool) -> dict[str, Any]:
+    """A mask of the dataset counts always; an alpha band only when asked for."""
+    if alpha:
+        tagged = [i for i, meaning in enumerate(dataset.colorinterp, start=1) if meaning == ColorInterp.alpha]
+        return {"mask": "alpha", "mask_band": tagged[0]} if tagged else {}
+    flags = dataset.mask_flag_enums[0]
+    return {"mask": "dataset"} if MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags else {}
+
+
+def _identity(path: str, files: list[str]) -> str:
+    """Of the file, its sidecars and, for a VRT, its sources."""
+    found = [file_identity(Path(file)) for file in dict.fromkeys([path, *files]) if Path(file).is_file()]
+    return ";".join(found[:1000])
 
 
 class GdalReader:
@@ -73,20 +116,39 @@ class GdalReader:
 
     def __init__(self, raster: Raster) -> None:
         self._raster = raster
-        try:
-            self._dataset = _open(raster.path)
-        except RasterioIOError as error:
-            raise RasterError(f"{raster.path} is not a raster that GDAL can open: {_one_line(error)}") from error
+        self._dataset: rasterio.DatasetReader | None = _open(raster.path)
 
-    def read(self, window: Window) -> Array:
+    def _read(self, window: Window, indexes: list[int] | None, *, mask: bool = False) -> Array:
+        if self._dataset is None:
+            self._dataset = _open(self._raster.path)
         place = RasterioWindow(window.x, window.y, window.width, window.height)  # pyright: ignore[reportCallIssue]
         try:
-            return self._dataset.read(window=place)
-        except RasterioError as error:
-            # An open dataset may answer a later read with zeros after a failed one: open it again.
-            self._dataset.close()
-            self._dataset = _open(self._raster.path)
-            raise RasterError(f"{self._raster.path}: window {window} cannot be read: {_one_line(error)}") from error
+            return self._dataset.read_masks(1, window=place) if mask else self._dataset.read(indexes, window=place)
+        except (RasterioError, ValueError, MemoryError) as error:
+            # An open dataset may answer a later read with zeros after a failed one: never use it again.
+            self.close()
+            raise RasterError(f"{self._raster.path}: window {window} cannot be read: {_reason(error)}") from error
+
+    def read(self, window: Window) -> Array:
+        return self._read(window, list(self._raster.indexes) or None)
+
+    def read_missing(self, window: Window, image: Array) -> Mask | None:
+        rule = self._raster.nodata_rule
+        return join_missing(find_missing(image, rule), self._read_mask(window, rule))
+
+    def _read_mask(self, window: Window, rule: NodataRule) -> Mask | None:
+        if rule.mask == "dataset":
+            missing = self._read(window, None, mask=True) == 0
+        elif rule.mask == "alpha":
+            missing = self._read(window, [rule.mask_band])[0] == 0
+        elif rule.mask == "band":
+            marked = NodataRule(values=rule.mask_values)
+            return find_missing(self._read(window, [rule.mask_band]), marked)
+        else:
+            return None
+        return missing if missing.any() else None
 
     def close(self) -> None:
-        self._dataset.close()
+        if self._dataset is not None:
+            self._dataset.close()
+            self._dataset = None

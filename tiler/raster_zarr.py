@@ -17,7 +17,8 @@ from zarr.errors import BaseZarrError
 from .errors import RasterError
 from .geometry import Window
 from .georeference import Georeference, from_attributes, from_centres
-from .raster import Array, Raster
+from .nodata import Array, Mask, NodataRule, find_missing, join_missing
+from .raster import Raster
 
 _AXIS_NAMES = {
     "b": ("b", "band", "bands", "c", "channel", "channels", "class"),
@@ -52,7 +53,13 @@ def describe_zarr(store: Path, inner: str, axes: str | None = None) -> Raster:
     except (BaseZarrError, OSError, ValueError, KeyError) as error:
         raise RasterError(f"{name} is not a Zarr raster: {str(error).splitlines()[0]}") from error
     if isinstance(node, zarr.Group):
-        candidates = sorted(key for key, array in node.arrays() if array.ndim in (2, 3))
+        arrays = {key: array for key, array in node.arrays() if array.ndim in (2, 3)}
+        beside = {_mask_name(array) for array in arrays.values()}
+        candidates = sorted(key for key in arrays if key not in beside)
+        ours = dict(node.attrs).get("outsize")
+        if isinstance(ours, dict) and ours.get("kind") in candidates:
+            # A result of ours: the arrays beside it tell of tiles and context.
+            candidates = [str(ours["kind"])]
         if len(candidates) != 1:
             found = f"it has {', '.join(candidates)}" if candidates else "it has none"
             raise RasterError(f"{name} must hold one raster array, {found}; name one, such as {name}/NAME")
@@ -76,19 +83,31 @@ def describe_zarr(store: Path, inner: str, axes: str | None = None) -> Raster:
     chunks = dict(zip(order, array.chunks, strict=True))
     shape = (int(extents.get("b", 1)), int(extents["y"]), int(extents["x"]))
     group_attributes = dict(group.attrs) if group is not None else {}
+    mask = _mask_name(array)
+    if mask and (group is None or mask not in group):
+        raise RasterError(f"{name} names {mask} as its mask, but there is none; the store is damaged")
+    dtype = np.dtype(array.dtype)
     return Raster(
         path=str(store),
         kind="zarr",
         shape=shape,
-        dtype=np.dtype(array.dtype),
+        dtype=dtype,
         place=_georeference(group, attributes, group_attributes, order, array),
-        nodata=_nodata(attributes),
+        nodata_rule=NodataRule(values=_nodata(attributes), mask="array" if mask else None),
         band_names=_band_names(group, shape[0]),
         block=(int(chunks["y"]), int(chunks["x"])),
+        block_bytes=int(np.prod([int(extent) for extent in array.chunks], dtype=object)) * dtype.itemsize,
         identity=_identity(store, inner),
         axes=order,
         array_path=inner,
+        mask_path=f"{inner.rpartition('/')[0]}/{mask}".lstrip("/") if mask else "",
     )
+
+
+def _mask_name(array: zarr.Array[Any]) -> str:
+    """Of the array beside this one that says where its pixels are valid; as CF's ancillary variables go."""
+    named = str(dict(array.attrs).get("ancillary_variables", "")).split()
+    return "mask" if "mask" in named else ""
 
 
 def _axis_order(name: str, array: zarr.Array[Any], attributes: Mapping[str, Any], axes: str | None) -> str:
@@ -132,20 +151,20 @@ def _georeference(
     return place
 
 
-def _nodata(attributes: Mapping[str, Any]) -> float | None:
+def _nodata(attributes: Mapping[str, Any]) -> tuple[float, ...]:
     for key in ("nodata", "_FillValue", "missing_value"):
         value = attributes.get(key)
         if isinstance(value, str):
             if value.lower() == "nan":
-                return float("nan")
+                return (float("nan"),)
             try:
                 # xarray stores the fill value of floats in Zarr v3 as base64 of a little-endian double.
-                return float(struct.unpack("<d", base64.standard_b64decode(value))[0])
+                return (float(struct.unpack("<d", base64.standard_b64decode(value))[0]),)
             except (ValueError, struct.error):
                 continue
         if isinstance(value, (int, float)):
-            return float(value)
-    return None
+            return (float(value),)
+    return ()
 
 
 def _band_names(group: zarr.Group | None, count: int) -> tuple[str, ...]:
@@ -181,21 +200,41 @@ class ZarrReader:
         array = zarr.open(raster.path, mode="r", path=raster.array_path or None)
         assert isinstance(array, zarr.Array)
         self._array = array
+        self._mask = zarr.open_array(raster.path, mode="r", path=raster.mask_path) if raster.mask_path else None
 
-    def read(self, window: Window) -> Array:
-        rows, columns = window.slices()
-        pick = {"b": slice(None), "y": rows, "x": columns}
+    def _take(self, array: zarr.Array[Any], window: Window, pick: tuple[Any, ...]) -> Array:
         try:
-            block = np.asarray(self._array[tuple(pick[letter] for letter in self._raster.axes)])
-        except (BaseZarrError, OSError, ValueError, RuntimeError) as error:
-            name = f"{self._raster.path}/{self._raster.array_path}".rstrip("/")
-            raise RasterError(f"{name}: window {window} cannot be read: {str(error).splitlines()[0]}") from error
+            return np.asarray(array.oindex[pick] if any(isinstance(p, list) for p in pick) else array[pick])
+        except (BaseZarrError, OSError, ValueError, RuntimeError, MemoryError) as error:
+            name = f"{self._raster.path}/{array.path}".rstrip("/")
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RasterError(f"{name}: window {window} cannot be read: {reason}") from error
+
+    def _read(self, window: Window, indexes: tuple[int, ...]) -> Array:
+        rows, columns = window.slices()
+        bands = [index - 1 for index in indexes] if indexes else slice(None)
+        pick = {"b": bands, "y": rows, "x": columns}
+        block = self._take(self._array, window, tuple(pick[letter] for letter in self._raster.axes))
         if "b" not in self._raster.axes:
             block = block[None]
             order = "b" + self._raster.axes
         else:
             order = self._raster.axes
         return np.ascontiguousarray(block.transpose([order.index(letter) for letter in "byx"]))
+
+    def read(self, window: Window) -> Array:
+        return self._read(window, self._raster.indexes)
+
+    def read_missing(self, window: Window, image: Array) -> Mask | None:
+        rule = self._raster.nodata_rule
+        missing = find_missing(image, rule)
+        if rule.mask == "band":
+            marked = NodataRule(values=rule.mask_values)
+            return join_missing(missing, find_missing(self._read(window, (rule.mask_band,)), marked))
+        if self._mask is not None:
+            missing = join_missing(missing, self._take(self._mask, window, window.slices()) == 0)
+            return missing if missing is not None and missing.any() else None
+        return missing
 
     def close(self) -> None:
         pass

@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from filelock import FileLock, Timeout
 
 from .errors import OutputError
-from .events import TileRecord
 
 
 def run_folder(output: Path) -> Path:
     """OUT.zarr -> OUT.zarr.run"""
     return output.with_name(output.name + ".run")
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Turn the file system's refusals at the output into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(f"no space left for {out}; free some and run the same command again") from error
+        where = Path(str(error.filename or ""))
+        if where not in (out, *out.parents) and run_folder(out) not in (where, *where.parents):
+            raise
+        if isinstance(error, PermissionError):
+            raise OutputError(f"no permission to write {where}; choose another path") from error
+        raise OutputError(f"{out} cannot be written: {where}: {error.strerror}; choose another path") from error
+
+
+class Record(Protocol):
+    """What is kept of a finished cell: at least its row and column."""
+
+    def to_json(self) -> dict[str, Any]: ...
 
 
 class RunFolder:
@@ -29,6 +53,7 @@ class RunFolder:
         self._output = output
         self._lock = FileLock(str(self.path / "lock"))
         self._records: TextIO | None = None
+        self._discarded = False
         self._log: logging.Handler | None = None
 
     def __enter__(self) -> RunFolder:
@@ -52,8 +77,8 @@ class RunFolder:
         if self._log is not None:
             log.removeHandler(self._log)
             self._log.close()
-        if not self._output.exists() and not self._file.exists():
-            # Nothing was begun: leave nothing behind.
+        if self._discarded or (not self._output.exists() and not self._file.exists()):
+            # Nothing was begun, or nothing is worth keeping: leave nothing behind.
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
 
@@ -73,7 +98,7 @@ class RunFolder:
                     continue
         return found
 
-    def append(self, record: TileRecord) -> None:
+    def append(self, record: Record) -> None:
         """Add a record; it survives the death of this process."""
         if self._records is None:
             cut_short = self._file.is_file() and not self._file.read_bytes().endswith(b"\n")
@@ -87,6 +112,10 @@ class RunFolder:
         """Force what was appended to disk."""
         if self._records is not None:
             os.fsync(self._records.fileno())
+
+    def discard(self) -> None:
+        """Remove the folder when it is left: the output says all that is worth keeping."""
+        self._discarded = True
 
     def clear(self) -> None:
         """Forget all records."""

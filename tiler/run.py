@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import platform
 import time
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,27 +23,35 @@ from .engine_torch import TorchEngine
 from .errors import BudgetError, OutputError, UsageError
 from .events import ClusterReady, Event, Listener, RunPlanned, StartChecked, TileFinished, TileRecord
 from .fingerprint import find_differences, make_fingerprint
+from .geometry import Window
+from .jobs import JobPlugin
 from .memory import format_bytes, parse_bytes
 from .meter import MemoryMeter
 from .network import Network
-from .plan import TilePlan, plan_tiles
+from .plan import GDAL_CACHE_BYTES, TilePlan
+from .planner import plan_tiles
 from .raster import Raster, open_raster, read_filled
-from .records import RunFolder, log, remove_output, run_folder
-from .schedule import count_threads, run_tiles
+from .raster_parts import reference_to
+from .records import RunFolder, log, remove_output, writing
+from .schedule import Lost, count_threads, run_cells
 from .store import (
+    CONTEXT,
     DONE,
     FAILED,
+    NODATA,
     OutputDescription,
+    ZarrFormat,
     create_output,
     has_all_chunks,
     open_array,
     output_nodata,
     read_header,
+    require_space,
     update_header,
     write_core,
     write_status,
 )
-from .worker import RunPlugin, RunSpec, check_tiles
+from .worker import RunSpec, check_tiles
 
 Array = npt.NDArray[Any]
 
@@ -118,6 +124,10 @@ def predict(
     workers: int | None = None,
     threads: int | None = None,
     core: int | None = None,
+    region: Window | None = None,
+    mark_nodata_context: bool = False,
+    zarr_format: ZarrFormat = 3,
+    space_check: bool = True,
     resume: bool = True,
     overwrite: bool = False,
     listener: Listener | None = None,
@@ -133,6 +143,10 @@ def predict(
         fill: raw value of each band that stands in for nodata; None: 0.
         client: a Dask client to use; None: one is opened as `cluster` says.
         memory: budget of all processes together; `plan_tiles` has the other planning options.
+        region: what is wanted, in pixels of the raster; None: all of it. Context comes from beyond it.
+        mark_nodata_context: also write an array `nodata_context`: 1 where a pixel's receptive field touches nodata.
+        zarr_format: 3, or 2 for readers that know no other, such as GDAL before 3.12.
+        space_check: refuse an output that might not fit on the disk.
         resume: continue an output whose fingerprint agrees; False: refuse an existing output.
         overwrite: replace an existing output.
         listener: called with every event.
@@ -152,14 +166,26 @@ def predict(
         if len(fill) != raster.bands:
             raise UsageError(f"fill must have one value a band, {raster.bands} bands, got {len(fill)} values")
         description = description or _default_description(network)
-        plan = plan_tiles(raster, network, memory=memory, engine=engine, workers=workers, threads=threads, core=core)
-        fingerprint = make_fingerprint(raster, network, description.kind, plan.engine, fill)
+        plan = plan_tiles(
+            raster,
+            network,
+            memory=memory,
+            engine=engine,
+            workers=workers,
+            threads=threads,
+            core=core,
+            region=region,
+            mark_nodata_context=mark_nodata_context,
+        )
+        fingerprint = make_fingerprint(raster, network, description.kind, plan, fill, zarr_format)
         if out.exists():
             read_header(out)  # a folder that is not ours is neither continued nor overwritten, nor given neighbours
-        with _writing(out), RunFolder(out) as folder:
+        with writing(out), RunFolder(out) as folder:
             records: dict[tuple[int, int], dict[str, Any]] = {}
             begins = overwrite or not out.exists()
-            if not begins:
+            if begins:
+                require_space(out, plan.output_bytes, "the output", check=space_check)
+            else:
                 plan = _continue(out, fingerprint, resume=resume, budget=parse_bytes(memory))
                 records = folder.read()
             todo = [at for at in plan.order() if not _is_done(out, description.kind, plan, at, records)]
@@ -175,13 +201,23 @@ def predict(
                 fingerprint=fingerprint,
                 out=out,
                 begins=begins,
+                zarr_format=zarr_format,
                 folder=folder,
                 meter=meter,
                 tell=tell,
             )
             if todo:
                 run.convert()
-                opened = contextlib.nullcontext(client) if client else open_client(cluster or ClusterOptions(), plan)
+                opened = (
+                    contextlib.nullcontext(client)
+                    if client
+                    else open_client(
+                        cluster or ClusterOptions(),
+                        workers=plan.workers,
+                        threads=plan.in_flight,
+                        gdal_cache_bytes=GDAL_CACHE_BYTES,
+                    )
+                )
                 with opened as connected:
                     assert connected is not None
                     run.execute(connected, todo)
@@ -225,6 +261,7 @@ class _Run:
         fingerprint: dict[str, Any],
         out: Path,
         begins: bool,
+        zarr_format: ZarrFormat,
         folder: RunFolder,
         meter: MemoryMeter,
         tell: Listener,
@@ -233,6 +270,7 @@ class _Run:
         self.fill, self.fingerprint, self.out, self.folder = fill, fingerprint, out, folder
         self.meter, self.tell = meter, tell
         self.begins = begins
+        self.zarr_format: ZarrFormat = zarr_format
         self.records: list[TileRecord] = []
         self.check: StartCheck | None = None
         self.began: float | None = None
@@ -259,7 +297,7 @@ class _Run:
             out=str(self.out),
             array=self.description.kind,
         )
-        plugin = RunPlugin(spec)
+        plugin = JobPlugin(spec)
         client.wait_for_workers(1, timeout=120)
         client.register_plugin(plugin)
         try:
@@ -280,15 +318,18 @@ class _Run:
                     place=self.raster.place,
                     header={
                         "fingerprint": self.fingerprint,
-                        "source": self.raster.location,
-                        "source_axes": self.raster.axes if self.raster.kind == "zarr" else None,
+                        "source": reference_to(self.raster),
                         "versions": _versions(),
                     },
+                    zarr_format=self.zarr_format,
                 )
             update_header(self.out, {"start_check": self.check.to_json()})
             pixels_of = {at: self.plan.grid.window(*at).pixels for at in todo}
             pixels, synced = 0, time.monotonic()
-            for record in run_tiles(client, run_id, todo, pixels_of):
+            for (row, column), outcome in run_cells(client, run_id, todo, "tile"):
+                record = outcome
+                if isinstance(outcome, Lost):
+                    record = TileRecord.failure(row, column, pixels_of[row, column], outcome.reason)
                 self.folder.append(record)
                 self.records.append(record)
                 pixels += record.pixels
@@ -325,6 +366,8 @@ class _Run:
         for row, column in np.argwhere(status == FAILED):
             core = self.plan.grid.window(int(row), int(column))
             write_core(array, core, np.full((self.plan.output_shape[0], *core.shape), output_nodata(dtype), dtype))
+            if self.plan.receptive is not None:
+                write_core(open_array(self.out, CONTEXT, "r+"), core, np.full((1, *core.shape), NODATA, np.uint8))
         write_status(self.out, status)
 
 
@@ -369,22 +412,6 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(ModuleNotFoundError):
             found[name] = version(name)
     return found
-
-
-@contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Turn the file system's refusals at the output into one line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"no space left for {out}; free some and run the same command again") from error
-        where = Path(str(error.filename or ""))
-        if where not in (out, *out.parents) and run_folder(out) not in (where, *where.parents):
-            raise
-        if isinstance(error, PermissionError):
-            raise OutputError(f"no permission to write {where}; choose another path") from error
-        raise OutputError(f"{out} cannot be written: {where}: {error.strerror}; choose another path") from error
 
 
 def _continue(out: Path, fingerprint: dict[str, Any], *, resume: bool, budget: int) -> TilePlan:

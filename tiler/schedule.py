@@ -1,8 +1,9 @@
-"""Submission: a bounded number of tiles in flight on Dask, records coming back."""
+"""Submission: a bounded number of cells in flight on Dask, records coming back."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dask.typing import Key
@@ -10,32 +11,41 @@ from distributed import Client, Future, as_completed
 from distributed.client import FutureCancelledError
 from distributed.scheduler import KilledWorker
 
-from .events import TileRecord
-from .worker import run_tile
+from .jobs import run_cell
 
 QUEUED_PER_THREAD = 2
-"""Tiles known to the scheduler for each worker thread: enough that none waits for this process."""
+"""Cells known to the scheduler for each worker thread: enough that none waits for this process."""
+
+Cell = tuple[int, int]
 
 
-def run_tiles(
-    client: Client, run_id: str, tiles: Sequence[tuple[int, int]], pixels_of: dict[tuple[int, int], int]
-) -> Iterator[TileRecord]:
-    """Run tiles in the given order; yields each one's record as it ends.
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """In place of a record: the cell's workers died."""
 
-    The scheduler never knows more than a few tiles a thread, so that its memory does not grow with the raster. A tile
-    whose worker dies is tried again elsewhere by Dask, and becomes a failed record after
+    reason: str
+
+
+def run_cells(client: Client, run_id: str, cells: Sequence[Cell], label: str) -> Iterator[tuple[Cell, Any]]:
+    """Run a job's cells in the given order; yields (cell, its record) as each ends.
+
+    The scheduler never knows more than a few cells a thread, so that its memory does not grow with the raster. A cell
+    whose worker dies is tried again elsewhere by Dask, and becomes `Lost` after
     `distributed.scheduler.allowed-failures` deaths.
+
+    Args:
+        label: the name of these tasks on Dask's pages.
     """
     threads = max(1, sum(count_threads(client).values()))
-    waiting = iter(tiles)
-    at: dict[Key, tuple[int, int]] = {}
+    waiting = iter(cells)
+    at: dict[Key, Cell] = {}
 
     def submit() -> Future | None:
-        tile = next(waiting, None)
-        if tile is None:
+        cell = next(waiting, None)
+        if cell is None:
             return None
-        future = client.submit(run_tile, run_id, *tile, key=(f"tile-{run_id}", *tile), pure=False)
-        at[future.key] = tile
+        future = client.submit(run_cell, run_id, *cell, key=(f"{label}-{run_id}", *cell), pure=False)
+        at[future.key] = cell
         return future
 
     first = [future for _ in range(QUEUED_PER_THREAD * threads) if (future := submit()) is not None]
@@ -43,11 +53,11 @@ def run_tiles(
     del first
     try:
         for future in running:
-            tile = at.pop(future.key)
+            cell = at.pop(future.key)
             following = submit()
             if following is not None:
                 running.add(following)
-            yield _record(future, tile, pixels_of[tile])
+            yield cell, _result(future)
     finally:
         if at:
             client.cancel([Future(key, client) for key in at], force=True)
@@ -59,19 +69,8 @@ def count_threads(client: Client) -> dict[str, int]:
     return dict(threads)
 
 
-def _record(future: Future, tile: tuple[int, int], pixels: int) -> TileRecord:
+def _result(future: Future) -> Any:
     try:
         return future.result()
     except (KilledWorker, FutureCancelledError) as error:
-        reason = f"its worker process died ({type(error).__name__})"
-    return TileRecord(
-        row=tile[0],
-        column=tile[1],
-        state="failed",
-        pixels=pixels,
-        read_s=0,
-        compute_s=0,
-        write_s=0,
-        worker="",
-        error=reason,
-    )
+        return Lost(f"its worker process died ({type(error).__name__})")

@@ -6,11 +6,12 @@ import shutil
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import zarr
+from numcodecs import Zstd
 from zarr.codecs import ZstdCodec
 from zarr.errors import BaseZarrError
 
@@ -23,15 +24,26 @@ from .georeference import (
     pixel_centres,
     spatial_ref_attributes,
 )
-from .plan import Tile, TilePlan
+from .memory import format_bytes
+
+if TYPE_CHECKING:
+    from .plan import Tile, TilePlan
 
 FORMAT = 1
 NODATA = 255
 """Of class and probability; logits are NaN there."""
+LEVELS = 254
+"""A probability p is written as round(254 p)."""
 MISSING, DONE, FAILED = 0, 1, 2
 """Values of `status`."""
+CONTEXT = "nodata_context"
+"""Name of the array that marks pixels whose receptive fields touch nodata."""
+MASK = "mask"
+"""Name of the array beside a raster's pixels that says where they are valid: 0 nodata, 255 valid, as in GDAL."""
+VALID = 255
 
 OutputKind = Literal["class", "probability", "logits"]
+ZarrFormat = Literal[2, 3]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,50 +86,128 @@ def create_raster_group(
     nodata: float | None,
     array_attributes: dict[str, Any] | None = None,
     group_attributes: dict[str, Any] | None = None,
+    zarr_format: ZarrFormat = 3,
+    masked: bool = False,
 ) -> zarr.Array[Any]:
-    """Create a Zarr v3 group with one raster array, its coordinates and its georeference; returns the array.
+    """Create a Zarr group with one raster array, its coordinates and its georeference; returns the array.
 
-    GDAL 3.12, rioxarray and xarray open it georeferenced: CF grid mapping and pixel-centre coordinates, beside
-    GeoZarr's attributes.
+    GDAL, rioxarray and xarray open it georeferenced: CF grid mapping and pixel-centre coordinates, beside GeoZarr's
+    attributes. GDAL reads Zarr v3 from 3.12 on, v2 long before.
+
+    Args:
+        dims: the array's dimensions; two of them are y and x.
+        masked: with a validity mask beside the array.
     """
-    group = zarr.create_group(str(path), overwrite=False, zarr_format=3)
-    shape_yx = (shape[-2], shape[-1])
+    group = zarr.create_group(str(path), overwrite=False, zarr_format=zarr_format)
+    y_axis, x_axis = dims.index("y"), dims.index("x")
+    shape_yx = (shape[y_axis], shape[x_axis])
     spatial = geozarr_attributes(place, shape_yx)
-    array = group.create_array(
+    mapping = {"grid_mapping": "spatial_ref"} if place.crs_wkt or place.transform else {}
+    array = _create_array(
+        group,
         name,
         shape=shape,
         dtype=dtype,
         chunks=chunks,
-        fill_value=dtype.type(fill),
-        compressors=[ZstdCodec(level=1, checksum=True)],
-        dimension_names=dims,
+        # In v2 the fill value means nodata to GDAL and xarray; null means none.
+        fill=None if zarr_format == 2 and nodata is None else dtype.type(fill),
+        dims=dims,
         attributes={
-            **({"grid_mapping": "spatial_ref"} if place.crs_wkt or place.transform else {}),
+            **mapping,
+            **({"ancillary_variables": MASK} if masked else {}),
             # Not _FillValue: xarray would turn a class map into floats.
             **({"nodata": nodata if np.isfinite(nodata) else "nan"} if nodata is not None else {}),
             **spatial,
             **(array_attributes or {}),
         },
     )
+    if masked:
+        add_mask(path, name, shape_yx, (chunks[y_axis], chunks[x_axis]))
     if place.crs_wkt or place.transform:
-        reference = group.create_array(
-            "spatial_ref", shape=(), dtype="int64", attributes=spatial_ref_attributes(place), dimension_names=()
+        reference = _create_array(
+            group, "spatial_ref", shape=(), dtype=np.dtype("int64"), dims=(), attributes=spatial_ref_attributes(place)
         )
         reference[...] = 0
     centres = pixel_centres(place, shape_yx)
     if centres is not None and place.transform is not None:
         for axis, values, attributes in zip(("y", "x"), centres, axis_attributes(place), strict=True):
-            coordinate = group.create_array(
-                axis,
-                shape=values.shape,
-                dtype="float64",
-                chunks=values.shape,
-                dimension_names=(axis,),
-                attributes=dict(attributes),
+            coordinate = _create_array(
+                group, axis, shape=values.shape, dtype=values.dtype, dims=(axis,), attributes=dict(attributes)
             )
             coordinate[:] = values
     group.attrs.update({**spatial, **(group_attributes or {})})
     return array
+
+
+def _create_array(
+    group: zarr.Group,
+    name: str,
+    *,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    dims: tuple[str, ...],
+    attributes: dict[str, Any],
+    chunks: tuple[int, ...] | None = None,
+    fill: Any = None,
+) -> zarr.Array[Any]:
+    """An array in the format of its group, its dimensions named as that format's readers look for them."""
+    old = group.metadata.zarr_format == 2
+    return group.create_array(
+        name,
+        shape=shape,
+        dtype=dtype,
+        chunks=chunks or shape,
+        fill_value=fill,
+        compressors=[Zstd(level=1, checksum=True) if old else ZstdCodec(level=1, checksum=True)],
+        chunk_key_encoding={"name": "v2", "separator": "/"} if old else None,
+        dimension_names=None if old else dims,
+        attributes={**attributes, "_ARRAY_DIMENSIONS": list(dims)} if old else attributes,
+    )
+
+
+def add_mask(path: Path, name: str, shape_yx: tuple[int, int], chunk: tuple[int, int]) -> zarr.Array[Any]:
+    """Create the validity mask of the array `name`, all valid."""
+    group = zarr.open_group(str(path), mode="r+")
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    array.attrs["ancillary_variables"] = MASK
+    mapping = dict(array.attrs).get("grid_mapping")
+    return _create_array(
+        group,
+        MASK,
+        shape=shape_yx,
+        dtype=np.dtype(np.uint8),
+        chunks=chunk,
+        fill=VALID,
+        dims=("y", "x"),
+        attributes={
+            **({"grid_mapping": mapping} if mapping else {}),
+            "flag_values": [0, VALID],
+            "flag_meanings": "nodata valid",
+        },
+    )
+
+
+def finish_metadata(path: Path) -> None:
+    """Gather the metadata of a v2 store in one file, where its readers look first."""
+    group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
+    if group.metadata.zarr_format == 2:
+        zarr.consolidate_metadata(group.store)
+
+
+def require_space(path: Path, needed: int, what: str, *, check: bool = True) -> None:
+    """Refuse what cannot fit on the disk, compression aside.
+
+    Raises:
+        OutputError: `needed` bytes are more than are free.
+    """
+    folder = next((parent for parent in (path, *path.parents) if parent.exists()), Path.cwd())
+    free = shutil.disk_usage(folder).free
+    if check and needed > free:
+        raise OutputError(
+            f"{what} may need {format_bytes(needed)}, the disk of {path} has {format_bytes(free)} free; choose another "
+            "disk, or --no-space-check if it will compress well"
+        )
 
 
 def writable(array: zarr.Array[Any]) -> zarr.Array[Any]:
@@ -135,6 +225,7 @@ def create_output(
     description: OutputDescription,
     place: Georeference,
     header: dict[str, Any],
+    zarr_format: ZarrFormat = 3,
 ) -> None:
     """Create an output store for a plan; `header` goes into the group's `outsize` attribute.
 
@@ -148,12 +239,6 @@ def create_output(
     unfinished = path.with_name(path.name + ".creating")
     if unfinished.exists():
         shutil.rmtree(unfinished)
-    array_attributes: dict[str, Any] = {}
-    if description.classes and is_class:
-        array_attributes = {
-            "flag_values": list(range(len(description.classes))),
-            "flag_meanings": " ".join(name.replace(" ", "_") for name in description.classes),
-        }
     create_raster_group(
         unfinished,
         name=description.kind,
@@ -161,10 +246,11 @@ def create_output(
         dims=("y", "x") if is_class else ("class", "y", "x"),
         dtype=dtype,
         chunks=plan.chunk if is_class else (1, *plan.chunk),
-        place=place.at_scale(scale),
+        place=place.at_scale(scale).moved(*plan.output_origin),
+        zarr_format=zarr_format,
         fill=output_nodata(dtype),
         nodata=output_nodata(dtype),
-        array_attributes=array_attributes,
+        array_attributes=_flags(description) if is_class else _scale_of(description),
         group_attributes={
             "outsize": {
                 "format": FORMAT,
@@ -175,7 +261,46 @@ def create_output(
             }
         },
     )
+    group = zarr.open_group(str(unfinished), mode="r+")
+    if plan.receptive is not None:
+        mapping = dict(group[description.kind].attrs).get("grid_mapping")
+        _create_array(
+            group,
+            CONTEXT,
+            shape=(height, width),
+            dtype=np.dtype(np.uint8),
+            chunks=plan.chunk,
+            fill=NODATA,
+            dims=("y", "x"),
+            attributes={
+                **({"grid_mapping": mapping} if mapping else {}),
+                "nodata": NODATA,
+                "flag_values": [0, 1],
+                "flag_meanings": "complete_context touches_nodata",
+            },
+        )
+    if not is_class:
+        coordinate = _create_array(
+            group, "class", shape=(channels,), dtype=np.dtype(np.int64), dims=("class",), attributes=_flags(description)
+        )
+        coordinate[:] = np.arange(channels)
+    finish_metadata(unfinished)
     unfinished.rename(path)
+
+
+def _flags(description: OutputDescription) -> dict[str, Any]:
+    """CF's names for class numbers."""
+    if not description.classes:
+        return {}
+    return {
+        "flag_values": list(range(len(description.classes))),
+        "flag_meanings": " ".join(name.replace(" ", "_") for name in description.classes),
+    }
+
+
+def _scale_of(description: OutputDescription) -> dict[str, Any]:
+    """What a probability's numbers mean. Not CF's scale_factor: readers would turn bytes into floats unasked."""
+    return {"long_name": "probability", "units": f"1/{LEVELS}"} if description.kind == "probability" else {}
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -197,9 +322,10 @@ def read_header(path: Path) -> dict[str, Any]:
 
 def update_header(path: Path, values: dict[str, Any]) -> None:
     """Add values to the `outsize` attribute."""
-    group = zarr.open_group(str(path), mode="r+")
+    group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
     header: Any = dict(group.attrs)["outsize"]
     group.attrs["outsize"] = {**header, **values}
+    finish_metadata(path)
 
 
 def open_array(path: str | Path, name: str, mode: Literal["r", "r+"] = "r") -> zarr.Array[Any]:
@@ -219,21 +345,31 @@ def write_core(array: zarr.Array[Any], core: Window, result: npt.NDArray[Any]) -
 
 def has_all_chunks(path: Path, kind: str, plan: TilePlan, tile: Tile) -> bool:
     """Whether every chunk of a tile is present in the store."""
-    chunks = Grid(shape=plan.output_shape[1:], cell=plan.chunk).cells_touching(tile.core)
-    layers = [""] if kind == "class" else [f"{channel}/" for channel in range(plan.output_shape[0])]
-    return all((path / kind / "c" / f"{layer}{row}/{column}").is_file() for layer in layers for row, column in chunks)
+    cells = Grid(shape=plan.output_shape[1:], cell=plan.chunk).cells_touching(tile.target)
+    layers = [()] if kind == "class" else [(channel,) for channel in range(plan.output_shape[0])]
+    wanted = [(kind, (*layer, *cell)) for layer in layers for cell in cells]
+    wanted += [(CONTEXT, cell) for cell in cells] if plan.receptive is not None else []
+    return all(chunk_file(path, array, index).is_file() for array, index in wanted)
+
+
+def chunk_file(path: Path, array: str, index: tuple[int, ...]) -> Path:
+    """Where a chunk of our own stores lies."""
+    folder = path / array
+    return folder.joinpath(*(["c"] if (folder / "zarr.json").is_file() else []), *map(str, index))
 
 
 def write_status(path: Path, status: npt.NDArray[np.uint8]) -> None:
     """Write the tiles' states, one value a tile; by one process, at the end."""
-    group = zarr.open_group(str(path), mode="r+")
-    array = group.create_array(
+    group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
+    if "status" in group:
+        del group["status"]
+    array = _create_array(
+        group,
         "status",
         shape=status.shape,
-        dtype="uint8",
-        chunks=status.shape,
-        overwrite=True,
-        dimension_names=("tile_row", "tile_column"),
+        dtype=status.dtype,
+        dims=("tile_row", "tile_column"),
         attributes={"flag_values": [0, 1, 2], "flag_meanings": "missing done failed"},
     )
     array[:] = status
+    finish_metadata(path)

@@ -7,20 +7,22 @@ import threading
 import time
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from distributed import Worker, WorkerPlugin
 
-from .check import CheckPatch
 from .engine import Engine, EngineProgram
 from .events import TileRecord
 from .geometry import Interval, Window
+from .jobs import runner_of
 from .plan import Tile, TilePlan
 from .raster import Raster, RasterReader, read_filled
 from .receptive import footprint
-from .store import open_array, output_nodata, write_core
+from .store import CONTEXT, NODATA, open_array, output_nodata, write_core
+
+if TYPE_CHECKING:
+    from .check import CheckPatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,23 +38,53 @@ class RunSpec:
     array: str
     """Name of the output array in the store."""
 
+    def open(self) -> TileRunner:
+        return TileRunner(self)
+
 
 def missing_in_output(
     missing: npt.NDArray[np.bool_], window: Window, core: Window, scale: tuple[Fraction, Fraction]
 ) -> npt.NDArray[np.bool_]:
     """Nodata of a core's pixels: an output pixel is nodata where every input pixel under it is."""
-    valid = (~missing).astype(np.int64)
-    for axis, (interval, origin, ratio) in enumerate(
-        ((core.rows, window.y, scale[0]), (core.columns, window.x, scale[1]))
-    ):
-        under = [footprint(Interval(start=i, stop=i + 1), ratio) for i in range(interval.start, interval.stop)]
-        size = valid.shape[axis]
-        first = np.clip([u.start - origin for u in under], 0, size)
-        last = np.clip([u.stop - origin for u in under], 0, size)
-        # Valid pixels up to each position, so that a difference counts those of any footprint.
-        counts = np.concatenate([np.zeros_like(np.take(valid, [0], axis)), np.cumsum(valid, axis)], axis)
-        valid = np.take(counts, last, axis) - np.take(counts, first, axis)
-    return valid == 0
+    under = [
+        [footprint(Interval(start=i, stop=i + 1), ratio) for i in range(interval.start, interval.stop)]
+        for interval, ratio in ((core.rows, scale[0]), (core.columns, scale[1]))
+    ]
+    return _count(~missing, window, under) == 0
+
+
+def touches_nodata(missing: npt.NDArray[np.bool_] | None, tile: Tile, plan: TilePlan) -> npt.NDArray[np.uint8]:
+    """(height, width) of a core: 1 where a nodata pixel of the raster lies in the pixel's receptive field."""
+    if missing is None:
+        return np.zeros(tile.core.shape, np.uint8)
+    assert plan.receptive is not None
+    fields: list[list[Interval]] = []
+    for axis, interval in enumerate((tile.core.rows, tile.core.columns)):
+        period, stride, extent = plan.receptive[axis], plan.stride[axis], plan.raster_shape[1 + axis]
+        moved = [(divmod(i, len(period))) for i in range(interval.start, interval.stop)]
+        # What a network sees beyond the raster's edge is no nodata pixel.
+        fields.append(
+            [
+                Interval(start=period[phase][0] + times * stride, stop=period[phase][1] + times * stride).clamp(extent)
+                for times, phase in moved
+            ]
+        )
+    return (_count(missing, tile.window, fields) > 0).astype(np.uint8)
+
+
+def _count(marked: npt.NDArray[np.bool_], window: Window, under: list[list[Interval]]) -> npt.NDArray[np.int32]:
+    """How many marked pixels of a window lie in each product of a row interval and a column interval."""
+    counts = marked.astype(np.int32)
+    for axis, (intervals, origin) in enumerate(zip(under, (window.y, window.x), strict=True)):
+        size = counts.shape[axis]
+        first = np.clip([u.start - origin for u in intervals], 0, size)
+        last = np.clip([u.stop - origin for u in intervals], 0, size)
+        # Pixels up to each position, so that a difference counts those of any interval.
+        sums = np.concatenate(
+            [np.zeros_like(np.take(counts, [0], axis)), np.cumsum(counts, axis, dtype=np.int32)], axis
+        )
+        counts = np.take(sums, last, axis) - np.take(sums, first, axis)
+    return counts
 
 
 class TileRunner:
@@ -96,16 +128,8 @@ class TileRunner:
             return self._run(tile)
         except Exception as error:  # noqa: BLE001
             reason = (str(error).strip().splitlines() or [""])[0]
-            return TileRecord(
-                row=row,
-                column=column,
-                state="failed",
-                pixels=tile.core.pixels,
-                read_s=0,
-                compute_s=0,
-                write_s=0,
-                worker=_process_name(),
-                error=f"{type(error).__name__}: {reason}",
+            return TileRecord.failure(
+                row, column, tile.core.pixels, f"{type(error).__name__}: {reason}", worker=_process_name()
             )
 
     def _run(self, tile: Tile) -> TileRecord:
@@ -130,7 +154,12 @@ class TileRunner:
                 computed = time.perf_counter()
             if missing is not None:
                 result[:, missing] = output_nodata(result.dtype)
-        write_core(open_array(self.spec.out, self.spec.array, "r+"), tile.core, result)
+        write_core(open_array(self.spec.out, self.spec.array, "r+"), tile.target, result)
+        if self.spec.plan.receptive is not None:
+            context = touches_nodata(filled.missing, tile, self.spec.plan)
+            if missing is not None:
+                context[missing] = NODATA
+            write_core(open_array(self.spec.out, CONTEXT, "r+"), tile.target, context[None])
         return TileRecord(
             row=tile.row,
             column=tile.column,
@@ -154,7 +183,7 @@ class TileRunner:
                 whole[row, column] = (finished[:, rows, columns].copy(), logits[:, rows, columns].copy())
         results: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
         for patch in patches:
-            rows, columns = patch.window.slices(self.spec.plan.grid.window(patch.row, patch.column))
+            rows, columns = patch.window.slices(self.spec.plan.tile(patch.row, patch.column).core)
             finished, logits = whole[patch.row, patch.column]
             results.append((finished[:, rows, columns].copy(), logits[:, rows, columns].copy()))
         return results
@@ -168,30 +197,6 @@ def _process_name() -> str:
     return f"pid {os.getpid()}"
 
 
-_RUNNERS: dict[str, TileRunner] = {}
-
-
-class RunPlugin(WorkerPlugin):
-    """Gives every worker process, a restarted one too, the run's one runner."""
-
-    def __init__(self, spec: RunSpec) -> None:
-        self.spec = spec
-        self.name = f"outsize-{spec.run_id}"
-
-    def setup(self, worker: Worker) -> None:  # noqa: ARG002 - Dask's signature
-        _RUNNERS[self.spec.run_id] = TileRunner(self.spec)
-
-    def teardown(self, worker: Worker) -> None:  # noqa: ARG002
-        runner = _RUNNERS.pop(self.spec.run_id, None)
-        if runner is not None:
-            runner.close()
-
-
-def run_tile(run_id: str, row: int, column: int) -> TileRecord:
-    """A task: one tile of a run that this process knows."""
-    return _RUNNERS[run_id].run(row, column)
-
-
 def check_tiles(run_id: str, patches: list[CheckPatch]) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
     """A task: the start check's patches."""
-    return _RUNNERS[run_id].check(patches)
+    return runner_of(run_id).check(patches)

@@ -18,6 +18,8 @@ import zarr
 from affine import Affine
 from outsize.models import Scaling, SegmentationClass, SegmentationModel, UNet, as_tile_network, load_model, save_model
 from outsize.sample_data.small import small_scene_path
+from outsize.tiler.geometry import Window
+from outsize.tiler.raster import open_raster
 from outsize.tiler.store import open_array, read_header
 from rio_cogeo.cogeo import cog_validate
 
@@ -139,7 +141,7 @@ def test_overviews_hold_the_most_common_class(tmp_path: Path, segmented: Path) -
     from outsize.pipelines.console import Console
     from outsize.pipelines.export import run_export
     from outsize.tiler.network import analyze_network
-    from outsize.tiler.plan import plan_tiles
+    from outsize.tiler.planner import plan_tiles
     from outsize.tiler.raster import open_raster
     from outsize.tiler.store import OutputDescription, create_output, writable
 
@@ -194,7 +196,7 @@ def test_ingest_is_pixel_equal_and_keeps_the_place(tmp_path: Path) -> None:
     assert "exists" in refused.stderr
 
 
-def test_an_ingest_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_an_ingest_keeps_what_it_can_read_and_else_leaves_nothing(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(1, 255, (2, 900, 700), dtype=np.uint8)
     with rasterio.open(
         tmp_path / "damaged.tif", "w", driver="GTiff", count=2, height=900, width=700, dtype="uint8", transform=PLACE
@@ -202,12 +204,26 @@ def test_an_ingest_that_fails_leaves_nothing(tmp_path: Path) -> None:
         dataset.write(image)
     data = (tmp_path / "damaged.tif").read_bytes()
     (tmp_path / "damaged.tif").write_bytes(data[: 3 * len(data) // 4])
-    failed = outsize("ingest", tmp_path / "damaged.tif", tmp_path / "d.zarr")
+    partly = outsize("ingest", tmp_path / "damaged.tif", tmp_path / "d.zarr")
+    assert partly.returncode == 3
+    (line,) = (line for line in partly.stderr.splitlines() if line.startswith("unreadable"))
+    assert line.startswith("unreadable 670,0,230,700: ")
+    assert "damaged.tif: window 670,0,5,700 cannot be read" in line
+    copy = open_raster(tmp_path / "d.zarr")
+    reader, window = copy.open_reader(), Window.whole((900, 700))
+    read = reader.read(window)
+    assert np.array_equal(read[:, :670], image[:, :670])
+    missing = reader.read_missing(window, read)
+    assert missing is not None
+    assert not missing[:670].any()
+    assert missing[670:].all()
+    (tmp_path / "damaged.tif").write_bytes(data[: len(data) - 900 * 700 * 2 + 100])
+    failed = outsize("ingest", tmp_path / "damaged.tif", tmp_path / "e.zarr")
     assert failed.returncode == 1
     last = failed.stderr.strip().splitlines()[-1]
     assert last.startswith("outsize: error: ")
-    assert "cannot be read" in last
-    assert [path.name for path in tmp_path.iterdir()] == ["damaged.tif"]
+    assert "can be read" in last
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.zarr", "damaged.tif"]
 
 
 def test_probability_and_logits_are_written_and_exported(tmp_path: Path) -> None:
@@ -337,4 +353,4 @@ def test_naip_and_sentinel_2_go_through_with_their_place_kept(shared_dir: Path, 
         with rasterio.open(cog) as ours, rasterio.open(source) as theirs:
             assert (ours.crs, ours.transform, ours.shape) == (theirs.crs, theirs.transform, theirs.shape)
         assert cog_validate(cog, strict=True)[0]
-        assert read_header(out)["source"] == str(source)
+        assert read_header(out)["source"]["paths"] == [str(source)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rasterio
 from affine import Affine
+from rasterio.errors import NotGeoreferencedWarning
 
 TRANSFORM = Affine(2.5, 0, 400_000, 0, -2.5, 5_600_000)
 CRS = "EPSG:32633"
@@ -27,6 +29,9 @@ def write_geotiff(path: Path, image: np.ndarray, **options: Any) -> Path:
         "crs": CRS,
         "transform": TRANSFORM,
     }
-    with rasterio.open(path, "w", **{**settings, **options}) as dataset:
-        dataset.write(image)
+    with warnings.catch_warnings():
+        # A raster without georeference is what some tests want.
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with rasterio.open(path, "w", **{**settings, **options}) as dataset:
+            dataset.write(image)
     return path

@@ -181,7 +181,7 @@ def test_the_needed_interval_is_tight_for_the_unet() -> None:
 @pytest.mark.parametrize(("depth", "halo"), [(0, 2), (1, 8), (2, 22), (3, 46), (4, 94), (5, 190)])
 def test_the_unets_halo_is_the_known_one(depth: int, halo: int) -> None:
     from outsize.models.segmentation.unet import UNet
-    from outsize.tiler.network import Halo
+    from outsize.tiler.geometry import Halo
 
     network = analyze_network(UNet(1, 1, (2,) * (depth + 1)).eval(), bands=1)
     assert network.halo == Halo(top=halo, bottom=halo, left=halo, right=halo)

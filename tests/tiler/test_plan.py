@@ -14,7 +14,8 @@ from outsize.tiler.errors import BudgetError, UsageError
 from outsize.tiler.geometry import Grid, Window
 from outsize.tiler.memory import parse_bytes
 from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.plan import TilePlan, format_seconds, plan_tiles
+from outsize.tiler.plan import TilePlan, format_seconds
+from outsize.tiler.planner import plan_tiles
 from torch import nn
 
 from .zoo import ZOO, PlainUNet, alive

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from outsize.tiler.errors import RasterError
 from outsize.tiler.geometry import Window
-from outsize.tiler.raster import nodata_mask, open_raster, read_filled
+from outsize.tiler.nodata import NodataRule, find_missing
+from outsize.tiler.raster import open_raster, read_filled
 
 from .rasters import CRS, TRANSFORM, unique_pixels, write_geotiff
 
@@ -108,6 +109,9 @@ def test_what_is_no_raster_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_nodata_is_where_all_bands_hold_it() -> None:
+    def nodata_mask(image: np.ndarray, value: float | None) -> np.ndarray | None:
+        return find_missing(image, NodataRule(values=() if value is None else (value,)))
+
     image = np.array([[[0, 0, 5]], [[0, 1, 0]]])
     mask = nodata_mask(image, 0)
     assert mask is not None

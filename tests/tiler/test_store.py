@@ -14,7 +14,8 @@ from outsize.tiler.errors import OutputError
 from outsize.tiler.geometry import Window
 from outsize.tiler.georeference import Georeference, from_rasterio
 from outsize.tiler.network import analyze_network
-from outsize.tiler.plan import TilePlan, plan_tiles
+from outsize.tiler.plan import TilePlan
+from outsize.tiler.planner import plan_tiles
 from outsize.tiler.raster import open_raster
 from outsize.tiler.store import (
     OutputDescription,

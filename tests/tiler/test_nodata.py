@@ -1,0 +1,142 @@
+"""Which pixels are nodata: by value, by any band, by every kind of mask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from outsize.tiler.errors import RasterError, UsageError
+from outsize.tiler.geometry import Window
+from outsize.tiler.nodata import NodataRule, find_missing, join_missing
+from outsize.tiler.raster import Raster, open_raster
+from rasterio.enums import ColorInterp
+
+from .rasters import unique_pixels, write_geotiff
+
+IMAGE = np.array([[[0, 0, 5, 9]], [[0, 1, 0, 9]]], np.int16)
+
+
+def missing_of(raster: Raster) -> list[list[bool]]:
+    window = Window.whole(raster.shape_yx)
+    reader = raster.open_reader()
+    missing = reader.read_missing(window, reader.read(window))
+    reader.close()
+    return (np.zeros(raster.shape_yx, bool) if missing is None else missing).tolist()
+
+
+def test_values_count_in_all_bands_or_in_any() -> None:
+    def found(*values: float, any_band: bool = False) -> list[bool] | None:
+        mask = find_missing(IMAGE, NodataRule(values=values, any_band=any_band))
+        return None if mask is None else mask[0].tolist()
+
+    assert found() is None
+    assert found(7) is None
+    assert found(0) == [True, False, False, False]
+    assert found(0, any_band=True) == [True, True, True, False]
+    assert found(0, 9) == [True, False, False, True]
+    # A pixel of which every band holds one of the values, not all the same.
+    assert found(0, 1) == [True, True, False, False]
+
+
+@pytest.mark.parametrize("value", [-9999.0, 0.5, 300.0, float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_the_type_cannot_hold_is_no_pixels(value: float) -> None:
+    assert find_missing(np.zeros((1, 2, 2), np.uint8), NodataRule(values=(value,))) is None
+
+
+def test_a_float_value_matches_as_the_float_that_is_stored() -> None:
+    lowest = -3.4028226550889045e38
+    image = np.array([[[lowest, 1]]], np.float32)
+    assert find_missing(image, NodataRule(values=(lowest,))) is not None
+    tenth = np.array([[[0.1, 1]]], np.float32)
+    mask = find_missing(tenth, NodataRule(values=(0.1,)))
+    assert mask is not None
+    assert mask.tolist() == [[True, False]]
+
+
+def test_masks_are_joined() -> None:
+    a, b = np.array([[True, False]]), np.array([[False, False]])
+    assert join_missing(None, None) is None
+    assert np.array_equal(join_missing(a, None, b), a)  # pyright: ignore[reportArgumentType]
+
+
+def test_options_go_before_what_the_file_says(tmp_path: Path) -> None:
+    path = write_geotiff(tmp_path / "a.tif", IMAGE, nodata=0)
+    assert missing_of(open_raster(path)) == [[True, False, False, False]]
+    assert missing_of(open_raster(path, any_band=True)) == [[True, True, True, False]]
+    assert missing_of(open_raster(path, nodata=9)) == [[False, False, False, True]]
+    assert missing_of(open_raster(path, nodata=(0, 9))) == [[True, False, False, True]]
+    assert missing_of(open_raster(path, nodata=())) == [[False] * 4]
+    assert open_raster(path, nodata=()).nodata is None
+
+
+def test_a_mask_hidden_as_a_band_is_no_band(tmp_path: Path) -> None:
+    mask = np.array([[[1, 2, 4, 1]]], np.int16)
+    path = write_geotiff(tmp_path / "a.tif", np.concatenate([IMAGE, mask]))
+    raster = open_raster(path, mask_band=3, mask_values=(2, 4))
+    assert raster.shape == (2, 1, 4)
+    assert missing_of(raster) == [[False, True, True, False]]
+    both = open_raster(path, bands=(3, 1), mask_band=3, mask_values=(2,), nodata=0)
+    assert np.array_equal(both.open_reader().read(Window.whole((1, 4))), np.concatenate([mask, IMAGE[:1]]))
+    assert missing_of(both) == [[False, True, False, False]]
+    with pytest.raises(UsageError, match="such as --mask-band"):
+        open_raster(path, mask_band=3)
+    with pytest.raises(RasterError, match="has bands 1 to 3, got 4"):
+        open_raster(path, mask_band=4, mask_values=(1,))
+
+
+def test_a_mask_of_the_dataset_counts_inside_and_beside_the_file(tmp_path: Path) -> None:
+    valid = np.array([[255, 0, 255, 0]], np.uint8)
+    for internal in (True, False):
+        path = write_geotiff(tmp_path / f"{internal}.tif", IMAGE)
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=internal), rasterio.open(path, "r+") as dataset:
+            dataset.write_mask(valid)
+        assert (tmp_path / "False.tif.msk").exists() is not internal
+        assert missing_of(open_raster(path)) == [[False, True, False, True]]
+        assert missing_of(open_raster(path, nodata=0)) == [[True, True, False, True]]
+
+
+def test_an_alpha_tag_is_a_mask_only_when_asked_for(tmp_path: Path) -> None:
+    image = unique_pixels(4, 1, 4, np.uint8)
+    image[3] = (0, 255, 0, 255)
+    path = write_geotiff(tmp_path / "rgba.tif", image)
+    with rasterio.open(path, "r+") as dataset:
+        dataset.colorinterp = [ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha]
+    raster = open_raster(path)
+    assert raster.bands == 4
+    assert missing_of(raster) == [[False] * 4]
+    masked = open_raster(path, alpha=True)
+    assert masked.bands == 3
+    assert missing_of(masked) == [[True, False, True, False]]
+    with pytest.raises(RasterError, match="no band tagged alpha"):
+        open_raster(write_geotiff(tmp_path / "rgb.tif", image[:3]), alpha=True)
+
+
+def test_naip_keeps_its_near_infrared(shared_dir: Path) -> None:
+    # Its tag says alpha, and rasterio's dataset_mask takes it for one.
+    path = shared_dir / "data/naip/tile_13477.tif"
+    with rasterio.open(path) as dataset:
+        assert dataset.colorinterp[3] == ColorInterp.alpha
+        expected = dataset.read(4)
+    raster = open_raster(path)
+    assert raster.bands == 4
+    assert np.array_equal(raster.open_reader().read(Window.whole(raster.shape_yx))[3], expected)
+    assert not np.any(missing_of(raster))
+
+
+def test_bands_with_other_nodata_values_are_refused_until_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "two.vrt").write_text(
+        '<VRTDataset rasterXSize="4" rasterYSize="1">'
+        + "".join(
+            f'<VRTRasterBand dataType="Int16" band="{band}"><NoDataValue>{value}</NoDataValue><SimpleSource>'
+            f'<SourceFilename relativeToVRT="1">a.tif</SourceFilename><SourceBand>{band}</SourceBand></SimpleSource>'
+            "</VRTRasterBand>"
+            for band, value in ((1, 0), (2, 9))
+        )
+        + "</VRTDataset>"
+    )
+    write_geotiff(tmp_path / "a.tif", IMAGE)
+    with pytest.raises(RasterError, match="one nodata value, got .*--nodata"):
+        open_raster(tmp_path / "two.vrt")
+    assert missing_of(open_raster(tmp_path / "two.vrt", nodata=9)) == [[False, False, False, True]]

@@ -1,0 +1,343 @@
+"""Copies of rasters: equal to rasterio, kill-safe, complete or honest about what is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+import rioxarray
+import xarray
+import zarr
+from affine import Affine
+from outsize.tiler.cluster import ClusterOptions
+from outsize.tiler.errors import BudgetError, OutputError, RasterError
+from outsize.tiler.geometry import Window
+from outsize.tiler.raster import Raster, open_raster
+from outsize.tiler.raster_parts import open_mosaic
+from outsize.tiler.transfer import Copier, TransferJob, copy_raster, plan_transfer, probe_raster
+
+from .rasters import TRANSFORM, unique_pixels, write_geotiff
+
+LOCAL = ClusterOptions(dashboard_address=None)
+
+
+def read(raster: Raster) -> tuple[np.ndarray, np.ndarray]:
+    window = Window.whole(raster.shape_yx)
+    reader = raster.open_reader()
+    image = reader.read(window)
+    missing = reader.read_missing(window, image)
+    return image, np.zeros(window.shape, bool) if missing is None else missing
+
+
+DTYPES = ["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_every_dtype_is_copied_with_its_place_names_and_nodata(tmp_path: Path, dtype: str, zarr_format: Any) -> None:
+    image = unique_pixels(3, 61, 83, dtype)
+    nodata = np.nan if dtype == "float32" else 7
+    if dtype == "float32":
+        image[:, 3, 5] = np.nan
+    source = write_geotiff(tmp_path / "a.tif", image, nodata=nodata)
+    with rasterio.open(source, "r+") as dataset:
+        dataset.descriptions = ("red", "green", "swir 1")
+    summary = copy_raster(open_raster(source), tmp_path / "a.zarr", zarr_format=zarr_format)
+    copy = open_raster(tmp_path / "a.zarr")
+    with rasterio.open(source) as dataset:
+        assert np.array_equal(read(copy)[0], dataset.read(), equal_nan=True)
+        assert (copy.place.crs, copy.place.affine) == (dataset.crs, dataset.transform)
+        assert copy.band_names == dataset.descriptions
+        assert np.array_equal([copy.nodata], [dataset.nodata], equal_nan=True)
+        assert copy.dtype == dataset.dtypes[0]
+    assert np.array_equal(read(copy)[1], read(open_raster(source))[1])
+    assert summary.pixels == 61 * 83
+    assert summary.peak_bytes > 0
+    assert not summary.masked
+    assert not summary.unreadable
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tif", "a.zarr"]
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_the_copy_opens_georeferenced_elsewhere(tmp_path: Path, zarr_format: Any) -> None:
+    image = unique_pixels(2, 30, 40, np.uint16)
+    source = write_geotiff(tmp_path / "a.tif", image, nodata=9)
+    copy_raster(open_raster(source), tmp_path / "a.zarr", zarr_format=zarr_format)
+    opened = xarray.open_zarr(
+        tmp_path / "a.zarr", consolidated=zarr_format == 2, mask_and_scale=False, decode_coords="all"
+    )
+    with rasterio.open(source) as dataset:
+        assert opened["image"].rio.crs == dataset.crs
+        assert opened["image"].rio.transform().almost_equals(dataset.transform)
+        assert np.array_equal(opened["image"], image)
+        assert opened["image"].dtype == np.uint16
+        if zarr_format == 2:
+            # Older GDAL reads v2 only.
+            with rasterio.open(f'ZARR:"{tmp_path / "a.zarr"}":/image') as theirs:
+                assert (theirs.crs, theirs.transform, theirs.nodata) == (dataset.crs, dataset.transform, 9)
+                assert np.array_equal(theirs.read(), image)
+    assert rioxarray.__version__
+
+
+def test_a_rotated_grid_keeps_its_transform(tmp_path: Path) -> None:
+    turned = TRANSFORM * Affine.rotation(20)
+    source = write_geotiff(tmp_path / "a.tif", unique_pixels(1, 9, 7), transform=turned)
+    copy_raster(open_raster(source), tmp_path / "a.zarr")
+    assert open_raster(tmp_path / "a.zarr").place.affine.almost_equals(turned)
+    assert "x" not in zarr.open_group(str(tmp_path / "a.zarr"), mode="r")
+
+
+@pytest.mark.parametrize("axes", ["yxb", "xyb", "ybx"])
+def test_other_axis_orders_come_out_as_bands_rows_columns(tmp_path: Path, axes: str) -> None:
+    image = unique_pixels(4, 70, 50, np.uint8)
+    stored = image.transpose(["byx".index(letter) for letter in axes])
+    zarr.create_array(tmp_path / "s.zarr", shape=stored.shape, chunks=(32, 16, 3), dtype="u1")[:] = stored
+    copy_raster(open_raster(tmp_path / "s.zarr", axes=axes), tmp_path / "c.zarr")
+    assert np.array_equal(read(open_raster(tmp_path / "c.zarr"))[0], image)
+
+
+def test_masks_are_copied_whatever_their_kind(tmp_path: Path) -> None:
+    image = unique_pixels(3, 40, 50, np.int16)
+    image[2] = np.arange(2000).reshape(40, 50) % 5
+    source = write_geotiff(tmp_path / "a.tif", image, nodata=3)
+    raster = open_raster(source, mask_band=3, mask_values=(2, 4), nodata=(3, 9), any_band=True)
+    assert copy_raster(raster, tmp_path / "a.zarr").masked
+    copy = open_raster(tmp_path / "a.zarr")
+    assert copy.bands == 2
+    assert np.array_equal(read(copy)[0], image[:2])
+    wanted = np.isin(image[2], (2, 4)) | np.isin(image[:2], (3, 9)).any(axis=0)
+    assert np.array_equal(read(copy)[1], wanted)
+    # A copy of the copy has the same mask.
+    copy_raster(copy, tmp_path / "b.zarr")
+    assert np.array_equal(read(open_raster(tmp_path / "b.zarr"))[1], wanted)
+
+
+def test_workers_and_this_process_copy_the_same(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 4, (3, 1500, 1300), dtype=np.uint8)
+    pieces = [
+        write_geotiff(tmp_path / f"{x}.tif", image[:, :, x : x + 600], transform=TRANSFORM * Affine.translation(x, 0))
+        for x in (0, 700)
+    ]
+    mosaic = open_mosaic(pieces)
+    here = copy_raster(mosaic, tmp_path / "here.zarr")
+    there = copy_raster(mosaic, tmp_path / "there.zarr", workers=2, cluster=LOCAL)
+    assert (here.masked, there.masked) == (True, True)
+    ours, theirs = (read(open_raster(tmp_path / f"{name}.zarr")) for name in ("here", "there"))
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.array_equal(a, b)
+    assert np.array_equal(ours[0][:, :, :600], image[:, :, :600])
+    assert np.array_equal(np.flatnonzero(ours[1].any(axis=0)), np.arange(600, 700))
+    files = [
+        {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and "c" in p.parts}
+        for folder in (tmp_path / "here.zarr", tmp_path / "there.zarr")
+    ]
+    assert files[0] == files[1]
+    assert there.peak_bytes <= there.predicted_peak_bytes
+
+
+def damage(path: Path, window: tuple[int, int]) -> None:
+    """Overwrite one compressed tile so that it cannot be decoded."""
+    with rasterio.open(path) as dataset:
+        tile = f"{window[1]}_{window[0]}"
+        offset = int(dataset.get_tag_item(f"BLOCK_OFFSET_{tile}", "TIFF", bidx=1))
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * 40)
+
+
+@pytest.mark.parametrize("nodata", [None, 77])
+def test_damaged_tiles_become_nodata_and_are_told(tmp_path: Path, nodata: float | None) -> None:
+    image = np.random.default_rng(1).integers(80, 255, (2, 700, 800), dtype=np.uint8)
+    source = write_geotiff(
+        tmp_path / "a.tif", image, nodata=nodata, tiled=True, blockxsize=128, blockysize=128, compress="DEFLATE"
+    )
+    damage(source, (2, 3))
+    damage(source, (5, 6))
+    with rasterio.open(source) as dataset, pytest.raises(rasterio.errors.RasterioIOError):
+        dataset.read(window=((256, 384), (384, 512)))
+    summary = copy_raster(open_raster(source), tmp_path / "a.zarr")
+    assert sorted(entry[:4] for entry in summary.unreadable) == [(256, 384, 128, 128), (640, 768, 60, 32)]
+    for *_, reason in summary.unreadable:
+        assert str(source) in reason
+        assert "window" in reason
+    bad = np.zeros((700, 800), bool)
+    bad[256:384, 384:512] = bad[640:, 768:] = True
+    copy, missing = read(open_raster(tmp_path / "a.zarr"))
+    assert np.array_equal(copy[:, ~bad], image[:, ~bad])
+    assert np.array_equal(missing, bad)
+    assert summary.masked is (nodata is None)
+    told: Any = dict(zarr.open_group(str(tmp_path / "a.zarr"), mode="r").attrs)["outsize_copy"]
+    assert len(told["unreadable"]) == 2
+
+
+def test_nothing_readable_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    image = unique_pixels(1, 300, 300, np.uint8)
+    source = write_geotiff(tmp_path / "a.tif", image, tiled=True, blockxsize=256, blockysize=256, compress="DEFLATE")
+    for at in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        damage(source, at)
+    with pytest.raises(RasterError, match=r"none of 16 windows .* window 0,0,64,64 cannot be read") as refusal:
+        copy_raster(open_raster(source), tmp_path / "a.zarr")
+    assert "\n" not in str(refusal.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tif"]
+
+
+def test_a_reader_is_not_believed_after_it_failed(shared_dir: Path) -> None:
+    # The second read of the same window through the same open dataset gives zeros without a word.
+    raster = open_raster(shared_dir / "corpus/gdal/python_ones.vrt")
+    reader = raster.open_reader()
+    for _ in range(3):
+        with pytest.raises(RasterError, match="cannot be read"):
+            reader.read(Window(y=0, x=0, height=10, width=10))
+    with pytest.raises(RasterError):
+        probe_raster(raster)
+
+
+BIG = (4, 3000, 2900)
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("big")
+    image = np.random.default_rng(2).integers(1, 255, BIG, dtype=np.uint8)
+    return write_geotiff(folder / "big.tif", image, tiled=True, blockxsize=256, blockysize=256)
+
+
+def interrupt_after(cells: int) -> Any:
+    seen = 0
+
+    def listener(progress: Any) -> None:
+        nonlocal seen
+        seen += bool(progress.advanced)
+        if seen > cells:
+            raise KeyboardInterrupt
+
+    return listener
+
+
+def chunk_bytes(store: Path) -> dict[Path, bytes]:
+    return {p.relative_to(store): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file() and "c" in p.parts}
+
+
+def test_an_interrupted_copy_goes_on_and_equals_an_undisturbed_one(tmp_path: Path, big: Path) -> None:
+    raster = open_raster(big)
+    whole = copy_raster(raster, tmp_path / "whole.zarr")
+    assert whole.cells == 6
+    with pytest.raises(KeyboardInterrupt):
+        copy_raster(raster, tmp_path / "cut.zarr", listener=interrupt_after(3))
+    assert not (tmp_path / "cut.zarr").exists()
+    summary = copy_raster(raster, tmp_path / "cut.zarr")
+    assert (summary.resumed_cells, summary.cells) == (4, 2)
+    assert chunk_bytes(tmp_path / "cut.zarr") == chunk_bytes(tmp_path / "whole.zarr")
+    with rasterio.open(big) as dataset:
+        assert np.array_equal(read(open_raster(tmp_path / "cut.zarr"))[0], dataset.read())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.zarr", "whole.zarr"]
+
+
+def test_an_interrupted_copy_of_a_source_that_changed_begins_anew(tmp_path: Path, big: Path) -> None:
+    source = tmp_path / "big.tif"
+    shutil.copy(big, source)
+    with pytest.raises(KeyboardInterrupt):
+        copy_raster(open_raster(source), tmp_path / "c.zarr", listener=interrupt_after(3))
+    with rasterio.open(source, "r+") as dataset:
+        image = dataset.read()
+        dataset.write(image[::-1])
+    summary = copy_raster(open_raster(source), tmp_path / "c.zarr")
+    assert summary.resumed_cells == 0
+    assert np.array_equal(read(open_raster(tmp_path / "c.zarr"))[0], image[::-1])
+
+
+def test_a_lost_chunk_is_copied_again(tmp_path: Path, big: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        copy_raster(open_raster(big), tmp_path / "c.zarr", listener=interrupt_after(3))
+    (tmp_path / "c.zarr.creating/image/c/0/1/2").unlink()
+    assert copy_raster(open_raster(big), tmp_path / "c.zarr").resumed_cells == 3
+    with rasterio.open(big) as dataset:
+        assert np.array_equal(read(open_raster(tmp_path / "c.zarr"))[0], dataset.read())
+
+
+def test_a_killed_command_goes_on(tmp_path: Path) -> None:
+    image = np.random.default_rng(3).integers(1, 255, (4, 6000, 6000), dtype=np.uint8)
+    source = write_geotiff(tmp_path / "s.tif", image)
+    command = [sys.executable, "-m", "outsize", "--json", "ingest", str(source), str(tmp_path / "c.zarr")]
+    command += ["--no-dashboard", "--memory", "900MB"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    records = tmp_path / "c.zarr.run/records.jsonl"
+    deadline = time.monotonic() + 60
+    while not (records.exists() and records.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "c.zarr").exists()
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert '"resumed_cells": 0' not in finished.stdout
+    assert np.array_equal(read(open_raster(tmp_path / "c.zarr"))[0], image)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.zarr", "s.tif"]
+
+
+def test_an_existing_store_is_replaced_only_on_request_and_when_the_copy_is_whole(tmp_path: Path, big: Path) -> None:
+    old = write_geotiff(tmp_path / "old.tif", unique_pixels(1, 8, 8, np.uint8))
+    copy_raster(open_raster(old), tmp_path / "c.zarr")
+    with pytest.raises(OutputError, match="exists"):
+        copy_raster(open_raster(big), tmp_path / "c.zarr")
+    with pytest.raises(KeyboardInterrupt):
+        copy_raster(open_raster(big), tmp_path / "c.zarr", overwrite=True, listener=interrupt_after(2))
+    assert open_raster(tmp_path / "c.zarr").shape == (1, 8, 8)
+    copy_raster(open_raster(big), tmp_path / "c.zarr", overwrite=True)
+    assert open_raster(tmp_path / "c.zarr").shape == BIG
+    with pytest.raises(OutputError, match="holds the source itself"):
+        copy_raster(open_raster(tmp_path / "c.zarr"), tmp_path / "c.zarr", overwrite=True)
+
+
+def test_a_plan_keeps_the_budget_and_covers_the_raster(big: Path) -> None:
+    raster = open_raster(big)
+    for memory in ("700MB", "1GB", "2GB", "8GB"):
+        for workers in (1, 2, 8):
+            plan = plan_transfer(raster, memory, workers)
+            assert plan.predicted_peak_bytes <= float(memory[:-2]) * (1e9 if memory.endswith("GB") else 1e6)
+            assert plan.grid.shape == BIG[1:]
+            assert plan.grid.cell[0] % 512 == plan.grid.cell[1] % 512 == 0
+    with pytest.raises(BudgetError, match="memory must be at least"):
+        plan_transfer(raster, "100MB", 1)
+
+
+def test_declared_sizes_are_checked_before_anything_is_allocated(tmp_path: Path) -> None:
+    vrt = (
+        '<VRTDataset rasterXSize="{width}" rasterYSize="{height}">'
+        '<VRTRasterBand dataType="{dtype}" band="1" blockXSize="{width}" blockYSize="1"/></VRTDataset>'
+    )
+    wide, tall = tmp_path / "wide.vrt", tmp_path / "tall.vrt"
+    wide.write_text(vrt.format(width=2_000_000_000, height=10, dtype="Float64"))
+    tall.write_text(vrt.format(width=512, height=2_000_000_000, dtype="Float64"))
+    for path, error, words in (
+        (wide, BudgetError, "10 rows and 2000000000 columns are 32.00 GB"),
+        (tall, BudgetError, "2000000000 rows and 512 columns are 32.00 GB"),
+    ):
+        with pytest.raises(error, match=words):
+            copy_raster(open_raster(path), tmp_path / "c.zarr")
+    flat = tmp_path / "flat.vrt"
+    flat.write_text(vrt.format(width=20_000_000, height=20_000_000, dtype="Byte"))
+    with pytest.raises(OutputError, match="may need 400.00 TB, the disk of"):
+        copy_raster(open_raster(flat), tmp_path / "c.zarr", memory="8GB")
+    assert not list(tmp_path.glob("c.zarr*"))
+
+
+def test_cells_cover_every_pixel_once(big: Path, tmp_path: Path) -> None:
+    # A cell that is one pixel short or shifted must not go unnoticed by the equality above.
+    raster = open_raster(big)
+    plan = plan_transfer(raster, "2GB", 1)
+    covered = np.zeros(raster.shape_yx, np.uint8)
+    for cell in plan.grid:
+        covered[plan.grid.window(*cell).slices()] += 1
+    assert (covered == 1).all()
+    job = TransferJob(run_id="x", raster=raster, grid=plan.grid, out=str(tmp_path / "missing.zarr"))
+    with pytest.raises((OSError, ValueError, KeyError)):
+        Copier(job).run(0, 0)

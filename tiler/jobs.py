@@ -1,0 +1,55 @@
+"""Jobs: what each worker process keeps for a run, so that a task is no more than a row and a column."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from distributed import Worker, WorkerPlugin
+
+
+class Runner(Protocol):
+    """One process's share of a run: open files, a loaded engine."""
+
+    def run(self, row: int, column: int) -> Any:
+        """Do one cell; returns its record, a failure's too."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Job(Protocol):
+    """All that a process needs to do any cell of a run; sent once to each."""
+
+    @property
+    def run_id(self) -> str: ...
+
+    def open(self) -> Runner: ...
+
+
+_RUNNERS: dict[str, Runner] = {}
+
+
+class JobPlugin(WorkerPlugin):
+    """Gives every worker process, a restarted one too, the job's one runner."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.name = f"outsize-{job.run_id}"
+
+    def setup(self, worker: Worker) -> None:  # noqa: ARG002 - Dask's signature
+        _RUNNERS[self.job.run_id] = self.job.open()
+
+    def teardown(self, worker: Worker) -> None:  # noqa: ARG002
+        runner = _RUNNERS.pop(self.job.run_id, None)
+        if runner is not None:
+            runner.close()
+
+
+def runner_of(run_id: str) -> Any:
+    """This process's runner of a job."""
+    return _RUNNERS[run_id]
+
+
+def run_cell(run_id: str, row: int, column: int) -> Any:
+    """A task: one cell of a job that this process knows."""
+    return _RUNNERS[run_id].run(row, column)

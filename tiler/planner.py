@@ -1,0 +1,230 @@
+"""The planner: chooses tiles, engine and workers for a raster, a network and a memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .cost import compute_flops, compute_peak_bytes
+from .engine import ENGINE_MEMORY, choose_engine
+from .errors import BudgetError, UsageError
+from .geometry import Interval, Window
+from .machine import cpu_count
+from .memory import MB, MemoryPrediction, format_bytes, parse_bytes, predict_memory
+from .network import Network
+from .plan import GDAL_CACHE_BYTES, Span, TilePlan, largest_window
+from .raster import Raster
+
+CORES = (4096, 3072, 2048, 1024, 512, 256, 128, 64)
+"""Sides of a core that a plan may choose, in output pixels."""
+LARGEST_CHUNK = 1024
+IN_FLIGHT = 2
+"""Tiles that a worker holds at once: one computes while the other is read or written."""
+TILES_PER_WORKER = 8
+"""Cores above one chunk are used only where every worker gets at least this many, so that the work divides well."""
+MOST_TILES = 50_000
+"""Along one side. A raster that declares more is a mistake or a trap."""
+CORES_PER_WORKER = 8
+"""CPU cores of one worker process; more are slower in one convolution than in two."""
+CLIENT_BYTES = {"openvino": 520 * MB, "torch": 450 * MB}
+"""The planning process with torch and Dask loaded, and the traced network; measured, see docs/memory.md."""
+
+
+def compute_spans(
+    network: Network, axis: int, raster_shape_yx: tuple[int, int], core: int, wanted: Interval | None = None
+) -> tuple[Span, ...]:
+    """The tiles along one axis that cover `wanted` result pixels (None: all).
+
+    Windows at the first edge are extended to the length of an inner one: some pixels more to compute, one shape fewer.
+    """
+    extent = network.padded_shape(raster_shape_yx)[axis]
+    wanted = wanted or Interval(start=0, stop=network.output_shape(raster_shape_yx)[axis])
+    spans: list[Span] = []
+    for start in range(wanted.start, wanted.stop, core):
+        part = Interval(start=start, stop=min(start + core, wanted.stop))
+        needed = network.axes[axis].input_interval(part).clamp(extent)
+        window = network.align(axis, needed, extent)
+        spans.append(Span(core=(part.start, part.stop), window=(window.start, window.stop)))
+    longest = max(span.window[1] - span.window[0] for span in spans)
+    return tuple(
+        Span(core=span.core, window=(0, min(longest, extent))) if span.window[0] == 0 else span for span in spans
+    )
+
+
+def plan_tiles(
+    raster: Raster | tuple[int, int, int],
+    network: Network,
+    *,
+    memory: str | int = "2GB",
+    engine: str | None = None,
+    workers: int | None = None,
+    threads: int | None = None,
+    core: int | None = None,
+    region: Window | None = None,
+    mark_nodata_context: bool = False,
+) -> TilePlan:
+    """Decide how to run a network over a raster within a memory budget.
+
+    Args:
+        raster: an open raster, or its shape (bands, height, width).
+        memory: budget of all processes together, such as "2GB".
+        engine: "openvino" or "torch"; None: OpenVINO where it is installed.
+        workers: worker processes; None: one for each 8 cores.
+        threads: compute threads of each worker; None: the cores divided among the workers.
+        core: side of the cores in output pixels; None: the largest that the budget allows.
+        region: what is wanted, in pixels of the raster; None: all of it. Its result equals the whole image's there.
+        mark_nodata_context: also write which pixels' receptive fields touch nodata.
+
+    Raises:
+        UsageError: another number or kind of bands than the network takes; options below 1; a region outside.
+        BudgetError: no core fits the budget; names the smallest budget that can be kept.
+    """
+    shape = raster.shape if isinstance(raster, Raster) else tuple(raster)
+    if len(shape) != 3 or min(shape) < 1:
+        raise UsageError(f"a raster's shape must be (bands, height, width), each >= 1, got {shape}")
+    if shape[0] != network.bands:
+        raise UsageError(f"the network takes {network.bands} bands, the raster has {shape[0]}; choose a fitting model")
+    for name, value in (("workers", workers), ("threads", threads), ("core", core)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be >= 1, got {value}")
+    budget = parse_bytes(memory)
+    dtype = str(network.dtype).removeprefix("torch.")
+    if isinstance(raster, Raster) and raster.dtype != np.dtype(dtype):
+        raise UsageError(f"the network was analysed for {dtype} pixels, the raster has {raster.dtype}; analyse again")
+    engine_name = choose_engine(engine)
+    cpus = cpu_count()
+    workers = workers or max(1, cpus // CORES_PER_WORKER)
+    threads = threads or max(1, cpus // workers)
+    shape_yx = (shape[1], shape[2])
+    region = region or Window.whole(shape_yx)
+    if not Window.whole(shape_yx).contains(region) or region.pixels == 0:
+        raise UsageError(f"a region must lie inside the raster of {shape[1]} x {shape[2]} px, got {region}")
+    wanted = _scaled(network, region, shape_yx)
+    output_shape = (network.channels, *wanted.shape)
+    output_dtype = str(network.output_dtype).removeprefix("torch.")
+    itemsize, output_itemsize = np.dtype(dtype).itemsize, np.dtype(output_dtype).itemsize
+
+    smallest: MemoryPrediction | None = None
+    for side in [core] if core else CORES:
+        if max(wanted.shape) > MOST_TILES * side:
+            continue
+        rows = compute_spans(network, 0, shape_yx, side, wanted.rows)
+        columns = compute_spans(network, 1, shape_yx, side, wanted.columns)
+        tiles = len(rows) * len(columns)
+        if core is None and side > LARGEST_CHUNK and tiles < TILES_PER_WORKER * workers:
+            continue
+        window = largest_window(rows, columns)
+        pixels = window[0] * window[1]
+        core_pixels = min(side, output_shape[1]) * min(side, output_shape[2])
+        chunk = (min(side, LARGEST_CHUNK, output_shape[1]), min(side, LARGEST_CHUNK, output_shape[2]))
+        if side > LARGEST_CHUNK and side % LARGEST_CHUNK:
+            raise UsageError(
+                f"a core above {LARGEST_CHUNK} must be a multiple of it, so that a tile owns whole chunks, got {side}"
+            )
+        prediction = predict_memory(
+            engine=ENGINE_MEMORY[engine_name],
+            workers=workers,
+            in_flight=min(IN_FLIGHT, tiles),
+            client_bytes=CLIENT_BYTES[engine_name],
+            activation_bytes=compute_peak_bytes(network.graph, window),
+            window_bytes=pixels * (shape[0] * itemsize + 1 + (8 if mark_nodata_context else 0)),
+            result_bytes=network.channels * output_itemsize * (pixels + core_pixels),
+            chunk_bytes=2 * chunk[0] * chunk[1] * output_itemsize,
+            cache_bytes=_cache_bytes(raster) if isinstance(raster, Raster) else 0,
+        )
+        smallest = prediction
+        if prediction.total_bytes > budget:
+            continue
+        block = raster.block if isinstance(raster, Raster) else chunk
+        return TilePlan(
+            raster_shape=(shape[0], shape[1], shape[2]),
+            raster_dtype=dtype,
+            region=(region.y, region.x, region.height, region.width),
+            output_origin=(wanted.y, wanted.x),
+            output_shape=output_shape,
+            output_dtype=output_dtype,
+            core=(side, side),
+            chunk=chunk,
+            rows=rows,
+            columns=columns,
+            stride=network.stride,
+            scale=(str(network.scale[0]), str(network.scale[1])),
+            halo=network.halo,
+            size_multiple=network.size_multiple,
+            engine=engine_name,
+            workers=workers,
+            threads=threads,
+            in_flight=IN_FLIGHT,
+            memory_budget_bytes=budget,
+            memory=prediction,
+            flops=_total_flops(network, rows, columns),
+            flops_bare=round(
+                compute_flops(network.graph, network.padded_shape(shape_yx)) * region.pixels / (shape[1] * shape[2])
+            ),
+            read_amplification=_read_amplification(rows, columns, shape_yx, block, region),
+            receptive=(_receptive_period(network, 0), _receptive_period(network, 1)) if mark_nodata_context else None,
+        )
+    if smallest is None:
+        raise UsageError(
+            f"a raster of {shape[1]} x {shape[2]} px has more than {MOST_TILES} tiles along one side; give a --region"
+        )
+    if isinstance(raster, Raster) and raster.block_bytes > budget // 4:
+        raise BudgetError(
+            f"memory must be at least {format_bytes(smallest.total_bytes + 0.5 * MB)}: one block of {raster.path} is "
+            f"{raster.block[0]} x {raster.block[1]} px and {format_bytes(raster.block_bytes)}, got "
+            f"{format_bytes(budget)}; raise --memory, or rewrite the file in tiles"
+        )
+    raise BudgetError(
+        f"memory must be at least {format_bytes(smallest.total_bytes + 0.5 * MB)} for this network with "
+        f"{workers} worker{'s' if workers != 1 else ''} (core {core or CORES[-1]}), got {format_bytes(budget)}; "
+        "raise --memory, or use fewer workers"
+    )
+
+
+def _cache_bytes(raster: Raster) -> int:
+    """What reading holds beside the window: GDAL's block cache, the block that is being decoded."""
+    if raster.kind == "zarr":
+        return 2 * raster.block_bytes
+    return GDAL_CACHE_BYTES + raster.block_bytes
+
+
+def _scaled(network: Network, region: Window, shape_yx: tuple[int, int]) -> Window:
+    """The result pixels over a region of the raster."""
+    sizes = network.output_shape(shape_yx)
+    sides: list[Interval] = []
+    for axis, interval in enumerate((region.rows, region.columns)):
+        scale = network.scale[axis]
+        start, stop = interval.start * scale // 1, -(-interval.stop * scale // 1)
+        sides.append(Interval(start=int(start), stop=int(stop)).clamp(sizes[axis]))
+    return Window.from_intervals(*sides)
+
+
+def _receptive_period(network: Network, axis: int) -> tuple[tuple[int, int], ...]:
+    """The input intervals of the first result pixels; those of later ones are the same, moved by whole strides."""
+    period = int(network.stride[axis] * network.scale[axis])
+    needed = [network.axes[axis].input_interval(Interval(start=i, stop=i + 1)) for i in range(period)]
+    return tuple((interval.start, interval.stop) for interval in needed)
+
+
+def _total_flops(network: Network, rows: Sequence[Span], columns: Sequence[Span]) -> int:
+    total = 0
+    heights, widths = ([s.window[1] - s.window[0] for s in spans] for spans in (rows, columns))
+    for height in set(heights):
+        for width in set(widths):
+            total += heights.count(height) * widths.count(width) * compute_flops(network.graph, (height, width))
+    return total
+
+
+def _read_amplification(
+    rows: Sequence[Span], columns: Sequence[Span], shape_yx: tuple[int, int], block: tuple[int, int], region: Window
+) -> float:
+    """Pixels of all blocks that windows touch, relative to those wanted; separable along the axes."""
+    product = 1.0
+    for spans, extent, size, wanted in zip((rows, columns), shape_yx, block, region.shape, strict=True):
+        read = 0
+        for span in spans:
+            start, stop = span.window[0], min(span.window[1], extent)
+            read += min(-(-stop // size) * size, extent) - start // size * size
+        product *= read / wanted
+    return product

@@ -1,0 +1,301 @@
+"""Rasters made of several files: bands on one grid (a stack), or pieces of one grid (a mosaic)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import RasterError
+from .geometry import Interval, Window
+from .nodata import Array, Mask, NodataRule, find_missing, join_missing
+from .raster import Part, Raster, RasterReader, ReadOptions, open_with, pick_bands
+
+OFF_GRID = 0.01
+"""Pixels by which a piece may miss the common grid: writers round their transforms."""
+OPEN_FILES = 64
+"""Files that one reader keeps open."""
+
+
+def open_stack(sources: Sequence[str | os.PathLike[str]], options: ReadOptions | None = None) -> Raster:
+    """Several files on one grid as the bands of one raster, in the order given.
+
+    A pixel is nodata where all files hold their own nodata value, or where one file's mask says so.
+
+    Args:
+        options: for every file; its `bands` and `mask_band` count the bands of the stack.
+
+    Raises:
+        RasterError: no file, or files of different grids or dtypes; both are shown.
+    """
+    options = options or ReadOptions()
+    rasters = _open_all(sources, replace(options, bands=(), mask_band=None, mask_values=()))
+    first = rasters[0]
+    for raster in rasters[1:]:
+        _require_equal(first, raster, "dtype", first.dtype, raster.dtype)
+        if raster.shape_yx != first.shape_yx or _offset(first, raster) != (0, 0):
+            raise RasterError(f"a stack's files must lie on one grid: {_grid(first)}, but {_grid(raster)}")
+    names = [
+        name
+        if name != f"band {i}"
+        else (Path(raster.path).stem if raster.bands == 1 else f"{Path(raster.path).stem} {i}")
+        for raster in rasters
+        for i, name in enumerate(raster.band_names, start=1)
+    ]
+    stored = [Part(raster=pick_bands(raster, (band,))) for raster in rasters for band in range(1, raster.bands + 1)]
+    mask_band = options.mask_band
+    for band in (*options.bands, *([mask_band] if mask_band is not None else [])):
+        if not 1 <= band <= len(stored):
+            raise RasterError(f"the stack has bands 1 to {len(stored)}, got {band}")
+    chosen = options.bands or tuple(band for band in range(1, len(stored) + 1) if band != mask_band)
+    parts = tuple(stored[band - 1] for band in chosen)
+    rules = {part.raster.nodata_rule for part in parts}
+    plain = len(rules) == 1 and next(iter(rules)).is_plain
+    values = next(iter(rules)).values if plain else first.nodata_rule.values[:1]
+    rule = NodataRule(values=values, any_band=options.any_band, mask=None if plain else "parts")
+    if mask_band is not None:
+        # The mask band is one more part, behind those that are bands.
+        parts = (*parts, stored[mask_band - 1])
+        rule = replace(rule, mask="band", mask_band=len(parts), mask_values=options.mask_values)
+    return Raster(
+        path=str(sources[0]),
+        kind="stack",
+        shape=(len(chosen), *first.shape_yx),
+        dtype=first.dtype,
+        place=first.place,
+        nodata_rule=rule,
+        band_names=tuple(names[band - 1] for band in chosen),
+        block=first.block,
+        block_bytes=sum(raster.block_bytes for raster in rasters),
+        identity=_identity(parts),
+        parts=parts,
+        sources=tuple(raster.location for raster in rasters),
+        options=options,
+    )
+
+
+def open_mosaic(sources: Sequence[str | os.PathLike[str]], options: ReadOptions | None = None) -> Raster:
+    """Several pieces of one grid as one raster over the rectangle that holds them all.
+
+    Where pieces overlap, the first of them that has data there counts, as in rasterio.merge; where there is none, the
+    pixel is nodata.
+
+    Args:
+        options: for every piece.
+
+    Raises:
+        RasterError: no file; pieces without georeference, of different grids, dtypes or bands; both are shown.
+    """
+    options = options or ReadOptions()
+    rasters = _open_all(sources, options)
+    first = rasters[0]
+    places: list[tuple[int, int]] = []
+    for raster in rasters:
+        if raster.place.transform is None:
+            raise RasterError(f"{raster.path} does not say where it lies; a mosaic needs pieces with a transform")
+        _require_equal(first, raster, "dtype", first.dtype, raster.dtype)
+        _require_equal(first, raster, "number of bands", first.bands, raster.bands)
+        offset = _offset(first, raster)
+        if offset is None:
+            raise RasterError(f"a mosaic's pieces must lie on one grid: {_grid(first)}, but {_grid(raster)}")
+        places.append(offset)
+    top, left = min(y for y, _ in places), min(x for _, x in places)
+    parts = tuple(Part(raster=raster, y=y - top, x=x - left) for raster, (y, x) in zip(rasters, places, strict=True))
+    rules = {raster.nodata_rule for raster in rasters}
+    # One nodata value for all: missing pieces hold it too, and nothing else needs to be said.
+    plain = len(rules) == 1 and next(iter(rules)).is_plain and bool(next(iter(rules)).values)
+    values = tuple(dict.fromkeys(value for raster in rasters for value in raster.nodata_rule.values))
+    return Raster(
+        path=str(sources[0]),
+        kind="mosaic",
+        shape=(
+            first.bands,
+            max(part.y + part.raster.shape_yx[0] for part in parts),
+            max(part.x + part.raster.shape_yx[1] for part in parts),
+        ),
+        dtype=first.dtype,
+        place=first.place.moved(top, left),
+        nodata_rule=NodataRule(values=values[:1], any_band=options.any_band, mask=None if plain else "parts"),
+        band_names=first.band_names,
+        block=first.block,
+        block_bytes=max(raster.block_bytes for raster in rasters),
+        identity=_identity(parts),
+        parts=parts,
+        sources=tuple(raster.location for raster in rasters),
+        options=options,
+    )
+
+
+def reference_to(raster: Raster) -> dict[str, Any]:
+    """What `open_reference` needs to describe the raster again from any folder, as plain values."""
+    return {
+        "kind": raster.kind if raster.parts else "file",
+        "paths": list(raster.sources) or [raster.location],
+        "options": raster.options.to_json(),
+    }
+
+
+def open_reference(reference: dict[str, Any]) -> Raster:
+    """The raster that a reference names.
+
+    Raises:
+        RasterError: it is no longer there.
+    """
+    options = ReadOptions.from_json(reference["options"])
+    if reference["kind"] == "file":
+        return open_with(reference["paths"][0], options)
+    return (open_stack if reference["kind"] == "stack" else open_mosaic)(reference["paths"], options)
+
+
+def _open_all(sources: Sequence[str | os.PathLike[str]], options: ReadOptions) -> list[Raster]:
+    if not sources:
+        raise RasterError("a stack or mosaic needs at least one file, got none")
+    return [open_with(source, options) for source in sources]
+
+
+def _require_equal(first: Raster, other: Raster, what: str, wanted: object, got: object) -> None:
+    if wanted != got:
+        raise RasterError(f"all files must have one {what}: {first.path} has {wanted}, {other.path} has {got}")
+
+
+def _offset(first: Raster, other: Raster) -> tuple[int, int] | None:
+    """(rows, columns) from one raster's corner to the other's; None where they are not pieces of one grid."""
+    if first.place.transform is None or other.place.transform is None:
+        return (0, 0) if first.place == other.place else None
+    if first.place.crs != other.place.crs or first.place.affine.is_degenerate:
+        return None
+    row, column = first.place.pixel_of(*other.place.position_of(0, 0))
+    whole = (round(row), round(column))
+    # All corners: pixels of nearly one size drift apart over a large raster, and axes may be turned.
+    height, width = other.shape_yx
+    for y, x in ((0, 0), (0, width), (height, 0), (height, width)):
+        row, column = first.place.pixel_of(*other.place.position_of(y, x))
+        if max(abs(row - whole[0] - y), abs(column - whole[1] - x)) > OFF_GRID:
+            return None
+    return whole
+
+
+def _grid(raster: Raster) -> str:
+    height, width = raster.shape_yx
+    crs = raster.place.crs
+    name = crs.to_string() if crs else "no CRS"
+    where = "no transform"
+    if raster.place.transform is not None:
+        a, b, c, d, e, f = raster.place.transform
+        turn = f", rotation {b:.10g} {d:.10g}" if raster.place.is_rotated else ""
+        where = f"corner {c:.10g} {f:.10g}, pixel {a:.10g} {e:.10g}{turn}"
+    return f"{raster.path} has {height} x {width} px, {name if len(name) < 60 else name[:57] + '...'}, {where}"
+
+
+def _identity(parts: Sequence[Part]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{part.raster.identity} {part.raster.indexes} {part.y} {part.x}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+class PartsReader:
+    """Reads windows of a stack or a mosaic through its files' own readers."""
+
+    def __init__(self, raster: Raster) -> None:
+        self._raster = raster
+        self._readers: dict[int, RasterReader] = {}
+        self._last: tuple[Window, Array, Mask | None] | None = None
+        """Of a mosaic: what was read last, since its mask comes with its pixels."""
+
+    def _reader(self, index: int) -> RasterReader:
+        if index in self._readers:
+            self._readers[index] = self._readers.pop(index)  # last used, last closed
+        else:
+            if len(self._readers) >= OPEN_FILES:
+                self._readers.pop(next(iter(self._readers))).close()
+            self._readers[index] = self._raster.parts[index].raster.open_reader()
+        return self._readers[index]
+
+    def read(self, window: Window) -> Array:
+        return self._read_stack(window) if self._raster.kind == "stack" else self._read_mosaic(window)[0]
+
+    def read_missing(self, window: Window, image: Array) -> Mask | None:
+        rule = self._raster.nodata_rule
+        if self._raster.kind == "mosaic":
+            return self._read_mosaic(window)[1] if rule.mask == "parts" else find_missing(image, rule)
+        if rule.mask is None:
+            return find_missing(image, rule)
+        own = [self._part_missing(i, window, image[i : i + 1]) for i in range(self._raster.bands)]
+        missing = self._combine(own, window)
+        if rule.mask == "band":
+            index = rule.mask_band - 1
+            marked = self._reader(index).read(window)
+            missing = join_missing(missing, find_missing(marked, NodataRule(values=rule.mask_values)))
+        return missing if missing is not None and missing.any() else None
+
+    def _read_stack(self, window: Window) -> Array:
+        image = np.empty((self._raster.bands, *window.shape), self._raster.dtype)
+        for index in range(self._raster.bands):
+            image[index] = self._reader(index).read(window)[0]
+        return image
+
+    def _part_missing(self, index: int, window: Window, image: Array) -> tuple[Mask | None, Mask | None]:
+        """(by value, by mask) of one file of a stack."""
+        rule = self._raster.parts[index].raster.nodata_rule
+        by_value = find_missing(image, rule)
+        everything = self._reader(index).read_missing(window, image) if rule.mask else None
+        return by_value, everything if rule.mask else None
+
+    def _combine(self, own: list[tuple[Mask | None, Mask | None]], window: Window) -> Mask | None:
+        by_value = [value for value, _ in own]
+        nowhere = np.zeros(window.shape, np.bool_)
+        join = np.logical_or if self._raster.nodata_rule.any_band else np.logical_and
+        values = join.reduce([nowhere if mask is None else mask for mask in by_value])
+        # A file's mask speaks for the pixel, its value for the band alone.
+        masks = [
+            everything & ~value if value is not None else everything
+            for value, everything in own
+            if everything is not None
+        ]
+        return join_missing(values, *masks)
+
+    def _read_mosaic(self, window: Window) -> tuple[Array, Mask | None]:
+        if self._last is not None and self._last[0] == window:
+            return self._last[1:]
+        raster = self._raster
+        image = np.empty((raster.bands, *window.shape), raster.dtype)
+        image[:] = raster.dtype.type(raster.nodata if raster.nodata is not None else 0)
+        empty = np.ones(window.shape, np.bool_)
+        for index, part in enumerate(raster.parts):
+            height, width = part.raster.shape_yx
+            rows = _common(window.rows, Interval(start=part.y, stop=part.y + height))
+            columns = _common(window.columns, Interval(start=part.x, stop=part.x + width))
+            if rows is None or columns is None:
+                continue
+            at = Window.from_intervals(rows, columns)
+            inside = (slice(None), *at.slices(window))
+            wanted = empty[inside[1:]]
+            if not wanted.any():
+                continue
+            reader = self._reader(index)
+            own = Window(y=at.y - part.y, x=at.x - part.x, height=at.height, width=at.width)
+            pixels = reader.read(own)
+            missing = reader.read_missing(own, pixels)
+            taken = wanted if missing is None else wanted & ~missing
+            image[inside] = np.where(taken, pixels, image[inside])
+            empty[inside[1:]] &= ~taken
+        missing = empty if empty.any() else None
+        self._last = (window, image, missing)
+        return image, missing
+
+    def close(self) -> None:
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+        self._last = None
+
+
+def _common(a: Interval, b: Interval) -> Interval | None:
+    start, stop = max(a.start, b.start), min(a.stop, b.stop)
+    return Interval(start=start, stop=stop) if start < stop else None
