@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import ExactnessError
 from .geometry import Interval, Window
-from .network import Network
-from .plan import TilePlan
+
+if TYPE_CHECKING:
+    from .network import Network
+    from .plan import TilePlan
 
 PATCH = 64
 """Side of a compared patch, in output pixels; patches lie at the corners of cores, where a short halo shows."""

@@ -18,7 +18,7 @@ EngineName = Literal["openvino", "torch"]
 
 # Measured with PSS on Linux (docs/memory.md); OpenVINO workers never import torch, oneDNN copies more in eager torch.
 ENGINE_MEMORY: dict[str, EngineMemory] = {
-    "openvino": EngineMemory(worker_bytes=260 * MB, factor=1.2, constant_bytes=80 * MB),
+    "openvino": EngineMemory(worker_bytes=120 * MB, factor=1.2, constant_bytes=80 * MB),
     "torch": EngineMemory(worker_bytes=260 * MB, factor=2.1, constant_bytes=40 * MB),
 }
 

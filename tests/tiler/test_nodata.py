@@ -137,6 +137,6 @@ def test_bands_with_other_nodata_values_are_refused_until_one_is_named(tmp_path:
         + "</VRTDataset>"
     )
     write_geotiff(tmp_path / "a.tif", IMAGE)
-    with pytest.raises(RasterError, match="one nodata value, got .*--nodata"):
+    with pytest.raises(RasterError, match=r"one nodata value, got .*--nodata"):
         open_raster(tmp_path / "two.vrt")
     assert missing_of(open_raster(tmp_path / "two.vrt", nodata=9)) == [[False, False, False, True]]

@@ -318,20 +318,19 @@ def test_declared_sizes_are_checked_before_anything_is_allocated(tmp_path: Path)
     wide.write_text(vrt.format(width=2_000_000_000, height=10, dtype="Float64"))
     tall.write_text(vrt.format(width=512, height=2_000_000_000, dtype="Float64"))
     for path, error, words in (
-        (wide, BudgetError, "10 rows and 2000000000 columns are 32.00 GB"),
-        (tall, BudgetError, "2000000000 rows and 512 columns are 32.00 GB"),
+        (wide, BudgetError, r"10 rows and 2000000000 columns are 32\.00 GB"),
+        (tall, BudgetError, r"2000000000 rows and 512 columns are 32\.00 GB"),
     ):
         with pytest.raises(error, match=words):
             copy_raster(open_raster(path), tmp_path / "c.zarr")
     flat = tmp_path / "flat.vrt"
     flat.write_text(vrt.format(width=20_000_000, height=20_000_000, dtype="Byte"))
-    with pytest.raises(OutputError, match="may need 400.00 TB, the disk of"):
+    with pytest.raises(OutputError, match=r"may need 400\.00 TB, the disk of"):
         copy_raster(open_raster(flat), tmp_path / "c.zarr", memory="8GB")
     assert not list(tmp_path.glob("c.zarr*"))
 
 
 def test_cells_cover_every_pixel_once(big: Path, tmp_path: Path) -> None:
-    # A cell that is one pixel short or shifted must not go unnoticed by the equality above.
     raster = open_raster(big)
     plan = plan_transfer(raster, "2GB", 1)
     covered = np.zeros(raster.shape_yx, np.uint8)
