@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..models.segmentation.mlm import load_model
 from ..models.segmentation.model import Output, SegmentationModel, as_tile_network, describe_output
+from ..models.segmentation.sources import load_model
 from ..tiler.cluster import ClusterOptions
 from ..tiler.errors import UsageError
 from ..tiler.events import ClusterReady, Event, RunPlanned, StartChecked, TileFinished

@@ -1,0 +1,336 @@
+"""Where a model may come from, and how one is saved."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...tiler.errors import UsageError
+from ...tiler.graph import first_line
+from .exported import ExportedNetwork, load_exported, load_script
+from .factory import build_network, is_factory
+from .mlm import Artifact, default_bands, default_classes, describe, read_description
+from .model import SegmentationModel
+from .scaling import Scaling
+from .state import find_network, find_state, fit_state, read_pickle, read_state
+from .trust import ModelFileError, Trust, content_of, hash_file
+from .unet import UNet
+
+UNET_ARCHITECTURE = "outsize.models.segmentation.UNet"
+EXPORTED_ARCHITECTURE = "torch.export.ExportedProgram"
+_DESCRIPTION_SUFFIXES = (".json", ".safetensors")
+_PROBE_SIZES = ((64, 64), (256, 256), (331, 293))
+"""Multiples of every stride there is, larger ones for deep networks, and odd ones."""
+
+
+def default_model_path() -> Path:
+    """The shipped model's description."""
+    return Path(str(resources.files("outsize.models.segmentation") / "weights" / "sample-unet.json"))
+
+
+def description_path(source: str | Path) -> Path:
+    """NAME.json of NAME, NAME.json or NAME.safetensors; a name may hold dots of its own, such as unet-1.5."""
+    path = Path(source)
+    name = path.name
+    for suffix in _DESCRIPTION_SUFFIXES:
+        name = name.removesuffix(suffix)
+    return path.with_name(f"{name}.json")
+
+
+def is_description(source: str | Path) -> bool:
+    """Whether a source is a description, by name: no factory, and no other file."""
+    return not is_factory(str(source)) and (Path(source).suffix in _DESCRIPTION_SUFFIXES or not Path(source).is_file())
+
+
+def load_model(
+    source: str | Path | None = None,
+    *,
+    weights: str | Path | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
+    bands: int | Sequence[str] | None = None,
+    trust: bool = False,
+    sha256: str | None = None,
+) -> SegmentationModel:
+    """The model of a description, of a factory, or of a file that holds a whole network; None: the shipped one.
+
+    A description (.json, STAC MLM) of this package's UNet and its safetensors weights are data: reading them runs no
+    code. A factory, "package.module:name", runs because you name it. Everything else that could run code is read only
+    with `trust` or `sha256`: descriptions that name a factory or a network that was pickled or exported, .pt2 of
+    torch.export, whole networks of torch.save, TorchScript. A network that comes without a description gets its band
+    count from its first convolution or from `bands`, no scaling, fill 0 and numbered classes.
+
+    Args:
+        weights: state dict for a factory's network: .safetensors, or what torch.save wrote.
+        hyperparameters: keyword arguments for a factory.
+        bands: names of the bands, or how many, for a network that comes without a description.
+        trust: files that could run code may be read.
+        sha256: the one file that may be read, by its hash; of a model that cannot run code, its weights.
+
+    Raises:
+        ModelFileError: a file that is missing, damaged, of another kind, or that could run code without leave to.
+        UsageError: options that do not go together.
+    """
+    allowed = Trust(everything=trust, sha256=sha256)
+    source = default_model_path() if source is None else source
+    if is_factory(str(source)):
+        return _load_factory(str(source), weights, hyperparameters or {}, bands, allowed)
+    if weights is not None or hyperparameters:
+        raise UsageError(
+            f"weights and hyperparameters go with a factory, package.module:name, got {source}; "
+            "a model file says both by itself"
+        )
+    if is_description(source):
+        return _load_described(description_path(source), allowed)
+    path = Path(source)
+    return _complete(_load_network(path, allowed), path.stem, bands, sha256=hash_file(path))
+
+
+def _load_factory(
+    factory: str,
+    weights: str | Path | None,
+    hyperparameters: Mapping[str, Any],
+    bands: int | Sequence[str] | None,
+    trust: Trust,
+) -> SegmentationModel:
+    if weights is None and trust.sha256 is not None:
+        raise UsageError(f"sha256 is a file's, and {factory} is none; give the file of its weights too")
+    digest = ""
+    # Before the factory's code runs: what is refused anyway is refused at once.
+    state = None if weights is None else read_state(Path(weights), trust)
+    if weights is not None:
+        digest = hash_file(Path(weights))
+        trust.require_hash(Path(weights), digest)
+    built = build_network(factory, hyperparameters)
+    network = built.network if isinstance(built, SegmentationModel) else built
+    if state is not None:
+        fit_state(network, state, Path(str(weights)), factory)
+    network.eval()
+    if isinstance(built, SegmentationModel):
+        return replace(built, sha256=digest, architecture=factory, hyperparameters=hyperparameters)
+    name = factory.partition(":")[2].rpartition(".")[2]
+    return _complete(network, name, bands, sha256=digest, architecture=factory, hyperparameters=hyperparameters)
+
+
+def _load_network(path: Path, trust: Trust) -> nn.Module:
+    """A network from a file that holds all of it."""
+    content = content_of(path)
+    if content == "torch.export":
+        return load_exported(path, trust)
+    if content == "TorchScript":
+        return load_script(path, trust)
+    value = read_pickle(path, trust) if content == "pickle" else None
+    network = find_network(value)
+    if network is not None:
+        return network.eval()
+    if content == "pickle" and find_state(value) is None:
+        raise ModelFileError(f"{path} holds no network, but {type(value).__name__}; save one with torch.save")
+    raise ModelFileError(
+        f"{path} holds weights only; name what builds the network too: --model package.module:factory --weights {path}"
+    )
+
+
+def _load_described(path: Path, trust: Trust) -> SegmentationModel:
+    said = read_description(path)
+    if not said.artifact.is_file():
+        raise ModelFileError(f"{said.artifact} is missing, where {path} says that the weights are")
+    digest = hash_file(said.artifact)
+    if said.artifact_sha256 not in (None, digest):
+        raise ModelFileError(
+            f"{said.artifact} does not hold the weights that {path.name} describes: its sha256 is {digest}, "
+            f"not {said.artifact_sha256}"
+        )
+    hyperparameters = dict(said.hyperparameters)
+    if said.architecture == UNET_ARCHITECTURE:
+        trust.require_hash(said.artifact, digest)
+        network = _build_unet({"bands": len(said.bands), "classes": len(said.classes), **hyperparameters}, path)
+        fit_state(network, read_state(said.artifact, trust), said.artifact, path.name)
+    elif is_factory(said.architecture):
+        reason = f"it names the factory {said.architecture}, which would be imported and called"
+        trust.require(path, hash_file(path), reason)
+        built = build_network(said.architecture, hyperparameters)
+        network = built.network if isinstance(built, SegmentationModel) else built
+        fit_state(network, read_state(said.artifact, trust), said.artifact, path.name)
+    elif content_of(said.artifact) == "safetensors":
+        raise ModelFileError(
+            f"{path}: architecture must be {UNET_ARCHITECTURE} or package.module:factory, "
+            f"got {str(said.architecture):.80}; pack the weights with what builds the network: outsize model pack package.module:factory OUT.json "
+            f"--weights {said.artifact}"
+        )
+    else:
+        network = _load_network(said.artifact, trust)
+    network.eval()
+    if said.architecture != UNET_ARCHITECTURE:
+        channels = _probe(network, len(said.bands), path.name)
+        if said.classes and channels != len(said.classes):
+            raise ModelFileError(f"{path} names {len(said.classes)} classes, its network gives {channels} channels")
+        said = said if said.classes else replace(said, classes=default_classes(channels))
+    is_built = said.architecture == UNET_ARCHITECTURE or is_factory(said.architecture)
+    return SegmentationModel(
+        name=said.name,
+        network=network,
+        bands=said.bands,
+        scaling=said.scaling,
+        fill=said.fill,
+        classes=said.classes,
+        sha256=digest,
+        architecture=said.architecture if is_built else "",
+        hyperparameters=hyperparameters if is_built else {},
+    )
+
+
+def _build_unet(options: Mapping[str, Any], path: Path) -> UNet:
+    try:
+        return UNet(**options)
+    except (UsageError, TypeError, ValueError, RuntimeError) as error:
+        raise ModelFileError(f"{path}: no UNet has these hyperparameters: {first_line(error)}") from error
+
+
+def _first_convolution_bands(network: nn.Module) -> int | None:
+    if isinstance(network, ExportedNetwork):
+        return network.bands
+    return next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+
+
+def _run_small(network: nn.Module, bands: int) -> Tensor | Exception:
+    """What the network gives for a small image of that many bands, or why it gives nothing."""
+    failure: Exception | None = None
+    for size in _PROBE_SIZES:
+        try:
+            with torch.no_grad():
+                return network(torch.zeros((1, bands, *size)))
+        except Exception as error:  # noqa: BLE001 - any failure of the user's module is the answer
+            failure = failure or error
+    assert failure is not None
+    return failure
+
+
+def _probe(network: nn.Module, bands: int, name: str) -> int:
+    """Channels of the network's output.
+
+    Raises:
+        ModelFileError: a network that fails on images of that many bands, or gives anything but one image.
+    """
+    result = _run_small(network, bands)
+    if isinstance(result, Exception):
+        raise ModelFileError(
+            f"the network of {name} fails on images of {bands} bands ({type(result).__name__}: {first_line(result)})"
+        ) from result
+    if not isinstance(result, Tensor) or result.dim() != 4:
+        found = f"a tensor of {result.dim()} dimensions" if isinstance(result, Tensor) else type(result).__name__
+        raise ModelFileError(
+            f"the network of {name} must give one tensor (1, classes, height, width), it gives {found}; "
+            "wrap it in a module that picks the tensor"
+        )
+    return int(result.shape[1])
+
+
+def _complete(network: nn.Module, name: str, bands: int | Sequence[str] | None, **known: Any) -> SegmentationModel:
+    """A model of a network that says nothing of its bands, scaling, fill and classes."""
+    if isinstance(bands, str):
+        raise UsageError(f"bands must be a number or a list of names, got {bands!r}")
+    named = None if bands is None or isinstance(bands, int) else tuple(bands)
+    first = _first_convolution_bands(network)
+    if named is not None:
+        count = len(named)
+    elif first is not None and not isinstance(_run_small(network, first), Exception):
+        count = first
+    else:
+        # The first convolution that was made need not be the first that is run.
+        count = bands if isinstance(bands, int) else first
+    if count is None:
+        raise ModelFileError(f"the network of {name} does not say how many bands it takes; name them: --band NAME ...")
+    channels = _probe(network, count, name)
+    return SegmentationModel(
+        name=name,
+        network=network,
+        bands=named or default_bands(count),
+        scaling=Scaling.none(count),
+        fill=(0.0,) * count,
+        classes=default_classes(channels),
+        **known,
+    )
+
+
+def _how_built(model: SegmentationModel) -> tuple[str, dict[str, Any]]:
+    """(architecture, hyperparameters) that build the model's network again, tried before anything is written."""
+    network = model.network
+    if type(network) is UNet and model.architecture in ("", UNET_ARCHITECTURE):
+        return UNET_ARCHITECTURE, {"widths": list(network.widths), "norm": network.norm}
+    if not is_factory(model.architecture):
+        raise ModelFileError(
+            f"model {model.name} must say what builds its network ({type(network).__name__}): "
+            f'architecture="package.module:factory", got {model.architecture!r}'
+        )
+    try:
+        hyperparameters = json.loads(json.dumps(dict(model.hyperparameters), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ModelFileError(f"hyperparameters must be plain JSON values: {error}") from error
+    built = build_network(model.architecture, hyperparameters)
+    again = built.network if isinstance(built, SegmentationModel) else built
+    fit_state(again, network.state_dict(), Path(f"the network of {model.name}"), model.architecture)
+    return model.architecture, hyperparameters
+
+
+@contextmanager
+def _written_whole(target: Path) -> Iterator[Path]:
+    """A path beside `target`; what was written there becomes `target` if nothing fails."""
+    unfinished = target.with_name(f".{target.stem}-{uuid.uuid4().hex[:8]}{target.suffix}")
+    try:
+        yield unfinished
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def save_model(model: SegmentationModel, path: str | Path, card: dict[str, Any] | None = None) -> SegmentationModel:
+    """Write PATH.json and PATH.safetensors (a suffix of `path` is dropped); returns the model with its hash.
+
+    A network of an exported program is written as PATH.pt2. Any other but a UNet must say its `architecture`, which is
+    built once to see that it takes these weights. Nothing half-written is left, and the description knows the hash of
+    the other file, so that the two cannot be mixed up.
+
+    Args:
+        card: what was measured about the model, stored under `outsize:card`.
+
+    Raises:
+        ModelFileError: a network that its architecture does not build.
+    """
+    item_path = description_path(path)
+    item_path.parent.mkdir(parents=True, exist_ok=True)
+    network = model.network
+    if isinstance(network, ExportedNetwork):
+        architecture, hyperparameters = EXPORTED_ARCHITECTURE, {}
+        target = item_path.with_suffix(".pt2")
+        kind, media_type = "torch.export.save", "application/octet-stream; framework=pytorch"
+    else:
+        architecture, hyperparameters = _how_built(model)
+        target = item_path.with_suffix(".safetensors")
+        kind, media_type = "safetensors.torch.save_file", "application/vnd.safetensors"
+    with _written_whole(target) as weights, _written_whole(item_path) as item:
+        if isinstance(network, ExportedNetwork):
+            network.save(weights)
+        else:
+            # Copies: safetensors takes no two tensors of the same memory.
+            save_file(
+                {key: value.detach().clone().contiguous() for key, value in network.state_dict().items()}, weights
+            )
+        digest = hash_file(weights)
+        description = describe(
+            model,
+            architecture=architecture,
+            hyperparameters=hyperparameters,
+            artifact=Artifact(name=target.name, kind=kind, media_type=media_type, sha256=digest),
+            card=card,
+        )
+        item.write_text(json.dumps(description, indent=1) + "\n")
+    return replace(model, sha256=digest)
