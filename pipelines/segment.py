@@ -34,11 +34,20 @@ class SegmentOptions:
     workers: int | None
     threads: int | None
     core: int | None
+    weights: str | None = None
+    trust_model: bool = False
+    sha256: str | None = None
 
 
 def _prepare(options: SegmentOptions) -> tuple[Raster, SegmentationModel, Network]:
     raster = open_raster(options.source, options.axes)
-    model = load_model(options.model)
+    model = load_model(
+        options.model,
+        weights=options.weights,
+        bands=raster.bands,
+        trust=options.trust_model,
+        sha256=options.sha256,
+    )
     if raster.bands != len(model.bands):
         raise UsageError(
             f"{options.source} has {count_of(raster.bands, 'band')}, model {model.name} takes "

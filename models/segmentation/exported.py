@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,16 @@ def _require_image_input(program: ExportedProgram, path: Path) -> None:
     shape = _input_shape(program) if len(inputs) == 1 else torch.Size(())
     if len(shape) != 4:
         raise ModelFileError(f"{path} must take one image (1, bands, height, width), it takes {len(inputs)} inputs")
-    if isinstance(shape[1], torch.SymInt):
+    _, bands, height, width = (_is_fixed(extent) for extent in shape)
+    if not bands:
         raise ModelFileError(f"{path} must fix the number of bands; {_REMEDY}")
-    if not all(isinstance(extent, torch.SymInt) for extent in shape[2:]):
+    if height or width:
         raise ModelFileError(f"{path} takes only images of {shape[2]} x {shape[3]}; {_REMEDY}")
+
+
+def _is_fixed(extent: int | torch.SymInt) -> bool:
+    # A size that was a symbol and turned out to have one value keeps the symbol's type.
+    return not isinstance(extent, torch.SymInt) or bool(extent.node.expr.is_number)
 
 
 def load_exported(path: Path, trust: Trust) -> ExportedNetwork:
@@ -157,15 +164,18 @@ def load_script(path: Path, trust: Trust) -> ExportedNetwork:
 
 
 def _convert(script: torch.jit.ScriptModule, path: Path) -> ExportedNetwork:
-    reason = "no convolution says how many bands it takes"
-    first = next((value for value in script.state_dict().values() if value.dim() == 4), None)
-    for size in _EXAMPLE_SIZES if first is not None else ():
-        assert first is not None
+    reason = "it takes no image of as many bands as one of its convolutions"
+    counts = dict.fromkeys(value.shape[1] for value in script.state_dict().values() if value.dim() == 4)
+    for bands, size in product(counts, _EXAMPLE_SIZES):
+        example = torch.zeros((1, bands, *size))
+        try:
+            script(example)
+        except Exception:  # noqa: BLE001 - another number of bands, or another size
+            continue
         try:
             # The converter that torch.export names when it is given TorchScript; it has no public name.
             from torch._export.converter import TS2EPConverter
 
-            example = torch.zeros((1, first.shape[1], *size))
             return ExportedNetwork(TS2EPConverter(script, (example,)).convert())
         except Exception as error:  # noqa: BLE001 - whatever it stumbles over is the answer
             reason = first_line(error)

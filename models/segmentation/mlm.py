@@ -270,10 +270,8 @@ def read_description(path: Path) -> Description:
     """What a STAC MLM item says; data, nothing is run.
 
     Raises:
-        ModelFileError: a file that is missing, is no such item, or says something that is not supported.
+        ModelFileError: a file that cannot be read, is no such item, or says something that is not supported.
     """
-    if not path.is_file():
-        raise ModelFileError(f"no model at {path}; give the .json that save_model or `outsize model pack` wrote")
     try:
         item = json.loads(path.read_text())
         properties = item["properties"]
@@ -295,6 +293,8 @@ def read_description(path: Path) -> Description:
         )
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read: {error.strerror}") from error
     except KeyError as error:
         raise ModelFileError(f"{path} is not a model description of MLM: it lacks {error}") from error
     except (IndexError, TypeError, ValueError, AttributeError, UnicodeDecodeError) as error:

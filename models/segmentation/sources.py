@@ -47,9 +47,24 @@ def description_path(source: str | Path) -> Path:
     return path.with_name(f"{name}.json")
 
 
-def is_description(source: str | Path) -> bool:
-    """Whether a source is a description, by name: no factory, and no other file."""
-    return not is_factory(str(source)) and (Path(source).suffix in _DESCRIPTION_SUFFIXES or not Path(source).is_file())
+def find_description(source: str | Path | None) -> Path | None:
+    """The description that a source means: of NAME and NAME.safetensors, NAME.json; None: the shipped one.
+
+    Returns None for a factory, and for a file without a description beside it.
+
+    Raises:
+        ModelFileError: a source that is neither a factory nor there.
+    """
+    if source is None:
+        return default_model_path()
+    if is_factory(str(source)):
+        return None
+    path = description_path(source)
+    if Path(source).suffix != ".json" and Path(source).is_file():
+        return path if Path(source).suffix in _DESCRIPTION_SUFFIXES and path.is_file() else None
+    if not path.is_file():
+        raise ModelFileError(f"no model at {source}; give the .json that save_model or `outsize model pack` wrote")
+    return path
 
 
 def load_model(
@@ -81,17 +96,17 @@ def load_model(
         UsageError: options that do not go together.
     """
     allowed = Trust(everything=trust, sha256=sha256)
-    source = default_model_path() if source is None else source
-    if is_factory(str(source)):
+    if source is not None and is_factory(str(source)):
         return _load_factory(str(source), weights, hyperparameters or {}, bands, allowed)
     if weights is not None or hyperparameters:
         raise UsageError(
-            f"weights and hyperparameters go with a factory, package.module:name, got {source}; "
+            f"weights and hyperparameters go with a factory, package.module:name, got {source or 'the shipped model'}; "
             "a model file says both by itself"
         )
-    if is_description(source):
-        return _load_described(description_path(source), allowed)
-    path = Path(source)
+    description = find_description(source)
+    if description is not None:
+        return _load_described(description, allowed)
+    path = Path(str(source))
     return _complete(_load_network(path, allowed), path.stem, bands, sha256=hash_file(path))
 
 
@@ -117,8 +132,7 @@ def _load_factory(
     network.eval()
     if isinstance(built, SegmentationModel):
         return replace(built, sha256=digest, architecture=factory, hyperparameters=hyperparameters)
-    name = factory.partition(":")[2].rpartition(".")[2]
-    return _complete(network, name, bands, sha256=digest, architecture=factory, hyperparameters=hyperparameters)
+    return _complete(network, factory, bands, sha256=digest, architecture=factory, hyperparameters=hyperparameters)
 
 
 def _load_network(path: Path, trust: Trust) -> nn.Module:
@@ -163,8 +177,8 @@ def _load_described(path: Path, trust: Trust) -> SegmentationModel:
     elif content_of(said.artifact) == "safetensors":
         raise ModelFileError(
             f"{path}: architecture must be {UNET_ARCHITECTURE} or package.module:factory, "
-            f"got {str(said.architecture):.80}; pack the weights with what builds the network: outsize model pack package.module:factory OUT.json "
-            f"--weights {said.artifact}"
+            f"got {said.architecture!s:.80}; pack the weights with what builds the network: "
+            f"outsize model pack package.module:factory OUT.json --weights {said.artifact}"
         )
     else:
         network = _load_network(said.artifact, trust)
@@ -264,7 +278,7 @@ def _complete(network: nn.Module, name: str, bands: int | Sequence[str] | None, 
 def _how_built(model: SegmentationModel) -> tuple[str, dict[str, Any]]:
     """(architecture, hyperparameters) that build the model's network again, tried before anything is written."""
     network = model.network
-    if type(network) is UNet and model.architecture in ("", UNET_ARCHITECTURE):
+    if type(network) is UNet:
         return UNET_ARCHITECTURE, {"widths": list(network.widths), "norm": network.norm}
     if not is_factory(model.architecture):
         raise ModelFileError(
