@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..models.segmentation.exported import ExportedNetwork, export_network
 from ..models.segmentation.factory import is_factory
 from ..models.segmentation.mlm import Description, parse_colour, read_description, scaling_objects
@@ -15,6 +17,7 @@ from ..models.segmentation.model import SegmentationClass, SegmentationModel
 from ..models.segmentation.palette import default_colour
 from ..models.segmentation.scaling import Scaling
 from ..models.segmentation.sources import (
+    EXPORTED_ARCHITECTURE,
     UNET_ARCHITECTURE,
     description_path,
     find_description,
@@ -188,7 +191,7 @@ def _loaded_values(model: SegmentationModel, source: SourceOptions) -> dict[str,
     file = source.weights or source.source
     return {
         "model": model.name,
-        "architecture": model.architecture or type(model.network).__name__,
+        "architecture": model.architecture or _class_of(model.network),
         "hyperparameters": dict(model.hyperparameters),
         "parameters": model.parameters,
         "bands": list(model.bands),
@@ -198,6 +201,10 @@ def _loaded_values(model: SegmentationModel, source: SourceOptions) -> dict[str,
         "runs_code": True,
         "sha256": {Path(str(file)).name: model.sha256} if model.sha256 else {},
     }
+
+
+def _class_of(network: nn.Module) -> str:
+    return EXPORTED_ARCHITECTURE if isinstance(network, ExportedNetwork) else type(network).__qualname__
 
 
 def _explain(values: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...tiler.errors import UsageError
 from .model import SegmentationClass, SegmentationModel
 from .palette import default_colour
 from .scaling import Scaling, ScalingKind
@@ -207,7 +208,9 @@ def _read_bands(source: Mapping[str, Any]) -> tuple[str, ...]:
                 "compute it into the raster, and name it as a plain band"
             )
     if not entries:
-        return default_bands(max(0, int(shape[1]))) if shape else ()
+        if not shape or int(shape[1]) < 1:
+            raise ModelFileError("mlm:input must name its bands, or give their number in its shape")
+        return default_bands(int(shape[1]))
     return tuple(str(entry["name"] if isinstance(entry, dict) else entry) for entry in entries)
 
 
@@ -291,7 +294,7 @@ def read_description(path: Path) -> Description:
             artifact=path.parent / asset["href"],
             artifact_sha256=checksum.removeprefix(_MULTIHASH) if checksum.startswith(_MULTIHASH) else None,
         )
-    except ModelFileError as error:
+    except UsageError as error:
         raise ModelFileError(f"{path}: {error}") from error
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read: {error.strerror}") from error

@@ -13,6 +13,7 @@ Colour = tuple[int, int, int]
 _FIRST = (0xE69F00, 0x56B4E9, 0x009E73, 0xF0E442, 0x0072B2, 0xD55E00, 0xCC79A7)
 _LATTICE = (0, 36, 73, 109, 146, 182, 219, 255)
 _MOST = 255
+"""As many as a class map can have classes."""
 
 
 def _oklab(rgb: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -55,4 +56,4 @@ def _colours() -> tuple[Colour, ...]:
 
 def default_colour(index: int) -> Colour:
     """RGB of class `index`: seven known to be told apart, then always the colour farthest from all before it."""
-    return _colours()[index]
+    return _colours()[index % _MOST]

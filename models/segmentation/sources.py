@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...tiler.errors import UsageError
+from ...tiler.errors import OutputError, UsageError
 from ...tiler.graph import first_line
 from .exported import ExportedNetwork, load_exported, load_script
 from .factory import build_network, is_factory
 from .mlm import Artifact, default_bands, default_classes, describe, read_description
 from .model import SegmentationModel
+from .probe import count_channels, guess_bands, run_small, same_result
 from .scaling import Scaling
 from .state import find_network, find_state, fit_state, read_pickle, read_state
 from .trust import ModelFileError, Trust, content_of, hash_file
@@ -29,8 +31,6 @@ from .unet import UNet
 UNET_ARCHITECTURE = "outsize.models.segmentation.UNet"
 EXPORTED_ARCHITECTURE = "torch.export.ExportedProgram"
 _DESCRIPTION_SUFFIXES = (".json", ".safetensors")
-_PROBE_SIZES = ((64, 64), (256, 256), (331, 293))
-"""Multiples of every stride there is, larger ones for deep networks, and odd ones."""
 
 
 def default_model_path() -> Path:
@@ -184,7 +184,7 @@ def _load_described(path: Path, trust: Trust) -> SegmentationModel:
         network = _load_network(said.artifact, trust)
     network.eval()
     if said.architecture != UNET_ARCHITECTURE:
-        channels = _probe(network, len(said.bands), path.name)
+        channels = count_channels(network, len(said.bands), path.name)
         if said.classes and channels != len(said.classes):
             raise ModelFileError(f"{path} names {len(said.classes)} classes, its network gives {channels} channels")
         said = said if said.classes else replace(said, classes=default_classes(channels))
@@ -209,61 +209,22 @@ def _build_unet(options: Mapping[str, Any], path: Path) -> UNet:
         raise ModelFileError(f"{path}: no UNet has these hyperparameters: {first_line(error)}") from error
 
 
-def _first_convolution_bands(network: nn.Module) -> int | None:
-    if isinstance(network, ExportedNetwork):
-        return network.bands
-    return next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), None)
-
-
-def _run_small(network: nn.Module, bands: int) -> Tensor | Exception:
-    """What the network gives for a small image of that many bands, or why it gives nothing."""
-    failure: Exception | None = None
-    for size in _PROBE_SIZES:
-        try:
-            with torch.no_grad():
-                return network(torch.zeros((1, bands, *size)))
-        except Exception as error:  # noqa: BLE001 - any failure of the user's module is the answer
-            failure = failure or error
-    assert failure is not None
-    return failure
-
-
-def _probe(network: nn.Module, bands: int, name: str) -> int:
-    """Channels of the network's output.
-
-    Raises:
-        ModelFileError: a network that fails on images of that many bands, or gives anything but one image.
-    """
-    result = _run_small(network, bands)
-    if isinstance(result, Exception):
-        raise ModelFileError(
-            f"the network of {name} fails on images of {bands} bands ({type(result).__name__}: {first_line(result)})"
-        ) from result
-    if not isinstance(result, Tensor) or result.dim() != 4:
-        found = f"a tensor of {result.dim()} dimensions" if isinstance(result, Tensor) else type(result).__name__
-        raise ModelFileError(
-            f"the network of {name} must give one tensor (1, classes, height, width), it gives {found}; "
-            "wrap it in a module that picks the tensor"
-        )
-    return int(result.shape[1])
-
-
 def _complete(network: nn.Module, name: str, bands: int | Sequence[str] | None, **known: Any) -> SegmentationModel:
     """A model of a network that says nothing of its bands, scaling, fill and classes."""
     if isinstance(bands, str):
         raise UsageError(f"bands must be a number or a list of names, got {bands!r}")
     named = None if bands is None or isinstance(bands, int) else tuple(bands)
-    first = _first_convolution_bands(network)
+    first = guess_bands(network)
     if named is not None:
         count = len(named)
-    elif first is not None and not isinstance(_run_small(network, first), Exception):
+    elif first is not None and not isinstance(run_small(network, first), Exception):
         count = first
     else:
         # The first convolution that was made need not be the first that is run.
         count = bands if isinstance(bands, int) else first
     if count is None:
         raise ModelFileError(f"the network of {name} does not say how many bands it takes; name them: --band NAME ...")
-    channels = _probe(network, count, name)
+    channels = count_channels(network, count, name)
     return SegmentationModel(
         name=name,
         network=network,
@@ -292,6 +253,12 @@ def _how_built(model: SegmentationModel) -> tuple[str, dict[str, Any]]:
     built = build_network(model.architecture, hyperparameters)
     again = built.network if isinstance(built, SegmentationModel) else built
     fit_state(again, network.state_dict(), Path(f"the network of {model.name}"), model.architecture)
+    expected, found = (run_small(each, len(model.bands)) for each in (copy.deepcopy(network).eval(), again.eval()))
+    if isinstance(expected, Tensor) and not (isinstance(found, Tensor) and same_result(expected, found)):
+        raise ModelFileError(
+            f"{model.architecture} builds another network from these weights than that of {model.name}; "
+            "put all that it was built with into hyperparameters"
+        )
     return model.architecture, hyperparameters
 
 
@@ -300,10 +267,15 @@ def _written_whole(target: Path) -> Iterator[Path]:
     """A path beside `target`; what was written there becomes `target` if nothing fails."""
     unfinished = target.with_name(f".{target.stem}-{uuid.uuid4().hex[:8]}{target.suffix}")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
         unfinished.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{target} cannot be written: {first_line(error)}") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        # Where there is no such folder, there is nothing to take away either.
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def save_model(model: SegmentationModel, path: str | Path, card: dict[str, Any] | None = None) -> SegmentationModel:
@@ -318,9 +290,9 @@ def save_model(model: SegmentationModel, path: str | Path, card: dict[str, Any] 
 
     Raises:
         ModelFileError: a network that its architecture does not build.
+        OutputError: a place that cannot be written to.
     """
     item_path = description_path(path)
-    item_path.parent.mkdir(parents=True, exist_ok=True)
     network = model.network
     if isinstance(network, ExportedNetwork):
         architecture, hyperparameters = EXPORTED_ARCHITECTURE, {}
