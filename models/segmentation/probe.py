@@ -14,10 +14,14 @@ _PROBE_SIZES = ((64, 64), (256, 256), (331, 293))
 
 
 def guess_bands(network: nn.Module) -> int | None:
-    """Bands of an exported program, or of the convolution that was made first; None without one."""
+    """Bands of an exported program, or of the first convolution whose number of bands the network runs on; else None.
+
+    The convolution that was made first need not be the one that runs first.
+    """
     if isinstance(network, ExportedNetwork):
         return network.bands
-    return next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+    counts = dict.fromkeys(module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d))
+    return next((count for count in counts if not isinstance(run_small(network, count), Exception)), None)
 
 
 def run_small(network: nn.Module, bands: int) -> Tensor | Exception:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from ...tiler.errors import UsageError
 
@@ -72,6 +72,8 @@ class Scaling:
 
 def _checked(kind: ScalingKind, subtract: float, divide: float) -> ScalingKind:
     """The kind, "none" for an offset or a scale that changes nothing."""
+    if kind not in get_args(ScalingKind):
+        raise UsageError(f"scaling's kind must be one of {', '.join(get_args(ScalingKind))}, got {kind!r}")
     if not (isfinite(subtract) and isfinite(divide)):
         raise UsageError(f"scaling must have finite constants, got {subtract} and {divide}")
     if kind == "scale":

@@ -20,7 +20,7 @@ from ...tiler.errors import OutputError, UsageError
 from ...tiler.graph import first_line
 from .exported import ExportedNetwork, load_exported, load_script
 from .factory import build_network, is_factory
-from .mlm import Artifact, default_bands, default_classes, describe, read_description
+from .mlm import Artifact, Description, default_bands, default_classes, describe, read_description
 from .model import SegmentationModel
 from .probe import count_channels, guess_bands, run_small, same_result
 from .scaling import Scaling
@@ -163,26 +163,7 @@ def _load_described(path: Path, trust: Trust) -> SegmentationModel:
             f"{said.artifact} does not hold the weights that {path.name} describes: its sha256 is {digest}, "
             f"not {said.artifact_sha256}"
         )
-    hyperparameters = dict(said.hyperparameters)
-    if said.architecture == UNET_ARCHITECTURE:
-        trust.require_hash(said.artifact, digest)
-        network = _build_unet({"bands": len(said.bands), "classes": len(said.classes), **hyperparameters}, path)
-        fit_state(network, read_state(said.artifact, trust), said.artifact, path.name)
-    elif is_factory(said.architecture):
-        reason = f"it names the factory {said.architecture}, which would be imported and called"
-        trust.require(path, hash_file(path), reason)
-        built = build_network(said.architecture, hyperparameters)
-        network = built.network if isinstance(built, SegmentationModel) else built
-        fit_state(network, read_state(said.artifact, trust), said.artifact, path.name)
-    elif content_of(said.artifact) == "safetensors":
-        raise ModelFileError(
-            f"{path}: architecture must be {UNET_ARCHITECTURE} or package.module:factory, "
-            f"got {said.architecture!s:.80}; pack the weights with what builds the network: "
-            f"outsize model pack package.module:factory OUT.json --weights {said.artifact}"
-        )
-    else:
-        network = _load_network(said.artifact, trust)
-    network.eval()
+    network = _build_described(said, path, trust, digest).eval()
     if said.architecture != UNET_ARCHITECTURE:
         channels = count_channels(network, len(said.bands), path.name)
         if said.classes and channels != len(said.classes):
@@ -198,8 +179,30 @@ def _load_described(path: Path, trust: Trust) -> SegmentationModel:
         classes=said.classes,
         sha256=digest,
         architecture=said.architecture if is_built else "",
-        hyperparameters=hyperparameters if is_built else {},
+        hyperparameters=said.hyperparameters if is_built else {},
     )
+
+
+def _build_described(said: Description, path: Path, trust: Trust, digest: str) -> nn.Module:
+    """The network that a description means, with its weights."""
+    if said.architecture == UNET_ARCHITECTURE:
+        trust.require_hash(said.artifact, digest)
+        network = _build_unet({"bands": len(said.bands), "classes": len(said.classes), **said.hyperparameters}, path)
+    elif is_factory(said.architecture):
+        reason = f"it names the factory {said.architecture}, which would be imported and called"
+        trust.require(path, hash_file(path), reason)
+        built = build_network(said.architecture, said.hyperparameters)
+        network = built.network if isinstance(built, SegmentationModel) else built
+    elif content_of(said.artifact) == "safetensors":
+        raise ModelFileError(
+            f"{path}: architecture must be {UNET_ARCHITECTURE} or package.module:factory, "
+            f"got {said.architecture!s:.80}; pack the weights with what builds the network: "
+            f"outsize model pack package.module:factory OUT.json --weights {said.artifact}"
+        )
+    else:
+        return _load_network(said.artifact, trust)
+    fit_state(network, read_state(said.artifact, trust), said.artifact, path.name)
+    return network
 
 
 def _build_unet(options: Mapping[str, Any], path: Path) -> UNet:
@@ -214,16 +217,14 @@ def _complete(network: nn.Module, name: str, bands: int | Sequence[str] | None, 
     if isinstance(bands, str):
         raise UsageError(f"bands must be a number or a list of names, got {bands!r}")
     named = None if bands is None or isinstance(bands, int) else tuple(bands)
-    first = guess_bands(network)
-    if named is not None:
-        count = len(named)
-    elif first is not None and not isinstance(run_small(network, first), Exception):
-        count = first
-    else:
-        # The first convolution that was made need not be the first that is run.
-        count = bands if isinstance(bands, int) else first
+    count = len(named) if named else guess_bands(network)
+    if count is None and isinstance(bands, int):
+        count = bands
     if count is None:
-        raise ModelFileError(f"the network of {name} does not say how many bands it takes; name them: --band NAME ...")
+        raise ModelFileError(
+            f"the network of {name} runs on no image of as many bands as one of its convolutions takes; "
+            "name its bands: outsize model pack with --band NAME for each (from Python: bands=)"
+        )
     channels = count_channels(network, count, name)
     return SegmentationModel(
         name=name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import zipfile
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ def content_of(path: Path) -> Content:
     """
     try:
         with path.open("rb") as file:
-            start = file.read(9)
+            start, size = file.read(9), os.fstat(file.fileno()).st_size
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 # Each archive has one folder of its own name at the top.
@@ -41,11 +42,11 @@ def content_of(path: Path) -> Content:
                 return "pickle"
     except (OSError, zipfile.BadZipFile) as error:
         raise ModelFileError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    # The header's length in eight bytes, then its JSON. Looked at first: such a length may begin like a pickle.
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size:
+        return "safetensors"
     if start[:1] == b"\x80":
         return "pickle"
-    # A length of eight bytes, then JSON.
-    if start[8:9] == b"{":
-        return "safetensors"
     raise ModelFileError(
         f"{path} is no model: it must hold safetensors, what torch.save or torch.export.save wrote, or a description "
         "(.json)"
