@@ -6,7 +6,7 @@ import importlib
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,11 @@ def importing_from_here() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path.remove(here)
-        for name in sorted({loaded.partition(".")[0] for loaded in set(sys.modules) - before}):
+        with suppress(ValueError):
+            sys.path.remove(here)
+        # Not this package, which workers have, though a clone of it may lie in the current folder.
+        ours = __name__.partition(".")[0]
+        for name in sorted({loaded.partition(".")[0] for loaded in set(sys.modules) - before} - {ours}):
             module = sys.modules.get(name)
             places = [*getattr(module, "__path__", []), getattr(module, "__file__", None) or ""]
             if module is not None and here in {str(Path(place).parent) for place in places if place}:

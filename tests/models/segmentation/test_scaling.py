@@ -115,7 +115,7 @@ def test_constants_that_cannot_be_are_refused(settings: dict[str, Any], words: s
 def test_default_colours_differ_and_keep_away_from_nodata() -> None:
     colours = np.array([default_colour(index) for index in range(255)])
     assert len({tuple(colour) for colour in colours}) == 255
-    # A colour used twice as far apart as any two of the 20 first is told apart easily; RGB is judge enough here.
+    # In plain RGB, not the space in which they were chosen.
     first = colours[:20].astype(float)
     distances = np.linalg.norm(first[:, None] - first[None], axis=-1) + np.eye(20) * 999
     assert distances.min() > 60

@@ -19,7 +19,7 @@ import cloudpickle
 import pytest
 import torch
 from outsize.models import Scaling, SegmentationModel, UNet
-from outsize.models.segmentation import sources
+from outsize.models.segmentation import exported, sources
 from outsize.models.segmentation.exported import ExportedNetwork, export_network
 from outsize.models.segmentation.mlm import default_classes
 from outsize.models.segmentation.palette import default_colour
@@ -425,6 +425,16 @@ def test_exports_and_scripts_that_cannot_be_tiled_are_refused_with_the_remedy(ne
     (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ModelFileError, match=r"cut.pt is no model"):
         load_model("cut.pt", trust=True)
+
+
+def test_a_script_whose_converted_form_differs_is_refused(
+    network: Small, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = whole_networks(folder, network)["traced"]
+    other = export_network(Small(dilation=2).eval(), 3, "other")
+    monkeypatch.setattr(exported, "_convert", lambda *_: other)
+    with pytest.raises(ModelFileError, match=r"traced.pt is TorchScript and differs from its own torch.export form at"):
+        load_model(path, trust=True)
 
 
 def test_contents_are_told_by_what_stands_in_a_file(network: Small, folder: Path) -> None:
