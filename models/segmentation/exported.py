@@ -29,6 +29,8 @@ _REMEDY = (
 )
 _EXAMPLE_SIZES = ((331, 293), (448, 320))
 """Primes, so that no size is special; and multiples of 64, for networks that take only those."""
+_NO_LIMIT, _LARGEST_SMALLEST = 2**31, 64
+"""An upper limit of torch.export from which on it is none; the largest lower limit that a network may have."""
 _COMPARED_SIZES = ((64, 128), (192, 64), (67, 83), (130, 33), (7, 5))
 
 
@@ -101,11 +103,22 @@ def _require_image_input(program: ExportedProgram, path: Path) -> None:
     shape = _input_shape(program) if len(inputs) == 1 else torch.Size(())
     if len(shape) != 4:
         raise ModelFileError(f"{path} must take one image (1, bands, height, width), it takes {len(inputs)} inputs")
-    _, bands, height, width = (_is_fixed(extent) for extent in shape)
+    batch, bands, height, width = (_is_fixed(extent) for extent in shape)
+    if batch and int(shape[0]) != 1:
+        raise ModelFileError(f"{path} takes only batches of {shape[0]} images, and one is given at a time; {_REMEDY}")
     if not bands:
         raise ModelFileError(f"{path} must fix the number of bands; {_REMEDY}")
     if height or width:
         raise ModelFileError(f"{path} takes only images of {shape[2]} x {shape[3]}; {_REMEDY}")
+    for axis, extent in zip(("height", "width"), shape[2:], strict=True):
+        assert isinstance(extent, torch.SymInt)
+        for symbol in extent.node.expr.free_symbols & program.range_constraints.keys():
+            limits = program.range_constraints[symbol]
+            if limits.upper < _NO_LIMIT or limits.lower > _LARGEST_SMALLEST:
+                raise ModelFileError(
+                    f"{path} was exported for a {axis} of {limits.lower} to {limits.upper} only; "
+                    f"remove limits and control flow that depends on sizes, and {_REMEDY}"
+                )
 
 
 def _is_fixed(extent: int | torch.SymInt) -> bool:

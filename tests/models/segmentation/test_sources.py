@@ -404,6 +404,27 @@ def test_exports_and_scripts_that_cannot_be_tiled_are_refused_with_the_remedy(ne
     with pytest.raises(ModelFileError, match=r"takes only images of 64 x 64; export it .*Dim.AUTO"):
         load_model("fixed.pt2", trust=True)
 
+    class Branch(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.shape[2] < 1000 else x * 2
+
+    export(Branch(), folder / "branch.pt2", 3)
+    with pytest.raises(ModelFileError, match=r"exported for a height of 2 to 999 only; remove .* export it"):
+        load_model("branch.pt2", trust=True)
+    limited = {2: Dim("height", max=4096), 3: Dim.AUTO}
+    export(network, folder / "limited.pt2", 3, dynamic_shapes=(limited,))
+    with pytest.raises(ModelFileError, match=r"for a height of \d to 4096 only"):
+        load_model("limited.pt2", trust=True)
+
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y
+
+    image = torch.zeros(1, 3, 64, 64)
+    quietly(lambda: torch.export.save(torch.export.export(Two(), (image, image)), "two.pt2"))
+    with pytest.raises(ModelFileError, match=r"must take one image .* it takes 2 inputs"):
+        load_model("two.pt2", trust=True)
+
     class Loop(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             while bool(x.sum() > 1):
