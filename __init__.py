@@ -10,7 +10,16 @@ __version__ = "0.1.0"
 __getattr__, __dir__, _names = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "models": ["SegmentationModel", "UNet", "as_tile_network", "describe_output", "load_model", "save_model"],
+        "models": [
+            "Scaling",
+            "SegmentationClass",
+            "SegmentationModel",
+            "UNet",
+            "as_tile_network",
+            "describe_output",
+            "load_model",
+            "save_model",
+        ],
         "tiler": [
             "ClusterOptions",
             "Network",

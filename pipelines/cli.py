@@ -39,7 +39,8 @@ def _load_config(context: click.Context, _parameter: click.Parameter, path: str 
     defaults: dict[str, Any] = {}
     for name, command in cli.commands.items():
         known = {parameter.name for parameter in command.params}
-        own = values.get(name, {})
+        # `model = "x.json"` is an option, though there is a command of that name.
+        own = values[name] if isinstance(values.get(name), dict) else {}
         unknown = {key for key in own if key.replace("-", "_") not in known}
         if unknown:
             raise click.BadParameter(f"{path}: [{name}] has no option {', '.join(sorted(unknown))}")
@@ -151,8 +152,19 @@ class _MaskBand(click.ParamType):
 
 
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+_model_options = _together(
+    _option("--weights", type=click.Path(), help="A factory's weights: .safetensors, or a state dict (.pt)."),
+    _option("--trust-model", is_flag=True, help="Load model files that could run code."),
+    _option("--sha256", metavar="HEX", help="Load the one file of this hash that could run code."),
+)
 _planning = _together(
-    _option("--model", type=click.Path(), help="A model's .json; without it the shipped one."),
+    _option(
+        "--model",
+        metavar="MODEL",
+        help="A model's .json, package.module:factory, or .pt2 and others that could run code; "
+        "without it the shipped one.",
+    ),
+    _model_options,
     _option(
         "--output",
         type=click.Choice(["class", "probability", "logits"]),
@@ -267,7 +279,7 @@ def _cluster_options(options: dict[str, Any]) -> Any:
 def _segment_options(source: str, options: dict[str, Any]) -> Any:
     from .segment import SegmentOptions
 
-    names = ("model", "output", "memory", "engine", "workers", "threads", "core")
+    names = ("model", "output", "memory", "engine", "workers", "threads", "core", "weights", "trust_model", "sha256")
     return SegmentOptions(
         source=source,
         reading=_read_options(options),
@@ -430,6 +442,104 @@ def export(console: Any, out: Path, file: Path, overwrite: bool) -> None:
     from .export import run_export
 
     run_export(console, out, file, overwrite=overwrite)
+
+
+@cli.group(cls=_Group)
+def model() -> None:
+    """Look at model files, and write your own.
+
+    \b
+    outsize model show
+    outsize model pack mynet:build mynet.json --weights mynet.safetensors
+    """
+
+
+def _source_options(source: str | None, options: dict[str, Any]) -> Any:
+    from .model import SourceOptions, parse_hyperparameters
+
+    return SourceOptions(
+        source=source,
+        weights=options["weights"],
+        hyperparameters=parse_hyperparameters(options["hyperparameter"]),
+        trust_model=options["trust_model"],
+        sha256=options["sha256"],
+    )
+
+
+_hyperparameter = click.option(
+    "--hyperparameter", multiple=True, metavar="KEY=JSON", help="A keyword argument of the factory; once for each."
+)
+
+
+@model.command(short_help="Write a model file from a factory and weights, or from another file.")
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@_model_options
+@_hyperparameter
+@click.option("--name", help="Of the model; without it the source's.")
+@click.option("--band", "bands", multiple=True, metavar="NAME", help="A band's name; once for each, in order.")
+@click.option(
+    "--scaling",
+    type=click.Choice(["z-score", "min-max", "offset-scale", "none"]),
+    help="What happens to raw pixels x: (x - mean) / stddev, (x - minimum) / (maximum - minimum), "
+    "(x - offset) / scale, or nothing. Without it what the source says.",
+)
+@click.option("--mean", metavar="V,V,..", help="Of z-score; one number for each band, or one for all.")
+@click.option("--stddev", metavar="V,V,..", help="Of z-score.")
+@click.option("--minimum", metavar="V,V,..", help="Of min-max.")
+@click.option("--maximum", metavar="V,V,..", help="Of min-max.")
+@click.option("--offset", metavar="V,V,..", help="Of offset-scale.")
+@click.option("--scale", metavar="V,V,..", help="Of offset-scale.")
+@click.option("--fill", metavar="V,V,..", help="Raw value of each band that stands in for nodata.")
+@click.option(
+    "--class", "classes", multiple=True, metavar="NAME=#RRGGBB", help="A class and its colour; once for each channel."
+)
+@_overwrite
+@click.pass_obj
+def pack(
+    console: Any,
+    source: str,
+    out: Path,
+    name: str | None,
+    bands: tuple[str, ...],
+    scaling: str | None,
+    fill: str | None,
+    classes: tuple[str, ...],
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    """Write OUT.json and the weights beside it from SOURCE: package.module:factory with --weights, a model's .json, or
+    a file of torch.export, torch.save or TorchScript.
+
+    \b
+    outsize model pack mynet:build mynet.json --weights mynet.safetensors --hyperparameter width=16
+    outsize model pack mynet:build mynet.json --weights mynet.pt --band red --band nir
+        --scaling z-score --mean 98.5,120 --stddev 40,35.5 --class water=#1F78B4 --class land=#B2DF8A
+    outsize model pack mynet.pt2 mynet.json --trust-model --scaling min-max --minimum 0 --maximum 255
+    """
+    from .model import PackOptions, run_pack
+
+    constants = {key: options[key] for key in ("mean", "stddev", "minimum", "maximum", "offset", "scale")}
+    packing = PackOptions(name=name, bands=bands, scaling=scaling, constants=constants, fill=fill, classes=classes)
+    run_pack(console, _source_options(source, options), out, packing, overwrite=overwrite)
+
+
+@model.command(short_help="Print what a model says.")
+@click.argument("source", metavar="[MODEL]", required=False)
+@_model_options
+@_hyperparameter
+@click.pass_obj
+def show(console: Any, source: str | None, **options: Any) -> None:
+    """Print what a model says: bands, scaling, fill, classes, architecture, sha256. A .json is read, not loaded.
+
+    \b
+    outsize model show
+    outsize model show mynet.json
+    outsize --json model show mynet.pt2 --trust-model
+    """
+    from .model import run_show
+
+    run_show(console, _source_options(source, options))
 
 
 def _global_first(arguments: list[str]) -> list[str]:

@@ -21,9 +21,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..models.segmentation.metrics import Confusion
-from ..models.segmentation.mlm import save_model
-from ..models.segmentation.model import Scaling, SegmentationClass, SegmentationModel
+from ..models.segmentation.model import SegmentationClass, SegmentationModel
 from ..models.segmentation.norm import calibrating
+from ..models.segmentation.scaling import Scaling
+from ..models.segmentation.sources import save_model
 from ..models.segmentation.unet import Norm, UNet
 from ..sample_data.scene import BANDS, CLASSES, COLOURS, LABEL_NODATA, NODATA, Scene, render_window
 from ..tiler.geometry import Window

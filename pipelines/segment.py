@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..models.segmentation.mlm import load_model
 from ..models.segmentation.model import Output, SegmentationModel, as_tile_network, describe_output
+from ..models.segmentation.sources import load_model
 from ..tiler.cluster import ClusterOptions
 from ..tiler.errors import UsageError
 from ..tiler.events import ClusterReady, Event, RunPlanned, StartChecked, TileFinished
@@ -43,6 +43,9 @@ class SegmentOptions:
     bounds: tuple[float, float, float, float] | None = None
     """(west, south, east, north) in the raster's CRS."""
     mark_nodata_context: bool = False
+    weights: str | None = None
+    trust_model: bool = False
+    sha256: str | None = None
 
 
 def _region(options: SegmentOptions, raster: Raster) -> Window | None:
@@ -58,7 +61,13 @@ def _region(options: SegmentOptions, raster: Raster) -> Window | None:
 
 def _prepare(options: SegmentOptions) -> tuple[Raster, SegmentationModel, Network]:
     raster = open_with(options.source, options.reading)
-    model = load_model(options.model)
+    model = load_model(
+        options.model,
+        weights=options.weights,
+        bands=raster.bands,
+        trust=options.trust_model,
+        sha256=options.sha256,
+    )
     if raster.bands != len(model.bands):
         raise UsageError(
             f"{options.source} has {count_of(raster.bands, 'band')}, model {model.name} takes "

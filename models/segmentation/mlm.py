@@ -1,61 +1,126 @@
-"""Model files: weights as safetensors, everything else as a STAC item of the Machine Learning Model extension."""
+"""Model descriptions: STAC items of the Machine Learning Model extension (MLM v1.5), to and from values."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from importlib import resources
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
 from ...tiler.errors import UsageError
-from .model import Scaling, SegmentationClass, SegmentationModel
-from .unet import UNet
+from .model import SegmentationClass, SegmentationModel
+from .palette import default_colour
+from .scaling import Scaling, ScalingKind
+from .trust import ModelFileError
 
-MLM_SCHEMA = "https://stac-extensions.github.io/mlm/v1.5.0/schema.json"
-CLASSIFICATION_SCHEMA = "https://stac-extensions.github.io/classification/v2.0.0/schema.json"
-ARCHITECTURE = "outsize.models.segmentation.UNet"
-
-
-class ModelFileError(UsageError):
-    """A model file that is missing, damaged or of another kind."""
-
-
-def _scaling_objects(scaling: Scaling) -> list[dict[str, Any]]:
-    pairs = zip(scaling.subtract, scaling.divide, strict=True)
-    if scaling.kind == "z-score":
-        return [{"type": "z-score", "mean": mean, "stddev": deviation} for mean, deviation in pairs]
-    return [{"type": "min-max", "minimum": low, "maximum": low + extent} for low, extent in pairs]
+_EXTENSIONS = (
+    "https://stac-extensions.github.io/mlm/v1.5.0/schema.json",
+    "https://stac-extensions.github.io/classification/v2.0.0/schema.json",
+    "https://stac-extensions.github.io/file/v2.1.0/schema.json",
+)
+_MULTIHASH = "1220"
+"""What stands before a SHA-256 in `file:checksum`: its code and its length in bytes."""
 
 
-def _scaling_from_objects(objects: list[dict[str, Any]]) -> Scaling:
-    kinds = {entry["type"] for entry in objects}
-    if kinds == {"z-score"}:
-        return Scaling(
-            kind="z-score",
-            subtract=tuple(float(entry["mean"]) for entry in objects),
-            divide=tuple(float(entry["stddev"]) for entry in objects),
-        )
-    if kinds == {"min-max"}:
-        low = tuple(float(entry["minimum"]) for entry in objects)
-        high = tuple(float(entry["maximum"]) for entry in objects)
-        return Scaling(kind="min-max", subtract=low, divide=tuple(h - lo for h, lo in zip(high, low, strict=True)))
-    raise ModelFileError(f"value_scaling must be z-score or min-max, the same for every band; got {sorted(kinds)}")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """The file beside a description that holds the weights, or the whole network."""
+
+    name: str
+    kind: str
+    """`mlm:artifact_type`."""
+    media_type: str
+    sha256: str
 
 
-def describe(model: SegmentationModel, weights_name: str, card: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The STAC MLM item of a model whose weights lie beside it in `weights_name`."""
-    network = model.network
-    if not isinstance(network, UNet):
-        raise ModelFileError(f"only a UNet can be saved, got {type(network).__name__}")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What a description says."""
+
+    name: str
+    architecture: str
+    hyperparameters: dict[str, Any]
+    bands: tuple[str, ...]
+    scaling: Scaling
+    fill: tuple[float, ...]
+    classes: tuple[SegmentationClass, ...]
+    parameters: int | None
+    artifact: Path
+    """The file that holds the weights, or the whole network."""
+    artifact_sha256: str | None
+    """What the file's hash must be; None where the description does not say."""
+
+
+def scaling_objects(scaling: Scaling) -> list[dict[str, Any]] | None:
+    """MLM's `value_scaling`, one object a band; None where nothing is scaled."""
+    if scaling.kind == "none":
+        return None
+    objects: list[dict[str, Any]] = []
+    for kind, subtract, divide in zip(scaling.kinds, scaling.subtract, scaling.divide, strict=True):
+        match kind:
+            case "z-score":
+                objects.append({"type": kind, "mean": subtract, "stddev": divide})
+            case "min-max":
+                objects.append({"type": kind, "minimum": subtract, "maximum": subtract + divide})
+            case "scale":
+                objects.append({"type": kind, "value": divide})
+            case "offset" | "none":
+                # A band left as it is among others that are scaled: readers disagree on how to write null there.
+                objects.append({"type": "offset", "value": subtract})
+    return objects
+
+
+def _band_scaling(entry: Mapping[str, Any] | None) -> tuple[ScalingKind, float, float]:
+    kind = None if entry is None else entry["type"]
+    if entry is None or kind is None:
+        return "none", 0.0, 1.0
+    match kind:
+        case "z-score":
+            return kind, float(entry["mean"]), float(entry["stddev"])
+        case "min-max":
+            return kind, float(entry["minimum"]), float(entry["maximum"]) - float(entry["minimum"])
+        case "offset":
+            return kind, float(entry["value"]), 1.0
+        case "scale":
+            return kind, 0.0, float(entry["value"])
+    raise ModelFileError(
+        f'value_scaling of type "{kind}" is not supported, only z-score, min-max, offset, scale and null; '
+        "do it in the network's forward, and give that network"
+    )
+
+
+def scaling_from_objects(objects: Sequence[Mapping[str, Any] | None] | None, bands: int) -> Scaling:
+    """The scaling of MLM's `value_scaling`: one object a band, one for all bands, or none at all.
+
+    Raises:
+        ModelFileError: a type that is no affine map of one band, or another number of objects.
+    """
+    if not objects:
+        return Scaling.none(bands)
+    if len(objects) == 1:
+        objects = list(objects) * bands
+    if len(objects) != bands:
+        raise ModelFileError(f"value_scaling must hold one object or one for each of {bands} bands, got {len(objects)}")
+    kinds, subtract, divide = zip(*(_band_scaling(entry) for entry in objects), strict=True)
+    return Scaling(kind=kinds, subtract=subtract, divide=divide)
+
+
+def describe(
+    model: SegmentationModel,
+    *,
+    architecture: str,
+    hyperparameters: Mapping[str, Any],
+    artifact: Artifact,
+    card: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The STAC MLM item of a model whose `artifact` lies beside it."""
     bands = [{"name": band} for band in model.bands]
+    scaling = scaling_objects(model.scaling)
     return {
         "type": "Feature",
         "stac_version": "1.1.0",
-        "stac_extensions": [MLM_SCHEMA, CLASSIFICATION_SCHEMA],
+        "stac_extensions": list(_EXTENSIONS),
         "id": model.name,
         "geometry": None,
         "properties": {
@@ -63,12 +128,13 @@ def describe(model: SegmentationModel, weights_name: str, card: dict[str, Any] |
             "start_datetime": "1900-01-01T00:00:00Z",
             "end_datetime": "9999-12-31T23:59:59Z",
             "mlm:name": model.name,
-            "mlm:architecture": ARCHITECTURE,
+            "mlm:architecture": architecture,
             "mlm:tasks": ["semantic-segmentation"],
             "mlm:framework": "pytorch",
             "mlm:pretrained": False,
-            "mlm:total_parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "mlm:hyperparameters": {"widths": list(network.widths), "norm": network.norm},
+            "mlm:total_parameters": model.parameters,
+            # MLM allows no empty object here.
+            **({"mlm:hyperparameters": dict(hyperparameters)} if hyperparameters else {}),
             "mlm:input": [
                 {
                     "name": "image",
@@ -78,7 +144,7 @@ def describe(model: SegmentationModel, weights_name: str, card: dict[str, Any] |
                         "dim_order": ["batch", "channel", "height", "width"],
                         "data_type": "float32",
                     },
-                    "value_scaling": _scaling_objects(model.scaling),
+                    **({"value_scaling": scaling} if scaling else {}),
                 }
             ],
             "mlm:output": [
@@ -106,90 +172,133 @@ def describe(model: SegmentationModel, weights_name: str, card: dict[str, Any] |
         "links": [],
         "assets": {
             "weights": {
-                "href": f"./{weights_name}",
-                "type": "application/vnd.safetensors",
+                "href": f"./{artifact.name}",
+                "type": artifact.media_type,
                 "title": "Weights",
                 "roles": ["mlm:model", "mlm:weights"],
-                "mlm:artifact_type": "safetensors.torch.save_file",
+                "mlm:artifact_type": artifact.kind,
+                "file:checksum": f"{_MULTIHASH}{artifact.sha256}",
                 "bands": [dict(band) for band in bands],
             }
         },
     }
 
 
-def _files(path: str | Path) -> tuple[Path, Path]:
-    """(description, weights) of a model; a name may hold dots of its own, such as unet-1.5."""
-    path = Path(path)
-    name = path.name.removesuffix(".json").removesuffix(".safetensors")
-    return path.with_name(f"{name}.json"), path.with_name(f"{name}.safetensors")
+def _only(entries: Sequence[Mapping[str, Any]], what: str) -> Mapping[str, Any]:
+    if len(entries) != 1:
+        raise ModelFileError(f"{what} must hold one entry, got {len(entries)}; only networks of one image are run")
+    return entries[0]
 
 
-def save_model(model: SegmentationModel, path: str | Path, card: dict[str, Any] | None = None) -> SegmentationModel:
-    """Write PATH.safetensors and PATH.json (either suffix of `path` is dropped); returns the model with its hash.
+def _read_bands(source: Mapping[str, Any]) -> tuple[str, ...]:
+    shape = source.get("input", {}).get("shape", [])
+    if shape and len(shape) != 4:
+        raise ModelFileError(f"the input must have 4 dimensions (batch, channel, height, width), got {shape}")
+    for name in ("pre_processing_function", "resize_type"):
+        if source.get(name):
+            raise ModelFileError(
+                f"{name} {source[name]!s:.60} is not supported; apply it to the raster first, or in the network's "
+                "forward"
+            )
+    entries = source.get("bands") or []
+    for entry in entries:
+        if isinstance(entry, dict) and entry.get("expression") is not None:
+            raise ModelFileError(
+                f"band {entry['name']} is computed from others ({entry['expression']!s:.60}), which is not supported; "
+                "compute it into the raster, and name it as a plain band"
+            )
+    if not entries:
+        if not shape or int(shape[1]) < 1:
+            raise ModelFileError("mlm:input must name its bands, or give their number in its shape")
+        return default_bands(int(shape[1]))
+    return tuple(str(entry["name"] if isinstance(entry, dict) else entry) for entry in entries)
 
-    Args:
-        card: what was measured about the model, stored under `outsize:card`.
+
+def default_bands(count: int) -> tuple[str, ...]:
+    """Names of bands that nobody named."""
+    return tuple(f"band {number}" for number in range(1, count + 1))
+
+
+def default_classes(count: int) -> tuple[SegmentationClass, ...]:
+    """Classes that nobody named."""
+    return tuple(SegmentationClass(name=f"class {value}", colour=default_colour(value)) for value in range(count))
+
+
+def parse_colour(text: str) -> tuple[int, int, int]:
+    """RGB of RRGGBB, with or without #.
 
     Raises:
-        ModelFileError: a network that is not a UNet.
+        ValueError: another text.
     """
-    item_path, weights = _files(path)
-    description = describe(model, weights.name, card)
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    state = {key: value.contiguous() for key, value in model.network.state_dict().items()}
-    save_file(state, weights)
-    item_path.write_text(json.dumps(description, indent=1) + "\n")
-    return load_model(item_path)
+    red, green, blue = bytes.fromhex(text.removeprefix("#"))
+    return red, green, blue
 
 
-def default_model_path() -> Path:
-    """The shipped model's description."""
-    return Path(str(resources.files("outsize.models.segmentation") / "weights" / "sample-unet.json"))
-
-
-def load_model(path: str | Path | None = None) -> SegmentationModel:
-    """The model described by a STAC MLM item (.json) with safetensors weights beside it; None: the shipped default.
-
-    Only data is read: neither file can run code.
-
-    Raises:
-        ModelFileError: a file that is missing, damaged, or describes another architecture.
-    """
-    description_path = default_model_path() if path is None else _files(path)[0]
-    if not description_path.is_file():
-        raise ModelFileError(f"no model at {description_path}; give the .json that save_model wrote")
-    try:
-        item = json.loads(description_path.read_text())
-        properties = item["properties"]
-        if properties["mlm:architecture"] != ARCHITECTURE:
-            raise ModelFileError(f"{description_path}: architecture must be {ARCHITECTURE}, got {item!r:.80}")
-        source, result = properties["mlm:input"][0], properties["mlm:output"][0]
-        bands = tuple(band["name"] if isinstance(band, dict) else str(band) for band in source["bands"])
-        classes = tuple(
-            SegmentationClass(name=entry["name"], colour=tuple(bytes.fromhex(entry["color_hint"])))  # pyright: ignore[reportArgumentType]
-            for entry in result["classification:classes"]
-        )
-        options = properties["mlm:hyperparameters"]
-        scaling = _scaling_from_objects(source["value_scaling"])
-        fill = tuple(float(value) for value in properties.get("outsize:fill", [0.0] * len(bands)))
-        weights = description_path.parent / item["assets"]["weights"]["href"]
-    except (KeyError, IndexError, TypeError, ValueError, json.JSONDecodeError) as error:
-        raise ModelFileError(f"{description_path} is not a model description of ours: {error!r}") from error
-    network = UNet(len(bands), len(classes), tuple(options["widths"]), norm=options.get("norm", "none"))
-    try:
-        network.load_state_dict(load_file(weights))
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    except (OSError, SafetensorError, RuntimeError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else repr(error)
+def _read_classes(result: Mapping[str, Any]) -> tuple[SegmentationClass, ...]:
+    entries = sorted(result.get("classification:classes") or [], key=lambda entry: entry["value"])
+    values = [entry["value"] for entry in entries]
+    if values != list(range(len(entries))):
         raise ModelFileError(
-            f"{weights} does not hold the weights that {description_path.name} describes: {first_line}"
-        ) from error
-    return SegmentationModel(
-        name=properties["mlm:name"],
-        network=network.eval(),
-        bands=bands,
-        scaling=scaling,
-        fill=fill,
-        classes=classes,
-        sha256=digest,
+            f"class values must be the output's channels 0, 1, 2, ..., got {values}; "
+            "give channels without a class a name too"
+        )
+    if not entries:
+        shape = result.get("result", {}).get("shape", [])
+        return default_classes(max(0, int(shape[1])) if len(shape) == 4 else 0)
+    return tuple(
+        SegmentationClass(
+            name=str(entry.get("name") or entry.get("description") or f"class {value}"),
+            colour=parse_colour(entry["color_hint"]) if entry.get("color_hint") else default_colour(value),
+        )
+        for value, entry in enumerate(entries)
     )
+
+
+def _find_asset(assets: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The model's asset: ours is called "weights", others are found by their role."""
+    asset = assets.get("weights") or next(
+        (asset for asset in assets.values() if "mlm:model" in asset.get("roles", [])), None
+    )
+    if asset is None:
+        raise ModelFileError('no asset has the role "mlm:model"; it must say where the weights are')
+    if "://" in asset["href"]:
+        raise ModelFileError(
+            f"the weights are at {asset['href']}, and nothing is downloaded; put them beside the description, and "
+            "their name into its href"
+        )
+    return asset
+
+
+def read_description(path: Path) -> Description:
+    """What a STAC MLM item says; data, nothing is run.
+
+    Raises:
+        ModelFileError: a file that cannot be read, is no such item, or says something that is not supported.
+    """
+    try:
+        item = json.loads(path.read_text())
+        properties = item["properties"]
+        source, output = _only(properties["mlm:input"], "mlm:input"), _only(properties["mlm:output"], "mlm:output")
+        bands = _read_bands(source)
+        asset = _find_asset(item["assets"])
+        checksum = str(asset.get("file:checksum", ""))
+        return Description(
+            name=properties["mlm:name"],
+            architecture=properties["mlm:architecture"],
+            hyperparameters=dict(properties.get("mlm:hyperparameters") or {}),
+            bands=bands,
+            scaling=scaling_from_objects(source.get("value_scaling"), len(bands)),
+            fill=tuple(float(value) for value in properties.get("outsize:fill", [0.0] * len(bands))),
+            classes=_read_classes(output),
+            parameters=properties.get("mlm:total_parameters"),
+            artifact=path.parent / asset["href"],
+            artifact_sha256=checksum.removeprefix(_MULTIHASH) if checksum.startswith(_MULTIHASH) else None,
+        )
+    except UsageError as error:
+        raise ModelFileError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read: {error.strerror}") from error
+    except KeyError as error:
+        raise ModelFileError(f"{path} is not a model description of MLM: it lacks {error}") from error
+    except (IndexError, TypeError, ValueError, AttributeError, UnicodeDecodeError) as error:
+        raise ModelFileError(f"{path} is not a model description of MLM: {error!r}") from error

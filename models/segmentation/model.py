@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ...tiler.errors import UsageError
 from ...tiler.store import OutputDescription
 from .norm import fold_norms
+from .scaling import Scaling
 
 Output = Literal["class", "probability", "logits"]
 OUTPUTS: tuple[Output, ...] = ("class", "probability", "logits")
@@ -23,24 +25,6 @@ class SegmentationClass:
     name: str
     colour: tuple[int, int, int]
     """RGB, 0..255."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scaling:
-    """y = (x - subtract) / divide for each band; constants of the model, never of a tile."""
-
-    kind: Literal["z-score", "min-max"]
-    """How the two constants are named in the description: mean and stddev, or minimum and maximum - minimum."""
-    subtract: tuple[float, ...]
-    divide: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.subtract) != len(self.divide) or not self.subtract:
-            raise UsageError(
-                f"scaling needs one pair of constants a band, got {len(self.subtract)} and {len(self.divide)}"
-            )
-        if min(self.divide) <= 0:
-            raise UsageError(f"scaling must divide by numbers > 0, got {min(self.divide)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +41,10 @@ class SegmentationModel:
     classes: tuple[SegmentationClass, ...]
     sha256: str = ""
     """Of the weights file; empty for a model that was never saved."""
+    architecture: str = ""
+    """What builds the network, "package.module:factory"; empty for a UNet, whose files say it by themselves."""
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Keyword arguments of the factory; plain JSON values."""
 
     def __post_init__(self) -> None:
         for what, values in (("scaling constants", self.scaling.subtract), ("fill values", self.fill)):
@@ -64,6 +52,13 @@ class SegmentationModel:
                 raise UsageError(f"a model of {len(self.bands)} bands needs as many {what}, got {len(values)}")
         if not 1 <= len(self.classes) <= 255:
             raise UsageError(f"a model has 1..255 classes (255 is nodata in class maps), got {len(self.classes)}")
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that were learnt."""
+        # A network that was TorchScript keeps its own as buffers.
+        learnt = list(self.network.parameters()) or list(self.network.buffers())
+        return sum(tensor.numel() for tensor in learnt)
 
 
 def describe_output(model: SegmentationModel, output: Output = "class") -> OutputDescription:

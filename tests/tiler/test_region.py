@@ -182,7 +182,7 @@ def test_context_of_a_convolution_is_the_dilated_nodata(tmp_path: Path, client: 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_not_marked_does_not_depend_on_nodata(tmp_path: Path, client: Client, name: str) -> None:
-    image, missing = nodata_image(150, 130)
+    image, _ = nodata_image(150, 130)
     source = write_geotiff(tmp_path / "s.tif", image, nodata=-1)
     network = network_of(name)
     results = []
@@ -195,12 +195,12 @@ def test_what_is_not_marked_does_not_depend_on_nodata(tmp_path: Path, client: Cl
     assert differs.any()
     assert (context[differs] == 1).all()
     assert np.array_equal(context == 255, np.isnan(results[0]).all(0))
-    assert 0 < (context == 0).sum()
+    assert (context == 0).any()
     # Not everything within sight is marked: at most some pixels more than those that really change.
     assert (context == 1).sum() <= 2.5 * differs.sum()
 
 
-def test_context_ignores_what_lies_beyond_the_raster(tmp_path: Path) -> None:
+def test_context_ignores_what_lies_beyond_the_raster() -> None:
     network = analyze_network(alive(Convolution()).float(), bands=3)
     plan = plan_tiles((3, 30, 30), network, core=64, mark_nodata_context=True)
     tile = plan.tile(0, 0)

@@ -10,8 +10,10 @@ import pytest
 import rasterio
 import torch
 from outsize.models.segmentation.metrics import Confusion
-from outsize.models.segmentation.mlm import ModelFileError, default_model_path, load_model, save_model
-from outsize.models.segmentation.model import Scaling, SegmentationClass, SegmentationModel, as_tile_network
+from outsize.models.segmentation.model import SegmentationClass, SegmentationModel, as_tile_network
+from outsize.models.segmentation.scaling import Scaling
+from outsize.models.segmentation.sources import default_model_path, load_model, save_model
+from outsize.models.segmentation.trust import ModelFileError
 from outsize.models.segmentation.unet import UNet
 from outsize.sample_data.small import small_scene_path
 from outsize.tiler.errors import UsageError

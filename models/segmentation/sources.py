@@ -1,0 +1,323 @@
+"""Where a model may come from, and how one is saved."""
+
+from __future__ import annotations
+
+import copy
+import json
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...tiler.errors import OutputError, UsageError
+from ...tiler.graph import first_line
+from .exported import ExportedNetwork, load_exported, load_script
+from .factory import build_network, is_factory
+from .mlm import Artifact, Description, default_bands, default_classes, describe, read_description
+from .model import SegmentationModel
+from .probe import count_channels, guess_bands, run_small, same_result
+from .scaling import Scaling
+from .state import find_network, find_state, fit_state, read_pickle, read_state
+from .trust import ModelFileError, Trust, content_of, hash_file
+from .unet import UNet
+
+UNET_ARCHITECTURE = "outsize.models.segmentation.UNet"
+EXPORTED_ARCHITECTURE = "torch.export.ExportedProgram"
+_DESCRIPTION_SUFFIXES = (".json", ".safetensors")
+
+
+def default_model_path() -> Path:
+    """The shipped model's description."""
+    return Path(str(resources.files("outsize.models.segmentation") / "weights" / "sample-unet.json"))
+
+
+def description_path(source: str | Path) -> Path:
+    """NAME.json of NAME, NAME.json or NAME.safetensors; a name may hold dots of its own, such as unet-1.5."""
+    path = Path(source)
+    name = path.name
+    for suffix in _DESCRIPTION_SUFFIXES:
+        name = name.removesuffix(suffix)
+    return path.with_name(f"{name}.json")
+
+
+def find_description(source: str | Path | None) -> Path | None:
+    """The description that a source means: of NAME and NAME.safetensors, NAME.json; None: the shipped one.
+
+    Returns None for a factory, and for a file without a description beside it.
+
+    Raises:
+        ModelFileError: a source that is neither a factory nor there.
+    """
+    if source is None:
+        return default_model_path()
+    if is_factory(str(source)):
+        return None
+    path = description_path(source)
+    if Path(source).suffix != ".json" and Path(source).is_file():
+        return path if Path(source).suffix in _DESCRIPTION_SUFFIXES and path.is_file() else None
+    if not path.is_file():
+        raise ModelFileError(f"no model at {source}; give the .json that save_model or `outsize model pack` wrote")
+    return path
+
+
+def load_model(
+    source: str | Path | None = None,
+    *,
+    weights: str | Path | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
+    bands: int | Sequence[str] | None = None,
+    trust: bool = False,
+    sha256: str | None = None,
+) -> SegmentationModel:
+    """The model of a description, of a factory, or of a file that holds a whole network; None: the shipped one.
+
+    A description (.json, STAC MLM) of this package's UNet and its safetensors weights are data: reading them runs no
+    code. A factory, "package.module:name", runs because you name it. Everything else that could run code is read only
+    with `trust` or `sha256`: descriptions that name a factory or a network that was pickled or exported, .pt2 of
+    torch.export, whole networks of torch.save, TorchScript. A network that comes without a description gets its band
+    count from its first convolution or from `bands`, no scaling, fill 0 and numbered classes.
+
+    Args:
+        weights: state dict for a factory's network: .safetensors, or what torch.save wrote.
+        hyperparameters: keyword arguments for a factory.
+        bands: names of the bands, or how many, for a network that comes without a description.
+        trust: files that could run code may be read.
+        sha256: the one file that may be read, by its hash; of a model that cannot run code, its weights.
+
+    Raises:
+        ModelFileError: a file that is missing, damaged, of another kind, or that could run code without leave to.
+        UsageError: options that do not go together.
+    """
+    allowed = Trust(everything=trust, sha256=sha256)
+    if source is not None and is_factory(str(source)):
+        return _load_factory(str(source), weights, hyperparameters or {}, bands, allowed)
+    if weights is not None or hyperparameters:
+        raise UsageError(
+            f"weights and hyperparameters go with a factory, package.module:name, got {source or 'the shipped model'}; "
+            "a model file says both by itself"
+        )
+    description = find_description(source)
+    if description is not None:
+        return _load_described(description, allowed)
+    path = Path(str(source))
+    return _complete(_load_network(path, allowed), path.stem, bands, sha256=hash_file(path))
+
+
+def _load_factory(
+    factory: str,
+    weights: str | Path | None,
+    hyperparameters: Mapping[str, Any],
+    bands: int | Sequence[str] | None,
+    trust: Trust,
+) -> SegmentationModel:
+    if weights is None and trust.sha256 is not None:
+        raise UsageError(f"sha256 is a file's, and {factory} is none; give the file of its weights too")
+    digest = ""
+    # Before the factory's code runs: what is refused anyway is refused at once.
+    state = None if weights is None else read_state(Path(weights), trust)
+    if weights is not None:
+        digest = hash_file(Path(weights))
+        trust.require_hash(Path(weights), digest)
+    built = build_network(factory, hyperparameters)
+    network = built.network if isinstance(built, SegmentationModel) else built
+    if state is not None:
+        fit_state(network, state, Path(str(weights)), factory)
+    network.eval()
+    if isinstance(built, SegmentationModel):
+        return replace(built, sha256=digest, architecture=factory, hyperparameters=hyperparameters)
+    return _complete(network, factory, bands, sha256=digest, architecture=factory, hyperparameters=hyperparameters)
+
+
+def _load_network(path: Path, trust: Trust) -> nn.Module:
+    """A network from a file that holds all of it."""
+    content = content_of(path)
+    if content == "torch.export":
+        return load_exported(path, trust)
+    if content == "TorchScript":
+        return load_script(path, trust)
+    value = read_pickle(path, trust) if content == "pickle" else None
+    network = find_network(value)
+    if network is not None:
+        return network.eval()
+    if content == "pickle" and find_state(value) is None:
+        raise ModelFileError(f"{path} holds no network, but {type(value).__name__}; save one with torch.save")
+    raise ModelFileError(
+        f"{path} holds weights only; name what builds the network too: --model package.module:factory --weights {path}"
+    )
+
+
+def _load_described(path: Path, trust: Trust) -> SegmentationModel:
+    said = read_description(path)
+    if not said.artifact.is_file():
+        raise ModelFileError(f"{said.artifact} is missing, where {path} says that the weights are")
+    digest = hash_file(said.artifact)
+    if said.artifact_sha256 not in (None, digest):
+        raise ModelFileError(
+            f"{said.artifact} does not hold the weights that {path.name} describes: its sha256 is {digest}, "
+            f"not {said.artifact_sha256}"
+        )
+    network = _build_described(said, path, trust, digest).eval()
+    if said.architecture != UNET_ARCHITECTURE:
+        channels = count_channels(network, len(said.bands), path.name)
+        if said.classes and channels != len(said.classes):
+            raise ModelFileError(f"{path} names {len(said.classes)} classes, its network gives {channels} channels")
+        said = said if said.classes else replace(said, classes=default_classes(channels))
+    is_built = said.architecture == UNET_ARCHITECTURE or is_factory(said.architecture)
+    return SegmentationModel(
+        name=said.name,
+        network=network,
+        bands=said.bands,
+        scaling=said.scaling,
+        fill=said.fill,
+        classes=said.classes,
+        sha256=digest,
+        architecture=said.architecture if is_built else "",
+        hyperparameters=said.hyperparameters if is_built else {},
+    )
+
+
+def _build_described(said: Description, path: Path, trust: Trust, digest: str) -> nn.Module:
+    """The network that a description means, with its weights."""
+    if said.architecture == UNET_ARCHITECTURE:
+        trust.require_hash(said.artifact, digest)
+        network = _build_unet({"bands": len(said.bands), "classes": len(said.classes), **said.hyperparameters}, path)
+    elif is_factory(said.architecture):
+        reason = f"it names the factory {said.architecture}, which would be imported and called"
+        trust.require(path, hash_file(path), reason)
+        built = build_network(said.architecture, said.hyperparameters)
+        network = built.network if isinstance(built, SegmentationModel) else built
+    elif content_of(said.artifact) == "safetensors":
+        raise ModelFileError(
+            f"{path}: architecture must be {UNET_ARCHITECTURE} or package.module:factory, "
+            f"got {said.architecture!s:.80}; pack the weights with what builds the network: "
+            f"outsize model pack package.module:factory OUT.json --weights {said.artifact}"
+        )
+    else:
+        return _load_network(said.artifact, trust)
+    fit_state(network, read_state(said.artifact, trust), said.artifact, path.name)
+    return network
+
+
+def _build_unet(options: Mapping[str, Any], path: Path) -> UNet:
+    try:
+        return UNet(**options)
+    except (UsageError, TypeError, ValueError, RuntimeError) as error:
+        raise ModelFileError(f"{path}: no UNet has these hyperparameters: {first_line(error)}") from error
+
+
+def _complete(network: nn.Module, name: str, bands: int | Sequence[str] | None, **known: Any) -> SegmentationModel:
+    """A model of a network that says nothing of its bands, scaling, fill and classes."""
+    if isinstance(bands, str):
+        raise UsageError(f"bands must be a number or a list of names, got {bands!r}")
+    named = None if bands is None or isinstance(bands, int) else tuple(bands)
+    count = len(named) if named else guess_bands(network)
+    if count is None and isinstance(bands, int):
+        count = bands
+    if count is None:
+        raise ModelFileError(
+            f"the network of {name} runs on no image of as many bands as one of its convolutions takes; "
+            "name its bands: outsize model pack with --band NAME for each (from Python: bands=)"
+        )
+    channels = count_channels(network, count, name)
+    return SegmentationModel(
+        name=name,
+        network=network,
+        bands=named or default_bands(count),
+        scaling=Scaling.none(count),
+        fill=(0.0,) * count,
+        classes=default_classes(channels),
+        **known,
+    )
+
+
+def _how_built(model: SegmentationModel) -> tuple[str, dict[str, Any]]:
+    """(architecture, hyperparameters) that build the model's network again, tried before anything is written."""
+    network = model.network
+    if type(network) is UNet:
+        return UNET_ARCHITECTURE, {"widths": list(network.widths), "norm": network.norm}
+    if not is_factory(model.architecture):
+        raise ModelFileError(
+            f"model {model.name} must say what builds its network ({type(network).__name__}): "
+            f'architecture="package.module:factory", got {model.architecture!r}'
+        )
+    try:
+        hyperparameters = json.loads(json.dumps(dict(model.hyperparameters), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ModelFileError(f"hyperparameters must be plain JSON values: {error}") from error
+    built = build_network(model.architecture, hyperparameters)
+    again = built.network if isinstance(built, SegmentationModel) else built
+    fit_state(again, network.state_dict(), Path(f"the network of {model.name}"), model.architecture)
+    expected, found = (run_small(each, len(model.bands)) for each in (copy.deepcopy(network).eval(), again.eval()))
+    if isinstance(expected, Tensor) and not (isinstance(found, Tensor) and same_result(expected, found)):
+        raise ModelFileError(
+            f"{model.architecture} builds another network from these weights than that of {model.name}; "
+            "put all that it was built with into hyperparameters"
+        )
+    return model.architecture, hyperparameters
+
+
+@contextmanager
+def _written_whole(target: Path) -> Iterator[Path]:
+    """A path beside `target`; what was written there becomes `target` if nothing fails."""
+    unfinished = target.with_name(f".{target.stem}-{uuid.uuid4().hex[:8]}{target.suffix}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        unfinished.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{target} cannot be written: {first_line(error)}") from error
+    finally:
+        # Where there is no such folder, there is nothing to take away either.
+        with suppress(OSError):
+            unfinished.unlink()
+
+
+def save_model(model: SegmentationModel, path: str | Path, card: dict[str, Any] | None = None) -> SegmentationModel:
+    """Write PATH.json and PATH.safetensors (a suffix of `path` is dropped); returns the model with its hash.
+
+    A network of an exported program is written as PATH.pt2. Any other but a UNet must say its `architecture`, which is
+    built once to see that it takes these weights. Nothing half-written is left, and the description knows the hash of
+    the other file, so that the two cannot be mixed up.
+
+    Args:
+        card: what was measured about the model, stored under `outsize:card`.
+
+    Raises:
+        ModelFileError: a network that its architecture does not build.
+        OutputError: a place that cannot be written to.
+    """
+    item_path = description_path(path)
+    network = model.network
+    if isinstance(network, ExportedNetwork):
+        architecture, hyperparameters = EXPORTED_ARCHITECTURE, {}
+        target = item_path.with_suffix(".pt2")
+        kind, media_type = "torch.export.save", "application/octet-stream; framework=pytorch"
+    else:
+        architecture, hyperparameters = _how_built(model)
+        target = item_path.with_suffix(".safetensors")
+        kind, media_type = "safetensors.torch.save_file", "application/vnd.safetensors"
+    with _written_whole(target) as weights, _written_whole(item_path) as item:
+        if isinstance(network, ExportedNetwork):
+            network.save(weights)
+        else:
+            # Copies: safetensors takes no two tensors of the same memory.
+            save_file(
+                {key: value.detach().clone().contiguous() for key, value in network.state_dict().items()}, weights
+            )
+        digest = hash_file(weights)
+        description = describe(
+            model,
+            architecture=architecture,
+            hyperparameters=hyperparameters,
+            artifact=Artifact(name=target.name, kind=kind, media_type=media_type, sha256=digest),
+            card=card,
+        )
+        item.write_text(json.dumps(description, indent=1) + "\n")
+    return replace(model, sha256=digest)
