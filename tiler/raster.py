@@ -293,8 +293,9 @@ def read_filled(
         image = whole
         if missing is not None:
             # Beyond the raster there is nothing valid either.
-            beyond = [(0, window.height - inside.height), (0, window.width - inside.width)]
-            missing = np.pad(missing, beyond, constant_values=True)
+            beyond = np.ones(window.shape, np.bool_)
+            beyond[: inside.height, : inside.width] = missing
+            missing = beyond
     return FilledWindow(np.ascontiguousarray(image), missing)
 
 

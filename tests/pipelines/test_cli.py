@@ -19,6 +19,7 @@ from affine import Affine
 from outsize.models import Scaling, SegmentationClass, SegmentationModel, UNet, as_tile_network, load_model, save_model
 from outsize.sample_data.small import small_scene_path
 from outsize.tiler.geometry import Window
+from outsize.tiler.memory import parse_bytes
 from outsize.tiler.raster import open_raster
 from outsize.tiler.store import open_array, read_header
 from rio_cogeo.cogeo import cog_validate
@@ -180,9 +181,6 @@ def test_the_quicklook_shows_input_and_result(segmented: Path) -> None:
 
 
 def test_ingest_is_pixel_equal_and_keeps_the_place(tmp_path: Path) -> None:
-    from outsize.tiler.geometry import Window
-    from outsize.tiler.raster import open_raster
-
     values = result_of(outsize("--json", "ingest", SCENE, tmp_path / "s.zarr"))
     assert values["shape"] == [4, 401, 389]
     raster = open_raster(tmp_path / "s.zarr")
@@ -235,6 +233,23 @@ def test_probability_and_logits_are_written_and_exported(tmp_path: Path) -> None
             assert cog.descriptions == ("water", "forest", "cropland", "grass", "built-up", "road")
             assert np.array_equal(cog.read(), open_array(out, kind)[...], equal_nan=kind == "logits")
         assert cog_validate(tmp_path / f"{kind}.tif", strict=True)[0]
+
+
+def test_ingest_keeps_its_budget(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 9, (4, 5000, 5000), dtype=np.uint8)
+    with rasterio.open(
+        tmp_path / "a.tif", "w", driver="GTiff", count=4, height=5000, width=5000, dtype="uint8", transform=PLACE
+    ) as dataset:
+        dataset.write(image)
+    for memory, options in (("600MB", ["--workers", "1"]), ("1GB", []), ("2GB", [])):
+        out = tmp_path / f"{memory}.zarr"
+        command = ("--json", "ingest", tmp_path / "a.tif", out, "--memory", memory, "--no-dashboard", *options)
+        values = result_of(outsize(*command))
+        assert values["peak_bytes"] <= values["predicted_peak_bytes"] <= parse_bytes(memory)
+        assert np.array_equal(zarr.open_array(out, path="image")[:], image)
+    refused = outsize("ingest", tmp_path / "a.tif", tmp_path / "b.zarr", "--memory", "250MB", "--workers", "1")
+    assert refused.returncode == 2
+    assert "memory must be at least" in refused.stderr
 
 
 ERRORS = {

@@ -141,7 +141,6 @@ def test_workers_and_this_process_copy_the_same(tmp_path: Path) -> None:
         for folder in (tmp_path / "here.zarr", tmp_path / "there.zarr")
     ]
     assert files[0] == files[1]
-    assert there.peak_bytes <= there.predicted_peak_bytes
 
 
 def damage(path: Path, window: tuple[int, int]) -> None:
