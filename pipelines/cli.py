@@ -296,20 +296,23 @@ def _segment_options(source: str, options: dict[str, Any]) -> Any:
 @click.option("--height", type=click.IntRange(1, 200_000), help="Height, if not --size.")
 @click.option("--width", type=click.IntRange(1, 200_000), help="Width, if not --size.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Another scene each.")
+@click.option(
+    "--axes", type=click.Choice(["byx", "yxb"]), default="byx", show_default=True, help="Order of the dimensions."
+)
 @_overwrite
 @click.pass_obj
 def sample(
-    console: Any, folder: Path, size: int, height: int | None, width: int | None, seed: int, overwrite: bool
+    console: Any, folder: Path, size: int, height: int | None, width: int | None, seed: int, axes: str, overwrite: bool
 ) -> None:
     """Make a 4-band scene with labels: FOLDER/scene.zarr and FOLDER/labels.zarr.
 
     \b
     outsize sample demo
-    outsize sample giant --size 30000 --seed 7
+    outsize sample giant --size 30000 --axes yxb
     """
     from .sample import run_sample
 
-    run_sample(console, folder, height=height or size, width=width or size, seed=seed, overwrite=overwrite)
+    run_sample(console, folder, height=height or size, width=width or size, seed=seed, axes=axes, overwrite=overwrite)
 
 
 @cli.command()

@@ -13,7 +13,7 @@ import rasterio.crs
 import zarr
 from affine import Affine
 
-from ..tiler.errors import OutputError
+from ..tiler.errors import OutputError, UsageError
 from ..tiler.geometry import Grid, Window
 from ..tiler.georeference import Georeference, from_rasterio
 from ..tiler.store import create_raster_group
@@ -30,16 +30,19 @@ def scene_place() -> Georeference:
     return from_rasterio(rasterio.crs.CRS.from_user_input(CRS), Affine(PIXEL_METRES, 0, x, 0, -PIXEL_METRES, y))
 
 
-def _create(folder: Path, scene: Scene) -> tuple[zarr.Array, zarr.Array]:
+def _create(folder: Path, scene: Scene, axes: str) -> tuple[zarr.Array, zarr.Array]:
     place = scene_place()
     chunk = (min(CHUNK, scene.height), min(CHUNK, scene.width))
+    sizes = {"b": len(BANDS), "y": scene.height, "x": scene.width}
+    chunks = {"b": len(BANDS), "y": chunk[0], "x": chunk[1]}
+    names = {"b": "band", "y": "y", "x": "x"}
     image = create_raster_group(
         folder / "scene.zarr",
         name="image",
-        shape=(len(BANDS), scene.height, scene.width),
-        dims=("band", "y", "x"),
+        shape=tuple(sizes[axis] for axis in axes),
+        dims=tuple(names[axis] for axis in axes),
         dtype=np.dtype(np.uint8),
-        chunks=(len(BANDS), *chunk),
+        chunks=tuple(chunks[axis] for axis in axes),
         place=place,
         fill=NODATA,
         nodata=NODATA,
@@ -68,17 +71,26 @@ def _create(folder: Path, scene: Scene) -> tuple[zarr.Array, zarr.Array]:
 
 
 def write_scene(
-    folder: Path, scene: Scene, *, overwrite: bool = False, advance: Callable[[int], None] | None = None
+    folder: Path,
+    scene: Scene,
+    *,
+    axes: str = "byx",
+    overwrite: bool = False,
+    advance: Callable[[int], None] | None = None,
 ) -> None:
     """Write FOLDER/scene.zarr and FOLDER/labels.zarr; both appear under their names only when whole.
 
     Args:
+        axes: order of the scene's dimensions, "byx" or "yxb"; the array names them.
         overwrite: replace stores that are there.
         advance: called with the number of pixels just written.
 
     Raises:
         OutputError: a store of that name is there.
+        UsageError: another order of dimensions.
     """
+    if axes not in ("byx", "yxb"):
+        raise UsageError(f"axes must be byx or yxb, got {axes!r}")
     targets = [folder / "scene.zarr", folder / "labels.zarr"]
     for target in targets:
         if target.exists() and not overwrite:
@@ -86,7 +98,7 @@ def write_scene(
     unfinished = folder / ".creating"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    image, labels = _create(unfinished, scene)
+    image, labels = _create(unfinished, scene, axes)
     grid = Grid(shape=scene.shape, cell=(CHUNK, CHUNK))
 
     def write(window: Window) -> int:
@@ -98,7 +110,10 @@ def write_scene(
             whole = Window(y=window.y + part.y, x=window.x + part.x, height=part.height, width=part.width)
             pixels[:, rows, columns], classes[rows, columns] = render_window(scene, whole)
         rows, columns = window.slices()
-        image[:, rows, columns] = pixels
+        if axes == "byx":
+            image[:, rows, columns] = pixels
+        else:
+            image[rows, columns] = np.moveaxis(pixels, 0, 2)
         labels[rows, columns] = classes
         return window.pixels
 
