@@ -159,7 +159,7 @@ def run_pack(console: Console, source: SourceOptions, out: Path, options: PackOp
     note = f"\nto load it: --trust-model, or --sha256 {hash_file(trusted)} (of {trusted.name})" if runs_code else ""
     console.result(
         f"{target} and {said.artifact.name}: {count_of(bands, 'band')}, "
-        f"{len(model.classes)} classes, {model.parameters:,} parameters{note}",
+        f"{count_of(len(model.classes), 'class')}, {model.parameters:,} parameters{note}",
         {"out": str(target), "weights": str(said.artifact), **_values(said, target)},
     )
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from ..models.segmentation.palette import default_colour
 from ..tiler.errors import RasterError
 from ..tiler.geometry import Grid, Window
 from ..tiler.raster import Raster, open_raster
@@ -82,8 +83,7 @@ def _stretch(values: npt.NDArray[Any]) -> Rgb:
 
 
 def _colour_classes(classes: npt.NDArray[Any], header: dict[str, Any]) -> Rgb:
-    palette = np.zeros((256, 3), np.uint8)
-    palette[:] = np.linspace(60, 200, 256)[:, None]
+    palette = np.array([default_colour(value) for value in range(256)], np.uint8)
     for entry in header["classes"]:
         palette[entry["value"]] = entry["colour"]
     palette[NODATA] = _GREY
@@ -138,7 +138,11 @@ def _compose(
     tallest = max(picture.height for _, picture in panels)
     width = max(sum(picture.width for _, picture in panels) + margin * (len(panels) + 1), 420)
     valid = max(1, int(shares[:NODATA].sum()))
-    entries = [(tuple(e["colour"]), f"{e['name']} {100 * shares[e['value']] / valid:.1f} %") for e in header["classes"]]
+    known = header["classes"] or [
+        {"value": int(value), "name": f"class {value}", "colour": default_colour(int(value))}
+        for value in np.flatnonzero(shares[:NODATA])
+    ]
+    entries = [(tuple(e["colour"]), f"{e['name']} {100 * shares[e['value']] / valid:.1f} %") for e in known]
     entries.append((_GREY, "nodata"))
     rows = _legend_rows(entries, font, width - 2 * margin)
     canvas = Image.new("RGB", (width, margin + caption + tallest + margin + 28 * len(rows) + margin), _PAPER)

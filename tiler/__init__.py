@@ -15,8 +15,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "network": ["Network", "analyze_network"],
         "plan": ["TilePlan"],
         "planner": ["plan_tiles"],
-        "raster": ["Raster", "open_raster"],
+        "raster": ["Raster", "ReadOptions", "open_raster"],
+        "raster_parts": ["open_mosaic", "open_stack"],
         "run": ["RunSummary", "predict"],
         "store": ["OutputDescription"],
+        "transfer": ["copy_raster"],
     },
 )

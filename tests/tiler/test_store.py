@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 import rioxarray  # noqa: F401 - registers .rio
+import torch
 import xarray
 from affine import Affine
 from outsize.tiler.errors import OutputError
@@ -19,6 +22,7 @@ from outsize.tiler.planner import plan_tiles
 from outsize.tiler.raster import open_raster
 from outsize.tiler.store import (
     OutputDescription,
+    chunk_file,
     create_output,
     has_all_chunks,
     open_array,
@@ -36,8 +40,6 @@ PLACE = from_rasterio(CRS.from_string(WHERE), TRANSFORM)
 
 
 def class_plan(shape: tuple[int, int] = (130, 200)) -> TilePlan:
-    import torch
-
     class Argmax(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.argmax(1, keepdim=True).to(torch.uint8)
@@ -45,18 +47,26 @@ def class_plan(shape: tuple[int, int] = (130, 200)) -> TilePlan:
     return plan_tiles((3, *shape), analyze_network(Argmax(), bands=3), core=64)
 
 
-def make_output(path: Path, place: Georeference = PLACE) -> TilePlan:
+FORMATS = pytest.mark.parametrize("zarr_format", [2, 3])
+
+
+def make_output(path: Path, place: Georeference = PLACE, zarr_format: Any = 3) -> TilePlan:
     plan = class_plan()
     description = OutputDescription(kind="class", classes=("a", "b c"), colours=((1, 2, 3), (4, 5, 6)))
-    create_output(path, plan=plan, description=description, place=place, header={"source": "nowhere"})
+    header = {"source": "nowhere"}
+    create_output(path, plan=plan, description=description, place=place, header=header, zarr_format=zarr_format)
     return plan
 
 
-def test_xarray_and_rioxarray_open_it_georeferenced_with_its_dtype(tmp_path: Path) -> None:
-    plan = make_output(tmp_path / "o.zarr")
+@FORMATS
+def test_xarray_and_rioxarray_open_it_georeferenced_with_its_dtype(tmp_path: Path, zarr_format: int) -> None:
+    plan = make_output(tmp_path / "o.zarr", zarr_format=zarr_format)
     core = plan.grid.window(1, 1)
     write_core(open_array(tmp_path / "o.zarr", "class", "r+"), core, np.full((1, *core.shape), 1, np.uint8))
-    dataset = xarray.open_dataset(tmp_path / "o.zarr", engine="zarr", consolidated=False, decode_coords="all")
+    old = zarr_format == 2
+    # Of v2 xarray takes the fill value for nodata, and would turn it into NaN.
+    options: dict[str, Any] = {"consolidated": old, "mask_and_scale": not old, "decode_coords": "all"}
+    dataset = xarray.open_dataset(tmp_path / "o.zarr", engine="zarr", **options)
     classes = dataset["class"]
     assert classes.dtype == np.uint8
     assert classes.rio.crs == CRS.from_string(WHERE)
@@ -67,11 +77,48 @@ def test_xarray_and_rioxarray_open_it_georeferenced_with_its_dtype(tmp_path: Pat
     assert float(dataset["x"][0]) == TRANSFORM.c + TRANSFORM.a / 2
 
 
-def test_it_is_read_back_as_a_raster_with_the_same_place(tmp_path: Path) -> None:
-    make_output(tmp_path / "o.zarr")
-    raster = open_raster(tmp_path / "o.zarr" / "class")
-    assert raster.place == PLACE
-    assert raster.nodata == 255
+@FORMATS
+def test_it_is_read_back_as_a_raster_with_the_same_place(tmp_path: Path, zarr_format: int) -> None:
+    make_output(tmp_path / "o.zarr", zarr_format=zarr_format)
+    for path in (tmp_path / "o.zarr" / "class", tmp_path / "o.zarr"):
+        raster = open_raster(path)
+        assert raster.array_path == "class"
+        assert raster.place == PLACE
+        assert raster.nodata == 255
+
+
+GDAL = tuple(int(part) for part in rasterio.__gdal_version__.split(".")[:2])
+
+
+@pytest.mark.parametrize("kind", ["class", "probability", "logits"])
+@pytest.mark.parametrize(
+    "zarr_format", [2, pytest.param(3, marks=pytest.mark.skipif(GDAL < (3, 12), reason="GDAL reads v3 from 3.12 on"))]
+)
+def test_gdal_opens_it_georeferenced_with_nodata_and_dtype(tmp_path: Path, kind: Any, zarr_format: Any) -> None:
+    class Head(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.argmax(1, keepdim=True).to(torch.uint8) if kind == "class" else x.to(dtype)
+
+    dtype = torch.uint8 if kind == "probability" else torch.float32
+    plan = plan_tiles((3, 130, 200), analyze_network(Head(), bands=3), core=64)
+    create_output(
+        tmp_path / "o.zarr",
+        plan=plan,
+        description=OutputDescription(kind=kind),
+        place=PLACE,
+        header={},
+        zarr_format=zarr_format,
+    )
+    core = plan.grid.window(1, 1)
+    channels = plan.output_shape[0]
+    values = np.random.default_rng(0).integers(0, 9, (channels, *core.shape)).astype(plan.output_dtype)
+    write_core(open_array(tmp_path / "o.zarr", kind, "r+"), core, values)
+    with rasterio.open(f'ZARR:"{tmp_path / "o.zarr"}":/{kind}') as dataset:
+        assert dataset.crs == PLACE.crs
+        assert dataset.transform.almost_equals(TRANSFORM)
+        assert dataset.dtypes == (plan.output_dtype,) * channels
+        assert np.array_equal([dataset.nodata], [np.nan if kind == "logits" else 255], equal_nan=True)
+        assert np.array_equal(dataset.read(window=((64, 128), (64, 128))), values)
 
 
 def test_a_rotated_grid_keeps_its_transform(tmp_path: Path) -> None:
@@ -91,8 +138,9 @@ def test_scaled_grids_keep_the_corner() -> None:
     assert scaled.affine * (2, 1) == PLACE.affine * (1, 4)
 
 
-def test_chunks_of_fill_value_are_written_too(tmp_path: Path) -> None:
-    plan = make_output(tmp_path / "o.zarr")
+@FORMATS
+def test_chunks_of_fill_value_are_written_too(tmp_path: Path, zarr_format: int) -> None:
+    plan = make_output(tmp_path / "o.zarr", zarr_format=zarr_format)
     tile = plan.tile(2, 3)
     assert not has_all_chunks(tmp_path / "o.zarr", "class", plan, tile)
     write_core(open_array(tmp_path / "o.zarr", "class", "r+"), tile.core, np.full((1, *tile.core.shape), 255, np.uint8))
@@ -100,12 +148,13 @@ def test_chunks_of_fill_value_are_written_too(tmp_path: Path) -> None:
     assert not has_all_chunks(tmp_path / "o.zarr", "class", plan, plan.tile(2, 2))
 
 
-def test_a_flipped_byte_in_a_chunk_is_an_error(tmp_path: Path) -> None:
-    plan = make_output(tmp_path / "o.zarr")
+@FORMATS
+def test_a_flipped_byte_in_a_chunk_is_an_error(tmp_path: Path, zarr_format: int) -> None:
+    plan = make_output(tmp_path / "o.zarr", zarr_format=zarr_format)
     core = plan.grid.window(0, 0)
     values = np.random.default_rng(0).integers(0, 2, (1, *core.shape)).astype(np.uint8)
     write_core(open_array(tmp_path / "o.zarr", "class", "r+"), core, values)
-    chunk = tmp_path / "o.zarr/class/c/0/0"
+    chunk = chunk_file(tmp_path / "o.zarr", "class", (0, 0))
     damaged = bytearray(chunk.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     chunk.write_bytes(damaged)
@@ -125,10 +174,14 @@ def test_headers_are_extended_and_foreign_stores_refused(tmp_path: Path) -> None
         read_header(tmp_path / "o.zarr")
 
 
-def test_layers_of_a_core_land_in_their_place(tmp_path: Path) -> None:
+@FORMATS
+def test_layers_of_a_core_land_in_their_place(tmp_path: Path, zarr_format: Any) -> None:
     network = analyze_network(alive(ZOO["convolution"]()).float(), bands=3)
     plan = plan_tiles((3, 70, 90), network, core=64)
-    create_output(tmp_path / "l.zarr", plan=plan, description=OutputDescription(kind="logits"), place=PLACE, header={})
+    description = OutputDescription(kind="logits", classes=("a", "b"), colours=((0, 0, 0), (9, 9, 9)))
+    create_output(
+        tmp_path / "l.zarr", plan=plan, description=description, place=PLACE, header={}, zarr_format=zarr_format
+    )
     core = plan.grid.window(1, 1)
     values = np.random.default_rng(0).random((2, *core.shape)).astype(np.float32)
     array = open_array(tmp_path / "l.zarr", "logits", "r+")
@@ -137,4 +190,8 @@ def test_layers_of_a_core_land_in_their_place(tmp_path: Path) -> None:
     assert np.array_equal(array[:, rows, columns], values)
     assert np.isnan(array[:, :64, :]).all()
     assert has_all_chunks(tmp_path / "l.zarr", "logits", plan, plan.tile(1, 1))
+    assert np.array_equal(open_array(tmp_path / "l.zarr", "class")[:], [0, 1])
+    assert dict(open_array(tmp_path / "l.zarr", "class").attrs)["flag_meanings"] == "a b"
+    chunk_file(tmp_path / "l.zarr", "logits", (1, 1, 1)).unlink()
+    assert not has_all_chunks(tmp_path / "l.zarr", "logits", plan, plan.tile(1, 1))
     assert core == Window(y=64, x=64, height=6, width=26)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from fractions import Fraction
 from math import ceil, floor
 
@@ -55,3 +57,15 @@ def test_the_tolerance_goes_with_the_logits(scale: float) -> None:
     bad = compare_patches([pair([scale * 1.01], [scale])], tiles=1, has_logits=True)  # pyright: ignore[reportArgumentType]
     assert good.passed
     assert not bad.passed
+
+
+def test_a_worker_never_imports_torch() -> None:
+    # It costs 170 MB in each process. Tasks, plugins and patches are unpickled from these modules.
+    code = (
+        "import sys\n"
+        "import outsize.tiler.check, outsize.tiler.engine_openvino, outsize.tiler.jobs, outsize.tiler.schedule\n"
+        "import outsize.tiler.transfer, outsize.tiler.worker\n"
+        "print('torch' in sys.modules)"
+    )
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert completed.stdout.strip() == "False"
