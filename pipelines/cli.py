@@ -180,6 +180,13 @@ _planning = _together(
         show_default=True,
         help="What runs the network.",
     ),
+    _option(
+        "--method",
+        type=click.Choice(["auto", "window", "program"]),
+        default="auto",
+        show_default=True,
+        help="Run the network on windows of the raster, or specialised to each tile; auto: windows where exact.",
+    ),
     _option("--workers", type=click.IntRange(1), help="Worker processes; without it one for each 8 cores."),
     _option("--threads", type=click.IntRange(1), help="Compute threads of each worker."),
     _option("--core", type=click.IntRange(1), help="Side of a tile's core; without it what the budget allows."),
@@ -279,7 +286,19 @@ def _cluster_options(options: dict[str, Any]) -> Any:
 def _segment_options(source: str, options: dict[str, Any]) -> Any:
     from .segment import SegmentOptions
 
-    names = ("model", "output", "memory", "engine", "workers", "threads", "core", "weights", "trust_model", "sha256")
+    names = (
+        "model",
+        "output",
+        "memory",
+        "engine",
+        "method",
+        "workers",
+        "threads",
+        "core",
+        "weights",
+        "trust_model",
+        "sha256",
+    )
     return SegmentOptions(
         source=source,
         reading=_read_options(options),

@@ -35,6 +35,7 @@ class SegmentOptions:
     output: Output
     memory: str
     engine: str | None
+    method: str | None
     workers: int | None
     threads: int | None
     core: int | None
@@ -87,6 +88,7 @@ def _plan(options: SegmentOptions, raster: Raster, network: Network) -> TilePlan
         threads=options.threads,
         core=options.core,
         region=_region(options, raster),
+        method=options.method,
         mark_nodata_context=options.mark_nodata_context,
     )
 
@@ -135,6 +137,7 @@ def run_segment(
             threads=options.threads,
             core=options.core,
             region=_region(options, raster),
+            method=options.method,
             mark_nodata_context=options.mark_nodata_context,
             zarr_format=zarr_format,
             space_check=space_check,

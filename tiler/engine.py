@@ -13,14 +13,23 @@ from .memory import MB, EngineMemory
 
 if TYPE_CHECKING:
     from .network import Network
+    from .plan import Tile
 
 EngineName = Literal["openvino", "torch"]
+Method = Literal["window", "program"]
+"""How a tile is computed: the module on a window of the image, or a program for its core."""
 
 # Measured with PSS on Linux (docs/memory.md); OpenVINO workers never import torch, oneDNN copies more in eager torch.
 ENGINE_MEMORY: dict[str, EngineMemory] = {
     "openvino": EngineMemory(worker_bytes=120 * MB, factor=1.2, constant_bytes=80 * MB),
     "torch": EngineMemory(worker_bytes=260 * MB, factor=2.1, constant_bytes=40 * MB),
 }
+
+PROGRAM_MEMORY: dict[str, EngineMemory] = {
+    "openvino": EngineMemory(worker_bytes=400 * MB, factor=1.4, constant_bytes=80 * MB),
+    "torch": EngineMemory(worker_bytes=280 * MB, factor=2.1, constant_bytes=40 * MB),
+}
+"""The same for programs: workers trace and convert by themselves, with torch."""
 
 ENGINE_EFFICIENCY: dict[str, float] = {"openvino": 0.6, "torch": 0.15}
 """Share of a large matrix product's speed that the default network reaches in a run; measured, for estimates only."""
@@ -38,6 +47,35 @@ class Engine(Protocol):
         ...
 
 
+class TileEngine(Protocol):
+    """Runs tiles of one raster; one thread at a time."""
+
+    def run_tile(self, image: npt.NDArray[Any], tile: Tile) -> npt.NDArray[Any]:
+        """(bands, h, w) of the tile's window -> (channels, h', w') of its core. The result is valid until the next
+        call."""
+        ...
+
+    def run_tile_with_logits(self, image: npt.NDArray[Any], tile: Tile) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """(result, logits) of the core; the result twice for a network without logits."""
+        ...
+
+
+class WindowTiles:
+    """Tiles by window runs: the network on the whole window, the core cut out."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def run_tile(self, image: npt.NDArray[Any], tile: Tile) -> npt.NDArray[Any]:
+        rows, columns = tile.crop.slices()
+        return self._engine.run(image)[:, rows, columns]
+
+    def run_tile_with_logits(self, image: npt.NDArray[Any], tile: Tile) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        rows, columns = tile.crop.slices()
+        finished, logits = self._engine.run_with_logits(image)
+        return finished[:, rows, columns], logits[:, rows, columns]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineProgram:
     """A network in an engine's own form, as bytes: what a worker gets, once."""
@@ -47,9 +85,24 @@ class EngineProgram:
     has_logits: bool
     threads: int
     """Compute threads of one worker process."""
+    method: Method = "window"
+    shape_yx: tuple[int, int] = (0, 0)
+    """Of the raster, for programs: they depend on where its edges are."""
+
+    def load_tiles(self) -> TileEngine:
+        """The engine with this network, for tiles.
+
+        Raises:
+            EngineError: the engine is not installed here.
+        """
+        if self.method == "program":
+            from .engine_programs import load_programs
+
+            return load_programs(self)
+        return WindowTiles(self.load())
 
     def load(self) -> Engine:
-        """The engine with this network.
+        """The engine with this network, for windows.
 
         Raises:
             EngineError: the engine is not installed here.
@@ -82,12 +135,22 @@ def choose_engine(name: str | None = None) -> EngineName:
     raise UsageError(f"engine must be auto, openvino or torch, got {name!r}")
 
 
-def compile_program(network: Network, engine: EngineName, threads: int) -> EngineProgram:
-    """Convert a network for an engine.
+def compile_program(
+    network: Network,
+    engine: EngineName,
+    threads: int,
+    method: Method = "window",
+    shape_yx: tuple[int, int] = (0, 0),
+) -> EngineProgram:
+    """Convert a network for an engine; for programs of a raster of that shape, or for windows.
 
     Raises:
         EngineError: the engine cannot run this network.
     """
+    if method == "program":
+        from .engine_programs import pack_programs
+
+        return pack_programs(network, engine, threads, shape_yx)
     if engine == "openvino":
         from .engine_openvino import convert_network
 

@@ -72,6 +72,27 @@ def _convertible(network: Network) -> Any:
     return trace(network.module, network.bands, getattr(torch, wider)).program
 
 
+def new_core() -> ov.Core:
+    """OpenVINO, opened."""
+    return ov.Core()
+
+
+def convert_exported(program: Any) -> ov.Model:
+    """An exported program of torch as OpenVINO's model."""
+    return ov.convert_model(program)
+
+
+def compile_options(threads: int) -> dict[str, Any]:
+    """How models are compiled."""
+    return {
+        # The default may be bfloat16 on some CPUs: another result than the module's.
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+        "INFERENCE_NUM_THREADS": threads,
+    }
+
+
 class OpenVinoEngine:
     """Runs a network at fixed shapes, one compiled program alive at a time."""
 
@@ -81,13 +102,7 @@ class OpenVinoEngine:
         self._model = self._core.read_model(graph, ov.Tensor(np.frombuffer(weights, np.uint8)))
         self._weights = weights  # the model's constants point into it
         self._has_logits = program.has_logits
-        self._options: dict[str, Any] = {
-            # The default may be bfloat16 on some CPUs: another result than the module's.
-            "INFERENCE_PRECISION_HINT": "f32",
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": "1",
-            "INFERENCE_NUM_THREADS": program.threads,
-        }
+        self._options = compile_options(program.threads)
         self._key: tuple[Any, ...] | None = None
         self._request: ov.InferRequest | None = None
 

@@ -38,6 +38,7 @@ def make_fingerprint(
         "network": hash_network(network),
         "kind": kind,
         "engine": plan.engine,
+        "method": plan.method,
         "fill": list(fill),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 from .errors import UsageError
 
@@ -99,6 +100,11 @@ class Halo:
         if len(set(sides)) == 1:
             return f"{self.top} px"
         return f"{self.top}/{self.bottom}/{self.left}/{self.right} px (top/bottom/left/right)"
+
+
+def footprint(wanted: Interval, scale: Fraction) -> Interval:
+    """The input pixels that lie under `wanted` output pixels of a network of that scale."""
+    return Interval(start=wanted.start // scale, stop=-((-wanted.stop) // scale))
 
 
 def align_down(position: int, period: int) -> int:

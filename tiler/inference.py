@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .engine import Engine, choose_engine, compile_program
+from .engine import Method, TileEngine, WindowTiles, choose_engine, compile_program
 from .engine_torch import TorchEngine
 from .errors import UsageError
 from .geometry import Window
 from .machine import cpu_count
 from .network import Network
+from .plan import Tile
+from .planner import choose_method
+from .program import make_program
 from .raster import Raster, read_filled
 from .store import output_nodata
 from .worker import missing_in_output
@@ -23,19 +26,37 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
-_ENGINES: OrderedDict[tuple[int, str], tuple[Network, Engine]] = OrderedDict()
+_ENGINES: OrderedDict[tuple[Any, ...], tuple[Network, TileEngine]] = OrderedDict()
 
 
-def _engine_for(network: Network, name: str | None) -> Engine:
+def _engine_for(network: Network, name: str | None, method: Method, shape_yx: tuple[int, int]) -> TileEngine:
     """This process's engine for a network; the last two are kept."""
     engine = choose_engine(name)
-    key = (id(network), engine)
+    key = (id(network), engine, method, shape_yx if method == "program" else None)
     if key not in _ENGINES:
-        program = None if engine == "torch" else compile_program(network, engine, cpu_count())
-        _ENGINES[key] = (network, program.load() if program else TorchEngine(network.module))
+        if method == "program":
+            from .engine_programs import open_programs
+
+            found: TileEngine = open_programs(network, engine, cpu_count(), shape_yx)
+        elif engine == "torch":
+            found = WindowTiles(TorchEngine(network.module))
+        else:
+            found = compile_program(network, engine, cpu_count()).load_tiles()
+        _ENGINES[key] = (network, found)
         if len(_ENGINES) > 2:
             _ENGINES.popitem(last=False)
     return _ENGINES[key][1]
+
+
+def _tile_of(network: Network, window: Window, method: Method, shape_yx: tuple[int, int]) -> Tile:
+    """The window of the result as a tile of its own."""
+    if method == "program":
+        source, top, left = make_program(network, shape_yx, window).window, window.y, window.x
+    else:
+        source = network.input_window(window, shape_yx)
+        top, left = (int(start * scale) for start, scale in zip((source.y, source.x), network.scale, strict=True))
+    crop = Window(y=window.y - top, x=window.x - left, height=window.height, width=window.width)
+    return Tile(row=0, column=0, core=window, target=window, window=source, crop=crop)
 
 
 def predict_window(
@@ -62,15 +83,15 @@ def predict_window(
     """
     if raster.bands != network.bands:
         raise UsageError(f"the network takes {network.bands} bands, the raster has {raster.bands}")
-    source = network.input_window(window, raster.shape_yx)
+    method = choose_method(network, None, raster.shape_yx)
+    tile = _tile_of(network, window, method, raster.shape_yx)
+    source = tile.window
     reader = raster.open_reader()
     try:
         filled = read_filled(reader, raster, source, fill)
     finally:
         reader.close()
-    top, left = (int(start * scale) for start, scale in zip((source.y, source.x), network.scale, strict=True))
-    rows, columns = Window(y=window.y - top, x=window.x - left, height=window.height, width=window.width).slices()
-    result = _engine_for(network, engine).run(filled.image)[:, rows, columns].copy()
+    result = _engine_for(network, engine, method, raster.shape_yx).run_tile(filled.image, tile).copy()
     if filled.missing is not None:
         result[:, missing_in_output(filled.missing, source, window, network.scale)] = output_nodata(result.dtype)
     return result

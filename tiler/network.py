@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -20,8 +21,18 @@ from .errors import UntileableError, UsageError
 from .geometry import Halo, Interval, Window, align_down, align_up
 from .graph import TracedGraph, operation_name, trace, where
 from .receptive import AxisGraph, AxisNode, Same
-from .rules import AXES, Call, Outcome, Pixels, apply_rule, bound_arguments, refuse_randomness, require_constant
-from .sizes import evaluate, expression_of, sample_extents
+from .rules import (
+    AXES,
+    Call,
+    Outcome,
+    Pixels,
+    apply_rule,
+    bound_arguments,
+    find_uniform,
+    refuse_randomness,
+    require_constant,
+)
+from .sizes import evaluate, expression_of, is_constant, sample_extents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +48,16 @@ class Network:
     graph: TracedGraph = field(repr=False)
     axes: tuple[AxisGraph, AxisGraph] = field(repr=False)
     """The interval rules along height and width."""
+    pixels: dict[Node, Pixels] = field(repr=False)
+    """What is known of each tensor that has pixels, in the order of the axes' nodes."""
     bands: int
     dtype: torch.dtype
     channels: int
     output_dtype: torch.dtype
     largest_extent: int | None = None
-    """Height or width of a raster up to which tiles are exact; None: any."""
+    """Height or width of a raster up to which window runs are exact; None: any."""
+    window_refusal: str = ""
+    """Why windows of the image cannot be run through the module itself, though programs can; empty: they can."""
 
     @property
     def stride(self) -> tuple[int, int]:
@@ -59,6 +74,11 @@ class Network:
         """Rasters are padded at bottom and right to a multiple of this; 1 for a network that takes every size."""
         return self.graph.size_multiple
 
+    def sizes(self, axis: int, extent: int) -> list[int]:
+        """Height or width of each of the axis's nodes for a (padded) image of that extent."""
+        symbol = (self.graph.height, self.graph.width)[axis]
+        return [evaluate(pixels.sizes[axis], symbol, extent) for pixels in self.pixels.values()]
+
     @property
     def halo(self) -> Halo:
         (top, bottom), (left, right) = (axis.halo() for axis in self.axes)
@@ -69,14 +89,7 @@ class Network:
 
         Raises:
             UsageError: a raster below the network's smallest size.
-            UntileableError: a raster above the size up to which tiles are exact.
         """
-        if self.largest_extent is not None and max(shape_yx) > self.largest_extent:
-            raise UntileableError(
-                f"bilinear upsampling by a factor other than 2, 4, 8, ... in float32 is exact up to "
-                f"{self.largest_extent} pixels a side (torch rounds its source coordinates), the raster has "
-                f"{max(shape_yx)}; use such a factor, or float64"
-            )
         height, width = (align_up(extent, self.size_multiple) for extent in shape_yx)
         for axis, extent, smallest in zip(AXES, (height, width), self.graph.smallest, strict=True):
             if extent < smallest:
@@ -97,6 +110,8 @@ class Network:
         Raises:
             UsageError: a core that is empty or outside the output.
         """
+        if self.window_refusal:
+            raise UntileableError(self.window_refusal)
         if core.pixels == 0 or not Window.whole(self.output_shape(shape_yx)).contains(core):
             height, width = self.output_shape(shape_yx)
             raise UsageError(f"a core must be non-empty and inside the output of {height} x {width}, got {core}")
@@ -136,6 +151,14 @@ def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype
         UntileableError: an operation without an exact rule, named with its module and source line; a module that fixes
             the image's size; an output that is not on the image's grid times a constant scale.
     """
+    with warnings.catch_warnings():
+        # What torch remarks on while it is tried out is not what the user asked; made errors, remarks would look like
+        # sizes that the module refuses.
+        warnings.simplefilter("ignore")
+        return _analyze(module, bands, dtype)
+
+
+def _analyze(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype[Any] | str | None) -> Network:
     if dtype is None:
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     elif not isinstance(dtype, torch.dtype):
@@ -146,6 +169,7 @@ def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype
     position: dict[Node, int] = {}
     axes: tuple[list[AxisNode], list[AxisNode]] = ([], [])
     largest_extents: list[int] = []
+    window_refusals: list[str] = []
     aliases = Aliases()
 
     def add(node: Node, pixels: Pixels, needs: tuple[Any, ...]) -> None:
@@ -164,7 +188,10 @@ def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype
         refuse_randomness(node)
         operands = {source: known[source] for source in node.all_input_nodes if source in known}
         if not operands:
-            require_constant(node, symbols)
+            if (uniform := find_uniform(node, symbols)) is not None:
+                add(node, uniform, ())
+            else:
+                require_constant(node, symbols)
             continue
         call = Call(
             node=node,
@@ -178,6 +205,8 @@ def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype
         add(node, _result_pixels(call, outcome), outcome.needs)
         if outcome.largest_extent is not None:
             largest_extents.append(outcome.largest_extent)
+        if outcome.window_refusal:
+            window_refusals.append(outcome.window_refusal)
 
     output = graph.output_nodes[0]
     if len(graph.output_nodes) != (2 if graph.has_logits else 1) or any(n not in known for n in graph.output_nodes):
@@ -188,13 +217,17 @@ def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype
         module=module,
         graph=graph,
         axes=(_axis_graph(axes[0], graph, position), _axis_graph(axes[1], graph, position)),
+        pixels=known,
         bands=bands,
         dtype=dtype,
         channels=int(output.meta["val"].shape[1]),
         output_dtype=output.meta["val"].dtype,
         largest_extent=min(largest_extents, default=None),
+        window_refusal=next(iter(window_refusals), ""),
     )
-    _check_sizes(result, known, output)
+    _check_output_size(result, known, output)
+    if not result.window_refusal:
+        result = replace(result, window_refusal=_find_irregular_sizes(result, known))
     require_agreement(module, graph, bands, dtype)
     return result
 
@@ -257,7 +290,9 @@ def _result_pixels(call: Call, outcome: Outcome) -> Pixels:
         for dim, extent in enumerate(value.shape):
             symbols = expression_of(extent).free_symbols & set(call.symbols)
             expected = {call.symbols[outcome.dims.index(dim)]} if dim in outcome.dims else set()
-            if symbols != expected:
+            if symbols != expected and (
+                expected or not is_constant(expression_of(extent), call.symbols, call.extents(0))
+            ):
                 call.refuse("it mixes height, width and other dimensions", "keep them as dimensions of their own")
     first = next(_tensors(call.node))
     return Pixels(
@@ -276,8 +311,8 @@ def _check_output(output: Node, pixels: Pixels) -> None:
         )
 
 
-def _check_sizes(network: Network, known: dict[Node, Pixels], output: Node) -> None:
-    """Refuse sizes that do not move with the image by whole strides, and outputs that are not ceil(size * scale)."""
+def _find_irregular_sizes(network: Network, known: dict[Node, Pixels]) -> str:
+    """The sentence on a node whose size does not move with the image by whole strides; empty where all do."""
     multiple = network.size_multiple
     seen: set[Any] = set()
     for node, pixels in known.items():
@@ -290,10 +325,16 @@ def _check_sizes(network: Network, known: dict[Node, Pixels], output: Node) -> N
             for extent in sample_extents(multiple, network.graph.smallest[axis]):
                 moved = evaluate(expression, symbol, extent + period * multiple)
                 if moved - evaluate(expression, symbol, extent) != period * multiple * scale:
-                    raise UntileableError(
+                    return (
                         f"{operation_name(node)} in {where(node)} cannot be tiled: its {AXES[axis]} does not follow "
                         "the image's in constant steps; crop and pad by constants or to another tensor's size"
                     )
+    return ""
+
+
+def _check_output_size(network: Network, known: dict[Node, Pixels], output: Node) -> None:
+    """Refuse outputs that are not ceil(size * scale)."""
+    multiple = network.size_multiple
     for axis, symbol in enumerate((network.graph.height, network.graph.width)):
         expression, scale = known[output].sizes[axis], known[output].scale[axis]
         for extent in sample_extents(multiple, network.graph.smallest[axis]):

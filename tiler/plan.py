@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .engine import ENGINE_EFFICIENCY, EngineName
+from .engine import ENGINE_EFFICIENCY, EngineName, Method
 from .geometry import Grid, Halo, Interval, Window
 from .memory import MB, MemoryPrediction, format_bytes
 
@@ -25,6 +25,8 @@ class Span:
     """[start, stop) in pixels of the whole result."""
     window: tuple[int, int]
     """[start, stop) in pixels of the (padded) raster."""
+    kind: str = ""
+    """Of a program: equal for spans that one program serves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,7 @@ class TilePlan:
     """Output pixels for each input pixel, as fractions."""
     halo: Halo
     size_multiple: int
+    method: Method
     engine: EngineName
     workers: int
     threads: int
@@ -116,24 +119,27 @@ class TilePlan:
             Interval(start=rows.window[0], stop=rows.window[1]),
             Interval(start=columns.window[0], stop=columns.window[1]),
         )
-        # Windows start on the stride, so their first pixel is a whole number of output pixels.
-        top, left = (
-            int(start * Fraction(scale)) for start, scale in zip((window.y, window.x), self.scale, strict=True)
-        )
+        if self.method == "program":
+            top, left = core.y, core.x
+        else:
+            # Windows start on the stride, so their first pixel is a whole number of output pixels.
+            top, left = (
+                int(start * Fraction(scale)) for start, scale in zip((window.y, window.x), self.scale, strict=True)
+            )
         crop = Window(y=core.y - top, x=core.x - left, height=core.height, width=core.width)
         return Tile(row=row, column=column, core=core, target=target, window=window, crop=crop)
 
     def order(self) -> list[tuple[int, int]]:
         """Tiles in the order of the run: those of one window shape together, so that few programs are built."""
-        heights = [span.window[1] - span.window[0] for span in self.rows]
-        widths = [span.window[1] - span.window[0] for span in self.columns]
-        return sorted(self.grid, key=lambda at: (-heights[at[0]], -widths[at[1]], at))
+        heights = [(span.window[0] - span.window[1], span.kind) for span in self.rows]
+        widths = [(span.window[0] - span.window[1], span.kind) for span in self.columns]
+        return sorted(self.grid, key=lambda at: (heights[at[0]], widths[at[1]], at))
 
     @property
     def geometries(self) -> int:
-        """Number of distinct window shapes, that is of programs."""
-        return len({s.window[1] - s.window[0] for s in self.rows}) * len(
-            {s.window[1] - s.window[0] for s in self.columns}
+        """Number of distinct window shapes or programs."""
+        return len({(s.window[1] - s.window[0], s.kind) for s in self.rows}) * len(
+            {(s.window[1] - s.window[0], s.kind) for s in self.columns}
         )
 
     @property
@@ -155,7 +161,8 @@ class TilePlan:
         }
         for axis in ("rows", "columns"):
             fields[axis] = tuple(
-                Span(core=(s["core"][0], s["core"][1]), window=(s["window"][0], s["window"][1])) for s in values[axis]
+                Span(core=(s["core"][0], s["core"][1]), window=(s["window"][0], s["window"][1]), kind=s["kind"])
+                for s in values[axis]
             )
         if values.get("receptive"):
             fields["receptive"] = tuple(tuple((lo, hi) for lo, hi in axis) for axis in values["receptive"])
@@ -179,12 +186,18 @@ class TilePlan:
             ),
             (
                 "halo",
-                f"{self.halo}, derived from the traced graph; windows start on a stride of {_pair(self.stride)} px",
+                f"{self.halo}, derived from the traced graph; "
+                + (
+                    "each operation computes only the pixels that a core needs"
+                    if self.method == "program"
+                    else f"windows start on a stride of {_pair(self.stride)} px"
+                ),
             ),
             (
                 "tiles",
                 f"{rows * columns} ({rows} x {columns}), core {_pair(self.core)}, largest window {window_h} x "
-                f"{window_w}, {self.geometries} window shape{'s' if self.geometries != 1 else ''}",
+                f"{window_w}, {self.geometries} {'program' if self.method == 'program' else 'window shape'}"
+                f"{'s' if self.geometries != 1 else ''}",
             ),
             (
                 "overhead",

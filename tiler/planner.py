@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from .cost import compute_flops, compute_peak_bytes
-from .engine import ENGINE_MEMORY, choose_engine
-from .errors import BudgetError, UsageError
+from .engine import ENGINE_MEMORY, PROGRAM_MEMORY, Method, choose_engine
+from .errors import BudgetError, UntileableError, UsageError
 from .geometry import Interval, Window
 from .machine import cpu_count
 from .memory import MB, MemoryPrediction, format_bytes, parse_bytes, predict_memory
 from .network import Network
 from .plan import GDAL_CACHE_BYTES, Span, TilePlan, largest_window
+from .program import compute_geometry, compute_halo, geometry_key
 from .raster import Raster
 
 CORES = (4096, 3072, 2048, 1024, 512, 256, 128, 64)
@@ -52,6 +53,42 @@ def compute_spans(
     )
 
 
+def compute_program_spans(
+    network: Network, axis: int, raster_shape_yx: tuple[int, int], core: int, wanted: Interval
+) -> tuple[Span, ...]:
+    """The tiles along one axis, each with the pixels that its program reads."""
+    extent = network.padded_shape(raster_shape_yx)[axis]
+    spans: list[Span] = []
+    for start in range(wanted.start, wanted.stop, core):
+        part = Interval(start=start, stop=min(start + core, wanted.stop))
+        geometry = compute_geometry(network, axis, extent, part)
+        window = geometry.window
+        key = geometry_key(network, axis, geometry)
+        spans.append(Span(core=(part.start, part.stop), window=(window.start, window.stop), kind=key))
+    return tuple(spans)
+
+
+def choose_method(network: Network, method: str | None, shape_yx: tuple[int, int]) -> Method:
+    """Window runs where they are exact, else programs.
+
+    Raises:
+        UsageError: no such method.
+        UntileableError: windows were asked for, but they cannot be exact.
+    """
+    if method not in (None, "auto", "window", "program"):
+        raise UsageError(f"method must be auto, window or program, got {method!r}")
+    refusal = network.window_refusal
+    if not refusal and network.largest_extent is not None and max(shape_yx) > network.largest_extent:
+        refusal = (
+            f"bilinear upsampling by a factor other than 2, 4, 8, ... in float32 is exact up to "
+            f"{network.largest_extent} pixels a side (torch rounds its source coordinates), the raster has "
+            f"{max(shape_yx)}; run programs"
+        )
+    if method == "window" and refusal:
+        raise UntileableError(refusal)
+    return "program" if method == "program" or refusal else "window"
+
+
 def plan_tiles(
     raster: Raster | tuple[int, int, int],
     network: Network,
@@ -63,6 +100,7 @@ def plan_tiles(
     core: int | None = None,
     region: Window | None = None,
     mark_nodata_context: bool = False,
+    method: str | None = None,
 ) -> TilePlan:
     """Decide how to run a network over a raster within a memory budget.
 
@@ -75,6 +113,7 @@ def plan_tiles(
         core: side of the cores in output pixels; None: the largest that the budget allows.
         region: what is wanted, in pixels of the raster; None: all of it. Its result equals the whole image's there.
         mark_nodata_context: also write which pixels' receptive fields touch nodata.
+        method: "window" or "program"; None: windows where they are exact.
 
     Raises:
         UsageError: another number or kind of bands than the network takes; options below 1; a region outside.
@@ -93,6 +132,9 @@ def plan_tiles(
     if isinstance(raster, Raster) and raster.dtype != np.dtype(dtype):
         raise UsageError(f"the network was analysed for {dtype} pixels, the raster has {raster.dtype}; analyse again")
     engine_name = choose_engine(engine)
+    chosen = choose_method(network, method, (shape[1], shape[2]))
+    if mark_nodata_context and network.window_refusal:
+        raise UsageError("--mark-nodata-context is for networks that windows can run; leave it out")
     cpus = cpu_count()
     workers = workers or max(1, cpus // CORES_PER_WORKER)
     threads = threads or max(1, cpus // workers)
@@ -109,8 +151,9 @@ def plan_tiles(
     for side in [core] if core else CORES:
         if max(wanted.shape) > MOST_TILES * side:
             continue
-        rows = compute_spans(network, 0, shape_yx, side, wanted.rows)
-        columns = compute_spans(network, 1, shape_yx, side, wanted.columns)
+        make_spans = compute_program_spans if chosen == "program" else compute_spans
+        rows = make_spans(network, 0, shape_yx, side, wanted.rows)
+        columns = make_spans(network, 1, shape_yx, side, wanted.columns)
         tiles = len(rows) * len(columns)
         if core is None and side > LARGEST_CHUNK and tiles < TILES_PER_WORKER * workers:
             continue
@@ -123,7 +166,7 @@ def plan_tiles(
                 f"a core above {LARGEST_CHUNK} must be a multiple of it, so that a tile owns whole chunks, got {side}"
             )
         prediction = predict_memory(
-            engine=ENGINE_MEMORY[engine_name],
+            engine=PROGRAM_MEMORY[engine_name] if chosen == "program" else ENGINE_MEMORY[engine_name],
             workers=workers,
             in_flight=min(IN_FLIGHT, tiles),
             client_bytes=CLIENT_BYTES[engine_name],
@@ -150,8 +193,9 @@ def plan_tiles(
             columns=columns,
             stride=network.stride,
             scale=(str(network.scale[0]), str(network.scale[1])),
-            halo=network.halo,
+            halo=compute_halo(network) if chosen == "program" else network.halo,
             size_multiple=network.size_multiple,
+            method=chosen,
             engine=engine_name,
             workers=workers,
             threads=threads,

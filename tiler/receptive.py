@@ -10,10 +10,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from math import lcm
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
-from .geometry import Interval
+import numpy as np
+import numpy.typing as npt
+import sympy
+
+from .geometry import Interval, footprint
+from .sizes import evaluate
+
+ResampleMode = Literal["nearest", "nearest-exact", "bilinear", "bicubic"]
+MirrorMode = Literal["reflect", "replicate"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extents:
+    """How long things are along one axis of one image."""
+
+    image: int
+    operand: int
+    result: int
 
 
 class AxisRule(Protocol):
@@ -25,7 +43,11 @@ class AxisRule(Protocol):
         ...
 
     def needs(self, wanted: Interval) -> Interval:
-        """The smallest input interval from which every pixel of the non-empty `wanted` follows."""
+        """For window runs: an input interval from which every pixel of the non-empty `wanted` follows, unclamped."""
+        ...
+
+    def reads(self, wanted: Interval, extents: Extents) -> Interval:
+        """For programs: the pixels of the operand that `wanted` is computed from; what lies beyond them is padding."""
         ...
 
 
@@ -39,6 +61,9 @@ class Same:
 
     def needs(self, wanted: Interval) -> Interval:
         return wanted
+
+    def reads(self, wanted: Interval, extents: Extents) -> Interval:
+        return wanted.clamp(extents.operand)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +88,42 @@ class Slide:
             stop=(wanted.stop - 1) * self.stride - self.padding + self.extent + self.beyond,
         )
 
+    def under(self, wanted: Interval) -> Interval:
+        """The windows of `wanted`, padding included."""
+        return Interval(
+            start=wanted.start * self.stride - self.padding,
+            stop=(wanted.stop - 1) * self.stride - self.padding + self.extent,
+        )
+
+    def reads(self, wanted: Interval, extents: Extents) -> Interval:
+        return self.under(wanted).clamp(extents.operand)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """Transposed convolution: input j adds to outputs [j*stride - padding, ... + extent)."""
+
+    extent: int
+    """dilation * (kernel - 1) + 1, in output pixels."""
+    stride: int
+    padding: int
+    beyond: int = 0
+    """As of Shift: input pixels after the last needed one that must exist."""
+
+    @property
+    def ratio(self) -> Fraction:
+        return Fraction(self.stride)
+
+    def needs(self, wanted: Interval) -> Interval:
+        start = -((self.extent - 1 - self.padding - wanted.start) // self.stride)
+        stop = (wanted.stop - 1 + self.padding) // self.stride + 1
+        # Between inputs that lie further apart than the kernel reaches, an output may need none.
+        return Interval(start=min(start, stop), stop=stop + self.beyond)
+
+    def reads(self, wanted: Interval, extents: Extents) -> Interval:
+        needed = self.needs(wanted)
+        return Interval(start=needed.start, stop=max(needed.start, needed.stop - self.beyond)).clamp(extents.operand)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnlargeNearest:
@@ -76,6 +137,9 @@ class EnlargeNearest:
 
     def needs(self, wanted: Interval) -> Interval:
         return Interval(start=wanted.start // self.factor, stop=(wanted.stop - 1) // self.factor + 1)
+
+    def reads(self, wanted: Interval, extents: Extents) -> Interval:
+        return self.needs(wanted).clamp(extents.operand)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +157,116 @@ class EnlargeBilinear:
 
     def needs(self, wanted: Interval) -> Interval:
         return Interval(start=self._floor(wanted.start), stop=self._floor(wanted.stop - 1) + 2)
+
+    def reads(self, wanted: Interval, extents: Extents) -> Interval:
+        return self.needs(wanted).clamp(extents.operand)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnlargeBicubic:
+    """Bicubic upsampling by an integer (align_corners=False): as bilinear, and one pixel more on both sides."""
+
+    factor: int
+
+    @property
+    def ratio(self) -> Fraction:
+        return Fraction(self.factor)
+
+    def needs(self, wanted: Interval) -> Interval:
+        linear = EnlargeBilinear(factor=self.factor).needs(wanted)
+        return Interval(start=linear.start - 1, stop=linear.stop + 1)
+
+    def reads(self, wanted: Interval, extents: Extents) -> Interval:
+        return self.needs(wanted).clamp(extents.operand)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resample:
+    """Interpolation to another size: result i mixes the operand's pixels as `taps` says, in torch's own arithmetic."""
+
+    mode: ResampleMode
+    align_corners: bool
+    factor: float | None
+    """As given to torch; None: result's over operand's size."""
+    double: bool
+    """Coordinates in float64, as torch computes them for float64 pixels."""
+    growth: Fraction
+    """Result's pixels for each pixel of the operand, in the limit of large images."""
+    window: AxisRule | None
+    """The rule for window runs; None: a pixel's weights depend on the image's size, so that windows cannot be exact."""
+
+    @property
+    def ratio(self) -> Fraction:
+        return self.growth
+
+    def needs(self, wanted: Interval) -> Interval:
+        assert self.window is not None
+        return self.window.needs(wanted)
+
+    def reads(self, wanted: Interval, extents: Extents) -> Interval:
+        indices, _ = compute_taps(self, wanted, extents)
+        return Interval(start=int(indices.min()), stop=int(indices.max()) + 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """Cropping, padding and striding from a start that depends on the image's size; for programs only."""
+
+    start: sympy.Expr
+    symbol: sympy.Symbol
+    growth: Fraction
+    """Result's pixels for each pixel of the operand, in the limit of large images."""
+    step: int = 1
+
+    @property
+    def ratio(self) -> Fraction:
+        return self.growth
+
+    def needs(self, wanted: Interval) -> Interval:
+        raise NotImplementedError
+
+    def under(self, wanted: Interval, extents: Extents) -> Interval:
+        """The operand's pixels of `wanted`, those beyond its edges included."""
+        start = evaluate(self.start, self.symbol, extents.image)
+        return Interval(start=start + wanted.start * self.step, stop=start + (wanted.stop - 1) * self.step + 1)
+
+    def reads(self, wanted: Interval, extents: Extents) -> Interval:
+        return self.under(wanted, extents).clamp(extents.operand)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mirror:
+    """Padding by the image's own pixels, reflected or repeated: output i is input i + offset, or one within `reach`."""
+
+    offset: int
+    mode: MirrorMode
+    reach: int
+    """How far from i + offset the pixel lies that stands in for one beyond the edge, at most."""
+    beyond: int = 0
+    """As of Shift."""
+
+    @property
+    def ratio(self) -> Fraction:
+        return Fraction(1)
+
+    def needs(self, wanted: Interval) -> Interval:
+        return Interval(
+            start=wanted.start + self.offset - self.reach,
+            stop=wanted.stop + self.offset + max(self.reach, self.beyond),
+        )
+
+    def indices(self, wanted: Interval, extents: Extents) -> npt.NDArray[np.int64]:
+        """The operand's pixel for each wanted one."""
+        position = np.arange(wanted.start, wanted.stop) + self.offset
+        last = extents.operand - 1
+        if self.mode == "replicate":
+            return position.clip(0, last)
+        position = np.abs(position)
+        return np.where(position > last, 2 * last - position, position)
+
+    def reads(self, wanted: Interval, extents: Extents) -> Interval:
+        indices = self.indices(wanted, extents)
+        return Interval(start=int(indices.min()), stop=int(indices.max()) + 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +286,13 @@ class Shift:
 
     def needs(self, wanted: Interval) -> Interval:
         return Interval(start=wanted.start + self.offset, stop=wanted.stop + self.offset + self.beyond)
+
+    def under(self, wanted: Interval) -> Interval:
+        """The operand's pixels of `wanted`, those beyond its edges included."""
+        return Interval(start=wanted.start + self.offset, stop=wanted.stop + self.offset)
+
+    def reads(self, wanted: Interval, extents: Extents) -> Interval:
+        return self.under(wanted).clamp(extents.operand)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,9 +355,54 @@ class AxisGraph:
         return (core_input.start - needed.start, needed.stop - core_input.stop)
 
 
-def footprint(wanted: Interval, scale: Fraction) -> Interval:
-    """The input pixels that lie under `wanted` output pixels of a network of that scale."""
-    return Interval(start=wanted.start // scale, stop=-((-wanted.stop) // scale))
+@lru_cache(maxsize=256)
+def compute_taps(
+    rule: Resample, wanted: Interval, extents: Extents
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any] | None]:
+    """(indices, weights), both (taps, wanted pixels): the operand's pixels that each result pixel mixes, and how.
+
+    torch's own arithmetic, roundings included (aten/src/ATen/native/UpSample.h): coordinates are float32 for pixels up
+    to float32, and nearest always. Weights are None for one tap.
+    """
+    nearest = rule.mode.startswith("nearest")
+    real = np.float64 if rule.double and not nearest else np.float32
+    last = extents.operand - 1
+    position = np.arange(wanted.start, wanted.stop)
+    if rule.align_corners:
+        scale = real(last) / real(extents.result - 1) if extents.result > 1 else real(0)
+        source = scale * position.astype(real)
+    else:
+        # torch divides in double and then rounds.
+        scale = real(1.0 / rule.factor) if rule.factor else real(extents.operand) / real(extents.result)
+        if rule.mode == "nearest":
+            source = position.astype(real) * scale
+        elif rule.mode == "nearest-exact":
+            source = (position.astype(real) + real(0.5)) * scale
+        else:
+            source = scale * (position.astype(real) + real(0.5)) - real(0.5)
+    if nearest:
+        return np.minimum(np.floor(source).astype(np.int64), last)[None], None
+    if rule.mode == "bilinear":
+        source = np.maximum(source, real(0))
+        first = np.minimum(np.floor(source).astype(np.int64), last)
+        weight = np.clip(source - first.astype(real), real(0), real(1))
+        return np.stack([first, np.minimum(first + 1, last)]), np.stack([real(1) - weight, weight])
+    first = np.floor(source).astype(np.int64)
+    t = source - first.astype(real)
+    return np.stack([np.clip(first + k, 0, last) for k in (-1, 0, 1, 2)]), _cubic_weights(t)
+
+
+def _cubic_weights(t: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Keys' cubic convolution with a = -0.75, for the pixels at -1, 0, 1 and 2 from the source's floor."""
+    a = t.dtype.type(-0.75)
+
+    def near(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return ((a + 2) * x - (a + 3)) * x * x + 1
+
+    def far(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+
+    return np.stack([far(t + 1), near(t), near(1 - t), far(2 - t)])
 
 
 def _hull(intervals: Iterable[Interval | None]) -> Interval | None:

@@ -42,7 +42,9 @@ class Outcome:
     dims: tuple[int, int]
     needs: tuple[tuple[Node, AxisRule, AxisRule], ...]
     largest_extent: int | None = None
-    """Height or width of the image up to which tiles are exact; None: any."""
+    """Height or width of the image up to which window runs are exact; None: any."""
+    window_refusal: str = ""
+    """Why windows cannot be exact though programs can; empty: they can."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +63,11 @@ class Call:
     def name(self) -> str:
         return operation_name(self.node)
 
+    def sentence(self, reason: str, remedy: str) -> str:
+        return f"{self.name} in {where(self.node)} cannot be tiled: {reason}; {remedy}"
+
     def refuse(self, reason: str, remedy: str) -> NoReturn:
-        raise UntileableError(f"{self.name} in {where(self.node)} cannot be tiled: {reason}; {remedy}")
+        raise UntileableError(self.sentence(reason, remedy))
 
     def pixels(self, argument: str = "self") -> tuple[Node, Pixels]:
         """The operand that must have pixels."""
@@ -87,15 +92,13 @@ class Call:
         """Extents of the image along `axis` at which sizes are compared."""
         return sample_extents(self.size_multiple, self.smallest[axis])
 
-    def constant(self, axis: int, value: Any, what: str) -> int:
-        """An argument that must be the same number for every image size."""
+    def constant_or_none(self, axis: int, value: Any) -> int | None:
+        """An argument that is the same number for every image size; None where it is not."""
         if isinstance(value, int):
             return value
         expression = expression_of(value)
         values = {self.size_at(axis, expression, extent) for extent in self.extents(axis)}
-        if len(values) != 1:
-            self.refuse(f"{what} depends on the image's {AXES[axis]}", "make it a constant")
-        return values.pop()
+        return values.pop() if len(values) == 1 else None
 
 
 def bound_arguments(node: Node) -> dict[str, Any]:
@@ -157,7 +160,22 @@ def apply_rule(call: Call) -> Outcome:
 
 
 _TAKE_SIZES = frozenset(
-    f"aten.{name}" for name in ("slice", "pad", "constant_pad_nd", "upsample_nearest2d", "upsample_bilinear2d")
+    f"aten.{name}"
+    for name in (
+        *("_upsample_nearest_exact2d", "constant_pad_nd", "expand", "flatten", "narrow", "pad", "reflection_pad2d"),
+        *(
+            "conv_transpose2d",
+            "layer_norm",
+            "repeat",
+            "replication_pad2d",
+            "reshape",
+            "slice",
+            "unflatten",
+            "upsample_bicubic2d",
+            "upsample_bilinear2d",
+        ),
+        *("upsample_nearest2d", "view"),
+    )
 )
 """Operations whose rules look at every size among their arguments."""
 
@@ -173,6 +191,35 @@ def _refuse_sizes_as_values(node: Node) -> None:
                 f"{operation_name(node)} in {where(node)} cannot be tiled: it uses the image's size as a number; "
                 "replace it by a constant"
             )
+
+
+def find_uniform(node: Node, symbols: tuple[sympy.Symbol, sympy.Symbol]) -> Pixels | None:
+    """A tensor of the image's size whose pixels are all alike: a constant expanded, or filled; None for all else."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    extents = [expression_of(extent) for extent in value.shape]
+    dims = [[d for d, extent in enumerate(extents) if extent.free_symbols & {symbol}] for symbol in symbols]
+    if any(len(found) != 1 for found in dims) or dims[0] == dims[1]:
+        return None
+    both = (dims[0][0], dims[1][0])
+    if operation_name(node) == "aten.expand":
+        source = bound_arguments(node)["self"].meta["val"].shape
+        moved = len(extents) - len(source)
+        if any(d >= moved and source[d - moved] != 1 for d in both):
+            return None
+    elif operation_name(node) not in ("aten.full", "aten.zeros", "aten.ones"):
+        return None
+    sizes = (extents[both[0]], extents[both[1]])
+    if any(sizes[axis].free_symbols - {symbols[axis]} for axis in (0, 1)):
+        return None
+    growth = [
+        Fraction(
+            evaluate(sizes[axis], symbols[axis], (1 << 20) + 5040) - evaluate(sizes[axis], symbols[axis], 1 << 20), 5040
+        )
+        for axis in (0, 1)
+    ]
+    return Pixels(dims=both, scale=(growth[0], growth[1]), sizes=sizes)
 
 
 def require_constant(node: Node, symbols: tuple[sympy.Symbol, sympy.Symbol]) -> None:

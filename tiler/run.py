@@ -14,23 +14,25 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from distributed import Client
 
-from .check import StartCheck, compare_patches, larger_window, require_exact, sample_patches
+from .check import CheckPatch, StartCheck, compare_patches, larger_window, require_exact, sample_patches
 from .cluster import ClusterOptions, open_client
 from .engine import EngineProgram, compile_program
 from .engine_torch import TorchEngine
 from .errors import BudgetError, OutputError, UsageError
 from .events import ClusterReady, Event, Listener, RunPlanned, StartChecked, TileFinished, TileRecord
 from .fingerprint import find_differences, make_fingerprint
-from .geometry import Window
+from .geometry import Interval, Window
 from .jobs import JobPlugin
 from .memory import format_bytes, parse_bytes
 from .meter import MemoryMeter
 from .network import Network
 from .plan import GDAL_CACHE_BYTES, TilePlan
 from .planner import plan_tiles
-from .raster import Raster, open_raster, read_filled
+from .program import make_program
+from .raster import Raster, RasterReader, open_raster, read_filled
 from .raster_parts import reference_to
 from .records import RunFolder, log, remove_output, writing
 from .schedule import Lost, count_threads, run_cells
@@ -127,6 +129,7 @@ def predict(
     region: Window | None = None,
     mark_nodata_context: bool = False,
     zarr_format: ZarrFormat = 3,
+    method: str | None = None,
     space_check: bool = True,
     resume: bool = True,
     overwrite: bool = False,
@@ -145,6 +148,7 @@ def predict(
         memory: budget of all processes together; `plan_tiles` has the other planning options.
         region: what is wanted, in pixels of the raster; None: all of it. Context comes from beyond it.
         mark_nodata_context: also write an array `nodata_context`: 1 where a pixel's receptive field touches nodata.
+        method: "window" or "program"; None: windows where they are exact.
         zarr_format: 3, or 2 for readers that know no other, such as GDAL before 3.12.
         space_check: refuse an output that might not fit on the disk.
         resume: continue an output whose fingerprint agrees; False: refuse an existing output.
@@ -176,6 +180,7 @@ def predict(
             core=core,
             region=region,
             mark_nodata_context=mark_nodata_context,
+            method=method,
         )
         fingerprint = make_fingerprint(raster, network, description.kind, plan, fill, zarr_format)
         if out.exists():
@@ -280,7 +285,14 @@ class _Run:
     def convert(self) -> None:
         """Begin to convert the network for the engine, while workers start."""
         pool = ThreadPoolExecutor(1, thread_name_prefix="convert")
-        self._program = pool.submit(compile_program, self.network, self.plan.engine, self.plan.threads)
+        self._program = pool.submit(
+            compile_program,
+            self.network,
+            self.plan.engine,
+            self.plan.threads,
+            self.plan.method,
+            self.raster.shape_yx,
+        )
         pool.shutdown(wait=False)
 
     def execute(self, client: Client, todo: list[tuple[int, int]]) -> None:
@@ -375,11 +387,13 @@ def run_start_check(client: Client, spec: RunSpec, network: Network) -> StartChe
     """Compare patches that workers compute from their tiles' windows with the module itself in larger windows."""
     patches = sample_patches(spec.plan)
     future = client.submit(check_tiles, spec.run_id, patches, key=f"start-check-{spec.run_id}", pure=False)
-    reference = TorchEngine(network.module, has_logits=network.graph.has_logits)
     reader = spec.raster.open_reader()
     expected: list[tuple[Array, Array]] = []
     try:
-        for patch in patches:
+        if spec.plan.method == "program":
+            expected = [_run_larger_program(spec, network, reader, patch) for patch in patches]
+        reference = TorchEngine(network.module, has_logits=network.graph.has_logits)
+        for patch in patches if spec.plan.method == "window" else ():
             window = larger_window(network, patch.window, spec.raster.shape_yx)
             image = read_filled(reader, spec.raster, window, spec.fill).image
             top, left = (int(v * s) for v, s in zip((window.y, window.x), network.scale, strict=True))
@@ -392,6 +406,28 @@ def run_start_check(client: Client, spec: RunSpec, network: Network) -> StartChe
     computed: list[tuple[Array, Array]] = future.result()
     pairs = [(*ours, *theirs) for ours, theirs in zip(computed, expected, strict=True)]
     return compare_patches(pairs, tiles=len({(p.row, p.column) for p in patches}), has_logits=network.graph.has_logits)
+
+
+def _run_larger_program(
+    spec: RunSpec, network: Network, reader: RasterReader, patch: CheckPatch
+) -> tuple[Array, Array]:
+    """A patch by torch, as a part of another core that reaches further on every side."""
+    halo, whole = spec.plan.halo, network.output_shape(spec.raster.shape_yx)
+    margin = max(halo.top, halo.bottom, halo.left, halo.right) + 1
+    scale = [float(value) for value in network.scale]
+    rows = Interval(
+        start=patch.window.y - int(margin * scale[0]) - 1, stop=patch.window.rows.stop + int(margin * scale[0]) + 1
+    )
+    columns = Interval(
+        start=patch.window.x - int(margin * scale[1]) - 1, stop=patch.window.columns.stop + int(margin * scale[1]) + 1
+    )
+    core = Window.from_intervals(rows.clamp(whole[0]), columns.clamp(whole[1]))
+    program = make_program(network, spec.raster.shape_yx, core)
+    image = read_filled(reader, spec.raster, program.window, spec.fill).image
+    with torch.inference_mode():
+        outputs = [output[0].numpy() for output in program(torch.from_numpy(image)[None])]
+    cut = (slice(None), *patch.window.slices(core))
+    return outputs[0][cut], outputs[-1][cut]
 
 
 def _ignore(event: Event) -> None:

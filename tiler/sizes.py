@@ -28,7 +28,7 @@ def expression_of(value: Any) -> sympy.Expr:
 def _compiled(expression: sympy.Expr, symbols: tuple[sympy.Symbol, ...]) -> Callable[..., Any]:
     """The expression as a Python function of its symbols; sympy's own substitution is a thousand times slower."""
     names = [symbol.name for symbol in symbols]
-    helpers = {"math": math, "min": min, "max": max}
+    helpers = {"math": math, "min": min, "max": max, "torch": torch}
     return eval(f"lambda {', '.join(names)}: {PythonPrinter().doprint(expression)}", helpers)
 
 
@@ -41,6 +41,20 @@ def evaluate(expression: sympy.Expr, symbol: sympy.Symbol, extent: int) -> int:
     if expression.free_symbols - {symbol}:
         raise ValueError(f"{expression} depends on more than {symbol}")
     return int(_compiled(expression, (symbol,))(extent))
+
+
+def evaluate_at(expression: sympy.Expr, symbols: tuple[sympy.Symbol, sympy.Symbol], size: tuple[int, int]) -> int:
+    """A size expression of height and width at one size of the image."""
+    return int(_compiled(expression, symbols)(*size))
+
+
+def is_constant(expression: sympy.Expr, symbols: tuple[sympy.Symbol, sympy.Symbol], extents: tuple[int, ...]) -> bool:
+    """Whether an expression has one value at all of some sizes: torch writes 4 as H // (H // 4) at times."""
+    few = (*extents[16:48:5], *extents[-40::7])
+    try:
+        return len({evaluate_at(expression, symbols, (h, w)) for h in few for w in few}) == 1
+    except ZeroDivisionError:
+        return False
 
 
 def evaluate_both(expression: sympy.Basic, symbols: tuple[sympy.Symbol, sympy.Symbol], size: tuple[int, int]) -> bool:

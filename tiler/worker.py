@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .engine import Engine, EngineProgram
+from .engine import EngineProgram, TileEngine
 from .events import TileRecord
-from .geometry import Interval, Window
+from .geometry import Interval, Window, footprint
 from .jobs import runner_of
 from .plan import Tile, TilePlan
 from .raster import Raster, RasterReader, read_filled
-from .receptive import footprint
 from .store import CONTEXT, NODATA, open_array, output_nodata, write_core
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ class TileRunner:
         self.spec = spec
         self._read_lock, self._compute_lock = threading.Lock(), threading.Lock()
         self._reader: RasterReader | None = None
-        self._engine: Engine | None = None
+        self._engine: TileEngine | None = None
         self._scale = (Fraction(spec.plan.scale[0]), Fraction(spec.plan.scale[1]))
 
     def _read(self, tile: Tile) -> Any:
@@ -112,9 +111,9 @@ class TileRunner:
                 self._reader.close()
             self._reader = None
 
-    def _loaded(self) -> Engine:
+    def _loaded(self) -> TileEngine:
         if self._engine is None:
-            self._engine = self.spec.program.load()
+            self._engine = self.spec.program.load_tiles()
         return self._engine
 
     def run(self, row: int, column: int) -> TileRecord:
@@ -139,7 +138,6 @@ class TileRunner:
         missing = None
         if filled.missing is not None:
             missing = missing_in_output(filled.missing, tile.window, tile.core, self._scale)
-        rows, columns = tile.crop.slices()
         if missing is not None and missing.all():
             # Nodata in, nodata out: nothing to compute.
             dtype = np.dtype(self.spec.plan.output_dtype)
@@ -150,7 +148,7 @@ class TileRunner:
             with self._compute_lock:
                 computing = time.perf_counter()
                 # The engine reuses its output memory: copy the core before the next tile may run.
-                result = self._loaded().run(filled.image)[:, rows, columns].copy()
+                result = self._loaded().run_tile(filled.image, tile).copy()
                 computed = time.perf_counter()
             if missing is not None:
                 result[:, missing] = output_nodata(result.dtype)
@@ -177,10 +175,9 @@ class TileRunner:
         for row, column in dict.fromkeys((patch.row, patch.column) for patch in patches):
             tile = self.spec.plan.tile(row, column)
             image = self._read(tile).image
-            rows, columns = tile.crop.slices()
             with self._compute_lock:
-                finished, logits = self._loaded().run_with_logits(image)
-                whole[row, column] = (finished[:, rows, columns].copy(), logits[:, rows, columns].copy())
+                finished, logits = self._loaded().run_tile_with_logits(image, tile)
+                whole[row, column] = (finished.copy(), logits.copy())
         results: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
         for patch in patches:
             rows, columns = patch.window.slices(self.spec.plan.tile(patch.row, patch.column).core)

@@ -8,6 +8,7 @@ from outsize.tiler.errors import UntileableError, UsageError
 from outsize.tiler.geometry import Window
 from outsize.tiler.network import analyze_network
 from outsize.tiler.operations import nearest_is_exact
+from outsize.tiler.planner import choose_method
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,23 +44,14 @@ REFUSED = {
     ),
     "positions": (lambda y, _: y * torch.arange(y.shape[-1]), "tensor of the image's size"),
     "size as a number": (lambda y, _: y / y.shape[-1], "image's size as a number"),
-    "align_corners": (
-        lambda y, _: F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=True),
-        "align_corners=True",
-    ),
-    "fractional factor": (lambda y, _: F.interpolate(y, scale_factor=1.5), "whole number"),
-    "upsampling to a size": (
-        lambda y, x: F.interpolate(F.max_pool2d(y, 2), size=x.shape[-2:]),
-        "factor depend on the image's height",
-    ),
-    "reflect padding": (lambda y, _: F.pad(y, (1, 1, 1, 1), mode="reflect"), "reflect padding"),
+    "fractional factor": (lambda y, _: F.interpolate(y, scale_factor=1.5), "must have 3/2 x"),
     "circular padding": (lambda y, _: F.pad(y, (1, 1, 1, 1), mode="circular"), "circular padding"),
     "flip": (lambda y, _: y.flip(-1), "any pixel of the image"),
     "crop to a fixed size": (lambda y, _: y[..., :40], "fixes|cuts|above|cannot be tiled"),
     "crop from the end": (lambda y, _: y[..., -5:], "cannot be tiled"),
     "writing into a part": (lambda y, _: _write_into_part(y), "writes in place"),
     "joining side by side": (lambda y, _: torch.cat([y, y], dim=-1), "side by side"),
-    "flatten": (lambda y, _: y.flatten(2).softmax(-1).unflatten(2, y.shape[2:]), "no rule"),
+    "flatten": (lambda y, _: y.flatten(2).softmax(-1).unflatten(2, y.shape[2:]), "any pixel of the image"),
     "unpadded": (lambda y, _: F.conv2d(y, torch.ones(1, 4, 3, 3)), "pad its convolutions"),
     "dropped dimension": (lambda y, _: y.amax(1), "batch and channel dimensions"),
     "branch on size": (lambda y, x: y if x.shape[-1] < 1000 else y + 1, "control flow that depends on sizes"),
@@ -142,10 +134,11 @@ def test_nearest_upsampling_by_small_factors_has_the_exact_index(factor: int) ->
     assert torch.equal(large[0, 0, 0], torch.arange(1000.0).repeat_interleave(factor))
 
 
-def test_bilinear_by_three_is_exact_in_float64_and_up_to_1024_pixels_in_float32() -> None:
+def test_bilinear_by_three_runs_in_windows_in_float64_and_up_to_1024_pixels_in_float32() -> None:
     module = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Upsample(scale_factor=3, mode="bilinear")).eval()
     network = analyze_network(module, bands=3)
-    assert network.padded_shape((1024, 1000)) == (1024, 1000)
+    assert choose_method(network, None, (1024, 1000)) == "window"
+    assert choose_method(network, None, (1025, 10)) == "program"
     with pytest.raises(UntileableError, match=r"exact up to 1024 pixels a side .* has 1025"):
-        network.padded_shape((1025, 10))
-    assert analyze_network(module.double(), bands=3).padded_shape((30000, 1)) == (30000, 1)
+        choose_method(network, "window", (1025, 10))
+    assert choose_method(analyze_network(module.double(), bands=3), None, (30000, 1)) == "window"

@@ -108,7 +108,6 @@ REFUSED = {
     "a branch on one size": lambda s, x: s.c3(x) + 1 if x.shape[2] == 40 else s.c3(x),
     "a branch on one pixel": lambda s, x: s.c3(x) + 1 if x.shape[2] == 1 else s.c3(x),
     "padding when odd": pad_if_odd,
-    "padding up to 100": lambda s, x: F.pad(s.c1(x), (max(0, 100 - x.shape[3]), 0))[..., : x.shape[3]],
     "padding by the other axis": lambda s, x: F.pad(s.c3(x), (x.shape[2] % 2, 0))[..., : x.shape[3]],
     "pooling indices": pooling_indices,
     "state": count_calls,

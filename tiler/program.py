@@ -1,0 +1,552 @@
+"""Programs: a network specialised to one core, in which every operation computes only the pixels that are needed.
+
+Padding is explicit and only at the image's true edges, operands are cropped where paths join, and resampling takes the
+whole image's own coordinates. So there is no alignment to keep, and what depends on position or size is exact too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.fx.node import map_arg
+from torch.nn import functional as F
+
+from .errors import UsageError
+from .geometry import Halo, Interval, Window, align_down
+from .graph import operation_name
+from .network import Network
+from .receptive import AxisRule, Cut, EnlargeNearest, Extents, Mirror, Resample, Shift, Slide, Spread, compute_taps
+from .rules import bound_arguments
+from .sizes import evaluate_at, expression_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AxisGeometry:
+    """Which pixels of every tensor a core's rows, or columns, are computed from."""
+
+    image: int
+    """Extent of the (padded) image along this axis."""
+    sizes: tuple[int, ...]
+    """Of each tensor on the whole image."""
+    intervals: tuple[Interval | None, ...]
+    """Computed of each tensor, clamped to it; None: nothing. The last entry is the core."""
+
+    @property
+    def window(self) -> Interval:
+        """The image's pixels that are read."""
+        found = self.intervals[0]
+        return found if found is not None else Interval(start=0, stop=0)
+
+
+def compute_geometry(network: Network, axis: int, image: int, core: Interval) -> AxisGeometry:
+    """Sweep a core's rows or columns backwards to the image of that (padded) extent."""
+    nodes = network.axes[axis].nodes
+    sizes = (*network.sizes(axis, image), core.stop)
+    needed: list[Interval | None] = [None] * len(nodes)
+    needed[-1] = core
+    for position in range(len(nodes) - 1, 0, -1):
+        mine = needed[position]
+        if mine is None or mine.length == 0:
+            continue
+        for source, rule in nodes[position].sources:
+            read = rule.reads(mine, Extents(image=image, operand=sizes[source], result=sizes[position]))
+            have = needed[source]
+            if have is None or have.length == 0:
+                needed[source] = read
+            elif read.length:
+                needed[source] = Interval(start=min(have.start, read.start), stop=max(have.stop, read.stop))
+    return AxisGeometry(image=image, sizes=sizes, intervals=tuple(needed))
+
+
+def geometry_key(network: Network, axis: int, geometry: AxisGeometry) -> str:
+    """Equal for cores whose programs are the same: lengths, crops, true-edge padding, and the taps of resampling."""
+    digest = hashlib.sha256()
+    nodes = network.axes[axis].nodes
+    for position, (node, mine) in enumerate(zip(nodes, geometry.intervals, strict=True)):
+        if mine is None or not mine.length:
+            digest.update(b"-")
+            continue
+        digest.update(f"{mine.length};".encode())
+        for source, rule in node.sources:
+            extents = Extents(image=geometry.image, operand=geometry.sizes[source], result=geometry.sizes[position])
+            read, have = rule.reads(mine, extents), geometry.intervals[source]
+            offset = read.start - have.start if have is not None else 0
+            digest.update(f"{offset},{read.length},{_placement(rule, mine, read, extents)};".encode())
+            if isinstance(rule, Resample) and not isinstance(rule.window, EnlargeNearest):
+                indices, weights = compute_taps(rule, mine, extents)
+                digest.update((indices - read.start).tobytes())
+                digest.update(weights.tobytes() if weights is not None else b"")
+            elif isinstance(rule, Mirror):
+                digest.update((rule.indices(mine, extents) - read.start).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _placement(rule: AxisRule, mine: Interval, read: Interval, extents: Extents) -> Any:
+    """How the wanted pixels lie to those read: padding at true edges, phases."""
+    if isinstance(rule, (Slide, Shift)):
+        return _beyond(rule.under(mine), read)
+    if isinstance(rule, Cut):
+        return _beyond(rule.under(mine, extents), read)
+    if isinstance(rule, Spread):
+        return mine.start - (read.start * rule.stride - rule.padding)
+    factor = rule.window.factor if isinstance(rule, Resample) and isinstance(rule.window, EnlargeNearest) else None
+    factor = rule.factor if isinstance(rule, EnlargeNearest) else factor
+    return mine.start - read.start * factor if factor is not None else 0
+
+
+def compute_halo(network: Network) -> Halo:
+    """Pixels read beyond a core in the middle of a large image, at most, on each side."""
+    sides: list[int] = []
+    for axis in (0, 1):
+        stride, scale = network.stride[axis], network.scale[axis]
+        image = align_down(1 << 20, network.size_multiple)
+        before = after = 0
+        for phase in range(min(stride, 64)):
+            first = (image // 2 // stride * stride + phase) * scale
+            core = Interval(start=int(first // 1), stop=int(first // 1) + max(1, int(stride * scale)))
+            window = compute_geometry(network, axis, image, core).window
+            before = max(before, int(core.start / scale) - window.start)
+            after = max(after, window.stop - int(-(-core.stop / scale // 1)))
+        sides += [before, after]
+    return Halo(top=sides[0], bottom=sides[1], left=sides[2], right=sides[3])
+
+
+class Program(nn.Module):
+    """The network for one core: (1, bands, window) of pixels -> (finished, logits) of the core, or (finished,).
+
+    Guarantee: equal to the core's pixels of the module on the whole (padded) image, up to floating-point rounding.
+    """
+
+    def __init__(self, network: Network, rows: AxisGeometry, columns: AxisGeometry) -> None:
+        super().__init__()
+        self.network = network
+        self.rows, self.columns = rows, columns
+        self.position = {node: index for index, node in enumerate(network.pixels)}
+        program = network.graph.program
+        tensors: dict[str, Any] = {**program.state_dict, **program.constants}
+        names = [spec.target for spec in program.graph_signature.input_specs]
+        placeholders = [node for node in network.graph.nodes if node.op == "placeholder"]
+        self.constants: dict[Node, Any] = {
+            node: tensors[name] for node, name in zip(placeholders, names, strict=True) if name is not None
+        }
+
+    @property
+    def window(self) -> Window:
+        """The image's pixels that the program takes."""
+        return Window.from_intervals(self.rows.window, self.columns.window)
+
+    def interval(self, node: Node) -> tuple[Interval, Interval] | None:
+        """What is computed of a tensor; None: nothing."""
+        rows, columns = (axis.intervals[self.position[node]] for axis in (self.rows, self.columns))
+        return None if rows is None or columns is None or not (rows.length and columns.length) else (rows, columns)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        values: dict[Node, Any] = {}
+        graph = self.network.graph
+        last_use = _last_uses(graph.nodes)
+        for node in graph.nodes:
+            if node is graph.input_node:
+                values[node] = image
+            elif node in self.constants:
+                values[node] = self.constants[node]
+            elif node.op == "call_function":
+                if node in self.position:
+                    if self.interval(node) is not None:
+                        values[node] = _run(_Step(self, node, values))
+                elif not isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                    values[node] = self._constant(node, values)
+            for done in last_use.get(node, ()):
+                if done not in graph.output_nodes:
+                    values.pop(done, None)
+        outputs: list[Tensor] = []
+        for node in graph.output_nodes:
+            rows, columns = (axis.intervals[-1] for axis in (self.rows, self.columns))
+            assert rows is not None
+            assert columns is not None
+            outputs.append(_crop(values[node], self.network.pixels[node].dims, self.interval(node), (rows, columns)))
+        return tuple(outputs)
+
+    def _constant(self, node: Node, values: dict[Node, Any]) -> Any:
+        """A value that no pixel goes into; computed once, since weights stay."""
+        if not all(source in values for source in node.all_input_nodes):
+            return None  # asks for sizes only; they are put in as numbers
+        args, kwargs = map_arg((node.args, node.kwargs), lambda source: values[source])
+        assert callable(node.target)
+        self.constants[node] = node.target(*args, **kwargs)
+        return self.constants[node]
+
+
+def _last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
+    """For each node the tensors that nobody reads after it."""
+    last: dict[Node, Node] = {}
+    for node in nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    ends: dict[Node, list[Node]] = {}
+    for source, node in last.items():
+        ends.setdefault(node, []).append(source)
+    return ends
+
+
+def _crop(
+    value: Any,
+    dims: tuple[int, int],
+    have: tuple[Interval, Interval] | None,
+    want: tuple[Interval, Interval],
+) -> Any:
+    """The wanted pixels of a tensor, or of each of several."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_crop(part, dims, have, want) for part in value)
+    assert have is not None
+    for dim, mine, wanted in zip(dims, have, want, strict=True):
+        if mine != wanted:
+            value = value.narrow(dim, wanted.start - mine.start, wanted.length)
+    return value
+
+
+class _Step:
+    """One operation of a program: what it is asked for, and its operands cut to what that takes."""
+
+    def __init__(self, program: Program, node: Node, values: dict[Node, Any]) -> None:
+        self.program, self.node, self.values = program, node, values
+        self.arguments = bound_arguments(node)
+        self.position = program.position[node]
+        self.dims = program.network.pixels[node].dims
+        wanted = program.interval(node)
+        assert wanted is not None
+        self.wanted = wanted
+
+    @property
+    def geometry(self) -> tuple[AxisGeometry, AxisGeometry]:
+        return (self.program.rows, self.program.columns)
+
+    def rules(self, source: Node) -> tuple[AxisRule, AxisRule]:
+        found = []
+        for axis in (0, 1):
+            sources = self.program.network.axes[axis].nodes[self.position].sources
+            found.append(next(rule for index, rule in sources if index == self.program.position[source]))
+        return (found[0], found[1])
+
+    def extents(self, axis: int, source: Node) -> Extents:
+        geometry = self.geometry[axis]
+        return Extents(
+            image=geometry.image,
+            operand=geometry.sizes[self.program.position[source]],
+            result=geometry.sizes[self.position],
+        )
+
+    def reads(self, source: Node) -> tuple[Interval, Interval]:
+        rules = self.rules(source)
+        rows, columns = (rules[axis].reads(self.wanted[axis], self.extents(axis, source)) for axis in (0, 1))
+        return rows, columns
+
+    def operand(self, source: Node) -> Any:
+        """The pixels of an operand that the wanted ones are computed from."""
+        dims, reads = self.program.network.pixels[source].dims, self.reads(source)
+        if not (reads[0].length and reads[1].length):
+            # All that is wanted lies in the padding beyond an edge.
+            shape = [self.number(extent) for extent in source.meta["val"].shape]
+            shape[dims[0]], shape[dims[1]] = reads[0].length, reads[1].length
+            return torch.zeros(shape, dtype=source.meta["val"].dtype)
+        return _crop(self.values[source], dims, self.program.interval(source), reads)
+
+    def value(self, argument: Any) -> Any:
+        """An argument as it goes into the operation: operands cut, constants, sizes of the whole image as numbers."""
+
+        def one(source: Node) -> Any:
+            if source in self.program.position:
+                return self.operand(source)
+            if isinstance(source.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                return self.number(source)
+            return self.values[source]
+
+        return map_arg(argument, one)
+
+    def number(self, value: Any) -> int:
+        """A size of the whole image."""
+        graph = self.program.network.graph
+        image = (self.program.rows.image, self.program.columns.image)
+        return evaluate_at(expression_of(value), (graph.height, graph.width), image)
+
+    def local_shape(self) -> list[int]:
+        """The result's shape, with only the wanted pixels."""
+        shape = [self.number(extent) for extent in self.node.meta["val"].shape]
+        for dim, interval in zip(self.dims, self.wanted, strict=True):
+            shape[dim] = interval.length
+        return shape
+
+
+_Runner = Callable[[_Step], Any]
+_RUNNERS: dict[str, _Runner] = {}
+
+
+def register_program(*names: str) -> Callable[[_Runner], _Runner]:
+    """Register how an operation such as "mylib.myop" computes just the wanted pixels; not needed where its interval
+    rule is `Same`."""
+
+    def register(runner: _Runner) -> _Runner:
+        _RUNNERS.update(dict.fromkeys(names, runner))
+        return runner
+
+    return register
+
+
+def _runs(*names: str) -> Callable[[_Runner], _Runner]:
+    return register_program(*(f"aten.{name}" for name in names))
+
+
+def _run(step: _Step) -> Any:
+    runner = _RUNNERS.get(operation_name(step.node))
+    if runner is not None:
+        return runner(step)
+    for source in step.node.all_input_nodes:
+        if source in step.program.position and any(type(rule).__name__ != "Same" for rule in step.rules(source)):
+            raise UsageError(
+                f"{operation_name(step.node)} has an interval rule but no program; register one with register_program"
+            )
+    args, kwargs = step.value((step.node.args, step.node.kwargs))
+    assert callable(step.node.target)
+    return step.node.target(*args, **kwargs)
+
+
+def _pad(value: Tensor, dims: tuple[int, int], amounts: list[tuple[int, int]], fill: float) -> Tensor:
+    """Constant padding along height and width."""
+    if not any(any(pair) for pair in amounts):
+        return value
+    flat: list[int] = []
+    for dim in range(value.ndim - 1, min(dims) - 1, -1):
+        flat += amounts[dims.index(dim)] if dim in dims else (0, 0)
+    return F.pad(value, flat, value=fill)
+
+
+def _beyond(under: Interval, read: Interval) -> tuple[int, int]:
+    """How far the wanted windows reach beyond the operand's edges: padding before and after."""
+    if read.length == 0:
+        return (under.length, 0)
+    return (read.start - under.start, under.stop - read.stop)
+
+
+def _padded_operand(step: _Step, source: Node, fill: float) -> Tensor:
+    """The operand of a sliding window with its true-edge padding."""
+    rules, reads = step.rules(source), step.reads(source)
+    amounts: list[tuple[int, int]] = []
+    for axis, rule in enumerate(rules):
+        assert isinstance(rule, Slide)
+        amounts.append(_beyond(rule.under(step.wanted[axis]), reads[axis]))
+    return _pad(step.operand(source), step.program.network.pixels[source].dims, amounts, fill)
+
+
+@_runs("conv2d", "convolution")
+def _run_convolution(step: _Step) -> Tensor:
+    arguments = step.arguments
+    if arguments.get("transposed"):
+        return _run_transposed(step)
+    image = _padded_operand(step, arguments["input"], 0.0)
+    weight, bias = step.value((arguments["weight"], arguments.get("bias")))
+    options = [arguments.get(name, 1) for name in ("stride", "dilation", "groups")]
+    return F.conv2d(image, weight, bias, options[0], 0, options[1], options[2])
+
+
+@_runs("conv_transpose2d")
+def _run_transposed(step: _Step) -> Tensor:
+    arguments = step.arguments
+    source: Node = arguments["input"]
+    rules, reads = step.rules(source), step.reads(source)
+    weight, bias = step.value((arguments["weight"], arguments.get("bias")))
+    groups = arguments.get("groups", 1)
+    image = step.operand(source)
+    if min(interval.length for interval in reads):
+        stride, dilation = arguments.get("stride", 1), arguments.get("dilation", 1)
+        spread = F.conv_transpose2d(image, weight, None, stride, 0, 0, groups, dilation)
+    else:
+        # Between inputs further apart than the kernel reaches only the bias is left.
+        spread = image.new_zeros((1, weight.shape[1] * groups, 0, 0))
+    for axis, dim in ((0, 2), (1, 3)):
+        rule, wanted = rules[axis], step.wanted[axis]
+        assert isinstance(rule, Spread)
+        first = reads[axis].start * rule.stride - rule.padding
+        have = Interval(start=first, stop=first + spread.shape[dim])
+        start, stop = min(max(wanted.start, have.start), have.stop), max(min(wanted.stop, have.stop), have.start)
+        spread = spread.narrow(dim, start - have.start, max(0, stop - start))
+        beyond = (start - wanted.start, wanted.stop - max(start, stop)) if stop > start else (wanted.length, 0)
+        pads = [beyond, (0, 0)] if axis == 0 else [(0, 0), beyond]
+        spread = _pad(spread, (2, 3), pads, 0.0)
+    return spread if bias is None else spread + bias[None, :, None, None]
+
+
+@_runs("max_pool2d", "max_pool2d_with_indices")
+def _run_max_pool(step: _Step) -> Any:
+    arguments = step.arguments
+    source: Node = arguments["self"]
+    dtype = source.meta["val"].dtype
+    lowest = -torch.inf if dtype.is_floating_point else torch.iinfo(dtype).min
+    image = _padded_operand(step, source, lowest)
+    pooled = F.max_pool2d(
+        image, arguments["kernel_size"], arguments.get("stride") or None, 0, arguments.get("dilation", 1)
+    )
+    return (pooled, None) if operation_name(step.node) == "aten.max_pool2d_with_indices" else pooled
+
+
+@_runs("avg_pool2d")
+def _run_average_pool(step: _Step) -> Tensor:
+    arguments = step.arguments
+    source: Node = arguments["self"]
+    image = _padded_operand(step, source, 0.0)
+    kernel, stride = arguments["kernel_size"], arguments.get("stride") or None
+    divisor = arguments.get("divisor_override")
+    if divisor is not None:
+        return F.avg_pool2d(image, kernel, stride, 0, divisor_override=divisor)
+    counts: list[np.ndarray] = []
+    for axis, rule in enumerate(step.rules(source)):
+        assert isinstance(rule, Slide)
+        size = step.extents(axis, source).operand
+        start = np.arange(step.wanted[axis].start, step.wanted[axis].stop) * rule.stride - rule.padding
+        if arguments.get("count_include_pad", True):
+            counts.append(np.minimum(start + rule.extent, size + rule.padding) - start)
+        else:
+            counts.append(np.minimum(start + rule.extent, size) - np.maximum(start, 0))
+    whole = [rule.extent for rule in step.rules(source) if isinstance(rule, Slide)]
+    if all((count == extent).all() for count, extent in zip(counts, whole, strict=True)):
+        return F.avg_pool2d(image, kernel, stride, 0)
+    total = F.avg_pool2d(image, kernel, stride, 0, divisor_override=1)
+    divisors = torch.from_numpy(counts[0][:, None] * counts[1][None, :]).to(total)
+    return total / divisors
+
+
+@_runs("upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d", "upsample_bicubic2d")
+def _run_resample(step: _Step) -> Tensor:
+    source: Node = step.arguments["input" if "input" in step.arguments else "self"]
+    value, reads = step.operand(source), step.reads(source)
+    for axis, dim in ((0, 2), (1, 3)):
+        rule = step.rules(source)[axis]
+        assert isinstance(rule, Resample)
+        if isinstance(rule.window, EnlargeNearest):
+            # torch's index is i // factor there: whole blocks, which engines enlarge faster than they gather.
+            factor = rule.window.factor
+            factors = [float(factor), 1.0] if axis == 0 else [1.0, float(factor)]
+            value = F.interpolate(value, scale_factor=factors)
+            value = value.narrow(dim, step.wanted[axis].start - reads[axis].start * factor, step.wanted[axis].length)
+            continue
+        indices, weights = compute_taps(rule, step.wanted[axis], step.extents(axis, source))
+        value = _mix(value, dim, indices - reads[axis].start, weights)
+    return value
+
+
+def _mix(value: Tensor, dim: int, indices: np.ndarray, weights: np.ndarray | None) -> Tensor:
+    """The sum over taps of weight times the tensor's pixels at the tap's indices."""
+    picked = [value.index_select(dim, torch.from_numpy(tap)) for tap in indices]
+    if weights is None:
+        return picked[0]
+    shape = [-1 if d == dim else 1 for d in range(value.ndim)]
+    parts = [tap * torch.from_numpy(w).to(value).reshape(shape) for tap, w in zip(picked, weights, strict=True)]
+    mixed = parts[0]
+    for part in parts[1:]:
+        mixed = mixed + part
+    return mixed
+
+
+@_runs("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d")
+def _run_pad(step: _Step) -> Tensor:
+    arguments = step.arguments
+    source: Node = arguments["self"]
+    dims = step.program.network.pixels[source].dims
+    value, reads, rules = step.operand(source), step.reads(source), step.rules(source)
+    fill = arguments.get("value")
+    fill = 0.0 if fill is None else fill
+    amounts = [(0, 0), (0, 0)]
+    for axis, rule in enumerate(rules):
+        if isinstance(rule, Mirror):
+            indices = rule.indices(step.wanted[axis], step.extents(axis, source)) - reads[axis].start
+            if not np.array_equal(indices, np.arange(value.shape[dims[axis]])):
+                value = value.index_select(dims[axis], torch.from_numpy(indices))
+        elif isinstance(rule, Shift):
+            amounts[axis] = _beyond(rule.under(step.wanted[axis]), reads[axis])
+        elif isinstance(rule, Cut):
+            amounts[axis] = _beyond(rule.under(step.wanted[axis], step.extents(axis, source)), reads[axis])
+    value = _pad(value, dims, amounts, fill)
+    given = list(arguments["pad" if "pad" in arguments else "padding"])
+    others = [0] * len(given)
+    for pair, dim in enumerate(range(value.ndim - 1, value.ndim - 1 - len(given) // 2, -1)):
+        if dim not in dims:
+            others[2 * pair : 2 * pair + 2] = given[2 * pair : 2 * pair + 2]
+    return F.pad(value, others, value=fill) if any(others) else value
+
+
+@_runs("slice")
+def _run_slice(step: _Step) -> Tensor:
+    source: Node = step.arguments["self"]
+    dims = step.program.network.pixels[source].dims
+    dim = int(step.arguments.get("dim", 0)) % len(source.meta["val"].shape)
+    value = step.operand(source)
+    if dim not in dims:
+        start, end, width = (step.value(step.arguments.get(name)) for name in ("start", "end", "step"))
+        return torch.ops.aten.slice.Tensor(value, dim, start, end, width or 1)
+    rule = step.rules(source)[dims.index(dim)]
+    stride = rule.stride if isinstance(rule, Slide) else rule.step if isinstance(rule, Cut) else 1
+    return value if stride == 1 else torch.ops.aten.slice.Tensor(value, dim, 0, None, stride)
+
+
+def _cut_enlarged(step: _Step, source: Node, value: Tensor) -> Tensor:
+    """The wanted pixels of what was enlarged from whole pixels of the operand."""
+    reads = step.reads(source)
+    for axis, rule in enumerate(step.rules(source)):
+        if isinstance(rule, EnlargeNearest):
+            offset = step.wanted[axis].start - reads[axis].start * rule.factor
+            value = value.narrow(step.dims[axis], offset, step.wanted[axis].length)
+    return value
+
+
+@_runs("pixel_shuffle")
+def _run_pixel_shuffle(step: _Step) -> Tensor:
+    source: Node = step.arguments["self"]
+    return _cut_enlarged(step, source, F.pixel_shuffle(step.operand(source), step.arguments["upscale_factor"]))
+
+
+@_runs("pixel_unshuffle")
+def _run_pixel_unshuffle(step: _Step) -> Tensor:
+    return F.pixel_unshuffle(step.operand(step.arguments["self"]), step.arguments["downscale_factor"])
+
+
+@_runs("view", "reshape", "_unsafe_view", "flatten", "unflatten")
+def _run_reshape(step: _Step) -> Tensor:
+    source: Node = step.arguments["self"]
+    shape, reads = step.local_shape(), step.reads(source)
+    for axis, rule in enumerate(step.rules(source)):
+        if isinstance(rule, EnlargeNearest):
+            shape[step.dims[axis]] = reads[axis].length * rule.factor
+    return _cut_enlarged(step, source, step.operand(source).reshape(shape))
+
+
+@_runs("expand")
+def _run_expand(step: _Step) -> Tensor:
+    return step.value(step.arguments["self"]).expand(step.local_shape())
+
+
+@_runs("full", "zeros", "ones")
+def _run_fill(step: _Step) -> Tensor:
+    value = {"aten.zeros": 0, "aten.ones": 1}.get(operation_name(step.node), step.arguments.get("fill_value"))
+    return torch.full(step.local_shape(), step.value(value), dtype=step.node.meta["val"].dtype)
+
+
+def make_program(network: Network, shape_yx: tuple[int, int], core: Window) -> Program:
+    """The program of a core of the result for a raster of that shape.
+
+    Raises:
+        UsageError: a core that is empty or outside the output.
+    """
+    if core.pixels == 0 or not Window.whole(network.output_shape(shape_yx)).contains(core):
+        height, width = network.output_shape(shape_yx)
+        raise UsageError(f"a core must be non-empty and inside the output of {height} x {width}, got {core}")
+    height, width = network.padded_shape(shape_yx)
+    return Program(
+        network,
+        compute_geometry(network, 0, height, core.rows),
+        compute_geometry(network, 1, width, core.columns),
+    )
