@@ -45,6 +45,8 @@ def _load_config(context: click.Context, _parameter: click.Parameter, path: str 
         if unknown:
             raise click.BadParameter(f"{path}: [{name}] has no option {', '.join(sorted(unknown))}")
         merged = {key.replace("-", "_"): value for key, value in {**shared, **own}.items()}
+        several = {parameter.name for parameter in command.params if getattr(parameter, "multiple", False)}
+        merged = {k: [v] if k in several and not isinstance(v, list) else v for k, v in merged.items()}
         defaults[name] = {key: value for key, value in merged.items() if key in known}
     everything = {p.name for command in cli.commands.values() for p in command.params}
     unknown = {key for key in shared if key.replace("-", "_") not in everything}
@@ -61,7 +63,9 @@ def _load_config(context: click.Context, _parameter: click.Parameter, path: str 
     "Exit codes: 0 done, 1 failed, 2 usage, 3 finished with failed tiles or windows, 130 interrupted.",
 )
 @click.version_option(__version__, prog_name="outsize")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on the last line of stdout.")
+@click.option(
+    "--json", "as_json", is_flag=True, envvar="OUTSIZE_JSON", help="Print one JSON object on the last line of stdout."
+)
 @click.option("--debug", is_flag=True, help="Show a traceback with an error.")
 @click.option(
     "--config",
@@ -115,6 +119,8 @@ class _Numbers(click.ParamType):
         parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
         try:
             numbers = tuple(self.kind(part) for part in parts)
+            if any(float(part) != number for part, number in zip(parts, numbers, strict=True)):
+                raise ValueError
         except (TypeError, ValueError):
             self.fail(f"numbers between commas, got {value!r}", param, ctx)
         if self.count is not None and len(numbers) != self.count:
@@ -151,7 +157,7 @@ class _MaskBand(click.ParamType):
             self.fail(f"a band and its values that mean nodata, such as 8=2,4; got {value!r}", param, ctx)
 
 
-_overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+_overwrite = _option("--overwrite", is_flag=True, help="Replace an existing output.")
 _model_options = _together(
     _option("--weights", type=click.Path(), help="A factory's weights: .safetensors, or a state dict (.pt)."),
     _option("--trust-model", is_flag=True, help="Load model files that could run code."),
@@ -258,6 +264,10 @@ def _read_options(options: dict[str, Any]) -> Any:
     from ..tiler.raster import ReadOptions
 
     values = options["nodata"]
+    if "none" in values and len(values) > 1:
+        raise click.UsageError("--nodata none says that there is no value; give it alone")
+    if options["alpha"] and options["mask_band"]:
+        raise click.UsageError("--alpha and --mask-band both name a mask; choose one")
     mask = options["mask_band"] or (None, ())
     return ReadOptions(
         axes=options["axes"],
@@ -337,8 +347,8 @@ def sample(
 @cli.command()
 @click.argument("src", nargs=-1, required=True)
 @click.argument("dst", type=click.Path(path_type=Path))
-@click.option("--stack", is_flag=True, help="Several SRC are bands of one grid, in this order.")
-@click.option("--mosaic", is_flag=True, help="Several SRC are pieces of one grid; the first with data counts.")
+@_option("--stack", is_flag=True, help="Several SRC are bands of one grid, in this order.")
+@_option("--mosaic", is_flag=True, help="Several SRC are pieces of one grid; the first with data counts.")
 @_reading
 @_option("--memory", default="2GB", show_default=True, metavar="SIZE", help="Budget of all processes together.")
 @_option("--workers", type=click.IntRange(1), help="Worker processes; without it one for each core.")
@@ -405,7 +415,7 @@ def plan(console: Any, src: str, **options: Any) -> None:
 @_planning
 @_writing
 @_cluster
-@click.option("--no-resume", is_flag=True, help="Refuse an existing output instead of continuing it.")
+@_option("--no-resume", is_flag=True, help="Refuse an existing output instead of continuing it.")
 @_overwrite
 @click.pass_obj
 def segment(console: Any, src: str, out: Path, no_resume: bool, overwrite: bool, **options: Any) -> None:
@@ -565,10 +575,19 @@ def show(console: Any, source: str | None, **options: Any) -> None:
 
 
 def _global_first(arguments: list[str]) -> list[str]:
-    """`--json` and `--debug` may stand anywhere; click wants them before the command."""
+    """`--json`, `--debug` and `--config FILE` may stand anywhere; click wants them before the command."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    moved = [word for word in arguments[:end] if word in ("--json", "--debug")]
-    return moved + [word for word in arguments[:end] if word not in moved] + arguments[end:]
+    moved: list[str] = []
+    others: list[str] = []
+    words = iter(arguments[:end])
+    for word in words:
+        if word == "--config":
+            moved += [word, *([value] if (value := next(words, None)) is not None else [])]
+        elif word in ("--json", "--debug") or word.startswith("--config="):
+            moved.append(word)
+        else:
+            others.append(word)
+    return moved + others + arguments[end:]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -31,6 +31,8 @@ _STRIP = 4096
 def run_export(console: Console, out: Path, target: Path, *, overwrite: bool) -> None:
     """Write TARGET by its suffix: .tif a COG, .png a quicklook of input and result."""
     header = read_header(out)
+    if target.is_dir():
+        raise OutputError(f"{target} is a folder; choose another path")
     if target.exists() and not overwrite:
         raise OutputError(f"{target} exists; choose another path, or --overwrite")
     suffix = target.suffix.lower()

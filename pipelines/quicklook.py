@@ -34,30 +34,32 @@ def _read_small(
     raster: Raster, bands: list[int], factor: int, region: Window, *, average: bool, step: Step
 ) -> npt.NDArray[Any]:
     """(bands, h, w) of a region shrunk by a whole factor, strip by strip: block means, or each block's first pixel."""
-    height, width = (max(1, extent // factor) for extent in region.shape)
+    # A side shorter than the factor is shrunk to one pixel.
+    fy, fx = (min(factor, extent) for extent in region.shape)
+    height, width = region.height // fy, region.width // fx
     small = np.empty((len(bands), height, width), np.float32 if average else raster.dtype)
     reader = raster.open_reader()
     try:
-        rows_at_once = max(factor, _ROWS // factor * factor)
-        grid = Grid(shape=(height * factor, width * factor), cell=(rows_at_once, 4096 // factor * factor))
+        cell = (max(fy, _ROWS // fy * fy), max(fx, 4096 // fx * fx))
+        grid = Grid(shape=(height * fy, width * fx), cell=cell)
         for at in grid:
             inside = grid.window(*at).clamp(region.shape)
             window = replace(inside, y=inside.y + region.y, x=inside.x + region.x)
             image = reader.read(window)
             missing = reader.read_missing(window, image)
             block = image[bands]
-            y, x = inside.y // factor, inside.x // factor
+            y, x = inside.y // fy, inside.x // fx
             if average:
                 values = block.astype(np.float32)
                 if missing is not None:
                     values[:, missing] = np.nan
-                h, w = (extent // factor for extent in values.shape[1:])
-                parts = values[:, : h * factor, : w * factor].reshape(len(bands), h, factor, w, factor)
+                h, w = values.shape[1] // fy, values.shape[2] // fx
+                parts = values[:, : h * fy, : w * fx].reshape(len(bands), h, fy, w, fx)
                 with np.errstate(invalid="ignore"):
                     # A block with any nodata pixel counts as nodata: no dark rims.
                     reduced = parts.mean((2, 4))
             else:
-                reduced = block[:, ::factor, ::factor]
+                reduced = block[:, ::fy, ::fx]
             small[:, y : y + reduced.shape[1], x : x + reduced.shape[2]] = reduced
             step.advance(window.pixels)
     finally:
@@ -110,7 +112,11 @@ def save_quicklook(console: Console, out: Path, header: dict[str, Any], target: 
     with console.step("quicklook", total) as step:
         for name, raster in sources:
             own = _shrink_factor(seen.shape)
-            small = _read_small(raster, _display_bands(raster), own, seen, average=True, step=step)
+            try:
+                small = _read_small(raster, _display_bands(raster), own, seen, average=True, step=step)
+            except RasterError as error:
+                console.remark(f"quicklook without the input: {error}")
+                continue
             panels.append((f"input: {name}", _enlarge(Image.fromarray(_stretch(small)))))
         if kind == "logits":
             values = _read_small(result, list(range(result.bands)), factor, whole, average=True, step=step)

@@ -16,7 +16,7 @@ from affine import Affine
 from ..tiler.errors import OutputError, UsageError
 from ..tiler.geometry import Grid, Window
 from ..tiler.georeference import Georeference, from_rasterio
-from ..tiler.store import create_raster_group
+from ..tiler.store import create_raster_group, require_replaceable
 from .scene import BANDS, CLASSES, COLOURS, CRS, LABEL_NODATA, NODATA, ORIGIN_XY, PIXEL_METRES, Scene, render_window
 
 CHUNK = 512
@@ -95,6 +95,7 @@ def write_scene(
     for target in targets:
         if target.exists() and not overwrite:
             raise OutputError(f"{target} exists; choose another folder, or --overwrite")
+        require_replaceable(target, "sample_seed", "sample")
     unfinished = folder / ".creating"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

@@ -62,10 +62,14 @@ class StartCheck:
         )
 
 
-def sample_patches(plan: TilePlan) -> list[CheckPatch]:
-    """Top-left and bottom-right corner of the first, the middle and the last tile."""
+def sample_patches(plan: TilePlan, attempt: int = 0) -> list[CheckPatch]:
+    """Top-left and bottom-right corner of the first, the middle and the last tile; at later attempts of others."""
     rows, columns = plan.grid.counts
     tiles = dict.fromkeys([(0, 0), (rows // 2, columns // 2), (rows - 1, columns - 1)])
+    if attempt:
+        # Golden-ratio steps: spread evenly, never the same again soon.
+        picks = range(3 * attempt, 3 * attempt + 3)
+        tiles = dict.fromkeys((int(rows * (i * 0.618034 % 1)), int(columns * (i * 0.754878 % 1))) for i in picks)
     patches: list[CheckPatch] = []
     for row, column in tiles:
         core = plan.tile(row, column).core
@@ -129,6 +133,11 @@ def require_exact(check: StartCheck) -> None:
         ExactnessError: beyond tolerance.
     """
     if not check.passed:
+        if not np.isfinite(check.max_abs):
+            raise ExactnessError(
+                "the start check met NaN or infinity: tiles and larger windows differ there. If the raster holds NaN "
+                "that it does not call nodata, give --nodata nan --nodata-any; nothing was written"
+            )
         raise ExactnessError(
             f"the start check must agree to {check.tolerance:.2g}, tiles differ from larger windows by "
             f"{check.max_abs:.3g} ({check.flipped} of {check.pixels} pixels flipped); nothing was written. "

@@ -50,7 +50,8 @@ def fingerprint_raster(raster: Raster) -> dict[str, Any]:
         "input_shape": list(raster.shape),
         "input_dtype": str(raster.dtype),
         "input_bands": list(raster.indexes),
-        "input_nodata": raster.nodata_rule.to_json(),
+        "input_axes": raster.axes,
+        "input_nodata": str(raster.nodata_rule),
     }
 
 
@@ -67,5 +68,8 @@ def find_differences(stored: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 
 def _short(value: Any) -> str:
+    """Hashes by their beginning, sentences whole."""
     text = str(value)
-    return text if len(text) <= 24 else f"{text[:12]}..."
+    if len(text) > 24 and " " not in text:
+        return f"{text[:12]}..."
+    return text if len(text) <= 80 else f"{text[:77]}..."

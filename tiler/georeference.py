@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -86,7 +87,7 @@ def window_of_bounds(
     if place.transform is None or place.affine.is_degenerate:
         raise UsageError("--bounds needs a raster with a transform; give --region in pixels")
     west, south, east, north = bounds
-    if not (west < east and south < north):
+    if not (west < east and south < north and np.isfinite(bounds).all()):
         raise UsageError(f"bounds are west,south,east,north with west < east and south < north, got {bounds}")
     corners = [place.pixel_of(x, y) for x in (west, east) for y in (south, north)]
     sides: list[Interval] = []
@@ -171,35 +172,60 @@ def axis_attributes(place: Georeference) -> tuple[dict[str, str], dict[str, str]
 
 def from_attributes(attributes: Mapping[str, Any], spatial_ref: Mapping[str, Any] | None) -> Georeference:
     """Read what `spatial_ref_attributes` or `geozarr_attributes`, or another writer of the same conventions, wrote."""
-    crs_wkt: str | None = None
+    said: list[Any] = []
     transform: tuple[float, ...] | None = None
     if spatial_ref:
-        crs_wkt = spatial_ref.get("crs_wkt") or spatial_ref.get("spatial_ref")
-        if "GeoTransform" in spatial_ref:
-            numbers = spatial_ref["GeoTransform"]
-            c, a, b, f, d, e = (float(v) for v in (numbers.split() if isinstance(numbers, str) else numbers))
+        said += [spatial_ref.get("crs_wkt"), spatial_ref.get("spatial_ref")]
+        numbers = _numbers(spatial_ref.get("GeoTransform"))
+        if numbers is not None:
+            c, a, b, f, d, e = numbers
             transform = (a, b, c, d, e, f)
-    if crs_wkt is None:
-        for key in ("proj:wkt2", "proj:code", "crs"):
-            if isinstance(attributes.get(key), str):
-                try:
-                    crs_wkt = CRS.from_user_input(attributes[key]).to_wkt()
-                    break
-                except CRSError:
-                    continue
-    if transform is None and attributes.get("spatial:transform"):
-        transform = tuple(float(v) for v in attributes["spatial:transform"][:6])
-    if transform is not None and len(transform) != 6:
-        transform = None
-    return Georeference(crs_wkt=crs_wkt, transform=transform)  # pyright: ignore[reportArgumentType]
+    said += [attributes.get(key) for key in ("proj:wkt2", "proj:code", "proj:projjson", "proj:epsg", "crs")]
+    crs_wkt = next((wkt for value in said if (wkt := _as_wkt(value)) is not None), None)
+    if transform is None:
+        transform = _numbers(attributes.get("spatial:transform"))
+    return Georeference(crs_wkt=crs_wkt, transform=transform)
 
 
-def from_centres(y: npt.NDArray[Any], x: npt.NDArray[Any]) -> tuple[float, float, float, float, float, float] | None:
-    """The transform of evenly spaced pixel centres; None where spacing is uneven or there is one row or column."""
+def _as_wkt(value: Any) -> str | None:
+    """A CRS in any of its usual spellings as WKT; None for what is none."""
+    if isinstance(value, Mapping):
+        value = json.dumps(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or not value:
+        return None
+    try:
+        return CRS.from_user_input(value).to_wkt()
+    except (CRSError, ValueError):
+        return None
+
+
+def _numbers(value: Any) -> tuple[float, float, float, float, float, float] | None:
+    """The six numbers of a transform, from a list (of nine, too) or a text; None for anything else."""
+    try:
+        numbers = [float(v) for v in (value.split() if isinstance(value, str) else value)]
+    except (TypeError, ValueError, AttributeError):
+        return None
+    if len(numbers) not in (6, 9) or not np.isfinite(numbers).all():
+        return None
+    a, b, c, d, e, f = numbers[:6]
+    return (a, b, c, d, e, f)
+
+
+def from_centres(
+    y: npt.NDArray[Any], x: npt.NDArray[Any], shape_yx: tuple[int, int]
+) -> tuple[float, float, float, float, float, float] | None:
+    """The transform of evenly spaced pixel centres; None where spacing is uneven or there is one row or column.
+
+    Args:
+        y: all centres of `shape_yx` rows, or the first two and the last; x likewise.
+    """
     if len(y) < 2 or len(x) < 2:
         return None
-    dy, dx = (float(v[-1] - v[0]) / (len(v) - 1) for v in (y, x))
-    for values, step in ((y, dy), (x, dx)):
-        if step == 0 or not np.allclose(np.diff(values), step, rtol=1e-3):
+    dy, dx = (float(v[-1] - v[0]) / (n - 1) for v, n in zip((y, x), shape_yx, strict=True))
+    for values, step, count in ((y, dy, shape_yx[0]), (x, dx, shape_yx[1])):
+        if step == 0 or not np.isfinite(step):
+            return None
+        gaps = np.diff(values) if len(values) == count else values[1:2] - values[:1]
+        if not np.allclose(gaps, step, rtol=1e-3):
             return None
     return (dx, 0.0, float(x[0]) - dx / 2, 0.0, dy, float(y[0]) - dy / 2)

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
-MaskSource = Literal["dataset", "alpha", "band", "array", "parts"]
-"""GDAL's mask of the dataset, its alpha band, a data band, a Zarr array beside the pixels, the pieces of a mosaic."""
+MaskSource = Literal["dataset", "alpha", "array", "parts"]
+"""GDAL's mask of the dataset, its alpha band, a Zarr array beside the pixels, the files of a stack or mosaic."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,10 +22,12 @@ class NodataRule:
     values: tuple[float, ...] = ()
     any_band: bool = False
     mask: MaskSource | None = None
+    alpha_band: int = 0
+    """Of mask "alpha": the stored band, from 1, that is 0 where a pixel is nodata."""
     mask_band: int = 0
-    """Of mask "band" and "alpha": the stored band that holds it, from 1."""
+    """A stored band, from 1, that is a mask too; 0: none."""
     mask_values: tuple[float, ...] = ()
-    """Of mask "band": its values that mean nodata."""
+    """The mask band's values that mean nodata."""
 
     def __post_init__(self) -> None:
         # NaN differs from every NaN but itself: one object for all, so that rules that say the same are equal.
@@ -35,10 +37,27 @@ class NodataRule:
     @property
     def is_plain(self) -> bool:
         """Whether one number says it all."""
-        return len(self.values) <= 1 and not self.any_band and self.mask is None
+        return len(self.values) <= 1 and not self.any_band and self.mask is None and not self.mask_band
 
-    def to_json(self) -> dict[str, Any]:
-        return {name: repr(getattr(self, name)) for name in self.__slots__}
+    @property
+    def band_rule(self) -> NodataRule:
+        """What the mask band alone says."""
+        return NodataRule(values=self.mask_values)
+
+    def __str__(self) -> str:
+        parts = [f"{value:g}" for value in self.values] or ["none"]
+        parts += ["in any band"] if self.any_band and self.values else []
+        parts += [f"{self.mask} mask"] if self.mask else []
+        parts += [f"band {self.mask_band} = {self.mask_values}"] if self.mask_band else []
+        return ", ".join(parts)
+
+
+def can_hold(dtype: np.dtype[Any], value: float) -> bool:
+    """Whether a pixel of that type can have the value."""
+    if dtype.kind == "f":
+        return not math.isfinite(value) or abs(value) <= float(np.finfo(dtype).max)
+    limits = np.iinfo(dtype)
+    return math.isfinite(value) and limits.min <= value <= limits.max and value == int(value)
 
 
 def find_missing(image: Array, rule: NodataRule) -> Mask | None:
@@ -68,13 +87,10 @@ def join_missing(*masks: Mask | None) -> Mask | None:
 def _holds(band: Array, values: tuple[float, ...]) -> Mask:
     found = np.zeros(band.shape, np.bool_)
     for value in values:
+        if not can_hold(band.dtype, value):
+            continue
         if np.isnan(value):
-            if band.dtype.kind == "f":
-                found |= np.isnan(band)
-        # A value that the type cannot hold is no pixel's.
-        elif band.dtype.kind == "f":
-            if np.isinf(value) or abs(value) <= np.finfo(band.dtype).max:
-                found |= band == band.dtype.type(value)
-        elif np.iinfo(band.dtype).min <= value <= np.iinfo(band.dtype).max and value == int(value):
-            found |= band == band.dtype.type(int(value))
+            found |= np.isnan(band)
+        else:
+            found |= band == band.dtype.type(value if band.dtype.kind == "f" else int(value))
     return found

@@ -131,7 +131,8 @@ def plan_tiles(
     dtype = str(network.dtype).removeprefix("torch.")
     if isinstance(raster, Raster) and raster.dtype != np.dtype(dtype):
         raise UsageError(f"the network was analysed for {dtype} pixels, the raster has {raster.dtype}; analyse again")
-    engine_name = choose_engine(engine)
+    # OpenVINO has no pixels of 64 bits without sign.
+    engine_name = choose_engine("torch" if engine in (None, "auto") and dtype == "uint64" else engine)
     chosen = choose_method(network, method, (shape[1], shape[2]))
     if mark_nodata_context and network.window_refusal:
         raise UsageError("--mark-nodata-context is for networks that windows can run; leave it out")

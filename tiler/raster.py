@@ -11,10 +11,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .errors import RasterError, UsageError
+from .errors import OutputError, RasterError, UsageError
 from .geometry import Window
 from .georeference import Georeference
-from .nodata import Array, Mask, NodataRule
+from .nodata import Array, Mask, NodataRule, can_hold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +93,8 @@ class Raster:
     """Of a stack or a mosaic."""
     sources: tuple[str, ...] = ()
     """All files of a stack or a mosaic."""
+    files: tuple[str, ...] = ()
+    """All files that it is read from, sidecars and a VRT's sources too."""
     options: ReadOptions = field(default_factory=ReadOptions)
     """As it was opened."""
 
@@ -217,10 +219,11 @@ def open_with(src: str | os.PathLike[str], options: ReadOptions) -> Raster:
     else:
         from .raster_gdal import describe_gdal
 
-        if not path.exists() and "://" not in str(src) and not str(src).startswith("/vsi"):
+        # GDAL's own names (/vsizip/..., GTIFF_DIR:1:a.tif) are no paths.
+        if not path.exists() and ":" not in str(src) and not str(src).startswith("/vsi"):
             raise RasterError(f"no such raster: {src}")
         if options.axes is not None:
-            raise RasterError(f"--axes is for Zarr arrays, got a file that GDAL reads: {src}; leave it out")
+            raise UsageError(f"--axes is for Zarr arrays, got a file that GDAL reads: {src}; leave it out")
         raster = describe_gdal(str(src), options)
     if raster.dtype.kind not in "uif":
         raise RasterError(f"{src}: pixels must be integers or real numbers, got {raster.dtype}; convert them first")
@@ -233,14 +236,19 @@ def _apply(src: str, raster: Raster, options: ReadOptions) -> Raster:
     if options.alpha and rule.mask != "alpha":
         raise RasterError(f"{src} has no band tagged alpha; leave --alpha out, or name its mask with --mask-band")
     if options.nodata is not None:
+        for value in options.nodata:
+            if not can_hold(raster.dtype, value):
+                raise UsageError(f"nodata must be a value of {src}'s {raster.dtype} pixels, got {value:g}")
         rule = replace(rule, values=options.nodata)
-    rule = replace(rule, any_band=options.any_band)
+    # A file may name a value that its own pixels cannot have: then none is nodata by value.
+    values = tuple(value for value in rule.values if can_hold(raster.dtype, value))
+    rule = replace(rule, values=values, any_band=options.any_band)
     if options.mask_band is not None:
-        rule = replace(rule, mask="band", mask_band=options.mask_band, mask_values=options.mask_values)
+        rule = replace(rule, mask_band=options.mask_band, mask_values=options.mask_values)
     for band in (*options.bands, *([options.mask_band] if options.mask_band is not None else [])):
         if not 1 <= band <= stored:
-            raise RasterError(f"{src} has bands 1 to {stored}, got {band}")
-    masks = {rule.mask_band} if rule.mask in ("alpha", "band") else set()
+            raise UsageError(f"{src} has bands 1 to {stored}, got {band}")
+    masks = {rule.alpha_band, rule.mask_band}
     chosen = options.bands or tuple(band for band in range(1, stored + 1) if band not in masks)
     if not chosen:
         raise RasterError(f"{src} has no band beside its mask")
@@ -300,6 +308,19 @@ def read_filled(
 
 
 def file_identity(path: Path) -> str:
-    """Size and modification time of a file or of a folder's own metadata file."""
+    """Place, size and modification time of a file."""
     status = path.stat()
-    return f"{status.st_size}:{status.st_mtime_ns}"
+    return f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+
+
+def require_apart(raster: Raster, out: Path) -> None:
+    """Refuse an output that is, or holds, what the raster is read from.
+
+    Raises:
+        OutputError: names both.
+    """
+    place = out.resolve()
+    for file in (raster.path, *raster.sources, *raster.files):
+        source = Path(file).resolve()
+        if place == source or place in source.parents or (source.exists() and source in place.parents):
+            raise OutputError(f"{out} and its source {file} lie in one another; choose another path")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import warnings
@@ -91,6 +92,7 @@ def describe_gdal(path: str, options: ReadOptions) -> Raster:
                 block=block,
                 block_bytes=block[0] * block[1] * dtype.itemsize * together,
                 identity=_identity(path, dataset.files),
+                files=tuple(dataset.files[:10_000]),
             )
         except (RasterioError, TypeError, ValueError, UnicodeDecodeError) as error:
             raise RasterError(f"{path} cannot be described: {_reason(error)}") from error
@@ -100,15 +102,24 @@ def _find_mask(dataset: rasterio.DatasetReader, *, alpha: bool) -> dict[str, Any
     """A mask of the dataset counts always; an alpha band only when asked for."""
     if alpha:
         tagged = [i for i, meaning in enumerate(dataset.colorinterp, start=1) if meaning == ColorInterp.alpha]
-        return {"mask": "alpha", "mask_band": tagged[0]} if tagged else {}
+        return {"mask": "alpha", "alpha_band": tagged[0]} if tagged else {}
     flags = dataset.mask_flag_enums[0]
     return {"mask": "dataset"} if MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags else {}
 
 
 def _identity(path: str, files: list[str]) -> str:
     """Of the file, its sidecars and, for a VRT, its sources."""
-    found = [file_identity(Path(file)) for file in dict.fromkeys([path, *files]) if Path(file).is_file()]
-    return ";".join(found[:1000])
+    paths = [_inside(path), *(_inside(file) for file in files)]
+    found = [file_identity(file) for file in dict.fromkeys(paths) if file.is_file()]
+    return hashlib.sha256(";".join([path, *found]).encode()).hexdigest()[:32]
+
+
+def _inside(name: str) -> Path:
+    """The file on disk that one of GDAL's names means: of /vsizip/a.zip/b.tif, a.zip."""
+    path = Path(name)
+    if name.startswith("/vsi"):
+        path = Path("/", *path.parts[2:]) if Path("/", *path.parts[2:3]).exists() else Path(*path.parts[2:])
+    return next((part for part in (path, *path.parents) if part.is_file()), path)
 
 
 class GdalReader:
@@ -134,16 +145,14 @@ class GdalReader:
 
     def read_missing(self, window: Window, image: Array) -> Mask | None:
         rule = self._raster.nodata_rule
-        return join_missing(find_missing(image, rule), self._read_mask(window, rule))
+        band = find_missing(self._read(window, [rule.mask_band]), rule.band_rule) if rule.mask_band else None
+        return join_missing(find_missing(image, rule), self._read_mask(window, rule), band)
 
     def _read_mask(self, window: Window, rule: NodataRule) -> Mask | None:
         if rule.mask == "dataset":
             missing = self._read(window, None, mask=True) == 0
         elif rule.mask == "alpha":
-            missing = self._read(window, [rule.mask_band])[0] == 0
-        elif rule.mask == "band":
-            marked = NodataRule(values=rule.mask_values)
-            return find_missing(self._read(window, [rule.mask_band]), marked)
+            missing = self._read(window, [rule.alpha_band])[0] == 0
         else:
             return None
         return missing if missing.any() else None

@@ -19,7 +19,9 @@ from .raster import Part, Raster, RasterReader, ReadOptions, open_with, pick_ban
 OFF_GRID = 0.01
 """Pixels by which a piece may miss the common grid: writers round their transforms."""
 OPEN_FILES = 64
-"""Files that one reader keeps open."""
+"""Files that one reader keeps open, at most."""
+OPEN_BYTES = 64_000_000
+"""Decoded blocks that open files may hold together, if it is more than one file's."""
 
 
 def open_stack(sources: Sequence[str | os.PathLike[str]], options: ReadOptions | None = None) -> Raster:
@@ -56,12 +58,12 @@ def open_stack(sources: Sequence[str | os.PathLike[str]], options: ReadOptions |
     parts = tuple(stored[band - 1] for band in chosen)
     rules = {part.raster.nodata_rule for part in parts}
     plain = len(rules) == 1 and next(iter(rules)).is_plain
-    values = next(iter(rules)).values if plain else first.nodata_rule.values[:1]
-    rule = NodataRule(values=values, any_band=options.any_band, mask=None if plain else "parts")
+    # Where the files disagree, no one value speaks for the pixel.
+    rule = next(iter(rules)) if plain else NodataRule(any_band=options.any_band, mask="parts")
     if mask_band is not None:
         # The mask band is one more part, behind those that are bands.
         parts = (*parts, stored[mask_band - 1])
-        rule = replace(rule, mask="band", mask_band=len(parts), mask_values=options.mask_values)
+        rule = replace(rule, mask_band=len(parts), mask_values=options.mask_values)
     return Raster(
         path=str(sources[0]),
         kind="stack",
@@ -71,10 +73,11 @@ def open_stack(sources: Sequence[str | os.PathLike[str]], options: ReadOptions |
         nodata_rule=rule,
         band_names=tuple(names[band - 1] for band in chosen),
         block=first.block,
-        block_bytes=sum(raster.block_bytes for raster in rasters),
+        block_bytes=_open_bytes(rasters),
         identity=_identity(parts),
         parts=parts,
         sources=tuple(raster.location for raster in rasters),
+        files=tuple(dict.fromkeys(file for raster in rasters for file in raster.files)),
         options=options,
     )
 
@@ -82,8 +85,7 @@ def open_stack(sources: Sequence[str | os.PathLike[str]], options: ReadOptions |
 def open_mosaic(sources: Sequence[str | os.PathLike[str]], options: ReadOptions | None = None) -> Raster:
     """Several pieces of one grid as one raster over the rectangle that holds them all.
 
-    Where pieces overlap, the first of them that has data there counts, as in rasterio.merge; where there is none, the
-    pixel is nodata.
+    Where pieces overlap, the first of them that has data in the pixel counts; where there is none, the pixel is nodata.
 
     Args:
         options: for every piece.
@@ -109,7 +111,6 @@ def open_mosaic(sources: Sequence[str | os.PathLike[str]], options: ReadOptions 
     rules = {raster.nodata_rule for raster in rasters}
     # One nodata value for all: missing pieces hold it too, and nothing else needs to be said.
     plain = len(rules) == 1 and next(iter(rules)).is_plain and bool(next(iter(rules)).values)
-    values = tuple(dict.fromkeys(value for raster in rasters for value in raster.nodata_rule.values))
     return Raster(
         path=str(sources[0]),
         kind="mosaic",
@@ -120,13 +121,14 @@ def open_mosaic(sources: Sequence[str | os.PathLike[str]], options: ReadOptions 
         ),
         dtype=first.dtype,
         place=first.place.moved(top, left),
-        nodata_rule=NodataRule(values=values[:1], any_band=options.any_band, mask=None if plain else "parts"),
+        nodata_rule=next(iter(rules)) if plain else NodataRule(any_band=options.any_band, mask="parts"),
         band_names=first.band_names,
         block=first.block,
-        block_bytes=max(raster.block_bytes for raster in rasters),
+        block_bytes=_open_bytes(rasters),
         identity=_identity(parts),
         parts=parts,
         sources=tuple(raster.location for raster in rasters),
+        files=tuple(dict.fromkeys(file for raster in rasters for file in raster.files)),
         options=options,
     )
 
@@ -150,6 +152,16 @@ def open_reference(reference: dict[str, Any]) -> Raster:
     if reference["kind"] == "file":
         return open_with(reference["paths"][0], options)
     return (open_stack if reference["kind"] == "stack" else open_mosaic)(reference["paths"], options)
+
+
+def _count_open(rasters: Sequence[Raster]) -> int:
+    """Files that a reader keeps open: each holds the block that it decoded last."""
+    largest = max(raster.block_bytes for raster in rasters)
+    return max(1, min(OPEN_FILES, len(rasters), OPEN_BYTES // max(1, largest)))
+
+
+def _open_bytes(rasters: Sequence[Raster]) -> int:
+    return _count_open(rasters) * max(raster.block_bytes for raster in rasters)
 
 
 def _open_all(sources: Sequence[str | os.PathLike[str]], options: ReadOptions) -> list[Raster]:
@@ -205,6 +217,7 @@ class PartsReader:
     def __init__(self, raster: Raster) -> None:
         self._raster = raster
         self._readers: dict[int, RasterReader] = {}
+        self._most = _count_open([part.raster for part in raster.parts])
         self._last: tuple[Window, Array, Mask | None] | None = None
         """Of a mosaic: what was read last, since its mask comes with its pixels."""
 
@@ -212,7 +225,7 @@ class PartsReader:
         if index in self._readers:
             self._readers[index] = self._readers.pop(index)  # last used, last closed
         else:
-            if len(self._readers) >= OPEN_FILES:
+            if len(self._readers) >= self._most:
                 self._readers.pop(next(iter(self._readers))).close()
             self._readers[index] = self._raster.parts[index].raster.open_reader()
         return self._readers[index]
@@ -225,13 +238,14 @@ class PartsReader:
         if self._raster.kind == "mosaic":
             return self._read_mosaic(window)[1] if rule.mask == "parts" else find_missing(image, rule)
         if rule.mask is None:
-            return find_missing(image, rule)
-        own = [self._part_missing(i, window, image[i : i + 1]) for i in range(self._raster.bands)]
-        missing = self._combine(own, window)
-        if rule.mask == "band":
-            index = rule.mask_band - 1
-            marked = self._reader(index).read(window)
-            missing = join_missing(missing, find_missing(marked, NodataRule(values=rule.mask_values)))
+            missing = find_missing(image, rule)
+        else:
+            missing = self._combine(
+                [self._part_missing(i, window, image[i : i + 1]) for i in range(self._raster.bands)], window
+            )
+        if rule.mask_band:
+            marked = self._reader(rule.mask_band - 1).read(window)
+            missing = join_missing(missing, find_missing(marked, rule.band_rule))
         return missing if missing is not None and missing.any() else None
 
     def _read_stack(self, window: Window) -> Array:
@@ -244,8 +258,8 @@ class PartsReader:
         """(by value, by mask) of one file of a stack."""
         rule = self._raster.parts[index].raster.nodata_rule
         by_value = find_missing(image, rule)
-        everything = self._reader(index).read_missing(window, image) if rule.mask else None
-        return by_value, everything if rule.mask else None
+        masked = rule.mask is not None or rule.mask_band > 0
+        return by_value, self._reader(index).read_missing(window, image) if masked else None
 
     def _combine(self, own: list[tuple[Mask | None, Mask | None]], window: Window) -> Mask | None:
         by_value = [value for value, _ in own]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import zarr
 from zarr.errors import BaseZarrError
 
-from .errors import RasterError
+from .errors import RasterError, TilerError
 from .geometry import Window
 from .georeference import Georeference, from_attributes, from_centres
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
@@ -25,6 +26,9 @@ _AXIS_NAMES = {
     "y": ("y", "lat", "latitude", "northing", "row", "rows", "height"),
     "x": ("x", "lon", "longitude", "easting", "column", "columns", "col", "width"),
 }
+_MOST_BANDS = 65_535
+_MOST_CENTRES = 1 << 22
+"""Coordinates that are compared one by one; of more only the ends are looked at."""
 _METADATA_FILES = ("zarr.json", ".zarray", ".zgroup")
 
 
@@ -32,6 +36,8 @@ def split_zarr_path(path: Path) -> tuple[Path, str] | None:
     """(store, path inside it) where `path` is a Zarr node or lies below one; None where it is no Zarr."""
     if path.is_file():
         return None
+    if ".." in path.parts:
+        path = path.resolve()
     top: Path | None = None
     for folder in (path, *path.parents):
         if any((folder / name).is_file() for name in _METADATA_FILES):
@@ -45,16 +51,27 @@ def describe_zarr(store: Path, inner: str, axes: str | None = None) -> Raster:
     """Describe a raster array in a Zarr store.
 
     Raises:
-        RasterError: no such node, an ambiguous group, or an array whose axis order nobody tells.
+        RasterError: no such node, an ambiguous group, an array whose axis order nobody tells, or damaged metadata.
     """
     name = f"{store}/{inner}".rstrip("/")
+    try:
+        return _describe(store, inner, name, axes)
+    except TilerError:
+        raise
+    except Exception as error:
+        # Whatever stands in somebody's metadata must not look like a fault of this program.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RasterError(f"{name} is not a Zarr raster that can be described: {reason}") from error
+
+
+def _describe(store: Path, inner: str, name: str, axes: str | None) -> Raster:
     try:
         node = zarr.open(str(store), mode="r", path=inner or None)
     except (BaseZarrError, OSError, ValueError, KeyError) as error:
         raise RasterError(f"{name} is not a Zarr raster: {str(error).splitlines()[0]}") from error
     if isinstance(node, zarr.Group):
         arrays = {key: array for key, array in node.arrays() if array.ndim in (2, 3)}
-        beside = {_mask_name(array) for array in arrays.values()}
+        beside = {_mask_name(array, node) for array in arrays.values()}
         candidates = sorted(key for key in arrays if key not in beside)
         ours = dict(node.attrs).get("outsize")
         if isinstance(ours, dict) and ours.get("kind") in candidates:
@@ -82,10 +99,16 @@ def describe_zarr(store: Path, inner: str, axes: str | None = None) -> Raster:
     extents = dict(zip(order, array.shape, strict=True))
     chunks = dict(zip(order, array.chunks, strict=True))
     shape = (int(extents.get("b", 1)), int(extents["y"]), int(extents["x"]))
+    if min(shape) < 1:
+        raise RasterError(f"{name} has no pixels: bands, rows and columns are {shape}")
+    if min(array.chunks) < 1:
+        raise RasterError(f"{name} has chunks of {array.chunks} pixels; the store is damaged")
+    if shape[0] > _MOST_BANDS:
+        raise RasterError(
+            f"{name} has {shape[0]} bands, more than {_MOST_BANDS}; is the order another? give --axes yxb"
+        )
     group_attributes = dict(group.attrs) if group is not None else {}
-    mask = _mask_name(array)
-    if mask and (group is None or mask not in group):
-        raise RasterError(f"{name} names {mask} as its mask, but there is none; the store is damaged")
+    mask = _mask_name(array, group)
     dtype = np.dtype(array.dtype)
     return Raster(
         path=str(store),
@@ -93,21 +116,32 @@ def describe_zarr(store: Path, inner: str, axes: str | None = None) -> Raster:
         shape=shape,
         dtype=dtype,
         place=_georeference(group, attributes, group_attributes, order, array),
-        nodata_rule=NodataRule(values=_nodata(attributes), mask="array" if mask else None),
+        nodata_rule=NodataRule(values=_nodata(array), mask="array" if mask else None),
         band_names=_band_names(group, shape[0]),
         block=(int(chunks["y"]), int(chunks["x"])),
         block_bytes=int(np.prod([int(extent) for extent in array.chunks], dtype=object)) * dtype.itemsize,
         identity=_identity(store, inner),
         axes=order,
         array_path=inner,
+        files=(str(store),),
         mask_path=f"{inner.rpartition('/')[0]}/{mask}".lstrip("/") if mask else "",
     )
 
 
-def _mask_name(array: zarr.Array[Any]) -> str:
-    """Of the array beside this one that says where its pixels are valid; as CF's ancillary variables go."""
+def _mask_name(array: zarr.Array[Any], group: zarr.Group | None) -> str:
+    """Of the array beside this one that says where its pixels are valid, if it is one of ours.
+
+    CF lets any array be called ancillary, so ours is known by its flags: 0 nodata, 255 valid.
+    """
     named = str(dict(array.attrs).get("ancillary_variables", "")).split()
-    return "mask" if "mask" in named else ""
+    if "mask" not in named or group is None or "mask" not in group:
+        return ""
+    mask = group["mask"]
+    if not isinstance(mask, zarr.Array) or mask.ndim != 2 or mask.dtype != np.uint8:
+        return ""
+    attributes = dict(mask.attrs)
+    ours = attributes.get("flag_values") == [0, 255] and attributes.get("flag_meanings") == "nodata valid"
+    return "mask" if ours else ""
 
 
 def _axis_order(name: str, array: zarr.Array[Any], attributes: Mapping[str, Any], axes: str | None) -> str:
@@ -141,30 +175,70 @@ def _georeference(
     if group is not None and isinstance(mapping, str) and mapping in group:
         spatial_ref = dict(group[mapping].attrs)
     place = from_attributes({**group_attributes, **attributes}, spatial_ref)
-    if place.transform is None and group is not None:
-        names = getattr(array.metadata, "dimension_names", None) or attributes.get("_ARRAY_DIMENSIONS") or ()
-        coordinates = {letter: str(entry) for letter, entry in zip(order, names, strict=False) if entry in group}
-        if "y" in coordinates and "x" in coordinates:
-            y, x = group[coordinates["y"]], group[coordinates["x"]]
-            if isinstance(y, zarr.Array) and isinstance(x, zarr.Array) and y.ndim == x.ndim == 1:
-                return Georeference(crs_wkt=place.crs_wkt, transform=from_centres(np.asarray(y[:]), np.asarray(x[:])))
-    return place
+    if group is None or place.is_rotated:
+        return place
+    names = getattr(array.metadata, "dimension_names", None) or attributes.get("_ARRAY_DIMENSIONS") or ()
+    coordinates = {letter: str(entry) for letter, entry in zip(order, names, strict=False) if entry in group}
+    if "y" not in coordinates or "x" not in coordinates:
+        return place
+    y, x = group[coordinates["y"]], group[coordinates["x"]]
+    extents = dict(zip(order, array.shape, strict=True))
+    if not (isinstance(y, zarr.Array) and isinstance(x, zarr.Array)):
+        return place
+    if (
+        y.shape != (extents["y"],)
+        or x.shape != (extents["x"],)
+        or y.dtype.kind not in "iuf"
+        or x.dtype.kind not in "iuf"
+    ):
+        return place
+    found = from_centres(_centres(y), _centres(x), (extents["y"], extents["x"]))
+    if found is None:
+        return place
+    # A part that was cut out keeps the whole's transform among its attributes; coordinates are cut with the pixels.
+    step = max(abs(found[0]), abs(found[4]))
+    stale = place.transform is None or not np.allclose(found, place.transform, rtol=1e-9, atol=1e-3 * step)
+    return Georeference(crs_wkt=place.crs_wkt, transform=found) if stale else place
 
 
-def _nodata(attributes: Mapping[str, Any]) -> tuple[float, ...]:
+def _centres(coordinate: zarr.Array[Any]) -> Array:
+    """All values, or the first two and the last of very many."""
+    if coordinate.shape[0] <= _MOST_CENTRES:
+        return np.asarray(coordinate[:])
+    return np.concatenate([np.asarray(coordinate[:2]), np.asarray(coordinate[-1:])])
+
+
+def _nodata(array: zarr.Array[Any]) -> tuple[float, ...]:
+    """The nodata value by its attributes; of v2, where xarray keeps it there alone, by a fill value other than 0."""
+    attributes = dict(array.attrs)
     for key in ("nodata", "_FillValue", "missing_value"):
-        value = attributes.get(key)
-        if isinstance(value, str):
-            if value.lower() == "nan":
-                return (float("nan"),)
-            try:
-                # xarray stores the fill value of floats in Zarr v3 as base64 of a little-endian double.
-                return (float(struct.unpack("<d", base64.standard_b64decode(value))[0]),)
-            except (ValueError, struct.error):
-                continue
-        if isinstance(value, (int, float)):
-            return (float(value),)
+        value = _number(attributes.get(key))
+        if value is not None:
+            return (value,)
+    fill = array.fill_value
+    if getattr(array.metadata, "zarr_format", 3) == 2 and fill is not None:
+        value = _number(fill.item() if hasattr(fill, "item") else fill)
+        return (value,) if value is not None and value != 0 else ()
     return ()
+
+
+def _number(value: Any) -> float | None:
+    """A number, or a text that means one."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+    except ValueError:
+        pass
+    try:
+        # xarray stores the fill value of floats in Zarr v3 as base64 of a little-endian double.
+        return float(struct.unpack("<d", base64.standard_b64decode(str(value)))[0])
+    except (ValueError, struct.error):
+        return None
 
 
 def _band_names(group: zarr.Group | None, count: int) -> tuple[str, ...]:
@@ -178,17 +252,30 @@ def _band_names(group: zarr.Group | None, count: int) -> tuple[str, ...]:
     return tuple(f"band {number}" for number in range(1, count + 1))
 
 
+_MOST_ENTRIES = 200_000
+
+
 def _identity(store: Path, inner: str) -> str:
-    """Hash of the metadata, with the times at which the array's folders changed."""
-    digest = hashlib.sha256()
+    """Hash of the metadata, and of the sizes and times of chunks and folders, up to very many."""
+    digest = hashlib.sha256(str(store.resolve()).encode())
     folder = store / inner
-    for name in _METADATA_FILES:
-        file = folder / name
-        if file.is_file():
-            digest.update(json.dumps([name, file.read_text()]).encode())
-    for path in (folder, folder / "c"):
-        if path.is_dir():
-            digest.update(str(path.stat().st_mtime_ns).encode())
+    pending, seen = [folder], 0
+    mask = folder.parent / "mask"
+    if inner and mask.is_dir():
+        pending.append(mask)
+    while pending and seen < _MOST_ENTRIES:
+        here = pending.pop()
+        digest.update(str(here.stat().st_mtime_ns).encode())
+        with os.scandir(here) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                seen += 1
+                if entry.name in _METADATA_FILES:
+                    digest.update(json.dumps([entry.name, Path(entry.path).read_text(errors="replace")]).encode())
+                elif entry.is_dir():
+                    pending.append(Path(entry.path))
+                else:
+                    status = entry.stat()
+                    digest.update(f"{entry.name}:{status.st_size}:{status.st_mtime_ns}".encode())
     return digest.hexdigest()[:32]
 
 
@@ -205,7 +292,7 @@ class ZarrReader:
     def _take(self, array: zarr.Array[Any], window: Window, pick: tuple[Any, ...]) -> Array:
         try:
             return np.asarray(array.oindex[pick] if any(isinstance(p, list) for p in pick) else array[pick])
-        except (BaseZarrError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        except Exception as error:  # codecs raise what they like
             name = f"{self._raster.path}/{array.path}".rstrip("/")
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise RasterError(f"{name}: window {window} cannot be read: {reason}") from error
@@ -216,7 +303,7 @@ class ZarrReader:
         pick = {"b": bands, "y": rows, "x": columns}
         block = self._take(self._array, window, tuple(pick[letter] for letter in self._raster.axes))
         if "b" not in self._raster.axes:
-            block = block[None]
+            block = np.repeat(block[None], len(indexes) or 1, axis=0)
             order = "b" + self._raster.axes
         else:
             order = self._raster.axes
@@ -228,9 +315,8 @@ class ZarrReader:
     def read_missing(self, window: Window, image: Array) -> Mask | None:
         rule = self._raster.nodata_rule
         missing = find_missing(image, rule)
-        if rule.mask == "band":
-            marked = NodataRule(values=rule.mask_values)
-            return join_missing(missing, find_missing(self._read(window, (rule.mask_band,)), marked))
+        if rule.mask_band:
+            missing = join_missing(missing, find_missing(self._read(window, (rule.mask_band,)), rule.band_rule))
         if self._mask is not None:
             missing = join_missing(missing, self._take(self._mask, window, window.slices()) == 0)
             return missing if missing is not None and missing.any() else None

@@ -21,7 +21,7 @@ from .check import CheckPatch, StartCheck, compare_patches, larger_window, requi
 from .cluster import ClusterOptions, open_client
 from .engine import EngineProgram, compile_program
 from .engine_torch import TorchEngine
-from .errors import BudgetError, OutputError, UsageError
+from .errors import BudgetError, OutputError, RasterError, UsageError
 from .events import ClusterReady, Event, Listener, RunPlanned, StartChecked, TileFinished, TileRecord
 from .fingerprint import find_differences, make_fingerprint
 from .geometry import Interval, Window
@@ -32,7 +32,7 @@ from .network import Network
 from .plan import GDAL_CACHE_BYTES, TilePlan
 from .planner import plan_tiles
 from .program import make_program
-from .raster import Raster, RasterReader, open_raster, read_filled
+from .raster import Raster, RasterReader, open_raster, read_filled, require_apart
 from .raster_parts import reference_to
 from .records import RunFolder, log, remove_output, writing
 from .schedule import Lost, count_threads, run_cells
@@ -183,15 +183,19 @@ def predict(
             method=method,
         )
         fingerprint = make_fingerprint(raster, network, description.kind, plan, fill, zarr_format)
+        require_apart(raster, out)
+        if out.is_symlink():
+            raise OutputError(f"{out} is a link; name the store itself")
         if out.exists():
             read_header(out)  # a folder that is not ours is neither continued nor overwritten, nor given neighbours
         with writing(out), RunFolder(out) as folder:
             records: dict[tuple[int, int], dict[str, Any]] = {}
-            begins = overwrite or not out.exists()
+            # An unfinished output of this very run is continued, also where a finished one would be replaced.
+            begins = not out.exists() or (overwrite and not _is_unfinished(out, fingerprint))
             if begins:
                 require_space(out, plan.output_bytes, "the output", check=space_check)
             else:
-                plan = _continue(out, fingerprint, resume=resume, budget=parse_bytes(memory))
+                plan = _continue(out, fingerprint, resume=resume, budget=parse_bytes(memory), core=core)
                 records = folder.read()
             todo = [at for at in plan.order() if not _is_done(out, description.kind, plan, at, records)]
             resumed = len(plan.grid) - len(todo)
@@ -383,29 +387,57 @@ class _Run:
         write_status(self.out, status)
 
 
+CHECK_ATTEMPTS = 4
+"""Sets of tiles that the start check tries where the raster cannot be read in the first ones."""
+
+
 def run_start_check(client: Client, spec: RunSpec, network: Network) -> StartCheck:
-    """Compare patches that workers compute from their tiles' windows with the module itself in larger windows."""
-    patches = sample_patches(spec.plan)
-    future = client.submit(check_tiles, spec.run_id, patches, key=f"start-check-{spec.run_id}", pure=False)
-    reader = spec.raster.open_reader()
-    expected: list[tuple[Array, Array]] = []
-    try:
-        if spec.plan.method == "program":
-            expected = [_run_larger_program(spec, network, reader, patch) for patch in patches]
-        reference = TorchEngine(network.module, has_logits=network.graph.has_logits)
-        for patch in patches if spec.plan.method == "window" else ():
-            window = larger_window(network, patch.window, spec.raster.shape_yx)
-            image = read_filled(reader, spec.raster, window, spec.fill).image
-            top, left = (int(v * s) for v, s in zip((window.y, window.x), network.scale, strict=True))
-            y, x = patch.window.y - top, patch.window.x - left
-            cut = (slice(None), slice(y, y + patch.window.height), slice(x, x + patch.window.width))
-            finished, logits = reference.run_with_logits(image)
-            expected.append((finished[cut], logits[cut]))
-    finally:
-        reader.close()
-    computed: list[tuple[Array, Array]] = future.result()
-    pairs = [(*ours, *theirs) for ours, theirs in zip(computed, expected, strict=True)]
-    return compare_patches(pairs, tiles=len({(p.row, p.column) for p in patches}), has_logits=network.graph.has_logits)
+    """Compare patches that workers compute as tiles with the reference: the module in larger windows, or programs of
+    other cores by torch.
+
+    Raises:
+        RasterError: none of several tiles can be read.
+    """
+    failure: RasterError | None = None
+    for attempt in range(CHECK_ATTEMPTS):
+        patches = sample_patches(spec.plan, attempt)
+        key = f"start-check-{spec.run_id}-{attempt}"
+        future = client.submit(check_tiles, spec.run_id, patches, key=key, pure=False)
+        expected: list[tuple[Array, Array] | None] = []
+        reader = spec.raster.open_reader()
+        try:
+            for patch in patches:
+                try:
+                    expected.append(_run_reference(spec, network, reader, patch))
+                except RasterError as error:
+                    failure, reader = error, spec.raster.open_reader()
+                    expected.append(None)
+        finally:
+            reader.close()
+        computed: list[tuple[Array, Array] | None] = future.result()
+        both = [
+            (patch, (*ours, *theirs))
+            for patch, ours, theirs in zip(patches, computed, expected, strict=True)
+            if ours is not None and theirs is not None
+        ]
+        if both:
+            tiles = len({(patch.row, patch.column) for patch, _ in both})
+            return compare_patches([pair for _, pair in both], tiles=tiles, has_logits=network.graph.has_logits)
+    raise RasterError(f"no tile of {CHECK_ATTEMPTS} sets can be read for the start check; {failure}")
+
+
+def _run_reference(spec: RunSpec, network: Network, reader: RasterReader, patch: CheckPatch) -> tuple[Array, Array]:
+    """(finished, logits) of a patch, computed in another way than the run's."""
+    if spec.plan.method == "program":
+        return _run_larger_program(spec, network, reader, patch)
+    window = larger_window(network, patch.window, spec.raster.shape_yx)
+    image = read_filled(reader, spec.raster, window, spec.fill).image
+    top, left = (int(v * s) for v, s in zip((window.y, window.x), network.scale, strict=True))
+    y, x = patch.window.y - top, patch.window.x - left
+    cut = (slice(None), slice(y, y + patch.window.height), slice(x, x + patch.window.width))
+    reference = TorchEngine(network.module, has_logits=network.graph.has_logits)
+    finished, logits = reference.run_with_logits(image)
+    return finished[cut], logits[cut]
 
 
 def _run_larger_program(
@@ -450,7 +482,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _continue(out: Path, fingerprint: dict[str, Any], *, resume: bool, budget: int) -> TilePlan:
+def _is_unfinished(out: Path, fingerprint: dict[str, Any]) -> bool:
+    header = read_header(out)
+    return "run" not in header and not find_differences(header.get("fingerprint", {}), fingerprint)
+
+
+def _continue(out: Path, fingerprint: dict[str, Any], *, resume: bool, budget: int, core: int | None) -> TilePlan:
     """The plan of an existing output that this run may continue.
 
     Raises:
@@ -464,6 +501,8 @@ def _continue(out: Path, fingerprint: dict[str, Any], *, resume: bool, budget: i
     if differences:
         raise OutputError(f"{out} was made by another run: {'; '.join(differences)}; --overwrite replaces it")
     plan = TilePlan.from_json(header["plan"])
+    if core is not None and plan.core != (core, core):
+        raise OutputError(f"{out} was begun with cores of {plan.core[0]}, got {core}; leave --core out, or --overwrite")
     if plan.memory.total_bytes > budget:
         raise BudgetError(
             f"memory must be at least {format_bytes(plan.memory.total_bytes)} to continue {out} with its own plan, "

@@ -116,7 +116,7 @@ def create_raster_group(
             **mapping,
             **({"ancillary_variables": MASK} if masked else {}),
             # Not _FillValue: xarray would turn a class map into floats.
-            **({"nodata": nodata if np.isfinite(nodata) else "nan"} if nodata is not None else {}),
+            **({"nodata": nodata if np.isfinite(nodata) else repr(float(nodata))} if nodata is not None else {}),
             **spatial,
             **(array_attributes or {}),
         },
@@ -171,6 +171,9 @@ def add_mask(path: Path, name: str, shape_yx: tuple[int, int], chunk: tuple[int,
     array = group[name]
     assert isinstance(array, zarr.Array)
     array.attrs["ancillary_variables"] = MASK
+    if MASK in group:
+        # Of a copy that was interrupted just here.
+        return open_array(path, MASK, "r+")
     mapping = dict(array.attrs).get("grid_mapping")
     return _create_array(
         group,
@@ -193,6 +196,25 @@ def finish_metadata(path: Path) -> None:
     group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
     if group.metadata.zarr_format == 2:
         zarr.consolidate_metadata(group.store)
+
+
+def require_replaceable(path: Path, mark: str, maker: str) -> None:
+    """Refuse to replace what somebody else made.
+
+    Args:
+        mark: the group attribute by which the command's own stores are known.
+
+    Raises:
+        OutputError: a file, a link, or a folder without the mark.
+    """
+    if not path.exists() and not path.is_symlink():
+        return
+    try:
+        ours = not path.is_symlink() and mark in dict(zarr.open_group(str(path), mode="r").attrs)
+    except (BaseZarrError, OSError, ValueError, KeyError):
+        ours = False
+    if not ours:
+        raise OutputError(f"{path} was not made by {maker}, so --overwrite does not replace it; choose another path")
 
 
 def require_space(path: Path, needed: int, what: str, *, check: bool = True) -> None:

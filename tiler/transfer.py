@@ -24,7 +24,7 @@ from .machine import cpu_count
 from .memory import MB, format_bytes, parse_bytes
 from .meter import MemoryMeter
 from .nodata import Array, Mask
-from .raster import Raster, RasterReader
+from .raster import Raster, RasterReader, require_apart
 from .records import RunFolder, writing
 from .schedule import Lost, run_cells
 from .store import (
@@ -36,10 +36,13 @@ from .store import (
     create_raster_group,
     finish_metadata,
     open_array,
+    require_replaceable,
     require_space,
 )
 
 IMAGE = "image"
+MARK = "outsize_copy"
+"""Group attribute of every copy."""
 CHUNK = 512
 CELL_BYTES = 48 * MB
 """Of the pixels of one cell: what one task reads and writes."""
@@ -79,6 +82,8 @@ class CellRecord:
     unreadable: tuple[tuple[int, int, int, int, str], ...] = ()
     """(y, x, height, width, reason) of what could not be read: nodata in the copy."""
     state: str = "done"
+    lost: bool = False
+    """Its worker died over it."""
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -353,16 +358,20 @@ def copy_raster(
         OutputError: the target exists, is the source, or cannot be written.
     """
     out = Path(out).absolute()
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists; choose another path, or --overwrite")
-    for source in raster.sources or (raster.path,):
-        if out in (Path(source).absolute(), *Path(source).absolute().parents):
-            raise OutputError(f"{out} holds the source itself; choose another path")
+    _require_target(out, overwrite=overwrite)
+    require_apart(raster, out)
     plan = plan_transfer(raster, memory, workers)
     height, width = raster.shape_yx
     require_space(out, height * width * raster.pixel_bytes + 8 * (height + width), f"{raster.path}", check=space_check)
     with MemoryMeter() as meter, writing(out), RunFolder(out) as folder:
+        _require_target(out, overwrite=overwrite)  # again, now that nobody else writes it
         return _Transfer(raster, out, plan, zarr_format, folder, meter, listener).run(client, cluster)
+
+
+def _require_target(out: Path, *, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists; choose another path, or --overwrite")
+    require_replaceable(out, MARK, "ingest")
 
 
 class _Transfer:
@@ -403,6 +412,11 @@ class _Transfer:
         )
         synced = time.monotonic()
         for record in self._copy(job, todo, client, cluster):
+            if record.lost:
+                # Some of its chunks may be there; what nobody vouches for is nodata.
+                rows, columns = self.plan.grid.window(record.row, record.column).slices()
+                nodata = self.raster.nodata if self.raster.nodata is not None else 0
+                open_array(self.unfinished, IMAGE, "r+")[:, rows, columns] = nodata
             self.folder.append(record)
             self.records.append(record.to_json())
             if time.monotonic() - synced > 2:
@@ -455,7 +469,7 @@ class _Transfer:
             zarr_format=self.zarr_format,
             group_attributes={
                 "band_names": list(self.raster.band_names),
-                "outsize_copy": {
+                MARK: {
                     "fingerprint": self.fingerprint,
                     "sources": [Path(source).name for source in self.raster.sources or (self.raster.path,)],
                 },
@@ -466,7 +480,7 @@ class _Transfer:
     def _stored_fingerprint(self) -> Any:
         with suppress(Exception):
             attributes: Any = dict(zarr.open_group(str(self.unfinished), mode="r").attrs)
-            return attributes["outsize_copy"]["fingerprint"]
+            return attributes[MARK]["fingerprint"]
         return None
 
     def _is_there(self, cell: tuple[int, int]) -> bool:
@@ -506,22 +520,24 @@ class _Transfer:
         if unreadable:
             if not masked and self.raster.nodata is None:
                 # No number says nodata here, so a mask must.
-                mask, masked = add_mask(self.unfinished, IMAGE, self.raster.shape_yx, self.plan.chunk), True
+                add_mask(self.unfinished, IMAGE, self.raster.shape_yx, self.plan.chunk)
+                masked = True
+            if masked:
+                mask = open_array(self.unfinished, MASK, "r+")
                 for y, x, height, width, _ in unreadable:
                     mask[y : y + height, x : x + width] = 0
             group = zarr.open_group(str(self.unfinished), mode="r+")
-            told: Any = dict(group.attrs)["outsize_copy"]
+            told: Any = dict(group.attrs)[MARK]
             listed = [{"window": [y, x, h, w], "error": error} for y, x, h, w, error in unreadable]
-            group.attrs["outsize_copy"] = {**told, "unreadable": listed}
+            group.attrs[MARK] = {**told, "unreadable": listed}
         finish_metadata(self.unfinished)
+        doomed = self.out.with_name(self.out.name + ".deleting")
         if self.out.exists():
-            doomed = self.out.with_name(self.out.name + ".deleting")
             shutil.rmtree(doomed, ignore_errors=True)
             self.out.rename(doomed)
-            self.unfinished.rename(self.out)
-            shutil.rmtree(doomed)
-        else:
-            self.unfinished.rename(self.out)
+        self.unfinished.rename(self.out)
+        # Also what an earlier call was killed with, between the two names.
+        shutil.rmtree(doomed, ignore_errors=True)
         self.folder.discard()
         return masked
 
@@ -541,7 +557,7 @@ def _copy_on(client: Client, job: TransferJob, todo: list[tuple[int, int]]) -> I
                 # Nothing is known of its pixels, so all of them are called unreadable.
                 w = job.grid.window(row, column)
                 lost = (w.y, w.x, w.height, w.width, f"{job.raster.path}: window {w}: {outcome.reason}")
-                record = CellRecord(row=row, column=column, pixels=w.pixels, unreadable=(lost,))
+                record = CellRecord(row=row, column=column, pixels=w.pixels, unreadable=(lost,), lost=True)
             yield record
     finally:
         with suppress(Exception):
@@ -554,14 +570,16 @@ def probe_raster(raster: Raster) -> None:
     Raises:
         RasterError: none of them can be read; names the first.
     """
-    rows = Grid(shape=raster.shape_yx, cell=(PROBE_SIDE, PROBE_SIDE)).counts
+    # Within the file's own blocks, so that one bad block does not speak for its neighbours.
+    cell = (max(1, min(PROBE_SIDE, raster.block[0])), max(1, min(PROBE_SIDE, raster.block[1])))
+    grid = Grid(shape=raster.shape_yx, cell=cell)
     reader = raster.open_reader()
     first: RasterError | None = None
     try:
         for i in range(PROBES):
             # Golden-ratio steps along both axes: spread evenly whatever the number.
-            row, column = (int(count * (i * step % 1)) for count, step in zip(rows, (0.618034, 0.754878), strict=True))
-            window = Grid(shape=raster.shape_yx, cell=(PROBE_SIDE, PROBE_SIDE)).window(row, column)
+            steps = zip(grid.counts, (0.618034, 0.754878), strict=True)
+            window = grid.window(*(int(count * (i * step % 1)) for count, step in steps))
             try:
                 reader.read_missing(window, reader.read(window))
                 return

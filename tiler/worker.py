@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .engine import EngineProgram, TileEngine
+from .errors import RasterError
 from .events import TileRecord
 from .geometry import Interval, Window, footprint
 from .jobs import runner_of
@@ -125,7 +127,9 @@ class TileRunner:
             self._reopen()
         try:
             return self._run(tile)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise  # no fault of the tile: the run stops, and goes on when there is room
             reason = (str(error).strip().splitlines() or [""])[0]
             return TileRecord.failure(
                 row, column, tile.core.pixels, f"{type(error).__name__}: {reason}", worker=_process_name()
@@ -169,17 +173,25 @@ class TileRunner:
             worker=_process_name(),
         )
 
-    def check(self, patches: list[CheckPatch]) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-        """(finished, logits) of patches, computed as the run computes them: from their tiles' own windows."""
+    def check(self, patches: list[CheckPatch]) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]] | None]:
+        """(finished, logits) of patches, computed as the run computes them: from their tiles' own windows; None where
+        the tile cannot be read."""
         whole: dict[tuple[int, int], tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
         for row, column in dict.fromkeys((patch.row, patch.column) for patch in patches):
             tile = self.spec.plan.tile(row, column)
-            image = self._read(tile).image
+            try:
+                image = self._read(tile).image
+            except RasterError:
+                self._reopen()
+                continue
             with self._compute_lock:
                 finished, logits = self._loaded().run_tile_with_logits(image, tile)
                 whole[row, column] = (finished.copy(), logits.copy())
-        results: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
+        results: list[tuple[npt.NDArray[Any], npt.NDArray[Any]] | None] = []
         for patch in patches:
+            if (patch.row, patch.column) not in whole:
+                results.append(None)
+                continue
             rows, columns = patch.window.slices(self.spec.plan.tile(patch.row, patch.column).core)
             finished, logits = whole[patch.row, patch.column]
             results.append((finished[:, rows, columns].copy(), logits[:, rows, columns].copy()))
@@ -194,6 +206,6 @@ def _process_name() -> str:
     return f"pid {os.getpid()}"
 
 
-def check_tiles(run_id: str, patches: list[CheckPatch]) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+def check_tiles(run_id: str, patches: list[CheckPatch]) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]] | None]:
     """A task: the start check's patches."""
     return runner_of(run_id).check(patches)

@@ -26,7 +26,7 @@ REFUSED = {
     "gdal/bigtiff_header_extract.tif": "none of 16 windows spread over it can be read",
     "gdal/block_width_above_32bit.tif": "Too large block size",
     "gdal/cint_sar.tif": "integers or real numbers, got complex_int16",
-    "gdal/corrupted_deflate_singlestrip.tif": "window 0,0,64,20 cannot be read",
+    "gdal/corrupted_deflate_singlestrip.tif": "window 0,0,.* cannot be read",
     "gdal/excessive-memory-TIFFFillStrip2.tif": "108 x 108 px of its 65535 bands are 764 MB",
     "gdal/huge_raster_with_ovr_huge_block.tif": r"one of its blocks, 1 x 2147000000 px, is 140\.70 TB",
     "gdal/idontexist.vrt": "idontexist.tif: No such file",

@@ -82,7 +82,7 @@ def test_a_mask_hidden_as_a_band_is_no_band(tmp_path: Path) -> None:
     assert missing_of(both) == [[False, True, False, False]]
     with pytest.raises(UsageError, match="such as --mask-band"):
         open_raster(path, mask_band=3)
-    with pytest.raises(RasterError, match="has bands 1 to 3, got 4"):
+    with pytest.raises(UsageError, match="has bands 1 to 3, got 4"):
         open_raster(path, mask_band=4, mask_values=(1,))
 
 

@@ -249,7 +249,7 @@ def test_foreign_folders_are_neither_continued_nor_overwritten(tmp_path: Path, c
         with pytest.raises(OutputError, match="not an output of outsize"):
             run(source, class_network(), out, client, overwrite=overwrite)
     assert (out / "thesis.txt").read_text() == "years of work"
-    with pytest.raises(OutputError, match=r"is not an output"):
+    with pytest.raises(OutputError, match="lie in one another"):
         run(source, class_network(), source, client)
 
 
@@ -366,3 +366,55 @@ def test_wrong_arguments_are_refused(tmp_path: Path, client: Client) -> None:
         run(source, analyze_network(Whole(), bands=3), tmp_path / "o.zarr", client)
     assert not (tmp_path / "o.zarr").exists()
     assert issubclass(UsageError, TilerError)
+
+
+def test_an_output_is_never_its_own_source(tmp_path: Path, client: Client) -> None:
+    source, out = scene(tmp_path, 70, 70), tmp_path / "o.zarr"
+    run(source, logit_network("convolution"), out, client)
+    before = stored(out)
+    network = analyze_network(nn.Conv2d(2, 2, 1).eval(), bands=2)
+    with pytest.raises(OutputError, match="lie in one another"):
+        run(out / "logits", network, out, client, overwrite=True)
+    assert np.array_equal(stored(out), before)
+    (tmp_path / "link.zarr").symlink_to(out)
+    with pytest.raises(OutputError, match="is a link"):
+        run(source, logit_network("convolution"), tmp_path / "link.zarr", client, overwrite=True)
+
+
+def test_an_overwriting_run_that_was_interrupted_goes_on(tmp_path: Path, client: Client) -> None:
+    source, out = scene(tmp_path, 200, 200), tmp_path / "o.zarr"
+    run(source, logit_network("strided"), out, client)
+    seen = 0
+
+    def interrupt(event: Event) -> None:
+        nonlocal seen
+        seen += isinstance(event, TileFinished)
+        if seen == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(source, logit_network("convolution"), out, client, overwrite=True, listener=interrupt)
+    assert run(source, logit_network("convolution"), out, client, overwrite=True).resumed_tiles >= 4
+    # A finished one is replaced.
+    assert run(source, logit_network("convolution"), out, client, overwrite=True).resumed_tiles == 0
+    with pytest.raises(OutputError, match="begun with cores of 64, got 128"):
+        run(source, logit_network("convolution"), out, client, core=128)
+
+
+def test_unreadable_corners_do_not_stop_the_start_check(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = scene(tmp_path, 400, 400)
+    right = GdalReader.read
+
+    def read(reader: GdalReader, window: Window) -> np.ndarray:
+        if window.y < 100 or window.rows.stop > 390:
+            raise RasterError("cannot be read")
+        return right(reader, window)
+
+    monkeypatch.setattr(GdalReader, "read", read)
+    summary = run(source, logit_network("convolution"), tmp_path / "o.zarr", client)
+    assert summary.start_check is not None
+    assert summary.start_check.passed
+    assert summary.start_check.pixels > 0
+    assert 0 < len(summary.failed_tiles) < 49

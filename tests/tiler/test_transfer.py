@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 import rioxarray
 import xarray
 import zarr
 from affine import Affine
 from outsize.tiler.cluster import ClusterOptions
-from outsize.tiler.errors import BudgetError, OutputError, RasterError
+from outsize.tiler.errors import BudgetError, OutputError, RasterError, UsageError
 from outsize.tiler.geometry import Window
 from outsize.tiler.raster import Raster, open_raster
-from outsize.tiler.raster_parts import open_mosaic
+from outsize.tiler.raster_parts import open_mosaic, open_stack
 from outsize.tiler.transfer import Copier, TransferJob, copy_raster, plan_transfer, probe_raster
 
 from .rasters import TRANSFORM, unique_pixels, write_geotiff
@@ -292,7 +293,7 @@ def test_an_existing_store_is_replaced_only_on_request_and_when_the_copy_is_whol
     assert open_raster(tmp_path / "c.zarr").shape == (1, 8, 8)
     copy_raster(open_raster(big), tmp_path / "c.zarr", overwrite=True)
     assert open_raster(tmp_path / "c.zarr").shape == BIG
-    with pytest.raises(OutputError, match="holds the source itself"):
+    with pytest.raises(OutputError, match="lie in one another"):
         copy_raster(open_raster(tmp_path / "c.zarr"), tmp_path / "c.zarr", overwrite=True)
 
 
@@ -339,3 +340,183 @@ def test_cells_cover_every_pixel_once(big: Path, tmp_path: Path) -> None:
     job = TransferJob(run_id="x", raster=raster, grid=plan.grid, out=str(tmp_path / "missing.zarr"))
     with pytest.raises((OSError, ValueError, KeyError)):
         Copier(job).run(0, 0)
+
+
+def test_only_copies_are_replaced(tmp_path: Path) -> None:
+    source = write_geotiff(tmp_path / "a.tif", unique_pixels(1, 8, 8, np.uint8))
+    (tmp_path / "diary").mkdir()
+    (tmp_path / "diary" / "today.txt").write_text("dear diary")
+    (tmp_path / "file.zarr").write_text("not a store")
+    copy_raster(open_raster(source), tmp_path / "real.zarr")
+    (tmp_path / "link.zarr").symlink_to(tmp_path / "real.zarr")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name in ("diary", "file.zarr", "link.zarr"):
+        with pytest.raises(OutputError, match="was not made by ingest"):
+            copy_raster(open_raster(source), tmp_path / name, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("way", ["itself", "link", "vrt"])
+def test_a_target_that_holds_the_source_is_refused_by_any_name(tmp_path: Path, way: str) -> None:
+    target = tmp_path / "t.zarr"
+    copy_raster(open_raster(write_geotiff(tmp_path / "a.tif", unique_pixels(1, 8, 8, np.uint8))), target)
+    inside = write_geotiff(target / "src.tif", unique_pixels(1, 8, 8, np.uint8))
+    source = inside
+    if way == "link":
+        source = tmp_path / "link.tif"
+        source.symlink_to(inside)
+    elif way == "vrt":
+        source = tmp_path / "v.vrt"
+        rasterio.shutil.copy(inside, source, driver="VRT")
+    with pytest.raises(OutputError, match="lie in one another"):
+        copy_raster(open_raster(source), target, overwrite=True)
+    assert inside.exists()
+
+
+def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from outsize.tiler import transfer
+
+    first = write_geotiff(tmp_path / "a.tif", unique_pixels(1, 8, 8, np.uint8))
+    second = write_geotiff(tmp_path / "b.tif", unique_pixels(2, 8, 8, np.uint8))
+    space = transfer.require_space
+
+    def slow(*arguments: Any, **options: Any) -> None:
+        space(*arguments, **options)
+        monkeypatch.setattr(transfer, "require_space", space)
+        copy_raster(open_raster(first), tmp_path / "t.zarr")
+
+    monkeypatch.setattr(transfer, "require_space", slow)
+    with pytest.raises(OutputError, match="exists"):
+        copy_raster(open_raster(second), tmp_path / "t.zarr")
+    assert open_raster(tmp_path / "t.zarr").bands == 1
+
+
+def test_files_of_one_size_and_time_are_told_apart(tmp_path: Path, big: Path) -> None:
+    paths = []
+    for name, shift in (("a", 0), ("b", 1)):
+        with rasterio.open(big) as dataset:
+            image = dataset.read() + np.uint8(shift)
+        paths.append(write_geotiff(tmp_path / f"{name}.tif", image))
+        os.utime(paths[-1], ns=(10**18, 10**18))
+    assert paths[0].stat().st_size == paths[1].stat().st_size
+    with pytest.raises(KeyboardInterrupt):
+        copy_raster(open_raster(paths[0]), tmp_path / "c.zarr", listener=interrupt_after(3))
+    assert copy_raster(open_raster(paths[1]), tmp_path / "c.zarr").resumed_cells == 0
+    assert np.array_equal(read(open_raster(tmp_path / "c.zarr"))[0], image)
+
+
+def test_a_zarr_source_that_was_written_in_place_is_another(tmp_path: Path, big: Path) -> None:
+    copy_raster(open_raster(big), tmp_path / "s.zarr")
+    with pytest.raises(KeyboardInterrupt):
+        copy_raster(open_raster(tmp_path / "s.zarr"), tmp_path / "c.zarr", listener=interrupt_after(2))
+    array = zarr.open_array(str(tmp_path / "s.zarr"), path="image", mode="r+")
+    array[:, :64, :64] = 9
+    assert copy_raster(open_raster(tmp_path / "s.zarr"), tmp_path / "c.zarr").resumed_cells == 0
+    assert np.array_equal(read(open_raster(tmp_path / "c.zarr"))[0], array[:])
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("nodata", [None, 200])
+def test_a_cell_whose_worker_died_is_nodata(
+    tmp_path: Path, big: Path, monkeypatch: pytest.MonkeyPatch, masked: bool, nodata: float | None
+) -> None:
+    from outsize.tiler import transfer
+    from outsize.tiler.schedule import Lost
+
+    options: dict[str, Any] = {"mask_band": 4, "mask_values": (1,)} if masked else {}
+    raster = open_raster(big, nodata=() if nodata is None else nodata, **options)
+
+    def run(_client: Any, run_id: str, cells: Any, _label: str) -> Any:
+        copier = Copier(TransferJob(run_id=run_id, raster=raster, grid=plan.grid, out=f"{tmp_path}/c.zarr.creating"))
+        for cell in cells:
+            yield cell, Lost("its worker process died") if cell == (1, 0) else copier.run(*cell)
+
+    class NoClient:
+        def wait_for_workers(self, *_: Any, **__: Any) -> None: ...
+        def register_plugin(self, _: Any) -> None: ...
+        def unregister_worker_plugin(self, _: Any) -> None: ...
+
+    plan = plan_transfer(raster, "2GB")
+    monkeypatch.setattr(transfer, "run_cells", run)
+    summary = copy_raster(raster, tmp_path / "c.zarr", client=NoClient())  # pyright: ignore[reportArgumentType]
+    window = plan.grid.window(1, 0)
+    assert summary.unreadable_pixels == window.pixels
+    image, missing = read(open_raster(tmp_path / "c.zarr"))
+    assert missing[window.slices()].all()
+    expected, expected_missing = read(raster)
+    elsewhere = np.ones(missing.shape, bool)
+    elsewhere[window.slices()] = False
+    assert np.array_equal(missing[elsewhere], expected_missing[elsewhere])
+    assert np.array_equal(image[:, elsewhere], expected[:, elsewhere])
+
+
+def test_pieces_with_nodata_of_their_own_keep_their_pixels(tmp_path: Path) -> None:
+    a = np.full((1, 20, 20), 7, np.uint8)
+    a[0, :5] = 0
+    b = np.full((1, 20, 20), 255, np.uint8)
+    b[0, 5:15] = 0  # valid zeros
+    paths = [
+        write_geotiff(tmp_path / "a.tif", a, nodata=0),
+        write_geotiff(tmp_path / "b.tif", b, nodata=255, transform=TRANSFORM * Affine.translation(20, 0)),
+    ]
+    mosaic = open_mosaic(paths)
+    copy_raster(mosaic, tmp_path / "c.zarr")
+    expected = np.concatenate([a[0] == 0, b[0] == 255], axis=1)
+    for raster in (mosaic, open_raster(tmp_path / "c.zarr")):
+        assert np.array_equal(read(raster)[1], expected)
+    stack = open_stack([write_geotiff(tmp_path / "c.tif", b, nodata=255), paths[0]])
+    copy_raster(stack, tmp_path / "s.zarr")
+    assert np.array_equal(read(open_raster(tmp_path / "s.zarr"))[1], read(stack)[1])
+
+
+def test_nodata_that_no_pixel_can_hold(tmp_path: Path) -> None:
+    image = unique_pixels(1, 8, 8, np.uint8)
+    source = write_geotiff(tmp_path / "a.tif", image)
+    for value in (7.5, -9999, float("nan"), 300):
+        with pytest.raises(UsageError, match=r"nodata must be a value of .* uint8 pixels"):
+            open_raster(source, nodata=value)
+    array = zarr.create_array(
+        tmp_path / "z.zarr", shape=(8, 8), dtype="int64", attributes={"_FillValue": 9223372036854775807}
+    )
+    array[:] = 5
+    copy_raster(open_raster(tmp_path / "z.zarr"), tmp_path / "c.zarr")
+    assert (read(open_raster(tmp_path / "c.zarr"))[0] == 5).all()
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_infinite_nodata_survives(tmp_path: Path, value: float) -> None:
+    image = np.ones((1, 8, 8), np.float32)
+    image[0, 3] = value
+    copy_raster(open_raster(write_geotiff(tmp_path / "a.tif", image, nodata=value)), tmp_path / "c.zarr")
+    assert read(open_raster(tmp_path / "c.zarr"))[1].sum() == 8
+
+
+def test_a_copy_interrupted_behind_its_mask_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from outsize.tiler import transfer
+
+    image = np.random.default_rng(1).integers(80, 255, (2, 300, 300), dtype=np.uint8)
+    options = {"tiled": True, "blockxsize": 128, "blockysize": 128, "compress": "DEFLATE"}
+    source = write_geotiff(tmp_path / "a.tif", image, **options)
+    damage(source, (1, 1))
+
+    def stop(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "finish_metadata", stop)
+        with pytest.raises(KeyboardInterrupt):
+            copy_raster(open_raster(source), tmp_path / "c.zarr")
+    assert copy_raster(open_raster(source), tmp_path / "c.zarr").unreadable_pixels == 128 * 128
+    assert read(open_raster(tmp_path / "c.zarr"))[1].sum() == 128 * 128
+
+
+def test_a_mosaic_of_large_strips_counts_the_blocks_of_open_files(tmp_path: Path) -> None:
+    image = unique_pixels(1, 400, 500, np.uint16)
+    tiled = {"tiled": True, "blockxsize": 512, "blockysize": 400}
+    paths = [
+        write_geotiff(tmp_path / f"{i}.tif", image, **tiled, transform=TRANSFORM * Affine.translation(500 * i, 0))
+        for i in range(5)
+    ]
+    block = open_raster(paths[0]).block_bytes
+    assert block == 400 * 512 * 2
+    assert open_mosaic(paths).block_bytes == 5 * block
