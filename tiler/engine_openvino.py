@@ -113,8 +113,13 @@ class OpenVinoEngine:
             model = self._model.clone()
             for result in model.get_results()[outputs:]:
                 model.remove_result(result)
-            model.reshape([1, *shape])
-            self._request = self._core.compile_model(model, "CPU", self._options).create_infer_request()
+            try:
+                model.reshape([1, *shape])
+                self._request = self._core.compile_model(model, "CPU", self._options).create_infer_request()
+            except RuntimeError as error:
+                raise EngineError(
+                    f"OpenVINO cannot run this network on {shape[1]} x {shape[2]} pixels; use --engine torch"
+                ) from error
             self._key = (shape, outputs)
         return self._request
 

@@ -24,6 +24,8 @@ IN_FLIGHT = 2
 """Tiles that a worker holds at once: one computes while the other is read or written."""
 TILES_PER_WORKER = 8
 """Cores above one chunk are used only where every worker gets at least this many, so that the work divides well."""
+SMALLEST_SIDE = 64
+"""Rasters with a shorter side go to torch by themselves."""
 MOST_TILES = 50_000
 """Along one side. A raster that declares more is a mistake or a trap."""
 CORES_PER_WORKER = 8
@@ -131,8 +133,9 @@ def plan_tiles(
     dtype = str(network.dtype).removeprefix("torch.")
     if isinstance(raster, Raster) and raster.dtype != np.dtype(dtype):
         raise UsageError(f"the network was analysed for {dtype} pixels, the raster has {raster.dtype}; analyse again")
-    # OpenVINO has no pixels of 64 bits without sign.
-    engine_name = choose_engine("torch" if engine in (None, "auto") and dtype == "uint64" else engine)
+    # OpenVINO has no pixels of 64 bits without sign, and does not pool what is one pixel high or wide.
+    is_odd = dtype == "uint64" or min(shape[1:]) < SMALLEST_SIDE
+    engine_name = choose_engine("torch" if engine in (None, "auto") and is_odd else engine)
     chosen = choose_method(network, method, (shape[1], shape[2]))
     if mark_nodata_context and network.window_refusal:
         raise UsageError("--mark-nodata-context is for networks that windows can run; leave it out")

@@ -259,9 +259,10 @@ ERRORS = {
     "budget too small": (["plan", str(SCENE), "--memory", "50MB"], 2, "memory must be at least"),
     "no size": (["plan", str(SCENE), "--memory", "much"], 2, "must look like 2GB"),
     "no model": (["plan", str(SCENE), "--model", "none.json"], 2, "no model at none.json"),
-    "axes of a file": (["plan", str(SCENE), "--axes", "yxb"], 1, "--axes is for Zarr"),
+    "axes of a file": (["plan", str(SCENE), "--axes", "yxb"], 2, "--axes is for Zarr"),
     "not an output": (["evaluate", str(SCENE.parent), str(LABELS)], 1, "not an output of outsize"),
-    "foreign output": (["segment", str(SCENE), str(SCENE.parent)], 1, "not an output of outsize"),
+    "foreign output": (["segment", str(SCENE), str(Path(__file__).parent)], 1, "not an output of outsize"),
+    "output around the source": (["segment", str(SCENE), str(SCENE.parent)], 1, "lie in one another"),
     "not a store's name": (["segment", str(SCENE), "map.tif"], 2, "outsize export map.zarr map.tif"),
     "no scheduler": (
         ["segment", str(SCENE), "unused.zarr", "--scheduler-file", "/nonexistent/scheduler.json"],
@@ -369,3 +370,81 @@ def test_naip_and_sentinel_2_go_through_with_their_place_kept(shared_dir: Path, 
             assert (ours.crs, ours.transform, ours.shape) == (theirs.crs, theirs.transform, theirs.shape)
         assert cog_validate(cog, strict=True)[0]
         assert read_header(out)["source"]["paths"] == [str(source)]
+
+
+def test_evaluate_leaves_out_what_is_masked_and_refuses_other_grids(segmented: Path, tmp_path: Path) -> None:
+    with rasterio.open(LABELS) as dataset:
+        labels, profile = dataset.read(), dataset.profile
+    valid = np.zeros(labels.shape[1:], np.uint8)
+    valid[:200] = 255
+    profile.update(nodata=None)
+    with (
+        rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
+        rasterio.open(tmp_path / "masked.tif", "w", **profile) as dataset,
+    ):
+        dataset.write(labels)
+        dataset.write_mask(valid)
+    half = result_of(outsize("--json", "evaluate", segmented / "map.zarr", tmp_path / "masked.tif"))
+    whole = result_of(outsize("--json", "evaluate", segmented / "map.zarr", LABELS))
+    assert 0.4 < half["pixels"] / whole["pixels"] < 0.6
+    moved = {**profile, "transform": profile["transform"] * Affine.translation(5, 0)}
+    for name, settings, image, words in (
+        ("moved", moved, labels, "must lie on the output's grid"),
+        ("float", {**profile, "dtype": "float32"}, labels.astype(np.float32), "labels must be whole numbers"),
+        ("high", profile, np.full_like(labels, 200), "labels must be 0..5, got 200"),
+        ("negative", {**profile, "dtype": "int16"}, np.full(labels.shape, -2, np.int16), "labels must be 0..5, got -2"),
+        ("nothing", profile, np.full_like(labels, 255), "no pixel in common"),
+    ):
+        with rasterio.open(tmp_path / f"{name}.tif", "w", **settings) as dataset:
+            dataset.write(image)
+        refused = outsize("evaluate", segmented / "map.zarr", tmp_path / f"{name}.tif")
+        assert refused.returncode == 2, name
+        assert words in refused.stderr.splitlines()[-1]
+
+
+def test_a_map_of_a_part_is_scored_with_the_labels_of_the_whole(tmp_path: Path) -> None:
+    out = tmp_path / "part.zarr"
+    assert outsize("segment", SCENE, out, "--region", "100,50,200,300", "--no-dashboard").returncode == 0
+    values = result_of(outsize("--json", "evaluate", out, LABELS))
+    assert values["pixels"] <= 200 * 300
+    assert values["accuracy"] > 0.95
+    assert outsize("export", out, tmp_path / "part.png").returncode == 0
+    assert outsize("export", out, tmp_path / "part.tif").returncode == 0
+    with rasterio.open(tmp_path / "part.tif") as part, rasterio.open(SCENE) as scene:
+        assert part.shape == (200, 300)
+        assert part.transform.almost_equals(scene.transform * Affine.translation(50, 100))
+
+
+def test_pictures_of_thin_rasters_are_whole(tmp_path: Path) -> None:
+    from PIL import Image
+
+    image = np.full((4, 3000, 1), 100, np.uint8)
+    with rasterio.open(
+        tmp_path / "thin.tif", "w", driver="GTiff", count=4, height=3000, width=1, dtype="uint8", transform=PLACE
+    ) as dataset:
+        dataset.write(image)
+    assert outsize("segment", tmp_path / "thin.tif", tmp_path / "m.zarr", "--no-dashboard").returncode == 0
+    assert outsize("export", tmp_path / "m.zarr", tmp_path / "m.png").returncode == 0
+    with Image.open(tmp_path / "m.png") as picture:
+        assert picture.height > 400
+
+
+def test_options_for_reading_come_from_variables_and_config_too(tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text('nodata = 9\nbands = "4,3,2,1"\n')
+    out = tmp_path / "c.zarr"
+    # --config may stand behind the command.
+    assert outsize("ingest", SCENE, out, "--config", config).returncode == 0
+    copy = open_raster(out)
+    assert (copy.nodata, copy.band_names[0]) == (9, "nir")
+    assert outsize("ingest", SCENE, out, env={"OUTSIZE_OVERWRITE": "1", "OUTSIZE_BANDS": "2"}).returncode == 0
+    assert open_raster(out).band_names == ("green",)
+    for words, text in (
+        (["--nodata", "none", "--nodata", "9"], "give it alone"),
+        (["--bands", "1.5"], "numbers between commas"),
+        (["--bands", "9"], "has bands 1 to 4, got 9"),
+        (["--region", "1,2,3"], "4 numbers between commas"),
+    ):
+        refused = outsize("plan", SCENE, *words)
+        assert refused.returncode == 2, refused.stderr
+        assert text in refused.stderr
