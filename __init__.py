@@ -24,6 +24,7 @@ __getattr__, __dir__, _names = lazy_loader.attach(
             "ClusterOptions",
             "Network",
             "OutputDescription",
+            "Proof",
             "Raster",
             "ReadOptions",
             "RunSummary",
@@ -39,6 +40,7 @@ __getattr__, __dir__, _names = lazy_loader.attach(
             "plan_tiles",
             "predict",
             "predict_window",
+            "prove_network",
         ],
     },
 )

@@ -396,16 +396,21 @@ def ingest(
 @click.argument("src")
 @_reading
 @_planning
+@_option("--prove", is_flag=True, help="Try instead, on a small image in float64, that tiles equal the whole.")
 @click.pass_obj
-def plan(console: Any, src: str, **options: Any) -> None:
+def plan(console: Any, src: str, prove: bool, **options: Any) -> None:
     """Show what `segment` would do: tiles, halo and why, memory, time. Reads no pixel.
 
     \b
     outsize plan scene.tif --memory 4GB
+    outsize plan scene.tif --model mynet:build --weights mynet.pt --prove
     """
-    from .segment import run_plan
+    from .segment import run_plan, run_proof
 
-    run_plan(console, _segment_options(src, options))
+    if not prove:
+        run_plan(console, _segment_options(src, options))
+    elif not run_proof(console, _segment_options(src, options)):
+        raise SystemExit(EXIT_FAILED)
 
 
 @cli.command()

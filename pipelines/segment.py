@@ -19,6 +19,7 @@ from ..tiler.memory import format_bytes
 from ..tiler.network import Network, analyze_network
 from ..tiler.plan import TilePlan, format_seconds
 from ..tiler.planner import plan_tiles
+from ..tiler.proof import prove_network
 from ..tiler.raster import Raster, ReadOptions, open_with
 from ..tiler.run import RunSummary, predict
 from ..tiler.store import ZarrFormat
@@ -102,6 +103,37 @@ def run_plan(console: Console, options: SegmentOptions) -> None:
         f"model     {model.name}\n{plan.explain(speed)}",
         {"model": model.name, "plan": plan.to_json(), "estimated_s": round(plan.estimate_s(speed), 1)},
     )
+
+
+def run_proof(console: Console, options: SegmentOptions) -> bool:
+    """Try on a small image what the plan takes for granted; returns whether it holds."""
+    _, model, network = _prepare(options)
+    began = time.perf_counter()
+    proof = prove_network(network, options.method)
+    verdict = "proved: tiles equal the whole image" if proof.passed else "NOT proved: see above"
+    rows = [[step.name, "holds" if step.passed else "FAILS", step.text] for step in proof.steps]
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{name:<{width}}  {result}  {text}" for name, result, text in rows]
+    seconds = time.perf_counter() - began
+    console.result(
+        "\n".join(
+            [
+                f"model {model.name} by {proof.method}s on {proof.shape[0]} x {proof.shape[1]} px in float64, at the "
+                f"logits, cores of {proof.core}:",
+                *lines,
+                f"{verdict} ({format_seconds(seconds)})",
+            ]
+        ),
+        {
+            "model": model.name,
+            "method": proof.method,
+            "shape": list(proof.shape),
+            "core": proof.core,
+            "proved": proof.passed,
+            "steps": [{"name": s.name, "passed": s.passed, "text": s.text} for s in proof.steps],
+        },
+    )
+    return proof.passed
 
 
 def run_segment(

@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "network": ["Network", "analyze_network"],
         "plan": ["TilePlan"],
         "planner": ["plan_tiles"],
+        "proof": ["Proof", "prove_network"],
         "raster": ["Raster", "ReadOptions", "open_raster"],
         "raster_parts": ["open_mosaic", "open_stack"],
         "run": ["RunSummary", "predict"],
