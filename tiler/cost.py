@@ -1,32 +1,85 @@
-"""What a network costs on an image of a given shape: operations and live bytes, from the traced graph."""
+"""What a network costs: operations and live bytes of its traced graph, on a whole image or in a program."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import Node
 
 from .graph import TracedGraph, operation_name
 from .rules import bound_arguments
-from .sizes import evaluate, expression_of
+from .sizes import evaluate_at, expression_of
+
+if TYPE_CHECKING:
+    from .network import Network
+    from .program import AxisGeometry
+
+Shapes = Callable[[Node], list[int]]
+"""The shape of a tensor of the graph."""
 
 _SHARING = frozenset(
     f"aten.{name}"
-    for name in ("slice", "alias", "detach", "permute", "transpose", "unsqueeze", "squeeze", "select", "dropout")
+    for name in (
+        *("slice", "alias", "detach", "permute", "transpose", "unsqueeze", "squeeze", "select", "dropout", "view"),
+        *("reshape", "expand", "narrow", "feature_dropout", "chunk", "split", "unbind"),
+    )
 )
 
 
-def compute_flops(graph: TracedGraph, shape_yx: tuple[int, int]) -> int:
-    """Multiplications and additions of the convolutions: 2 * output pixels * weights each."""
+def image_shapes(graph: TracedGraph, shape_yx: tuple[int, int]) -> Shapes:
+    """Shapes where the graph runs on an image of that size."""
+
+    def shape(node: Node) -> list[int]:
+        return [evaluate_at(expression_of(e), (graph.height, graph.width), shape_yx) for e in node.meta["val"].shape]
+
+    return shape
+
+
+def program_shapes(network: Network, rows: AxisGeometry, columns: AxisGeometry) -> Shapes:
+    """Shapes where a program computes only what it needs."""
+    whole = image_shapes(network.graph, (rows.image, columns.image))
+    position = {node: index for index, node in enumerate(network.pixels)}
+
+    def shape(node: Node) -> list[int]:
+        extents = whole(node)
+        if node in position:
+            for axis, dim in zip((rows, columns), network.pixels[node].dims, strict=True):
+                interval = axis.intervals[position[node]]
+                extents[dim] = interval.length if interval is not None else 0
+        return extents
+
+    return shape
+
+
+def count_flops(graph: TracedGraph, shapes: Shapes) -> int:
+    """Multiplications and additions of convolutions and linear layers: 2 * output pixels * weights each."""
     total = 0
     for node in graph.nodes:
-        if node.op == "call_function" and operation_name(node) in ("aten.conv2d", "aten.convolution"):
-            weight = bound_arguments(node)["weight"].meta["val"].shape
-            _, _, height, width = _extents(graph, node.meta["val"], shape_yx)
-            total += 2 * height * width * int(weight.numel())
+        name = operation_name(node) if node.op == "call_function" else ""
+        if name not in ("aten.conv2d", "aten.convolution", "aten.conv_transpose2d", "aten.linear"):
+            continue
+        arguments = bound_arguments(node)
+        weight: Node = arguments["weight"]
+        # A transposed convolution multiplies its weights once for each pixel that goes in.
+        spreads = name == "aten.conv_transpose2d" or bool(arguments.get("transposed"))
+        pixels = arguments["input"] if spreads else node
+        extents = shapes(pixels)
+        places = extents[:-1] if name == "aten.linear" else extents[2:]
+        product = 1
+        for extent in places:
+            product *= extent
+        total += 2 * product * int(weight.meta["val"].numel())
     return total
 
 
-def compute_peak_bytes(graph: TracedGraph, shape_yx: tuple[int, int]) -> int:
+def compute_flops(graph: TracedGraph, shape_yx: tuple[int, int]) -> int:
+    """`count_flops` on an image of that size."""
+    return count_flops(graph, image_shapes(graph, shape_yx))
+
+
+def count_peak_bytes(graph: TracedGraph, shapes: Shapes) -> int:
     """Largest sum of tensors alive at once when the graph runs node by node.
 
     A tensor lives from the node that makes it to its last reader; views and in-place results share their operand's.
@@ -53,26 +106,19 @@ def compute_peak_bytes(graph: TracedGraph, shape_yx: tuple[int, int]) -> int:
     alive, peak = 0, 0
     for position, node in enumerate(nodes):
         if owner_of.get(node) is node:
-            alive += _bytes(graph, node, shape_yx)
+            alive += _bytes(node, shapes)
         peak = max(peak, alive)
-        alive -= sum(_bytes(graph, owner, shape_yx) for owner in dying.get(position, ()))
+        alive -= sum(_bytes(owner, shapes) for owner in dying.get(position, ()))
     return peak
 
 
-def _extents(graph: TracedGraph, value: torch.Tensor, shape_yx: tuple[int, int]) -> list[int]:
-    extents: list[int] = []
-    for extent in value.shape:
-        expression = expression_of(extent)
-        for symbol, size in zip((graph.height, graph.width), shape_yx, strict=True):
-            if symbol in expression.free_symbols:
-                expression = expression_of(evaluate(expression, symbol, size))
-        extents.append(int(expression))
-    return extents
+def compute_peak_bytes(graph: TracedGraph, shape_yx: tuple[int, int]) -> int:
+    """`count_peak_bytes` on an image of that size."""
+    return count_peak_bytes(graph, image_shapes(graph, shape_yx))
 
 
-def _bytes(graph: TracedGraph, node: Node, shape_yx: tuple[int, int]) -> int:
-    value: torch.Tensor = node.meta["val"]
-    total = value.dtype.itemsize
-    for extent in _extents(graph, value, shape_yx):
+def _bytes(node: Node, shapes: Shapes) -> int:
+    total = node.meta["val"].dtype.itemsize
+    for extent in shapes(node):
         total *= extent
     return total

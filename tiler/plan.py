@@ -101,6 +101,8 @@ class TilePlan:
     @property
     def overlap(self) -> float:
         """Work relative to one pass without overlap; 1.1 means 10 % more."""
+        if self.method == "program":
+            return self.flops / self.flops_bare if self.flops_bare else 1.0
         rows = sum(span.window[1] - span.window[0] for span in self.rows)
         columns = sum(span.window[1] - span.window[0] for span in self.columns)
         return rows * columns / (self.region[2] * self.region[3])
@@ -177,6 +179,7 @@ class TilePlan:
         wanted = self.region[2] * self.region[3]
         window_h, window_w = self.largest_window
         memory = self.memory
+        done = "work" if self.method == "program" else "pixels computed"
         lines = [
             ("raster", f"{height} x {width} px, {bands} bands {self.raster_dtype}, {height * width / 1e6:.1f} Mpx"),
             (
@@ -201,7 +204,7 @@ class TilePlan:
             ),
             (
                 "overhead",
-                f"{100 * (self.overlap - 1):.1f} % more pixels computed than wanted; "
+                f"{100 * (self.overlap - 1):.1f} % more {done} than wanted; "
                 f"blocks read {self.read_amplification:.2f} x",
             ),
             (

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .cost import compute_flops, compute_peak_bytes
+from .cost import compute_flops, compute_peak_bytes, count_flops, count_peak_bytes, program_shapes
 from .engine import ENGINE_MEMORY, PROGRAM_MEMORY, Method, choose_engine
 from .errors import BudgetError, UntileableError, UsageError
-from .geometry import Interval, Window
+from .geometry import Halo, Interval, Window
 from .machine import cpu_count
 from .memory import MB, MemoryPrediction, format_bytes, parse_bytes, predict_memory
 from .network import Network
 from .plan import GDAL_CACHE_BYTES, Span, TilePlan, largest_window
-from .program import compute_geometry, compute_halo, geometry_key
+from .program import AxisGeometry, compute_geometry, geometry_key
 from .raster import Raster
 
 CORES = (4096, 3072, 2048, 1024, 512, 256, 128, 64)
@@ -55,19 +55,25 @@ def compute_spans(
     )
 
 
+Geometries = dict[str, AxisGeometry]
+"""Of programs along one axis, by the kind of span that they serve."""
+
+
 def compute_program_spans(
     network: Network, axis: int, raster_shape_yx: tuple[int, int], core: int, wanted: Interval
-) -> tuple[Span, ...]:
+) -> tuple[tuple[Span, ...], Geometries]:
     """The tiles along one axis, each with the pixels that its program reads."""
     extent = network.padded_shape(raster_shape_yx)[axis]
     spans: list[Span] = []
+    geometries: Geometries = {}
     for start in range(wanted.start, wanted.stop, core):
         part = Interval(start=start, stop=min(start + core, wanted.stop))
         geometry = compute_geometry(network, axis, extent, part)
         window = geometry.window
         key = geometry_key(network, axis, geometry)
+        geometries.setdefault(key, geometry)
         spans.append(Span(core=(part.start, part.stop), window=(window.start, window.stop), kind=key))
-    return tuple(spans)
+    return tuple(spans), geometries
 
 
 def choose_method(network: Network, method: str | None, shape_yx: tuple[int, int]) -> Method:
@@ -155,9 +161,14 @@ def plan_tiles(
     for side in [core] if core else CORES:
         if max(wanted.shape) > MOST_TILES * side:
             continue
-        make_spans = compute_program_spans if chosen == "program" else compute_spans
-        rows = make_spans(network, 0, shape_yx, side, wanted.rows)
-        columns = make_spans(network, 1, shape_yx, side, wanted.columns)
+        by_row: Geometries = {}
+        by_column: Geometries = {}
+        if chosen == "program":
+            rows, by_row = compute_program_spans(network, 0, shape_yx, side, wanted.rows)
+            columns, by_column = compute_program_spans(network, 1, shape_yx, side, wanted.columns)
+        else:
+            rows = compute_spans(network, 0, shape_yx, side, wanted.rows)
+            columns = compute_spans(network, 1, shape_yx, side, wanted.columns)
         tiles = len(rows) * len(columns)
         if core is None and side > LARGEST_CHUNK and tiles < TILES_PER_WORKER * workers:
             continue
@@ -174,7 +185,9 @@ def plan_tiles(
             workers=workers,
             in_flight=min(IN_FLIGHT, tiles),
             client_bytes=CLIENT_BYTES[engine_name],
-            activation_bytes=compute_peak_bytes(network.graph, window),
+            activation_bytes=_largest_peak(network, by_row, by_column)
+            if by_row
+            else compute_peak_bytes(network.graph, window),
             window_bytes=pixels * (shape[0] * itemsize + 1 + (8 if mark_nodata_context else 0)),
             result_bytes=network.channels * output_itemsize * (pixels + core_pixels),
             chunk_bytes=2 * chunk[0] * chunk[1] * output_itemsize,
@@ -197,7 +210,7 @@ def plan_tiles(
             columns=columns,
             stride=network.stride,
             scale=(str(network.scale[0]), str(network.scale[1])),
-            halo=compute_halo(network) if chosen == "program" else network.halo,
+            halo=_span_halo(network, rows, columns) if chosen == "program" else network.halo,
             size_multiple=network.size_multiple,
             method=chosen,
             engine=engine_name,
@@ -206,7 +219,9 @@ def plan_tiles(
             in_flight=IN_FLIGHT,
             memory_budget_bytes=budget,
             memory=prediction,
-            flops=_total_flops(network, rows, columns),
+            flops=_program_flops(network, rows, columns, by_row, by_column)
+            if by_row
+            else _total_flops(network, rows, columns),
             flops_bare=round(
                 compute_flops(network.graph, network.padded_shape(shape_yx)) * region.pixels / (shape[1] * shape[2])
             ),
@@ -228,6 +243,37 @@ def plan_tiles(
         f"{workers} worker{'s' if workers != 1 else ''} (core {core or CORES[-1]}), got {format_bytes(budget)}; "
         "raise --memory, or use fewer workers"
     )
+
+
+def _largest_peak(network: Network, by_row: Geometries, by_column: Geometries) -> int:
+    """Live bytes of the program that reads most."""
+    rows = max(by_row.values(), key=lambda geometry: geometry.window.length)
+    columns = max(by_column.values(), key=lambda geometry: geometry.window.length)
+    return count_peak_bytes(network.graph, program_shapes(network, rows, columns))
+
+
+def _program_flops(
+    network: Network, rows: Sequence[Span], columns: Sequence[Span], by_row: Geometries, by_column: Geometries
+) -> int:
+    """Of all tiles; where every tile has a program of its own, those of the longest spans stand for the others."""
+    if len(by_row) * len(by_column) > 64:
+        row, column = (max(found.values(), key=lambda g: g.window.length) for found in (by_row, by_column))
+        return len(rows) * len(columns) * count_flops(network.graph, program_shapes(network, row, column))
+    counts = [[span.kind for span in spans] for spans in (rows, columns)]
+    return sum(
+        counts[0].count(r) * counts[1].count(c) * count_flops(network.graph, program_shapes(network, row, column))
+        for r, row in by_row.items()
+        for c, column in by_column.items()
+    )
+
+
+def _span_halo(network: Network, rows: Sequence[Span], columns: Sequence[Span]) -> Halo:
+    """Pixels that programs read beyond their cores, at most, on each side."""
+    sides: list[int] = []
+    for spans, scale in zip((rows, columns), network.scale, strict=True):
+        sides.append(max(0, *(int(span.core[0] / scale // 1) - span.window[0] for span in spans)))
+        sides.append(max(0, *(span.window[1] - int(-(-span.core[1] / scale // 1)) for span in spans)))
+    return Halo(top=sides[0], bottom=sides[1], left=sides[2], right=sides[3])
 
 
 def _cache_bytes(raster: Raster) -> int:
