@@ -423,19 +423,22 @@ def _run_average_pool(step: _Step) -> Tensor:
 @_runs("upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d", "upsample_bicubic2d")
 def _run_resample(step: _Step) -> Tensor:
     source: Node = step.arguments["input" if "input" in step.arguments else "self"]
-    value, reads = step.operand(source), step.reads(source)
-    for axis, dim in ((0, 2), (1, 3)):
-        rule = step.rules(source)[axis]
+    value, reads, rules = step.operand(source), step.reads(source), step.rules(source)
+    # Where torch's index is i // factor, whole blocks are enlarged, which engines do faster than they gather.
+    blocks = [
+        rule.window.factor if isinstance(rule, Resample) and isinstance(rule.window, EnlargeNearest) else None
+        for rule in rules
+    ]
+    if any(blocks):
+        value = F.interpolate(value, scale_factor=[float(factor or 1) for factor in blocks])
+    for axis, (dim, rule) in enumerate(zip((2, 3), rules, strict=True)):
         assert isinstance(rule, Resample)
-        if isinstance(rule.window, EnlargeNearest):
-            # torch's index is i // factor there: whole blocks, which engines enlarge faster than they gather.
-            factor = rule.window.factor
-            factors = [float(factor), 1.0] if axis == 0 else [1.0, float(factor)]
-            value = F.interpolate(value, scale_factor=factors)
-            value = value.narrow(dim, step.wanted[axis].start - reads[axis].start * factor, step.wanted[axis].length)
-            continue
-        indices, weights = compute_taps(rule, step.wanted[axis], step.extents(axis, source))
-        value = _mix(value, dim, indices - reads[axis].start, weights)
+        wanted, factor = step.wanted[axis], blocks[axis]
+        if factor:
+            value = value.narrow(dim, wanted.start - reads[axis].start * factor, wanted.length)
+        else:
+            indices, weights = compute_taps(rule, wanted, step.extents(axis, source))
+            value = _mix(value, dim, indices - reads[axis].start, weights)
     return value
 
 
