@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from .errors import UntileableError
-from .graph import TracedGraph, first_line
-from .sizes import evaluate_both, sample_extents
+from .graph import TracedGraph, first_line, operation_name, where
+from .sizes import evaluate_at, evaluate_both, expression_of, sample_extents
 
 _SMALL = ((1, 1), (1, 5), (5, 1), (2, 3), (8, 9), (9, 8), (16, 25), (41, 22), (64, 31))
 _LARGEST_TRIED = 1 << 12
@@ -31,6 +32,7 @@ def require_agreement(module: nn.Module, graph: TracedGraph, bands: int, dtype: 
     k = graph.size_multiple
     sizes = dict.fromkeys((h * k, w * k) for h, w in _SMALL)
     sizes |= dict.fromkeys(_other_sides(graph))
+    _require_true_sizes(graph, bands, dtype)
     for size in sizes:
         if any(extent < smallest for extent, smallest in zip(size, graph.smallest, strict=True)):
             continue
@@ -53,6 +55,43 @@ def require_agreement(module: nn.Module, graph: TracedGraph, bands: int, dtype: 
             )
 
 
+class _Sizes(torch.fx.Interpreter):
+    """Runs the graph and holds every tensor's shape against what the trace says of it."""
+
+    def __init__(self, graph: TracedGraph, size: tuple[int, int]) -> None:
+        super().__init__(graph.program.graph_module)
+        self.traced, self.size = graph, size
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        value = n.meta.get("val")
+        if isinstance(value, Tensor) and isinstance(result, Tensor):
+            symbols = (self.traced.height, self.traced.width)
+            said = [evaluate_at(expression_of(extent), symbols, self.size) for extent in value.shape]
+            if said != list(result.shape):
+                raise UntileableError(
+                    f"{operation_name(n)} in {where(n)} cannot be tiled: on an image of {self.size[0]} x "
+                    f"{self.size[1]} it gives {tuple(result.shape)}, where torch.export says {tuple(said)} (as for "
+                    "pooling with ceil_mode and padding); pad before it, or leave ceil_mode out"
+                )
+        return result
+
+
+def _require_true_sizes(graph: TracedGraph, bands: int, dtype: torch.dtype) -> None:
+    """Interval rules believe the sizes that the trace says; torch.export follows one branch of its own in some of them.
+
+    Raises:
+        UntileableError: a tensor of another size than the trace says.
+    """
+    k = graph.size_multiple
+    first = [max(40, -(-smallest // k)) for smallest in graph.smallest]
+    # Neighbouring sizes, so that every remainder by small strides comes up on both axes.
+    for step in range(12):
+        size = ((first[0] + step) * k, (first[1] + 5 * step % 12) * k)
+        with torch.no_grad():
+            _Sizes(graph, size).run(*_graph_inputs(graph, _random_image(bands, size, dtype)))
+
+
 def _random_image(bands: int, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(size[0] * 65537 + size[1])
     image = torch.rand((1, bands, *size), generator=generator, dtype=torch.float64)
@@ -66,11 +105,15 @@ def _run_module(module: nn.Module, image: Tensor) -> Tensor:
 
 def _run_graph(graph: TracedGraph, image: Tensor) -> Tensor:
     """The finished result of the traced graph."""
+    with torch.no_grad():
+        return torch.fx.Interpreter(graph.program.graph_module).run(*_graph_inputs(graph, image))[0]
+
+
+def _graph_inputs(graph: TracedGraph, image: Tensor) -> list[Any]:
+    """What the traced graph takes: the image, and every parameter and buffer."""
     program = graph.program
     tensors: dict[str, Any] = {**program.state_dict, **program.constants}
-    inputs = [image if spec.target is None else tensors[spec.target] for spec in program.graph_signature.input_specs]
-    with torch.no_grad():
-        return torch.fx.Interpreter(program.graph_module).run(*inputs)[0]
+    return [image if spec.target is None else tensors[spec.target] for spec in program.graph_signature.input_specs]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

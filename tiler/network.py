@@ -97,9 +97,14 @@ class Network:
         return (height, width)
 
     def output_shape(self, shape_yx: tuple[int, int]) -> tuple[int, int]:
-        """Shape of the output for a raster: ceil(size * scale)."""
-        height, width = (-(-extent * scale // 1) for extent, scale in zip(shape_yx, self.scale, strict=True))
-        return (int(height), int(width))
+        """Shape of the output for a raster: size * scale, rounded up or down as the network does it."""
+        output = self.pixels[self.graph.output_nodes[0]]
+        sides: list[int] = []
+        for axis, symbol in enumerate((self.graph.height, self.graph.width)):
+            extent = align_up(shape_yx[axis], self.size_multiple)
+            given = evaluate(output.sizes[axis], symbol, extent)
+            sides.append(min(given, int(-(-shape_yx[axis] * self.scale[axis] // 1))))
+        return (sides[0], sides[1])
 
     def input_window(self, core: Window, shape_yx: tuple[int, int]) -> Window:
         """The window of the (padded) raster on which the module must run so that `core` of its output is exact.
@@ -333,14 +338,14 @@ def _find_irregular_sizes(network: Network, known: dict[Node, Pixels]) -> str:
 
 
 def _check_output_size(network: Network, known: dict[Node, Pixels], output: Node) -> None:
-    """Refuse outputs that are not ceil(size * scale)."""
+    """Refuse outputs that are not size * scale, rounded up or down."""
     multiple = network.size_multiple
     for axis, symbol in enumerate((network.graph.height, network.graph.width)):
         expression, scale = known[output].sizes[axis], known[output].scale[axis]
         for extent in sample_extents(multiple, network.graph.smallest[axis]):
             given = evaluate(expression, symbol, extent)
-            if given != -(-extent * scale // 1):
+            if abs(given - extent * scale) >= 1:
                 raise UntileableError(
-                    f"the network's output must have {scale} x the image's {AXES[axis]}, rounded up, but an image of "
-                    f"{extent} gives {given}; pad its convolutions, or pad the result"
+                    f"the network's output must have {scale} x the image's {AXES[axis]}, but an image of {extent} "
+                    f"gives {given}; pad its convolutions, or pad the result"
                 )

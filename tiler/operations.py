@@ -26,7 +26,7 @@ from .receptive import (
     Spread,
 )
 from .rules import AXES, Call, Outcome, Pixels, register_refusal, register_rule
-from .sizes import evaluate, expression_of
+from .sizes import PERIOD, evaluate, expression_of
 
 
 def _aten(names: str) -> list[str]:
@@ -535,7 +535,7 @@ def _growth(call: Call, axis: int, operand: Node) -> tuple[Fraction, int | None]
     before = expression_of(operand.meta["val"].shape[2 + axis])
     after = expression_of(call.node.meta["val"].shape[2 + axis])
     giant = call.extents(axis)[-1]
-    period = 5040 * call.size_multiple
+    period = PERIOD * call.size_multiple
     steps = [call.size_at(axis, e, giant + period) - call.size_at(axis, e, giant) for e in (after, before)]
     if steps[0] < 1 or steps[1] < 1:
         call.refuse(
@@ -555,7 +555,7 @@ def _growth(call: Call, axis: int, operand: Node) -> tuple[Fraction, int | None]
 
 def _size_growth(call: Call, axis: int, operand: Node, pixels: Pixels) -> Fraction:
     """Result's size for each pixel of the operand's, in the limit of large images; dimensions stay where they are."""
-    giant, period = call.extents(axis)[-1], 5040 * call.size_multiple
+    giant, period = call.extents(axis)[-1], PERIOD * call.size_multiple
     after, before = (expression_of(node.meta["val"].shape[pixels.dims[axis]]) for node in (call.node, operand))
     steps = [call.size_at(axis, e, giant + period) - call.size_at(axis, e, giant) for e in (after, before)]
     if min(steps) < 1:

@@ -532,9 +532,10 @@ def _run_expand(step: _Step) -> Tensor:
     return step.value(step.arguments["self"]).expand(step.local_shape())
 
 
-@_runs("full", "zeros", "ones")
+@_runs("full", "zeros", "ones", "empty")
 def _run_fill(step: _Step) -> Tensor:
-    value = {"aten.zeros": 0, "aten.ones": 1}.get(operation_name(step.node), step.arguments.get("fill_value"))
+    known = {"aten.zeros": 0, "aten.ones": 1, "aten.empty": 0}  # empty has no channels, and so no pixel
+    value = known.get(operation_name(step.node), step.arguments.get("fill_value"))
     return torch.full(step.local_shape(), step.value(value), dtype=step.node.meta["val"].dtype)
 
 

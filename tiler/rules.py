@@ -18,7 +18,7 @@ from torch.fx import Node
 from .errors import UntileableError
 from .graph import operation_name, where
 from .receptive import AxisRule
-from .sizes import evaluate, expression_of, sample_extents
+from .sizes import PERIOD, evaluate, expression_of, sample_extents
 
 AXES = ("height", "width")
 
@@ -194,7 +194,8 @@ def _refuse_sizes_as_values(node: Node) -> None:
 
 
 def find_uniform(node: Node, symbols: tuple[sympy.Symbol, sympy.Symbol]) -> Pixels | None:
-    """A tensor of the image's size whose pixels are all alike: a constant expanded, or filled; None for all else."""
+    """A tensor of the image's size whose pixels are all alike: a constant expanded, filled, or of no channels; None
+    for all else."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return None
@@ -208,16 +209,18 @@ def find_uniform(node: Node, symbols: tuple[sympy.Symbol, sympy.Symbol]) -> Pixe
         moved = len(extents) - len(source)
         if any(d >= moved and source[d - moved] != 1 for d in both):
             return None
+    elif operation_name(node) == "aten.empty":
+        if all(extent != 0 for extent in value.shape):
+            return None  # it would have pixels of no known value
     elif operation_name(node) not in ("aten.full", "aten.zeros", "aten.ones"):
         return None
     sizes = (extents[both[0]], extents[both[1]])
     if any(sizes[axis].free_symbols - {symbols[axis]} for axis in (0, 1)):
         return None
+    giant = 1 << 20
     growth = [
-        Fraction(
-            evaluate(sizes[axis], symbols[axis], (1 << 20) + 5040) - evaluate(sizes[axis], symbols[axis], 1 << 20), 5040
-        )
-        for axis in (0, 1)
+        Fraction(evaluate(size, symbol, giant + PERIOD) - evaluate(size, symbol, giant), PERIOD)
+        for size, symbol in zip(sizes, symbols, strict=True)
     ]
     return Pixels(dims=both, scale=(growth[0], growth[1]), sizes=sizes)
 

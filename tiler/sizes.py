@@ -62,6 +62,10 @@ def evaluate_both(expression: sympy.Basic, symbols: tuple[sympy.Symbol, sympy.Sy
     return bool(expression.subs(dict(zip(symbols, size, strict=True))))
 
 
+PERIOD = 161_280
+"""2^9 * 3^2 * 5 * 7 pixels: an image longer by so many has whole strides more at every scale that networks have."""
+
+
 @cache
 def sample_extents(size_multiple: int, smallest: int = 1) -> tuple[int, ...]:
     """Extents at which sizes are compared: all small ones, and every phase of strides up to 128 on a giant image."""

@@ -44,7 +44,10 @@ REFUSED = {
     ),
     "positions": (lambda y, _: y * torch.arange(y.shape[-1]), "tensor of the image's size"),
     "size as a number": (lambda y, _: y / y.shape[-1], "image's size as a number"),
-    "fractional factor": (lambda y, _: F.interpolate(y, scale_factor=1.5), "must have 3/2 x"),
+    "sizes that torch.export gets wrong": (
+        lambda y, x: F.interpolate(F.max_pool2d(y, 2, 2, 1, ceil_mode=True), size=x.shape[-2:]),
+        "torch.export says .* leave ceil_mode out",
+    ),
     "circular padding": (lambda y, _: F.pad(y, (1, 1, 1, 1), mode="circular"), "circular padding"),
     "flip": (lambda y, _: y.flip(-1), "any pixel of the image"),
     "crop to a fixed size": (lambda y, _: y[..., :40], "fixes|cuts|above|cannot be tiled"),

@@ -188,6 +188,36 @@ def test_positions_that_follow_the_images_size_are_exact(kind: str) -> None:
         assert largest_difference(network, shape, (16, 24)) < 1e-10
 
 
+class Floored(nn.Module):
+    """Outputs rounded down, as pooling without ceil_mode gives them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.a, self.kind = nn.Conv2d(3, 4, 3, padding=1), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return F.interpolate(y, scale_factor=1.5) if self.kind == "enlarged" else F.max_pool2d(F.max_pool2d(y, 2), 2)
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("pooled", (13, 16)), ("enlarged", (79, 100))])
+def test_outputs_that_are_rounded_down_are_exact(kind: str, shape: tuple[int, int]) -> None:
+    network = analyze_network(alive(Floored(kind)), bands=3)
+    assert network.output_shape((53, 67)) == shape
+    assert largest_difference(network, (53, 67), (7, 9)) < 1e-10
+    if not network.window_refusal:
+        image = padded_image(network, (53, 67))
+        with torch.no_grad():
+            whole = network.module(image)[0]
+            for at in (grid := Grid(shape=shape, cell=(5, 6))):
+                core = grid.window(*at)
+                window = network.input_window(core, (53, 67))
+                top, left = (int(v * s) for v, s in zip((window.y, window.x), network.scale, strict=True))
+                tile = network.module(image[(..., *window.slices())])[0]
+                tile = tile[:, core.y - top : core.y - top + core.height, core.x - left : core.x - left + core.width]
+                assert torch.equal(tile, whole[(slice(None), *core.slices())])
+
+
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 @pytest.mark.parametrize("name", ["deeplab", "unet bilinear corners", "convnext", "reflect padded", "unet transposed"])
 def test_engines_run_programs(name: str, engine: str) -> None:
