@@ -11,7 +11,7 @@ from ..models.segmentation.model import Output, SegmentationModel, as_tile_netwo
 from ..models.segmentation.sources import load_model
 from ..tiler.cluster import ClusterOptions
 from ..tiler.errors import UsageError
-from ..tiler.events import ClusterReady, Event, RunPlanned, StartChecked, TileFinished
+from ..tiler.events import ClusterReady, Event, ProgramsMade, RunPlanned, StartChecked, TileFinished
 from ..tiler.geometry import Window
 from ..tiler.georeference import window_of_bounds
 from ..tiler.machine import measure_flops_per_s
@@ -207,6 +207,7 @@ class _Listener:
         self._console = console
         self._own_page = own_page
         self._pixels = 0
+        self._told = time.monotonic()
         self._open = ExitStack()
         self._step: Step | None = None
 
@@ -217,6 +218,11 @@ class _Listener:
                 self._pixels = pixels
                 if resumed:
                     self._console.remark(f"resume    {resumed} of {len(plan.grid)} tiles are there already")
+            case ProgramsMade(made=made, total=total):
+                now = time.monotonic()
+                if made == total or now - self._told >= 5:
+                    self._told = now
+                    self._console.remark(f"programs  {made} of {total} made")
             case ClusterReady(dashboard=dashboard):
                 self._console.remark(f"dashboard {(self._own_page and dashboard) or 'none'}")
             case StartChecked(check=check):

@@ -13,8 +13,8 @@ from .rules import bound_arguments
 from .sizes import evaluate_at, expression_of
 
 if TYPE_CHECKING:
+    from .axis_geometry import AxisGeometry
     from .network import Network
-    from .program import AxisGeometry
 
 Shapes = Callable[[Node], list[int]]
 """The shape of a tensor of the graph."""
@@ -39,7 +39,7 @@ def image_shapes(graph: TracedGraph, shape_yx: tuple[int, int]) -> Shapes:
 
 def program_shapes(network: Network, rows: AxisGeometry, columns: AxisGeometry) -> Shapes:
     """Shapes where a program computes only what it needs."""
-    whole = image_shapes(network.graph, (rows.image, columns.image))
+    whole = image_shapes(network.graph, (rows.axis.image, columns.axis.image))
     position = {node: index for index, node in enumerate(network.pixels)}
 
     def shape(node: Node) -> list[int]:

@@ -96,9 +96,13 @@ class EngineProgram:
             EngineError: the engine is not installed here.
         """
         if self.method == "program":
-            from .engine_programs import load_programs
+            if self.engine == "openvino":
+                from .engine_openvino import OpenVinoPrograms
 
-            return load_programs(self)
+                return OpenVinoPrograms.from_program(self)
+            from .engine_programs import load_torch_programs
+
+            return load_torch_programs(self)
         return WindowTiles(self.load())
 
     def load(self) -> Engine:
@@ -135,22 +139,12 @@ def choose_engine(name: str | None = None) -> EngineName:
     raise UsageError(f"engine must be auto, openvino or torch, got {name!r}")
 
 
-def compile_program(
-    network: Network,
-    engine: EngineName,
-    threads: int,
-    method: Method = "window",
-    shape_yx: tuple[int, int] = (0, 0),
-) -> EngineProgram:
-    """Convert a network for an engine; for programs of a raster of that shape, or for windows.
+def compile_program(network: Network, engine: EngineName, threads: int) -> EngineProgram:
+    """Convert a network for an engine, to run on windows.
 
     Raises:
         EngineError: the engine cannot run this network.
     """
-    if method == "program":
-        from .engine_programs import pack_programs
-
-        return pack_programs(network, engine, threads, shape_yx)
     if engine == "openvino":
         from .engine_openvino import convert_network
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import tempfile
 import warnings
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .axis_geometry import AxisGeometry, ImageAxis, compute_geometry, geometry_key, tap_arrays
 from .engine import EngineProgram
 from .errors import EngineError
 
@@ -22,6 +26,7 @@ import openvino as ov  # noqa: E402
 
 if TYPE_CHECKING:
     from .network import Network
+    from .plan import Tile
 
 _WIDER = {"uint16": "int32", "uint32": "int64"}
 """Pixel types that the converter does not know, and what holds all their values; cast inside the program."""
@@ -44,13 +49,9 @@ def convert_network(network: Network, threads: int) -> EngineProgram:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EngineError(f"OpenVINO cannot run this network: {reason}; use --engine torch") from error
-    with tempfile.TemporaryDirectory() as folder:
-        graph, weights = Path(folder, "program.xml"), Path(folder, "program.bin")
-        ov.serialize(model, graph, weights)
-        payload = (graph.read_bytes(), weights.read_bytes())
     return EngineProgram(
         engine="openvino",
-        payload=payload,
+        payload=_serialise(model),
         has_logits=network.graph.has_logits,
         threads=threads,
     )
@@ -72,14 +73,16 @@ def _convertible(network: Network) -> Any:
     return trace(network.module, network.bands, getattr(torch, wider)).program
 
 
-def new_core() -> ov.Core:
-    """OpenVINO, opened."""
-    return ov.Core()
+def convert_exported(program: Any) -> tuple[bytes, bytes]:
+    """(graph, weights) of an exported program of torch, as OpenVINO's model files."""
+    return _serialise(ov.convert_model(program))
 
 
-def convert_exported(program: Any) -> ov.Model:
-    """An exported program of torch as OpenVINO's model."""
-    return ov.convert_model(program)
+def _serialise(model: ov.Model) -> tuple[bytes, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        graph, weights = Path(folder, "program.xml"), Path(folder, "program.bin")
+        ov.serialize(model, graph, weights)
+        return (graph.read_bytes(), weights.read_bytes())
 
 
 def compile_options(threads: int) -> dict[str, Any]:
@@ -137,3 +140,69 @@ class OpenVinoEngine:
             return result, result
         result, logits = self._infer(image, 2)
         return result, logits
+
+
+ALIVE = 1
+"""Compiled programs that a process keeps: tiles of one geometry come together, and each program holds its memory."""
+
+ProgramSource = Callable[[AxisGeometry, AxisGeometry], tuple[bytes, bytes]]
+"""(graph, weights) of the program for those rows and columns."""
+
+
+class OpenVinoPrograms:
+    """Runs tiles of one raster by programs: one compiled for each geometry, the last ones kept."""
+
+    def __init__(
+        self, axes: tuple[ImageAxis, ImageAxis], dtype: str, has_logits: bool, threads: int, source: ProgramSource
+    ) -> None:
+        self._axes, self._dtype, self._source = axes, np.dtype(dtype), source
+        self._outputs = 2 if has_logits else 1
+        self._core, self._options = ov.Core(), compile_options(threads)
+        self._requests: OrderedDict[str, tuple[ov.InferRequest, bytes]] = OrderedDict()
+
+    @classmethod
+    def from_program(cls, packed: EngineProgram) -> OpenVinoPrograms:
+        axes, dtype, graphs = pickle.loads(packed.payload[0])
+
+        def source(rows: AxisGeometry, columns: AxisGeometry) -> tuple[bytes, bytes]:
+            key = f"{geometry_key(rows)}-{geometry_key(columns)}"
+            if key not in graphs:
+                raise EngineError("a tile's program is missing from the run; report this")
+            return graphs[key], packed.payload[1]
+
+        return cls(axes, dtype, packed.has_logits, packed.threads, source)
+
+    def _request(self, rows: AxisGeometry, columns: AxisGeometry) -> ov.InferRequest:
+        key = f"{geometry_key(rows)}-{geometry_key(columns)}"
+        if key in self._requests:
+            self._requests.move_to_end(key)
+            return self._requests[key][0]
+        while len(self._requests) >= ALIVE:
+            self._requests.popitem(last=False)  # before the next is built: two would hold twice the memory
+        graph, weights = self._source(rows, columns)
+        try:
+            model = self._core.read_model(graph, ov.Tensor(np.frombuffer(weights, np.uint8)))
+            request = self._core.compile_model(model, "CPU", self._options).create_infer_request()
+        except RuntimeError as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise EngineError(f"OpenVINO cannot run this network: {reason}; use --engine torch") from error
+        self._requests[key] = (request, weights)  # the model's constants point into the weights
+        return request
+
+    def _infer(self, image: npt.NDArray[Any], tile: Tile) -> list[npt.NDArray[Any]]:
+        rows, columns = (
+            compute_geometry(self._axes[0], tile.core.rows),
+            compute_geometry(self._axes[1], tile.core.columns),
+        )
+        request = self._request(rows, columns)
+        image = image.astype(self._dtype, copy=False)
+        inputs = [image[None], *tap_arrays(rows), *tap_arrays(columns)]
+        request.infer(inputs, share_inputs=True, share_outputs=True)
+        return [request.get_output_tensor(index).data[0] for index in range(self._outputs)]
+
+    def run_tile(self, image: npt.NDArray[Any], tile: Tile) -> npt.NDArray[Any]:
+        return self._infer(image, tile)[0]
+
+    def run_tile_with_logits(self, image: npt.NDArray[Any], tile: Tile) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        outputs = self._infer(image, tile)
+        return outputs[0], outputs[-1]

@@ -2,46 +2,162 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import itertools
 import pickle
 import warnings
-from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import numpy.typing as npt
 import torch
 
-from .engine import EngineProgram
+from .axis_geometry import AxisGeometry, compute_geometry, geometry_key
+from .engine import EngineProgram, TileEngine
 from .errors import EngineError
+from .fingerprint import hash_network
+from .geometry import Interval
 from .network import Network, analyze_network
-from .program import Program, compute_geometry, geometry_key
+from .program import Program, hash_sizes
+from .program_cache import ProgramCache
+from .program_ir import ModelParts, join_models, split_model
 
 if TYPE_CHECKING:
-    import openvino as ov
-
+    from .engine_openvino import OpenVinoPrograms
     from .plan import Tile
 
-ALIVE = 1
-"""Compiled programs that a process keeps: tiles of one geometry come together, and each program holds its memory."""
 _WIDER = {"uint16": "int32", "uint32": "int64"}
 """Pixel types that OpenVINO's converter does not know, and what holds all their values."""
+Report = Callable[[int, int], None]
+"""Told how many of how many programs are there."""
 
 
-def pack_programs(network: Network, engine: str, threads: int, shape_yx: tuple[int, int]) -> EngineProgram:
-    """The module, pickled: each worker traces it and specialises it to the tiles that it gets.
+class TorchPrograms:
+    """By torch, operation by operation; the reference."""
+
+    def __init__(self, network: Network, shape_yx: tuple[int, int]) -> None:
+        self._network = network
+        self._axes = network.on_image(shape_yx)
+
+    def run_tile_with_logits(self, image: npt.NDArray[Any], tile: Tile) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        rows, columns = (
+            compute_geometry(axis, interval)
+            for axis, interval in zip(self._axes, (tile.core.rows, tile.core.columns), strict=True)
+        )
+        with torch.inference_mode():
+            outputs = Program(self._network, rows, columns)(torch.from_numpy(image)[None])
+        return outputs[0][0].numpy(), outputs[-1][0].numpy()
+
+    def run_tile(self, image: npt.NDArray[Any], tile: Tile) -> npt.NDArray[Any]:
+        return self.run_tile_with_logits(image, tile)[0]
+
+
+class Converter:
+    """Makes programs of one network for OpenVINO; those made before on this machine come from its cache."""
+
+    def __init__(self, network: Network, shape_yx: tuple[int, int]) -> None:
+        wider = _WIDER.get(_name(network))
+        self.network = network if wider is None else analyze_network(network.module, network.bands, wider)
+        self.axes = self.network.on_image(shape_yx)
+        self._sizes = hash_sizes(self.network, self.network.padded_shape(shape_yx))
+        self._cache = ProgramCache(_cache_name(self.network))
+
+    def convert(self, rows: AxisGeometry, columns: AxisGeometry) -> ModelParts:
+        """The program of the cores that share those geometries.
+
+        Raises:
+            EngineError: OpenVINO has no counterpart for an operation or dtype.
+        """
+        key = f"{geometry_key(rows)}-{geometry_key(columns)}-{self._sizes}"
+        found = self._cache.read(key)
+        if found is None:
+            found = _convert(Program(self.network, rows, columns))
+            self._cache.write(key, found)
+            self._cache.trim()
+        return found
+
+
+def _name(network: Network) -> str:
+    return str(network.dtype).removeprefix("torch.")
+
+
+def _cache_name(network: Network) -> str:
+    """Of a network's programs: equal only where the same weights go through the same code."""
+    parts = [hash_network(network), _name(network), _hash_sources(), version("torch"), version("openvino")]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+@cache
+def _hash_sources() -> str:
+    """Of the files that decide what a program computes."""
+    digest = hashlib.sha256()
+    for name in ("axis_geometry", "engine_programs", "operations", "program", "program_ir", "receptive", "rules"):
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    return digest.hexdigest()
+
+
+def _convert(program: Program) -> ModelParts:
+    from .engine_openvino import convert_exported
+
+    window = program.window
+    example = torch.zeros((1, program.network.bands, *window.shape), dtype=program.network.dtype)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(program, (example, *program.inputs()), strict=False)
+            return split_model(*convert_exported(exported))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EngineError(f"OpenVINO cannot run this network: {reason}; use --engine torch") from error
+
+
+def pack_programs(
+    network: Network,
+    engine: str,
+    threads: int,
+    shape_yx: tuple[int, int],
+    rows: Sequence[Interval],
+    columns: Sequence[Interval],
+    report: Report | None = None,
+) -> EngineProgram:
+    """What workers need to run the tiles whose cores are the products of those rows and columns.
+
+    OpenVINO's workers get converted programs and never import torch; torch's get the module and trace it.
 
     Raises:
-        EngineError: the module cannot be pickled.
+        EngineError: the engine cannot run the network, or the module cannot be pickled.
     """
-    buffer = io.BytesIO()
-    try:
-        cloudpickle.dump((network.module, network.bands, str(network.dtype).removeprefix("torch.")), buffer)
-    except (pickle.PicklingError, TypeError, AttributeError) as error:
-        raise EngineError(f"the module cannot be sent to workers: {error}; define it at the top of a module") from error
+    if engine == "torch":
+        buffer = io.BytesIO()
+        try:
+            cloudpickle.dump((network.module, network.bands, _name(network)), buffer)
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise EngineError(
+                f"the module cannot be sent to workers: {error}; define it at the top of a module"
+            ) from error
+        payload = (buffer.getvalue(),)
+    else:
+        converter = Converter(network, shape_yx)
+        kinds: list[dict[str, AxisGeometry]] = []
+        for axis, cores in zip(converter.axes, (rows, columns), strict=True):
+            geometries = [compute_geometry(axis, core) for core in cores]
+            kinds.append({geometry_key(geometry): geometry for geometry in geometries})
+        pairs = list(itertools.product(*(kind.items() for kind in kinds)))
+        models: dict[str, ModelParts] = {}
+        for (row_key, row), (column_key, column) in pairs:
+            models[f"{row_key}-{column_key}"] = converter.convert(row, column)
+            if report is not None:
+                report(len(models), len(pairs))
+        graphs, weights = join_models(models)
+        payload = (pickle.dumps((converter.axes, _name(converter.network), graphs)), weights)
     return EngineProgram(
         engine="openvino" if engine == "openvino" else "torch",
-        payload=(buffer.getvalue(),),
+        payload=payload,
         has_logits=network.graph.has_logits,
         threads=threads,
         method="program",
@@ -49,90 +165,27 @@ def pack_programs(network: Network, engine: str, threads: int, shape_yx: tuple[i
     )
 
 
-class ProgramTiles:
-    """Runs tiles of one raster by programs; one thread at a time."""
-
-    def __init__(self, network: Network, shape_yx: tuple[int, int]) -> None:
-        self._network = network
-        self._padded = network.padded_shape(shape_yx)
-        self._has_logits = network.graph.has_logits
-
-    def _program(self, tile: Tile) -> Program:
-        rows = compute_geometry(self._network, 0, self._padded[0], tile.core.rows)
-        columns = compute_geometry(self._network, 1, self._padded[1], tile.core.columns)
-        return Program(self._network, rows, columns)
-
-    def _infer(self, image: npt.NDArray[Any], tile: Tile) -> list[npt.NDArray[Any]]:
-        raise NotImplementedError
-
-    def run_tile(self, image: npt.NDArray[Any], tile: Tile) -> npt.NDArray[Any]:
-        return self._infer(image, tile)[0]
-
-    def run_tile_with_logits(self, image: npt.NDArray[Any], tile: Tile) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        outputs = self._infer(image, tile)
-        return outputs[0], outputs[-1]
-
-
-class TorchPrograms(ProgramTiles):
-    """By torch, operation by operation; the reference."""
-
-    def _infer(self, image: npt.NDArray[Any], tile: Tile) -> list[npt.NDArray[Any]]:
-        with torch.inference_mode():
-            return [output[0].numpy() for output in self._program(tile)(torch.from_numpy(image)[None])]
-
-
-class OpenVinoPrograms(ProgramTiles):
-    """By OpenVINO: one compiled program for each geometry, the last ones kept."""
-
-    def __init__(self, network: Network, shape_yx: tuple[int, int], threads: int) -> None:
-        super().__init__(network, shape_yx)
-        from .engine_openvino import compile_options, new_core
-
-        self._core, self._options = new_core(), compile_options(threads)
-        self._requests: OrderedDict[tuple[str, str], ov.InferRequest] = OrderedDict()
-
-    def _request(self, program: Program, image: npt.NDArray[Any]) -> ov.InferRequest:
-        from .engine_openvino import convert_exported
-
-        key = (geometry_key(self._network, 0, program.rows), geometry_key(self._network, 1, program.columns))
-        if key in self._requests:
-            self._requests.move_to_end(key)
-            return self._requests[key]
-        while len(self._requests) >= ALIVE:
-            self._requests.popitem(last=False)  # before the next is built: two would hold twice the memory
-        example = torch.zeros((1, *image.shape), dtype=self._network.dtype)
-        try:
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")
-                model = convert_exported(torch.export.export(program, (example,), strict=False))
-            self._requests[key] = self._core.compile_model(model, "CPU", self._options).create_infer_request()
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise EngineError(f"OpenVINO cannot run this network: {reason}; use --engine torch") from error
-        return self._requests[key]
-
-    def _infer(self, image: npt.NDArray[Any], tile: Tile) -> list[npt.NDArray[Any]]:
-        image = image.astype(str(self._network.dtype).removeprefix("torch."), copy=False)
-        request = self._request(self._program(tile), image)
-        request.infer([image[None]], share_inputs=True, share_outputs=True)
-        return [request.get_output_tensor(index).data[0] for index in range(2 if self._has_logits else 1)]
-
-
-def open_programs(network: Network, engine: str, threads: int, shape_yx: tuple[int, int]) -> ProgramTiles:
-    """An engine for the tiles of one raster."""
+def open_programs(network: Network, engine: str, threads: int, shape_yx: tuple[int, int]) -> TileEngine:
+    """An engine for any tile of one raster, in this process; programs are converted as they are needed."""
     if engine == "torch":
         return TorchPrograms(network, shape_yx)
-    wider = _WIDER.get(str(network.dtype).removeprefix("torch."))
-    if wider is not None:
-        network = analyze_network(network.module, network.bands, wider)
-    return OpenVinoPrograms(network, shape_yx, threads)
+    converter = Converter(network, shape_yx)
+
+    def graph(rows: AxisGeometry, columns: AxisGeometry) -> tuple[bytes, bytes]:
+        graphs, weights = join_models({"": converter.convert(rows, columns)})
+        return graphs[""], weights
+
+    return _openvino(converter.axes, _name(converter.network), network.graph.has_logits, threads, graph)
 
 
-def load_programs(packed: EngineProgram) -> ProgramTiles:
+def _openvino(*arguments: Any) -> OpenVinoPrograms:
+    from .engine_openvino import OpenVinoPrograms
+
+    return OpenVinoPrograms(*arguments)
+
+
+def load_torch_programs(packed: EngineProgram) -> TorchPrograms:
     """The engine in a worker process: the network is traced once more there."""
     torch.set_num_threads(packed.threads)
     module, bands, dtype = pickle.loads(packed.payload[0])
-    if packed.engine == "openvino":
-        dtype = _WIDER.get(dtype, dtype)
-    network = analyze_network(module, bands, dtype)
-    return open_programs(network, packed.engine, packed.threads, packed.shape_yx)
+    return TorchPrograms(analyze_network(module, bands, dtype), packed.shape_yx)

@@ -57,6 +57,14 @@ class RunPlanned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramsMade:
+    """Programs are being converted, or read from the cache, while workers start; told from another thread."""
+
+    made: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterReady:
     """Workers are connected."""
 
@@ -85,5 +93,5 @@ class TileFinished:
     """All processes together, now."""
 
 
-Event = RunPlanned | ClusterReady | StartChecked | TileFinished
+Event = RunPlanned | ProgramsMade | ClusterReady | StartChecked | TileFinished
 Listener = Callable[[Event], None]

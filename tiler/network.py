@@ -17,10 +17,11 @@ from torch.fx import Node
 from . import operations as operations  # registers the rules
 from .agreement import require_agreement
 from .aliasing import Aliases
+from .axis_geometry import ImageAxis
 from .errors import UntileableError, UsageError
 from .geometry import Halo, Interval, Window, align_down, align_up
 from .graph import TracedGraph, operation_name, trace, where
-from .receptive import AxisGraph, AxisNode, Same
+from .receptive import AxisGraph, AxisNode, AxisRule, Cut, Resample, Same, Slide
 from .rules import (
     AXES,
     Call,
@@ -33,6 +34,9 @@ from .rules import (
     require_constant,
 )
 from .sizes import evaluate, expression_of, is_constant, sample_extents
+
+LARGEST_DIRECT = 128
+"""Height plus width of a resampled result up to which torch takes its direct kernel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +82,29 @@ class Network:
         """Height or width of each of the axis's nodes for a (padded) image of that extent."""
         symbol = (self.graph.height, self.graph.width)[axis]
         return [evaluate(pixels.sizes[axis], symbol, extent) for pixels in self.pixels.values()]
+
+    def on_image(self, shape_yx: tuple[int, int]) -> tuple[ImageAxis, ImageAxis]:
+        """The axes for a raster of that shape, padded as the network needs it."""
+        padded = self.padded_shape(shape_yx)
+        sizes = tuple(zip(*(self.sizes(axis, extent) for axis, extent in enumerate(padded)), strict=True))
+
+        def at(position: int, rule: AxisRule, extent: int) -> AxisRule:
+            if isinstance(rule, Cut):
+                return Slide(extent=1, stride=rule.step, padding=-evaluate(rule.start, rule.symbol, extent))
+            if isinstance(rule, Resample) and sum(sizes[position]) <= LARGEST_DIRECT:
+                return replace(rule, direct=True)
+            return rule
+
+        found: list[ImageAxis] = []
+        for axis, extent in enumerate(padded):
+            nodes = tuple(
+                replace(node, sources=tuple((source, at(position, rule, extent)) for source, rule in node.sources))
+                for position, node in enumerate(self.axes[axis].nodes)
+            )
+            output = sizes[nodes[-1].sources[0][0]][axis]
+            extents = (*(pair[axis] for pair in sizes), output)
+            found.append(ImageAxis(graph=AxisGraph(nodes=nodes), image=extent, sizes=extents))
+        return (found[0], found[1])
 
     @property
     def halo(self) -> Halo:

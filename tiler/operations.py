@@ -517,7 +517,15 @@ def resampling_rule(call: Call) -> Outcome:
             window = kinds.get(mode, EnlargeNearest)(factor=whole)
         refusals.append(refusal)
         rules.append(
-            Resample(mode=mode, align_corners=corners, factor=factor, double=double, growth=growth, window=window)
+            Resample(
+                mode=mode,
+                align_corners=corners,
+                factor=factor,
+                double=double,
+                growth=growth,
+                window=window,
+                direct=_is_channels_last(operand),
+            )
         )
     # torch computes source coordinates in float32: exact for powers of two, else rounded by up to 6e-8 of the position.
     factors_known = [rule.window.ratio for rule in rules if rule.window is not None]
@@ -528,6 +536,12 @@ def resampling_rule(call: Call) -> Outcome:
         largest_extent=LARGEST_ROUNDED if rounded else None,
         window_refusal=refusals[0] or refusals[1],
     )
+
+
+def _is_channels_last(operand: Node) -> bool:
+    """As torch chooses its kernel: few channels go by the other one."""
+    value = operand.meta["val"]
+    return value.ndim == 4 and expression_of(value.stride(1)) == 1 and int(value.shape[1]) > 3
 
 
 def _growth(call: Call, axis: int, operand: Node) -> tuple[Fraction, int | None]:

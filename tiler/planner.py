@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .axis_geometry import AxisGeometry, compute_geometry, geometry_key
 from .cost import compute_flops, compute_peak_bytes, count_flops, count_peak_bytes, program_shapes
 from .engine import ENGINE_MEMORY, PROGRAM_MEMORY, Method, choose_engine
 from .errors import BudgetError, UntileableError, UsageError
@@ -14,7 +15,6 @@ from .machine import cpu_count
 from .memory import MB, MemoryPrediction, format_bytes, parse_bytes, predict_memory
 from .network import Network
 from .plan import GDAL_CACHE_BYTES, Span, TilePlan, largest_window
-from .program import AxisGeometry, compute_geometry, geometry_key
 from .raster import Raster
 
 CORES = (4096, 3072, 2048, 1024, 512, 256, 128, 64)
@@ -63,14 +63,14 @@ def compute_program_spans(
     network: Network, axis: int, raster_shape_yx: tuple[int, int], core: int, wanted: Interval
 ) -> tuple[tuple[Span, ...], Geometries]:
     """The tiles along one axis, each with the pixels that its program reads."""
-    extent = network.padded_shape(raster_shape_yx)[axis]
+    on_image = network.on_image(raster_shape_yx)[axis]
     spans: list[Span] = []
     geometries: Geometries = {}
     for start in range(wanted.start, wanted.stop, core):
         part = Interval(start=start, stop=min(start + core, wanted.stop))
-        geometry = compute_geometry(network, axis, extent, part)
+        geometry = compute_geometry(on_image, part)
         window = geometry.window
-        key = geometry_key(network, axis, geometry)
+        key = geometry_key(geometry)
         geometries.setdefault(key, geometry)
         spans.append(Span(core=(part.start, part.stop), window=(window.start, window.stop), kind=key))
     return tuple(spans), geometries

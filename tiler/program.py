@@ -7,8 +7,7 @@ whole image's own coordinates. So there is no alignment to keep, and what depend
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,100 +17,28 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 
+from .axis_geometry import AxisGeometry, beyond, block_factor, compute_geometry, tap_arrays
 from .errors import UsageError
 from .geometry import Halo, Interval, Window, align_down
 from .graph import operation_name
 from .network import Network
-from .receptive import AxisRule, Cut, EnlargeNearest, Extents, Mirror, Resample, Shift, Slide, Spread, compute_taps
+from .receptive import AxisRule, EnlargeNearest, Extents, Mirror, Resample, Shift, Slide, Spread
 from .rules import bound_arguments
 from .sizes import evaluate_at, expression_of
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AxisGeometry:
-    """Which pixels of every tensor a core's rows, or columns, are computed from."""
-
-    image: int
-    """Extent of the (padded) image along this axis."""
-    sizes: tuple[int, ...]
-    """Of each tensor on the whole image."""
-    intervals: tuple[Interval | None, ...]
-    """Computed of each tensor, clamped to it; None: nothing. The last entry is the core."""
-
-    @property
-    def window(self) -> Interval:
-        """The image's pixels that are read."""
-        found = self.intervals[0]
-        return found if found is not None else Interval(start=0, stop=0)
-
-
-def compute_geometry(network: Network, axis: int, image: int, core: Interval) -> AxisGeometry:
-    """Sweep a core's rows or columns backwards to the image of that (padded) extent."""
-    nodes = network.axes[axis].nodes
-    sizes = (*network.sizes(axis, image), core.stop)
-    needed: list[Interval | None] = [None] * len(nodes)
-    needed[-1] = core
-    for position in range(len(nodes) - 1, 0, -1):
-        mine = needed[position]
-        if mine is None or mine.length == 0:
-            continue
-        for source, rule in nodes[position].sources:
-            read = rule.reads(mine, Extents(image=image, operand=sizes[source], result=sizes[position]))
-            have = needed[source]
-            if have is None or have.length == 0:
-                needed[source] = read
-            elif read.length:
-                needed[source] = Interval(start=min(have.start, read.start), stop=max(have.stop, read.stop))
-    return AxisGeometry(image=image, sizes=sizes, intervals=tuple(needed))
-
-
-def geometry_key(network: Network, axis: int, geometry: AxisGeometry) -> str:
-    """Equal for cores whose programs are the same: lengths, crops, true-edge padding, and the taps of resampling."""
-    digest = hashlib.sha256()
-    nodes = network.axes[axis].nodes
-    for position, (node, mine) in enumerate(zip(nodes, geometry.intervals, strict=True)):
-        if mine is None or not mine.length:
-            digest.update(b"-")
-            continue
-        digest.update(f"{mine.length};".encode())
-        for source, rule in node.sources:
-            extents = Extents(image=geometry.image, operand=geometry.sizes[source], result=geometry.sizes[position])
-            read, have = rule.reads(mine, extents), geometry.intervals[source]
-            offset = read.start - have.start if have is not None else 0
-            digest.update(f"{offset},{read.length},{_placement(rule, mine, read, extents)};".encode())
-            if isinstance(rule, Resample) and not isinstance(rule.window, EnlargeNearest):
-                indices, weights = compute_taps(rule, mine, extents)
-                digest.update((indices - read.start).tobytes())
-                digest.update(weights.tobytes() if weights is not None else b"")
-            elif isinstance(rule, Mirror):
-                digest.update((rule.indices(mine, extents) - read.start).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _placement(rule: AxisRule, mine: Interval, read: Interval, extents: Extents) -> Any:
-    """How the wanted pixels lie to those read: padding at true edges, phases."""
-    if isinstance(rule, (Slide, Shift)):
-        return _beyond(rule.under(mine), read)
-    if isinstance(rule, Cut):
-        return _beyond(rule.under(mine, extents), read)
-    if isinstance(rule, Spread):
-        return mine.start - (read.start * rule.stride - rule.padding)
-    factor = rule.window.factor if isinstance(rule, Resample) and isinstance(rule.window, EnlargeNearest) else None
-    factor = rule.factor if isinstance(rule, EnlargeNearest) else factor
-    return mine.start - read.start * factor if factor is not None else 0
 
 
 def compute_halo(network: Network) -> Halo:
     """Pixels read beyond a core in the middle of a large image, at most, on each side."""
     sides: list[int] = []
+    image = align_down(1 << 20, network.size_multiple)
+    on_image = network.on_image((image, image))
     for axis in (0, 1):
         stride, scale = network.stride[axis], network.scale[axis]
-        image = align_down(1 << 20, network.size_multiple)
         before = after = 0
         for phase in range(min(stride, 64)):
             first = (image // 2 // stride * stride + phase) * scale
             core = Interval(start=int(first // 1), stop=int(first // 1) + max(1, int(stride * scale)))
-            window = compute_geometry(network, axis, image, core).window
+            window = compute_geometry(on_image[axis], core).window
             before = max(before, int(core.start / scale) - window.start)
             after = max(after, window.stop - int(-(-core.stop / scale // 1)))
         sides += [before, after]
@@ -121,6 +48,8 @@ def compute_halo(network: Network) -> Halo:
 class Program(nn.Module):
     """The network for one core: (1, bands, window) of pixels -> (finished, logits) of the core, or (finished,).
 
+    Cores of one `geometry_key` along both axes have one program, with `inputs` of their own beside the image.
+
     Guarantee: equal to the core's pixels of the module on the whole (padded) image, up to floating-point rounding.
     """
 
@@ -128,6 +57,7 @@ class Program(nn.Module):
         super().__init__()
         self.network = network
         self.rows, self.columns = rows, columns
+        self.taps: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
         self.position = {node: index for index, node in enumerate(network.pixels)}
         program = network.graph.program
         tensors: dict[str, Any] = {**program.state_dict, **program.constants}
@@ -147,7 +77,22 @@ class Program(nn.Module):
         rows, columns = (axis.intervals[self.position[node]] for axis in (self.rows, self.columns))
         return None if rows is None or columns is None or not (rows.length and columns.length) else (rows, columns)
 
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+    def inputs(self) -> list[Tensor]:
+        """The arrays that `forward` takes after the image: indices and weights of resampling, rows before columns."""
+        return [torch.from_numpy(array) for geometry in (self.rows, self.columns) for array in tap_arrays(geometry)]
+
+    def _name(self, inputs: Sequence[Tensor]) -> dict[tuple[int, int], tuple[Tensor, Tensor | None]]:
+        """The inputs by axis and by the tensor that they make."""
+        left = list(inputs)
+        found: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
+        for axis, geometry in enumerate((self.rows, self.columns)):
+            for taps in geometry.taps():
+                indices = left.pop(0)
+                found[axis, taps.position] = (indices, left.pop(0) if taps.weights is not None else None)
+        return found
+
+    def forward(self, image: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        self.taps = self._name(inputs or self.inputs())
         values: dict[Node, Any] = {}
         graph = self.network.graph
         last_use = _last_uses(graph.nodes)
@@ -229,18 +174,13 @@ class _Step:
 
     def rules(self, source: Node) -> tuple[AxisRule, AxisRule]:
         found = []
-        for axis in (0, 1):
-            sources = self.program.network.axes[axis].nodes[self.position].sources
+        for geometry in self.geometry:
+            sources = geometry.axis.graph.nodes[self.position].sources
             found.append(next(rule for index, rule in sources if index == self.program.position[source]))
         return (found[0], found[1])
 
     def extents(self, axis: int, source: Node) -> Extents:
-        geometry = self.geometry[axis]
-        return Extents(
-            image=geometry.image,
-            operand=geometry.sizes[self.program.position[source]],
-            result=geometry.sizes[self.position],
-        )
+        return self.geometry[axis].axis.extents(self.position, self.program.position[source])
 
     def reads(self, source: Node) -> tuple[Interval, Interval]:
         rules = self.rules(source)
@@ -272,8 +212,12 @@ class _Step:
     def number(self, value: Any) -> int:
         """A size of the whole image."""
         graph = self.program.network.graph
-        image = (self.program.rows.image, self.program.columns.image)
+        image = (self.program.rows.axis.image, self.program.columns.axis.image)
         return evaluate_at(expression_of(value), (graph.height, graph.width), image)
+
+    def taps(self, axis: int) -> tuple[Tensor, Tensor | None]:
+        """(indices, weights) of this resampling along an axis."""
+        return self.program.taps[axis, self.position]
 
     def local_shape(self) -> list[int]:
         """The result's shape, with only the wanted pixels."""
@@ -326,20 +270,13 @@ def _pad(value: Tensor, dims: tuple[int, int], amounts: list[tuple[int, int]], f
     return F.pad(value, flat, value=fill)
 
 
-def _beyond(under: Interval, read: Interval) -> tuple[int, int]:
-    """How far the wanted windows reach beyond the operand's edges: padding before and after."""
-    if read.length == 0:
-        return (under.length, 0)
-    return (read.start - under.start, under.stop - read.stop)
-
-
 def _padded_operand(step: _Step, source: Node, fill: float) -> Tensor:
     """The operand of a sliding window with its true-edge padding."""
     rules, reads = step.rules(source), step.reads(source)
     amounts: list[tuple[int, int]] = []
     for axis, rule in enumerate(rules):
         assert isinstance(rule, Slide)
-        amounts.append(_beyond(rule.under(step.wanted[axis]), reads[axis]))
+        amounts.append(beyond(rule.under(step.wanted[axis]), reads[axis]))
     return _pad(step.operand(source), step.program.network.pixels[source].dims, amounts, fill)
 
 
@@ -424,31 +361,28 @@ def _run_average_pool(step: _Step) -> Tensor:
 def _run_resample(step: _Step) -> Tensor:
     source: Node = step.arguments["input" if "input" in step.arguments else "self"]
     value, reads, rules = step.operand(source), step.reads(source), step.rules(source)
-    # Where torch's index is i // factor, whole blocks are enlarged, which engines do faster than they gather.
-    blocks = [
-        rule.window.factor if isinstance(rule, Resample) and isinstance(rule.window, EnlargeNearest) else None
-        for rule in rules
-    ]
+    # Where all positions are alike, whole pixels are enlarged, which engines do faster than they gather.
+    blocks = [block_factor(rule) for rule in rules]
     if any(blocks):
-        value = F.interpolate(value, scale_factor=[float(factor or 1) for factor in blocks])
-    for axis, (dim, rule) in enumerate(zip((2, 3), rules, strict=True)):
-        assert isinstance(rule, Resample)
-        wanted, factor = step.wanted[axis], blocks[axis]
+        assert isinstance(rules[0], Resample)
+        mode = rules[0].mode if rules[0].mode in ("bilinear", "bicubic") else "nearest"
+        value = F.interpolate(value, scale_factor=[float(factor or 1) for factor in blocks], mode=mode)
+    for axis, (dim, factor) in enumerate(zip((2, 3), blocks, strict=True)):
+        wanted = step.wanted[axis]
         if factor:
             value = value.narrow(dim, wanted.start - reads[axis].start * factor, wanted.length)
         else:
-            indices, weights = compute_taps(rule, wanted, step.extents(axis, source))
-            value = _mix(value, dim, indices - reads[axis].start, weights)
+            value = _mix(value, dim, *step.taps(axis))
     return value
 
 
-def _mix(value: Tensor, dim: int, indices: np.ndarray, weights: np.ndarray | None) -> Tensor:
+def _mix(value: Tensor, dim: int, indices: Tensor, weights: Tensor | None) -> Tensor:
     """The sum over taps of weight times the tensor's pixels at the tap's indices."""
-    picked = [value.index_select(dim, torch.from_numpy(tap)) for tap in indices]
+    picked = [value.index_select(dim, tap) for tap in indices]
     if weights is None:
         return picked[0]
     shape = [-1 if d == dim else 1 for d in range(value.ndim)]
-    parts = [tap * torch.from_numpy(w).to(value).reshape(shape) for tap, w in zip(picked, weights, strict=True)]
+    parts = [tap * weight.to(value).reshape(shape) for tap, weight in zip(picked, weights, strict=True)]
     mixed = parts[0]
     for part in parts[1:]:
         mixed = mixed + part
@@ -469,10 +403,8 @@ def _run_pad(step: _Step) -> Tensor:
             indices = rule.indices(step.wanted[axis], step.extents(axis, source)) - reads[axis].start
             if not np.array_equal(indices, np.arange(value.shape[dims[axis]])):
                 value = value.index_select(dims[axis], torch.from_numpy(indices))
-        elif isinstance(rule, Shift):
-            amounts[axis] = _beyond(rule.under(step.wanted[axis]), reads[axis])
-        elif isinstance(rule, Cut):
-            amounts[axis] = _beyond(rule.under(step.wanted[axis], step.extents(axis, source)), reads[axis])
+        elif isinstance(rule, (Shift, Slide)):
+            amounts[axis] = beyond(rule.under(step.wanted[axis]), reads[axis])
     value = _pad(value, dims, amounts, fill)
     given = list(arguments["pad" if "pad" in arguments else "padding"])
     others = [0] * len(given)
@@ -492,7 +424,7 @@ def _run_slice(step: _Step) -> Tensor:
         start, end, width = (step.value(step.arguments.get(name)) for name in ("start", "end", "step"))
         return torch.ops.aten.slice.Tensor(value, dim, start, end, width or 1)
     rule = step.rules(source)[dims.index(dim)]
-    stride = rule.stride if isinstance(rule, Slide) else rule.step if isinstance(rule, Cut) else 1
+    stride = rule.stride if isinstance(rule, Slide) else 1
     return value if stride == 1 else torch.ops.aten.slice.Tensor(value, dim, 0, None, stride)
 
 
@@ -539,6 +471,20 @@ def _run_fill(step: _Step) -> Tensor:
     return torch.full(step.local_shape(), step.value(value), dtype=step.node.meta["val"].dtype)
 
 
+def hash_sizes(network: Network, image: tuple[int, int]) -> str:
+    """Of the image's sizes that go as numbers into operations: equal for images whose programs are the same."""
+    graph = network.graph
+    digest = hashlib.sha256()
+    for node in graph.nodes:
+        is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
+        if node.op == "call_function" and is_tensor and operation_name(node) not in _RUNNERS:
+            for source in node.all_input_nodes:
+                if isinstance(source.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                    number = evaluate_at(expression_of(source), (graph.height, graph.width), image)
+                    digest.update(f"{node.name},{number};".encode())
+    return digest.hexdigest()[:16]
+
+
 def make_program(network: Network, shape_yx: tuple[int, int], core: Window) -> Program:
     """The program of a core of the result for a raster of that shape.
 
@@ -548,9 +494,5 @@ def make_program(network: Network, shape_yx: tuple[int, int], core: Window) -> P
     if core.pixels == 0 or not Window.whole(network.output_shape(shape_yx)).contains(core):
         height, width = network.output_shape(shape_yx)
         raise UsageError(f"a core must be non-empty and inside the output of {height} x {width}, got {core}")
-    height, width = network.padded_shape(shape_yx)
-    return Program(
-        network,
-        compute_geometry(network, 0, height, core.rows),
-        compute_geometry(network, 1, width, core.columns),
-    )
+    axes = network.on_image(shape_yx)
+    return Program(network, compute_geometry(axes[0], core.rows), compute_geometry(axes[1], core.columns))

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from math import lcm
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import sympy
 
 from .geometry import Interval, footprint
-from .sizes import evaluate
+
+if TYPE_CHECKING:
+    import sympy
 
 ResampleMode = Literal["nearest", "nearest-exact", "bilinear", "bicubic"]
 MirrorMode = Literal["reflect", "replicate"]
@@ -194,6 +195,9 @@ class Resample:
     """Result's pixels for each pixel of the operand, in the limit of large images."""
     window: AxisRule | None
     """The rule for window runs; None: a pixel's weights depend on the image's size, so that windows cannot be exact."""
+    direct: bool = False
+    """Of nearest modes: by torch's kernel for channels-last tensors and small results, which rounds otherwise than its
+    kernel for all else."""
 
     @property
     def ratio(self) -> Fraction:
@@ -225,13 +229,8 @@ class Cut:
     def needs(self, wanted: Interval) -> Interval:
         raise NotImplementedError
 
-    def under(self, wanted: Interval, extents: Extents) -> Interval:
-        """The operand's pixels of `wanted`, those beyond its edges included."""
-        start = evaluate(self.start, self.symbol, extents.image)
-        return Interval(start=start + wanted.start * self.step, stop=start + (wanted.stop - 1) * self.step + 1)
-
     def reads(self, wanted: Interval, extents: Extents) -> Interval:
-        return self.under(wanted, extents).clamp(extents.operand)
+        raise NotImplementedError  # Network.on_image puts a Slide in its place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -361,11 +360,12 @@ def compute_taps(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any] | None]:
     """(indices, weights), both (taps, wanted pixels): the operand's pixels that each result pixel mixes, and how.
 
-    torch's own arithmetic, roundings included (aten/src/ATen/native/UpSample.h): coordinates are float32 for pixels up
-    to float32, and nearest always. Weights are None for one tap.
+    torch's own arithmetic, roundings included (aten/src/ATen/native/UpSample.h and cpu/UpSampleKernel.cpp). Weights are
+    None for one tap.
     """
-    nearest = rule.mode.startswith("nearest")
-    real = np.float64 if rule.double and not nearest else np.float32
+    if rule.mode.startswith("nearest"):
+        return _nearest(rule, wanted, extents)[None], None
+    real = np.float64 if rule.double else np.float32
     last = extents.operand - 1
     position = np.arange(wanted.start, wanted.stop)
     if rule.align_corners:
@@ -374,14 +374,7 @@ def compute_taps(
     else:
         # torch divides in double and then rounds.
         scale = real(1.0 / rule.factor) if rule.factor else real(extents.operand) / real(extents.result)
-        if rule.mode == "nearest":
-            source = position.astype(real) * scale
-        elif rule.mode == "nearest-exact":
-            source = (position.astype(real) + real(0.5)) * scale
-        else:
-            source = scale * (position.astype(real) + real(0.5)) - real(0.5)
-    if nearest:
-        return np.minimum(np.floor(source).astype(np.int64), last)[None], None
+        source = scale * (position.astype(real) + real(0.5)) - real(0.5)
     if rule.mode == "bilinear":
         source = np.maximum(source, real(0))
         first = np.minimum(np.floor(source).astype(np.int64), last)
@@ -390,6 +383,24 @@ def compute_taps(
     first = np.floor(source).astype(np.int64)
     t = source - first.astype(real)
     return np.stack([np.clip(first + k, 0, last) for k in (-1, 0, 1, 2)]), _cubic_weights(t)
+
+
+def _nearest(rule: Resample, wanted: Interval, extents: Extents) -> npt.NDArray[np.int64]:
+    """The operand's pixel of each wanted one, by either of torch's kernels."""
+    position = np.arange(wanted.start, wanted.stop)
+    real = np.float64 if rule.double and not rule.direct else np.float32
+    scale = real(1.0 / rule.factor) if rule.factor else real(extents.operand) / real(extents.result)
+    if rule.mode == "nearest":
+        if rule.direct and extents.result in (extents.operand, 2 * extents.operand):
+            return position // (extents.result // extents.operand)
+        source = position.astype(real) * scale
+    elif rule.direct:
+        source = (position.astype(real) + real(0.5)) * scale
+    else:
+        # scale * (position + 1/2) - 1/2 is one fused operation there: rounded once, as from float64 here.
+        fused = (np.float64(scale) * (position + 0.5) - 0.5).astype(real)
+        source = fused + real(0.5)
+    return np.minimum(np.floor(source.astype(np.float32)).astype(np.int64), extents.operand - 1)
 
 
 def _cubic_weights(t: npt.NDArray[Any]) -> npt.NDArray[Any]:

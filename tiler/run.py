@@ -20,9 +20,10 @@ from distributed import Client
 from .check import CheckPatch, StartCheck, compare_patches, larger_window, require_exact, sample_patches
 from .cluster import ClusterOptions, open_client
 from .engine import EngineProgram, compile_program
+from .engine_programs import pack_programs
 from .engine_torch import TorchEngine
 from .errors import BudgetError, OutputError, RasterError, UsageError
-from .events import ClusterReady, Event, Listener, RunPlanned, StartChecked, TileFinished, TileRecord
+from .events import ClusterReady, Event, Listener, ProgramsMade, RunPlanned, StartChecked, TileFinished, TileRecord
 from .fingerprint import find_differences, make_fingerprint
 from .geometry import Interval, Window
 from .jobs import JobPlugin
@@ -289,15 +290,28 @@ class _Run:
     def convert(self) -> None:
         """Begin to convert the network for the engine, while workers start."""
         pool = ThreadPoolExecutor(1, thread_name_prefix="convert")
-        self._program = pool.submit(
-            compile_program,
-            self.network,
-            self.plan.engine,
-            self.plan.threads,
-            self.plan.method,
-            self.raster.shape_yx,
-        )
+        plan = self.plan
+        if plan.method == "window":
+            self._program = pool.submit(compile_program, self.network, plan.engine, plan.threads)
+        else:
+            rows, columns = (
+                [Interval(start=span.core[0], stop=span.core[1]) for span in spans]
+                for spans in (plan.rows, plan.columns)
+            )
+            self._program = pool.submit(
+                pack_programs,
+                self.network,
+                plan.engine,
+                plan.threads,
+                self.raster.shape_yx,
+                rows,
+                columns,
+                self._report,
+            )
         pool.shutdown(wait=False)
+
+    def _report(self, made: int, total: int) -> None:
+        self.tell(ProgramsMade(made=made, total=total))
 
     def execute(self, client: Client, todo: list[tuple[int, int]]) -> None:
         """Start check, then all tiles of `todo`."""

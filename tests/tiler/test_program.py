@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import Client, LocalCluster
+from outsize.tiler.axis_geometry import geometry_key
 from outsize.tiler.engine_programs import TorchPrograms, open_programs
 from outsize.tiler.errors import ExactnessError, UntileableError, UsageError
 from outsize.tiler.geometry import Grid, Window
@@ -17,7 +18,7 @@ from outsize.tiler.inference import predict_window
 from outsize.tiler.network import Network, analyze_network
 from outsize.tiler.plan import Tile
 from outsize.tiler.planner import choose_method, plan_tiles
-from outsize.tiler.program import Program, geometry_key, make_program
+from outsize.tiler.program import Program, make_program
 from outsize.tiler.raster import open_raster
 from outsize.tiler.run import predict
 from outsize.tiler.store import open_array
@@ -121,11 +122,11 @@ def test_cores_of_one_key_have_one_program(name: str) -> None:
     shared = 0
     for at in (grid := Grid(shape=network.output_shape(shape), cell=(32, 32))):
         program = make_program(network, shape, grid.window(*at))
-        key = (geometry_key(network, 0, program.rows), geometry_key(network, 1, program.columns))
+        key = (geometry_key(program.rows), geometry_key(program.columns))
         if key in first:
             shared += 1
             with torch.no_grad():
-                other = first[key](image[(..., *program.window.slices())])[0][0]
+                other = first[key](image[(..., *program.window.slices())], *program.inputs())[0][0]
             assert (other - run(program, image)).abs().max() < 1e-10
         first.setdefault(key, program)
     # Position-dependent weights have programs of their own everywhere; the others share a few.

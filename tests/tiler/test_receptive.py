@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from outsize.tiler.geometry import Interval
+from outsize.tiler.network import LARGEST_DIRECT
 from outsize.tiler.receptive import (
     AxisGraph,
     AxisNode,
     AxisRule,
     EnlargeBilinear,
     EnlargeNearest,
+    Extents,
+    Resample,
+    ResampleMode,
     Same,
     Shift,
     Slide,
+    compute_taps,
     footprint,
 )
 from torch.nn import functional as F
@@ -131,3 +138,34 @@ def test_the_footprint_holds_every_pixel_under_the_output(start: int, length: in
     under = footprint(Interval(start=start, stop=start + length), scale)
     assert under.start <= start / scale < under.start + 1
     assert under.stop - 1 < (start + length) / scale <= under.stop
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nearest_takes_the_pixels_that_torch_takes(dtype: torch.dtype, mode: ResampleMode, layout: str) -> None:
+    """By size and by factor, small and large, where exact arithmetic has ties: torch has two kernels for them."""
+    pairs = [(n, m) for n in range(1, 260, 9) for m in (*range(1, 400, 7), 2 * n, 2 * n - 1, 2 * n + 1, 4 * n)]
+    pairs += [(n, m) for n in (7501, 14999, 15000) for m in (15001, 22500, 29999, 30000, 44997)]
+    for before, after in pairs:
+        image = torch.arange(before, dtype=dtype).repeat(1, 5, 2, 1)
+        if layout == "channels last":
+            image = image.contiguous(memory_format=torch.channels_last)
+        for factor in (None, after / before):
+            if factor is not None and int(before * factor) < 1:
+                continue
+            options: dict[str, Any] = {"size": (2, after)} if factor is None else {"scale_factor": (1.0, factor)}
+            taken = F.interpolate(image, mode=mode, **options)[0, 0, 0].numpy().astype(int)
+            rule = Resample(
+                mode=mode,
+                align_corners=False,
+                factor=factor,
+                double=dtype == torch.float64,
+                growth=Fraction(1),
+                window=None,
+                direct=layout == "channels last" or 2 + len(taken) <= LARGEST_DIRECT,
+            )
+            wanted = Interval(start=0, stop=len(taken))
+            indices, weights = compute_taps(rule, wanted, Extents(image=1, operand=before, result=len(taken)))
+            assert weights is None
+            assert np.array_equal(indices[0], taken), (before, after, factor)

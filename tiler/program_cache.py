@@ -1,0 +1,96 @@
+"""Programs on disk: what was converted once on this machine is found by every later run."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from .memory import parse_bytes
+from .program_ir import ModelParts, names_of
+
+FOLDER_VARIABLE, LIMIT_VARIABLE = "OUTSIZE_CACHE_DIR", "OUTSIZE_CACHE_LIMIT"
+LIMIT = "2GB"
+log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Where programs are kept: OUTSIZE_CACHE_DIR, else outsize in the user's cache folder."""
+    named = os.environ.get(FOLDER_VARIABLE)
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outsize"
+
+
+class ProgramCache:
+    """Converted programs of one network.
+
+    A file under constants/ is named by its SHA-256 and checked when it is read, files are written beside their place
+    and renamed, graphs after the constants that they need: so processes may share the folder, die in it, or delete it.
+    Whatever is missing or damaged is converted again. A folder that cannot be written is as good as none.
+    """
+
+    def __init__(self, network: str, folder: Path | None = None) -> None:
+        self._root = (folder or cache_folder()) / "programs"
+        self._folder = self._root / network
+
+    def read(self, key: str) -> ModelParts | None:
+        """A program, if it is there and whole."""
+        try:
+            graph = (self._folder / f"{key}.xml").read_bytes()
+            digest, graph = graph[:64], graph[65:]
+            if hashlib.sha256(graph).hexdigest().encode() != digest:
+                return None
+            constants: dict[str, bytes] = {}
+            for name in names_of(graph):
+                if name not in constants:
+                    constants[name] = (self._folder / "constants" / name).read_bytes()
+                    if hashlib.sha256(constants[name]).hexdigest() != name:
+                        (self._folder / "constants" / name).unlink()
+                        return None
+        except OSError:
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(self._folder)
+        return ModelParts(graph=graph, constants=constants)
+
+    def write(self, key: str, model: ModelParts) -> None:
+        """Keep a program; the network's that were not used for longest go where there is too much."""
+        try:
+            (self._folder / "constants").mkdir(mode=0o700, parents=True, exist_ok=True)
+            for name, value in model.constants.items():
+                if not (self._folder / "constants" / name).exists():
+                    _write(self._folder / "constants" / name, value)
+            digest = hashlib.sha256(model.graph).hexdigest().encode()
+            _write(self._folder / f"{key}.xml", digest + b"\n" + model.graph)
+        except OSError as error:
+            log.info("programs are not kept: %s", error)
+
+    def trim(self) -> None:
+        """Delete other networks' programs, those not used for longest first, until the limit is kept."""
+        limit = parse_bytes(os.environ.get(LIMIT_VARIABLE) or LIMIT)
+        with contextlib.suppress(OSError):
+            folders = sorted((p for p in self._root.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
+            sizes = {p: sum(file.stat().st_size for file in p.rglob("*") if file.is_file()) for p in folders}
+            for folder in folders:
+                if sum(sizes.values()) <= limit:
+                    break
+                if folder != self._folder:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    del sizes[folder]
+
+
+def _write(path: Path, value: bytes) -> None:
+    """Whole or not at all."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(value)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
