@@ -11,11 +11,12 @@ from ..models.segmentation.model import Output, SegmentationModel, as_tile_netwo
 from ..models.segmentation.sources import load_model
 from ..tiler.cluster import ClusterOptions
 from ..tiler.errors import UsageError
-from ..tiler.events import ClusterReady, Event, ProgramsMade, RunPlanned, StartChecked, TileFinished
+from ..tiler.events import ClusterReady, Event, MemoryProbed, ProgramsMade, RunPlanned, StartChecked, TileFinished
 from ..tiler.geometry import Window
 from ..tiler.georeference import window_of_bounds
 from ..tiler.machine import measure_flops_per_s
-from ..tiler.memory import format_bytes
+from ..tiler.memory import format_bytes, parse_bytes
+from ..tiler.memory_probe import memory_lookup
 from ..tiler.network import Network, analyze_network
 from ..tiler.plan import TilePlan, format_seconds
 from ..tiler.planner import plan_tiles
@@ -79,7 +80,11 @@ def _prepare(options: SegmentOptions) -> tuple[Raster, SegmentationModel, Networ
     return raster, model, network
 
 
-def _plan(options: SegmentOptions, raster: Raster, network: Network) -> TilePlan:
+PROBING = "memory    measuring what the engine adds to this network, once on this machine"
+
+
+def _plan(console: Console, options: SegmentOptions, raster: Raster, network: Network) -> TilePlan:
+    budget = parse_bytes(options.memory)
     return plan_tiles(
         raster,
         network,
@@ -91,13 +96,14 @@ def _plan(options: SegmentOptions, raster: Raster, network: Network) -> TilePlan
         region=_region(options, raster),
         method=options.method,
         mark_nodata_context=options.mark_nodata_context,
+        memory_of=memory_lookup(network, raster.shape_yx, budget, lambda: console.remark(PROBING)),
     )
 
 
 def run_plan(console: Console, options: SegmentOptions) -> None:
     """Show every decision that `segment` would make, without reading a pixel."""
     raster, model, network = _prepare(options)
-    plan = _plan(options, raster, network)
+    plan = _plan(console, options, raster, network)
     speed = measure_flops_per_s()
     console.result(
         f"model     {model.name}\n{plan.explain(speed)}",
@@ -218,6 +224,8 @@ class _Listener:
                 self._pixels = pixels
                 if resumed:
                     self._console.remark(f"resume    {resumed} of {len(plan.grid)} tiles are there already")
+            case MemoryProbed():
+                self._console.remark(PROBING)
             case ProgramsMade(made=made, total=total):
                 now = time.monotonic()
                 if made == total or now - self._told >= 5:

@@ -81,17 +81,24 @@ def sample_patches(plan: TilePlan, attempt: int = 0) -> list[CheckPatch]:
     return patches
 
 
-def larger_window(network: Network, patch: Window, shape_yx: tuple[int, int]) -> Window:
-    """An input window for `patch` that reaches one halo and one stride further than it must, on every side."""
-    needed = network.input_window(patch, shape_yx)
-    halo, padded = network.halo, network.padded_shape(shape_yx)
+def larger_window(network: Network, patch: Window, shape_yx: tuple[int, int], margin: int) -> Window:
+    """An input window for `patch` that reaches at least `margin` px further than it must, on every side."""
+    needed, padded = network.input_window(patch, shape_yx), network.padded_shape(shape_yx)
     intervals: list[Interval] = []
-    for axis, (interval, before, after) in enumerate(
-        ((needed.rows, halo.top, halo.bottom), (needed.columns, halo.left, halo.right))
-    ):
-        stride = network.stride[axis]
-        wider = Interval(start=interval.start - before - stride, stop=interval.stop + after + stride)
+    for axis, interval in enumerate((needed.rows, needed.columns)):
+        wider = Interval(start=interval.start - margin, stop=interval.stop + margin)
         intervals.append(network.align(axis, wider.clamp(padded[axis]), padded[axis]))
+    return Window.from_intervals(*intervals)
+
+
+def larger_core(network: Network, patch: Window, shape_yx: tuple[int, int], margin: int) -> Window:
+    """A core around `patch` that reaches `margin` input px further, on every side."""
+    intervals: list[Interval] = []
+    for axis, (interval, size) in enumerate(
+        zip((patch.rows, patch.columns), network.output_shape(shape_yx), strict=True)
+    ):
+        reach = int(margin * network.scale[axis]) + 1
+        intervals.append(Interval(start=interval.start - reach, stop=interval.stop + reach).clamp(size))
     return Window.from_intervals(*intervals)
 
 

@@ -48,7 +48,8 @@ class ClusterOptions:
         return bool(self.address or self.scheduler_file)
 
 
-def _worker_environment(gdal_cache_bytes: int) -> dict[str, str]:
+def worker_environment(gdal_cache_bytes: int) -> dict[str, str]:
+    """Variables of worker processes: they hold no more than they must."""
     return {
         # GDAL takes a number below 100,000 for megabytes.
         "GDAL_CACHEMAX": str(max(1, gdal_cache_bytes // 2**20)),
@@ -99,11 +100,11 @@ def open_client(options: ClusterOptions, *, workers: int, threads: int, gdal_cac
         "distributed.worker.memory.spill": False,
         "distributed.worker.memory.pause": False,
         "distributed.worker.memory.terminate": False,
-        "distributed.nanny.pre-spawn-environ": _worker_environment(gdal_cache_bytes),
+        "distributed.nanny.pre-spawn-environ": worker_environment(gdal_cache_bytes),
     }
     with config.set(settings):
         if not options.processes:
-            os.environ.setdefault("GDAL_CACHEMAX", _worker_environment(gdal_cache_bytes)["GDAL_CACHEMAX"])
+            os.environ.setdefault("GDAL_CACHEMAX", worker_environment(gdal_cache_bytes)["GDAL_CACHEMAX"])
         with _quiet_main(), _interrupts_ignored():
             local = LocalCluster(
                 n_workers=workers if options.processes else 1,

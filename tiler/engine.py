@@ -20,16 +20,18 @@ Method = Literal["window", "program"]
 """How a tile is computed: the module on a window of the image, or a program for its core."""
 
 # Measured with PSS on Linux (docs/memory.md); OpenVINO workers never import torch, oneDNN copies more in eager torch.
+WORKER_BYTES = 95 * MB
+"""A worker process with Dask, Zarr and GDAL, before it loads an engine."""
 ENGINE_MEMORY: dict[str, EngineMemory] = {
-    "openvino": EngineMemory(worker_bytes=120 * MB, factor=1.2, constant_bytes=80 * MB),
-    "torch": EngineMemory(worker_bytes=260 * MB, factor=2.1, constant_bytes=40 * MB),
+    "openvino": EngineMemory(worker_bytes=WORKER_BYTES, factor=1.2, constant_bytes=90 * MB),
+    "torch": EngineMemory(worker_bytes=WORKER_BYTES, factor=2.1, constant_bytes=210 * MB),
 }
 
 PROGRAM_MEMORY: dict[str, EngineMemory] = {
-    "openvino": EngineMemory(worker_bytes=400 * MB, factor=1.4, constant_bytes=80 * MB),
-    "torch": EngineMemory(worker_bytes=280 * MB, factor=2.1, constant_bytes=40 * MB),
+    "openvino": EngineMemory(worker_bytes=WORKER_BYTES, factor=1.4, constant_bytes=70 * MB),
+    "torch": EngineMemory(worker_bytes=WORKER_BYTES, factor=2.1, constant_bytes=290 * MB),
 }
-"""The same for programs: workers trace and convert by themselves, with torch."""
+"""The same for programs; torch's workers trace the network by themselves."""
 
 ENGINE_EFFICIENCY: dict[str, float] = {"openvino": 0.6, "torch": 0.15}
 """Share of a large matrix product's speed that the default network reaches in a run; measured, for estimates only."""

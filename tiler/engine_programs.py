@@ -65,7 +65,7 @@ class Converter:
         self.network = network if wider is None else analyze_network(network.module, network.bands, wider)
         self.axes = self.network.on_image(shape_yx)
         self._sizes = hash_sizes(self.network, self.network.padded_shape(shape_yx))
-        self._cache = ProgramCache(_cache_name(self.network))
+        self._cache = ProgramCache(cache_name(self.network))
 
     def convert(self, rows: AxisGeometry, columns: AxisGeometry) -> ModelParts:
         """The program of the cores that share those geometries.
@@ -86,8 +86,8 @@ def _name(network: Network) -> str:
     return str(network.dtype).removeprefix("torch.")
 
 
-def _cache_name(network: Network) -> str:
-    """Of a network's programs: equal only where the same weights go through the same code."""
+def cache_name(network: Network) -> str:
+    """Of what is kept on this machine for a network: equal only where the same weights go through the same code."""
     parts = [hash_network(network), _name(network), _hash_sources(), version("torch"), version("openvino")]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 

@@ -57,6 +57,11 @@ class RunPlanned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryProbed:
+    """The engine's memory for this network is about to be measured, before there is a plan."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramsMade:
     """Programs are being converted, or read from the cache, while workers start; told from another thread."""
 
@@ -93,5 +98,5 @@ class TileFinished:
     """All processes together, now."""
 
 
-Event = RunPlanned | ProgramsMade | ClusterReady | StartChecked | TileFinished
+Event = MemoryProbed | RunPlanned | ProgramsMade | ClusterReady | StartChecked | TileFinished
 Listener = Callable[[Event], None]

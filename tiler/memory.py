@@ -44,11 +44,11 @@ class EngineMemory:
     """What an engine adds to the tensors of the graph; measured, see docs/memory.md."""
 
     worker_bytes: int
-    """A worker process with the engine loaded and the weights in it, before the first program."""
+    """A worker process before it loads the engine."""
     factor: float
     """Peak of a running program, in units of `cost.compute_peak_bytes`."""
     constant_bytes: int
-    """What a program holds whatever its size."""
+    """The engine itself, the weights, and what a program holds whatever its size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +85,8 @@ def predict_memory(
 
     Args:
         activation_bytes: peak of the graph's tensors on the largest window.
-        window_bytes: one window as read, with its nodata mask.
-        result_bytes: one program's output and the core cut from it.
+        window_bytes: one window as read, with its nodata mask; while the next is read, its blocks are there too.
+        result_bytes: one core of the result.
         chunk_bytes: one output chunk while it is encoded.
         cache_bytes: block cache of one process.
     """
@@ -94,5 +94,6 @@ def predict_memory(
         client_bytes=client_bytes,
         worker_bytes=workers * engine.worker_bytes,
         program_bytes=workers * (int(engine.factor * activation_bytes) + engine.constant_bytes),
-        buffer_bytes=workers * (in_flight * (2 * window_bytes + result_bytes + chunk_bytes) + cache_bytes),
+        buffer_bytes=workers
+        * ((in_flight + 1) * window_bytes + in_flight * (result_bytes + chunk_bytes) + cache_bytes),
     )

@@ -9,7 +9,9 @@ import psutil
 INTERVAL_S = 0.2
 
 
-def _process_bytes(process: psutil.Process) -> int:
+def process_bytes(process: psutil.Process | None = None) -> int:
+    """Bytes held by one process (None: this one); 0 where it is gone."""
+    process = process or psutil.Process()
     try:
         info = process.memory_full_info()
         # PSS counts a page shared by n processes 1/n in each, so that the sum is what the machine holds. Linux only.
@@ -23,7 +25,7 @@ def _process_bytes(process: psutil.Process) -> int:
 def measure_tree_bytes() -> int:
     """Bytes held by this process and its descendants now."""
     me = psutil.Process()
-    return sum(_process_bytes(process) for process in (me, *me.children(recursive=True)))
+    return sum(process_bytes(process) for process in (me, *me.children(recursive=True)))
 
 
 class MemoryMeter:

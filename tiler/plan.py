@@ -83,6 +83,8 @@ class TilePlan:
     """Of one pass over the raster without overlap."""
     read_amplification: float
     """Pixels decoded for each wanted pixel, if no block is kept from one tile to the next."""
+    check_margin: int = 1
+    """Input pixels by which the start check's windows or cores reach further than they must, on every side."""
     receptive: tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]] | None = None
     """For each axis the input interval of the first result pixels, one period of them; None: nodata context is not
     marked."""

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from .axis_geometry import AxisGeometry, compute_geometry, geometry_key
+from .check import PATCH, larger_core, larger_window
 from .cost import compute_flops, compute_peak_bytes, count_flops, count_peak_bytes, program_shapes
-from .engine import ENGINE_MEMORY, PROGRAM_MEMORY, Method, choose_engine
+from .engine import Method, choose_engine
 from .errors import BudgetError, UntileableError, UsageError
 from .geometry import Halo, Interval, Window
 from .machine import cpu_count
 from .memory import MB, MemoryPrediction, format_bytes, parse_bytes, predict_memory
+from .memory_probe import MemoryLookup, constant_memory
 from .network import Network
-from .plan import GDAL_CACHE_BYTES, Span, TilePlan, largest_window
+from .plan import GDAL_CACHE_BYTES, Span, Tile, TilePlan, largest_window
 from .raster import Raster
 
 CORES = (4096, 3072, 2048, 1024, 512, 256, 128, 64)
@@ -30,8 +32,12 @@ MOST_TILES = 50_000
 """Along one side. A raster that declares more is a mistake or a trap."""
 CORES_PER_WORKER = 8
 """CPU cores of one worker process; more are slower in one convolution than in two."""
-CLIENT_BYTES = {"openvino": 520 * MB, "torch": 450 * MB}
+CLIENT_BYTES = {"openvino": 440 * MB, "torch": 390 * MB}
 """The planning process with torch and Dask loaded, and the traced network; measured, see docs/memory.md."""
+CLIENT_WEIGHTS = 3
+"""Copies of the weights that it holds: the module's, the engine's, and the one that goes to workers."""
+CHECK_FACTOR = 2
+"""Of the live bytes of the start check's windows, which torch runs there."""
 
 
 def compute_spans(
@@ -109,6 +115,7 @@ def plan_tiles(
     region: Window | None = None,
     mark_nodata_context: bool = False,
     method: str | None = None,
+    memory_of: MemoryLookup = constant_memory,
 ) -> TilePlan:
     """Decide how to run a network over a raster within a memory budget.
 
@@ -122,6 +129,7 @@ def plan_tiles(
         region: what is wanted, in pixels of the raster; None: all of it. Its result equals the whole image's there.
         mark_nodata_context: also write which pixels' receptive fields touch nodata.
         method: "window" or "program"; None: windows where they are exact.
+        memory_of: what (engine, method, threads) add to the network's tensors; `memory_lookup` measures it.
 
     Raises:
         UsageError: another number or kind of bands than the network takes; options below 1; a region outside.
@@ -157,6 +165,9 @@ def plan_tiles(
     output_dtype = str(network.output_dtype).removeprefix("torch.")
     itemsize, output_itemsize = np.dtype(dtype).itemsize, np.dtype(output_dtype).itemsize
 
+    check_margin, check_bytes = _choose_check_margin(network, chosen, shape_yx, budget)
+    client_bytes = CLIENT_BYTES[engine_name] + CLIENT_WEIGHTS * _weight_bytes(network) + CHECK_FACTOR * check_bytes
+    engine_memory = memory_of(engine_name, chosen, threads)
     smallest: MemoryPrediction | None = None
     for side in [core] if core else CORES:
         if max(wanted.shape) > MOST_TILES * side:
@@ -181,15 +192,15 @@ def plan_tiles(
                 f"a core above {LARGEST_CHUNK} must be a multiple of it, so that a tile owns whole chunks, got {side}"
             )
         prediction = predict_memory(
-            engine=PROGRAM_MEMORY[engine_name] if chosen == "program" else ENGINE_MEMORY[engine_name],
+            engine=engine_memory,
             workers=workers,
             in_flight=min(IN_FLIGHT, tiles),
-            client_bytes=CLIENT_BYTES[engine_name],
+            client_bytes=client_bytes,
             activation_bytes=_largest_peak(network, by_row, by_column)
             if by_row
             else compute_peak_bytes(network.graph, window),
             window_bytes=pixels * (shape[0] * itemsize + 1 + (8 if mark_nodata_context else 0)),
-            result_bytes=network.channels * output_itemsize * (pixels + core_pixels),
+            result_bytes=network.channels * output_itemsize * core_pixels,
             chunk_bytes=2 * chunk[0] * chunk[1] * output_itemsize,
             cache_bytes=_cache_bytes(raster) if isinstance(raster, Raster) else 0,
         )
@@ -226,6 +237,7 @@ def plan_tiles(
                 compute_flops(network.graph, network.padded_shape(shape_yx)) * region.pixels / (shape[1] * shape[2])
             ),
             read_amplification=_read_amplification(rows, columns, shape_yx, block, region),
+            check_margin=check_margin,
             receptive=(_receptive_period(network, 0), _receptive_period(network, 1)) if mark_nodata_context else None,
         )
     if smallest is None:
@@ -250,6 +262,51 @@ def _largest_peak(network: Network, by_row: Geometries, by_column: Geometries) -
     rows = max(by_row.values(), key=lambda geometry: geometry.window.length)
     columns = max(by_column.values(), key=lambda geometry: geometry.window.length)
     return count_peak_bytes(network.graph, program_shapes(network, rows, columns))
+
+
+def _weight_bytes(network: Network) -> int:
+    return sum(value.numel() * value.element_size() for value in network.graph.program.state_dict.values())
+
+
+def _choose_check_margin(network: Network, method: Method, shape_yx: tuple[int, int], budget: int) -> tuple[int, int]:
+    """(margin, live bytes of the start check): a halo more where a quarter of the budget allows it, else a stride."""
+    height, width = network.output_shape(shape_yx)
+    side = min(PATCH, height), min(PATCH, width)
+    patch = Window(y=(height - side[0]) // 2, x=(width - side[1]) // 2, height=side[0], width=side[1])
+    if method == "window":
+        halo = max(network.halo.top, network.halo.bottom, network.halo.left, network.halo.right)
+        step = max(network.stride)
+    else:
+        halo, step = 0, 1
+        for axis, core, scale in zip(
+            network.on_image(shape_yx), (patch.rows, patch.columns), network.scale, strict=True
+        ):
+            read = compute_geometry(axis, core).window
+            halo = max(halo, int(core.start / scale) - read.start, read.stop - int(core.stop / scale))
+    live = 0
+    for margin in (halo + step, step):
+        if method == "window":
+            live = compute_peak_bytes(network.graph, larger_window(network, patch, shape_yx, margin).shape)
+        else:
+            live = _count_program_bytes(network, shape_yx, larger_core(network, patch, shape_yx, margin))
+        if CHECK_FACTOR * live <= budget // 4:
+            return margin, live
+    return step, live
+
+
+def _count_program_bytes(network: Network, shape_yx: tuple[int, int], core: Window) -> int:
+    rows, columns = (
+        compute_geometry(axis, interval)
+        for axis, interval in zip(network.on_image(shape_yx), (core.rows, core.columns), strict=True)
+    )
+    return count_peak_bytes(network.graph, program_shapes(network, rows, columns))
+
+
+def count_live_bytes(network: Network, method: Method, shape_yx: tuple[int, int], tile: Tile) -> int:
+    """Live bytes of the graph while one tile is computed."""
+    if method == "window":
+        return compute_peak_bytes(network.graph, tile.window.shape)
+    return _count_program_bytes(network, shape_yx, tile.core)
 
 
 def _program_flops(

@@ -70,6 +70,18 @@ class ProgramCache:
         except OSError as error:
             log.info("programs are not kept: %s", error)
 
+    def read_text(self, name: str) -> str | None:
+        """What else is kept for the network."""
+        with contextlib.suppress(OSError):
+            return (self._folder / name).read_text()
+        return None
+
+    def write_text(self, name: str, text: str) -> None:
+        """Keep something else for the network; a folder that cannot be written is as good as none."""
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _write(self._folder / name, text.encode())
+
     def trim(self) -> None:
         """Delete other networks' programs, those not used for longest first, until the limit is kept."""
         limit = parse_bytes(os.environ.get(LIMIT_VARIABLE) or LIMIT)

@@ -17,17 +17,28 @@ import numpy.typing as npt
 import torch
 from distributed import Client
 
-from .check import CheckPatch, StartCheck, compare_patches, larger_window, require_exact, sample_patches
+from .check import CheckPatch, StartCheck, compare_patches, larger_core, larger_window, require_exact, sample_patches
 from .cluster import ClusterOptions, open_client
 from .engine import EngineProgram, compile_program
 from .engine_programs import pack_programs
 from .engine_torch import TorchEngine
 from .errors import BudgetError, OutputError, RasterError, UsageError
-from .events import ClusterReady, Event, Listener, ProgramsMade, RunPlanned, StartChecked, TileFinished, TileRecord
+from .events import (
+    ClusterReady,
+    Event,
+    Listener,
+    MemoryProbed,
+    ProgramsMade,
+    RunPlanned,
+    StartChecked,
+    TileFinished,
+    TileRecord,
+)
 from .fingerprint import find_differences, make_fingerprint
 from .geometry import Interval, Window
 from .jobs import JobPlugin
 from .memory import format_bytes, parse_bytes
+from .memory_probe import memory_lookup
 from .meter import MemoryMeter
 from .network import Network
 from .plan import GDAL_CACHE_BYTES, TilePlan
@@ -182,6 +193,7 @@ def predict(
             region=region,
             mark_nodata_context=mark_nodata_context,
             method=method,
+            memory_of=memory_lookup(network, raster.shape_yx, parse_bytes(memory), lambda: tell(MemoryProbed())),
         )
         fingerprint = make_fingerprint(raster, network, description.kind, plan, fill, zarr_format)
         require_apart(raster, out)
@@ -444,7 +456,7 @@ def _run_reference(spec: RunSpec, network: Network, reader: RasterReader, patch:
     """(finished, logits) of a patch, computed in another way than the run's."""
     if spec.plan.method == "program":
         return _run_larger_program(spec, network, reader, patch)
-    window = larger_window(network, patch.window, spec.raster.shape_yx)
+    window = larger_window(network, patch.window, spec.raster.shape_yx, spec.plan.check_margin)
     image = read_filled(reader, spec.raster, window, spec.fill).image
     top, left = (int(v * s) for v, s in zip((window.y, window.x), network.scale, strict=True))
     y, x = patch.window.y - top, patch.window.x - left
@@ -458,16 +470,7 @@ def _run_larger_program(
     spec: RunSpec, network: Network, reader: RasterReader, patch: CheckPatch
 ) -> tuple[Array, Array]:
     """A patch by torch, as a part of another core that reaches further on every side."""
-    halo, whole = spec.plan.halo, network.output_shape(spec.raster.shape_yx)
-    margin = max(halo.top, halo.bottom, halo.left, halo.right) + 1
-    scale = [float(value) for value in network.scale]
-    rows = Interval(
-        start=patch.window.y - int(margin * scale[0]) - 1, stop=patch.window.rows.stop + int(margin * scale[0]) + 1
-    )
-    columns = Interval(
-        start=patch.window.x - int(margin * scale[1]) - 1, stop=patch.window.columns.stop + int(margin * scale[1]) + 1
-    )
-    core = Window.from_intervals(rows.clamp(whole[0]), columns.clamp(whole[1]))
+    core = larger_core(network, patch.window, spec.raster.shape_yx, spec.plan.check_margin)
     program = make_program(network, spec.raster.shape_yx, core)
     image = read_filled(reader, spec.raster, program.window, spec.fill).image
     with torch.inference_mode():

@@ -335,7 +335,7 @@ def test_the_start_check_stops_a_run_whose_halo_is_too_small(tmp_path: Path, cli
 def larger_windows_of(network: Network) -> Any:
     from outsize.tiler.check import larger_window
 
-    return lambda _, patch, shape: larger_window(network, patch, shape)
+    return lambda _, patch, shape, margin: larger_window(network, patch, shape, margin)
 
 
 def test_the_stored_header_says_what_was_done(tmp_path: Path, client: Client) -> None:

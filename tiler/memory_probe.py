@@ -1,0 +1,206 @@
+"""The memory probe: what an engine adds to a network's tensors, measured on two small cores in a process of its own.
+
+Engines fuse, reorder and pad tensors in ways that only they know, so their share differs from network to network. It
+is linear in the live bytes of the graph, so two cores tell it for all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .memory import MB, EngineMemory
+from .meter import process_bytes
+
+if TYPE_CHECKING:
+    from .engine import EngineName, EngineProgram, Method
+    from .network import Network
+    from .plan import Tile
+
+CORES = (1024, 512, 256, 128, 64)
+"""Sides that may be probed; two neighbours are."""
+LARGEST_FLOPS = 1.5e11
+"""Of the larger of both cores: about a second of one CPU core."""
+LARGEST_LIVE_BYTES = 600 * MB
+SMALLEST_RASTER = 2048 * 2048
+"""Pixels from which it is worth its seconds; smaller rasters are planned with constants."""
+TIMEOUT_S = 120
+MARGIN = 1.04
+"""On what was measured: the peak of one run differs from that of the next."""
+MemoryLookup = Callable[["EngineName", "Method", int], EngineMemory]
+log = logging.getLogger(__name__)
+
+
+def constant_memory(engine: EngineName, method: Method, threads: int) -> EngineMemory:
+    """What was measured once with the default network, for all."""
+    from .engine import ENGINE_MEMORY, PROGRAM_MEMORY
+
+    del threads
+    return PROGRAM_MEMORY[engine] if method == "program" else ENGINE_MEMORY[engine]
+
+
+def memory_lookup(
+    network: Network, shape_yx: tuple[int, int], budget: int, begins: Callable[[], None] | None = None
+) -> MemoryLookup:
+    """Measured for this network, where the raster is worth it; what was measured once is kept on this machine.
+
+    Args:
+        budget: that the probe keeps too.
+        begins: called before a probe, which takes some seconds.
+    """
+    if shape_yx[0] * shape_yx[1] < SMALLEST_RASTER:
+        return constant_memory
+
+    def lookup(engine: EngineName, method: Method, threads: int) -> EngineMemory:
+        return _find(network, engine, method, threads, budget, begins)
+
+    return lookup
+
+
+def _find(
+    network: Network,
+    engine: EngineName,
+    method: Method,
+    threads: int,
+    budget: int,
+    begins: Callable[[], None] | None,
+) -> EngineMemory:
+    """The engine's memory for a network: from this machine's cache, else probed; constants where the probe fails."""
+    from .engine_programs import cache_name
+    from .program_cache import ProgramCache
+
+    kept = ProgramCache(cache_name(network))
+    name = f"memory-{engine}-{method}-{threads}"
+    try:
+        return EngineMemory(**json.loads(kept.read_text(name) or ""))
+    except (ValueError, TypeError):
+        pass
+    usual = constant_memory(engine, method, threads)
+    try:
+        if begins is not None:
+            begins()
+        points = [probe_core(network, engine, method, threads, core) for core in choose_cores(network, budget)]
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        log.warning("the engine's memory could not be measured, planning with constants: %s", error)
+        return usual
+    (small_live, small), (large_live, large) = sorted(points)
+    factor = max(0.5, (large - small) / max(1, large_live - small_live))
+    found = EngineMemory(
+        worker_bytes=usual.worker_bytes,
+        factor=MARGIN * factor,
+        constant_bytes=max(0, round(MARGIN * (large - factor * large_live))),
+    )
+    kept.write_text(name, json.dumps(asdict(found)))
+    return found
+
+
+def choose_cores(network: Network, budget: int) -> tuple[int, int]:
+    """The largest two neighbouring cores that take no long time and keep the budget, in result pixels."""
+    from .cost import compute_flops, compute_peak_bytes
+
+    scale = max(float(s) for s in network.scale)
+    for core in CORES[:-1]:
+        extent = max(64, int(core / scale))
+        side = network.padded_shape((extent, extent))
+        live = compute_peak_bytes(network.graph, side)
+        if compute_flops(network.graph, side) <= LARGEST_FLOPS and live <= min(LARGEST_LIVE_BYTES, budget // 6):
+            return (core, core // 2)
+    return (CORES[-2], CORES[-1])
+
+
+def probe_core(network: Network, engine: EngineName, method: Method, threads: int, core: int) -> tuple[int, int]:
+    """(live bytes of the graph, bytes that the engine adds to a worker) for one inner tile of that core.
+
+    Raises:
+        ValueError: the process failed; carries its last line.
+    """
+    from .engine import compile_program
+    from .planner import count_live_bytes, plan_tiles
+
+    halo = network.halo if not network.window_refusal else None
+    margin = max(halo.top, halo.bottom, halo.left, halo.right) if halo is not None else core
+    scale = max(float(s) for s in network.scale)
+    side = int(3 * core / min(1.0, scale)) + 2 * margin + 1
+    plan = plan_tiles((network.bands, side, side), network, engine=engine, method=method, core=core, memory="1TB")
+    rows, columns = plan.grid.counts
+    tile = plan.tile(rows // 2, columns // 2)
+    if method == "program":
+        from .engine_programs import pack_programs
+
+        packed = pack_programs(network, engine, threads, (side, side), [tile.core.rows], [tile.core.columns])
+    else:
+        packed = compile_program(network, engine, threads)
+    live = count_live_bytes(network, method, (side, side), tile)
+    shape = (network.bands, *tile.window.shape)
+    dtype = str(network.dtype).removeprefix("torch.")
+    return live, _measure(packed, tile, shape, dtype)
+
+
+def _measure(packed: EngineProgram, tile: Tile, shape: tuple[int, ...], dtype: str) -> int:
+    from .cluster import worker_environment
+    from .plan import GDAL_CACHE_BYTES
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "probe")
+        path.write_bytes(pickle.dumps((packed, tile, shape, dtype)))
+        completed = subprocess.run(
+            [sys.executable, "-m", __name__, str(path)],
+            env={**os.environ, **worker_environment(GDAL_CACHE_BYTES)},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+    if completed.returncode:
+        raise ValueError((completed.stderr.strip().splitlines() or ["it was killed"])[-1])
+    return int(completed.stdout.split()[-1])
+
+
+@contextmanager
+def _peak() -> Iterator[list[int]]:
+    """This process's largest size meanwhile, sampled 100 times a second."""
+    found, stop = [process_bytes()], threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(0.01):
+            found[0] = max(found[0], process_bytes())
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
+        found[0] = max(found[0], process_bytes())
+
+
+def main(path: str) -> None:
+    """Run the tile as a worker would, and print by how many bytes that grew the process, its image apart."""
+    from . import jobs, store, worker  # what a worker holds before its first tile
+
+    del jobs, store, worker
+    packed, tile, shape, dtype = pickle.loads(Path(path).read_bytes())
+    image = (np.random.default_rng(0).random(shape, np.float32) * 100).astype(dtype)
+    before = process_bytes()
+    with _peak() as peak:
+        engine = packed.load_tiles()
+        for _ in range(2):
+            engine.run_tile(image, tile)
+    print(max(0, peak[0] - before))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
