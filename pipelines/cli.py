@@ -193,6 +193,20 @@ _planning = _together(
         show_default=True,
         help="Run the network on windows of the raster, or specialised to each tile; auto: windows where exact.",
     ),
+    _option(
+        "--halo",
+        type=click.IntRange(0),
+        metavar="PX",
+        help="Of a network that cannot be traced: pixels around each that its result depends on. The start check "
+        "stops a run whose halo is too small.",
+    ),
+    _option(
+        "--halo-stride",
+        type=click.IntRange(1),
+        metavar="PX",
+        help="With --halo: windows start on multiples of this, which the network's own stride must divide; 64 if left "
+        "out.",
+    ),
     _option("--workers", type=click.IntRange(1), help="Worker processes; without it one for each 8 cores."),
     _option("--threads", type=click.IntRange(1), help="Compute threads of each worker."),
     _option("--core", type=click.IntRange(1), help="Side of a tile's core; without it what the budget allows."),
@@ -308,6 +322,8 @@ def _segment_options(source: str, options: dict[str, Any]) -> Any:
         "weights",
         "trust_model",
         "sha256",
+        "halo",
+        "halo_stride",
     )
     return SegmentOptions(
         source=source,

@@ -23,6 +23,7 @@ from ..tiler.planner import plan_tiles
 from ..tiler.proof import prove_network
 from ..tiler.raster import Raster, ReadOptions, open_with
 from ..tiler.run import RunSummary, predict
+from ..tiler.stated import state_network
 from ..tiler.store import ZarrFormat
 from .console import Console, Step, count_of, refuse_picture_name
 
@@ -49,6 +50,9 @@ class SegmentOptions:
     weights: str | None = None
     trust_model: bool = False
     sha256: str | None = None
+    halo: int | None = None
+    """Stated by the user, for a network that cannot be traced."""
+    halo_stride: int | None = None
 
 
 def _region(options: SegmentOptions, raster: Raster) -> Window | None:
@@ -76,8 +80,16 @@ def _prepare(options: SegmentOptions) -> tuple[Raster, SegmentationModel, Networ
             f"{options.source} has {count_of(raster.bands, 'band')}, model {model.name} takes "
             f"{len(model.bands)} ({', '.join(model.bands)}); choose them with --bands, or give a fitting --model"
         )
-    network = analyze_network(as_tile_network(model, options.output), raster.bands, raster.dtype)
-    return raster, model, network
+    module = as_tile_network(model, options.output)
+    if options.halo is None:
+        if options.halo_stride is not None:
+            raise UsageError("--halo-stride goes with --halo; give both, or neither")
+        return raster, model, analyze_network(module, raster.bands, raster.dtype)
+    return (
+        raster,
+        model,
+        state_network(module, raster.bands, raster.dtype, halo=options.halo, stride=options.halo_stride),
+    )
 
 
 PROBING = "memory    measuring what the engine adds to this network, once on this machine"

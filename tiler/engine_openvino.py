@@ -52,7 +52,7 @@ def convert_network(network: Network, threads: int) -> EngineProgram:
     return EngineProgram(
         engine="openvino",
         payload=_serialise(model),
-        has_logits=network.graph.has_logits,
+        has_logits=network.has_logits,
         threads=threads,
     )
 

@@ -158,7 +158,7 @@ def pack_programs(
     return EngineProgram(
         engine="openvino" if engine == "openvino" else "torch",
         payload=payload,
-        has_logits=network.graph.has_logits,
+        has_logits=network.has_logits,
         threads=threads,
         method="program",
         shape_yx=shape_yx,
@@ -175,7 +175,7 @@ def open_programs(network: Network, engine: str, threads: int, shape_yx: tuple[i
         graphs, weights = join_models({"": converter.convert(rows, columns)})
         return graphs[""], weights
 
-    return _openvino(converter.axes, _name(converter.network), network.graph.has_logits, threads, graph)
+    return _openvino(converter.axes, _name(converter.network), network.has_logits, threads, graph)
 
 
 def _openvino(*arguments: Any) -> OpenVinoPrograms:

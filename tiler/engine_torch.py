@@ -30,9 +30,7 @@ def pack_network(network: Network, threads: int) -> EngineProgram:
         cloudpickle.dump(network.module, buffer)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise EngineError(f"the module cannot be sent to workers: {error}; define it at the top of a module") from error
-    return EngineProgram(
-        engine="torch", payload=(buffer.getvalue(),), has_logits=network.graph.has_logits, threads=threads
-    )
+    return EngineProgram(engine="torch", payload=(buffer.getvalue(),), has_logits=network.has_logits, threads=threads)
 
 
 class TorchEngine:

@@ -24,6 +24,10 @@ class UntileableError(TilerError):
     """A network that cannot be tiled exactly; names the operation, its module and the remedy."""
 
 
+class UntraceableError(UntileableError):
+    """It is not known which pixels the network needs: torch.export cannot trace it, or an operation has no rule."""
+
+
 class BudgetError(TilerError):
     """A memory budget that no tile size can keep; names the smallest budget that can."""
 

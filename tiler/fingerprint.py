@@ -13,9 +13,13 @@ if TYPE_CHECKING:
 
 def hash_network(network: Network) -> str:
     """SHA-256 of the traced graph and of every weight in it."""
-    graph = network.graph
-    digest = hashlib.sha256(graph.program.graph_module.code.encode())
-    tensors = {**graph.program.state_dict, **graph.program.constants}
+    if network.is_known:
+        program = network.graph.program
+        digest = hashlib.sha256(program.graph_module.code.encode())
+        tensors = {**program.state_dict, **program.constants}
+    else:
+        digest = hashlib.sha256(f"{network.module}{network.halo}{network.stride}".encode())
+        tensors = network.module.state_dict()
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(name.encode())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
-from .errors import UntileableError
+from .errors import UntileableError, UntraceableError
 
 # Two primes, so that no size is special and neither axis can be taken for the other; large enough for strides of 128,
 # since torch.export takes an inner size of 1 for a constant.
@@ -84,7 +84,7 @@ def _runs(module: nn.Module, bands: int, size: tuple[int, int], dtype: torch.dty
     return None
 
 
-def _shows_logits(module: nn.Module, example: Tensor) -> bool:
+def shows_logits(module: nn.Module, example: Tensor) -> bool:
     """Whether the module has logits, pixel for pixel under its result and other than it."""
     if not isinstance(module, HasLogits) or any(isinstance(part, nn.Module) for part in (module.logits, module.finish)):
         return False
@@ -134,7 +134,7 @@ def trace(module: nn.Module, bands: int, dtype: torch.dtype) -> TracedGraph:
     multiple = find_size_multiple(module, bands, dtype)
     size = _TRACE_SIZE if multiple == 1 else (multiple * 7, multiple * 5)
     example = torch.zeros((1, bands, *size), dtype=dtype)
-    traced = WithLogits(module) if _shows_logits(module, example) else module
+    traced = WithLogits(module) if shows_logits(module, example) else module
     free = {2: Dim.AUTO, 3: Dim.AUTO}
     spec = {next(iter(_parameter_names(traced.forward))): free}
     exports_log = logging.getLogger("torch.export")
@@ -146,9 +146,9 @@ def trace(module: nn.Module, bands: int, dtype: torch.dtype) -> TracedGraph:
             warnings.simplefilter("ignore")
             program = export(traced, (example,), dynamic_shapes=spec, strict=False)
     except Exception as error:
-        raise UntileableError(
+        raise UntraceableError(
             f"the network cannot be traced by torch.export: {first_line(error)}; "
-            "remove control flow that depends on pixel values or sizes"
+            "remove control flow that depends on pixel values or sizes, or state its --halo"
         ) from error
     finally:
         exports_log.setLevel(level)

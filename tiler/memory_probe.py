@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .errors import EngineError
 from .memory import MB, EngineMemory
 from .meter import process_bytes
 
@@ -61,7 +62,7 @@ def memory_lookup(
         budget: that the probe keeps too.
         begins: called before a probe, which takes some seconds.
     """
-    if shape_yx[0] * shape_yx[1] < SMALLEST_RASTER:
+    if shape_yx[0] * shape_yx[1] < SMALLEST_RASTER and network.is_known:
         return constant_memory
 
     def lookup(engine: EngineName, method: Method, threads: int) -> EngineMemory:
@@ -94,6 +95,8 @@ def _find(
             begins()
         points = [probe_core(network, engine, method, threads, core) for core in choose_cores(network, budget)]
     except (OSError, ValueError, subprocess.SubprocessError) as error:
+        if not network.is_known:
+            raise EngineError(f"what this network's tensors take cannot be measured: {error}") from error
         log.warning("the engine's memory could not be measured, planning with constants: %s", error)
         return usual
     (small_live, small), (large_live, large) = sorted(points)
@@ -109,14 +112,12 @@ def _find(
 
 def choose_cores(network: Network, budget: int) -> tuple[int, int]:
     """The largest two neighbouring cores that take no long time and keep the budget, in result pixels."""
-    from .cost import compute_flops, compute_peak_bytes
-
     scale = max(float(s) for s in network.scale)
     for core in CORES[:-1]:
         extent = max(64, int(core / scale))
         side = network.padded_shape((extent, extent))
-        live = compute_peak_bytes(network.graph, side)
-        if compute_flops(network.graph, side) <= LARGEST_FLOPS and live <= min(LARGEST_LIVE_BYTES, budget // 6):
+        live = network.count_live_bytes(side)
+        if network.count_flops(side) <= LARGEST_FLOPS and live <= min(LARGEST_LIVE_BYTES, budget // 10):
             return (core, core // 2)
     return (CORES[-2], CORES[-1])
 

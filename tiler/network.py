@@ -18,6 +18,7 @@ from . import operations as operations  # registers the rules
 from .agreement import require_agreement
 from .aliasing import Aliases
 from .axis_geometry import ImageAxis
+from .cost import compute_flops, compute_peak_bytes
 from .errors import UntileableError, UsageError
 from .geometry import Halo, Interval, Window, align_down, align_up
 from .graph import TracedGraph, operation_name, trace, where
@@ -62,6 +63,42 @@ class Network:
     """Height or width of a raster up to which window runs are exact; None: any."""
     window_refusal: str = ""
     """Why windows of the image cannot be run through the module itself, though programs can; empty: they can."""
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the module shows what it decides from."""
+        return self.graph.has_logits
+
+    @property
+    def program_refusal(self) -> str:
+        """Why the network cannot be run by programs; empty: it can."""
+        return ""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its graph was analysed; else its user states its halo."""
+        return True
+
+    @property
+    def smallest(self) -> tuple[int, int]:
+        """Height and width below which the module takes another path or fails."""
+        return self.graph.smallest
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(value.numel() * value.element_size() for value in self.graph.program.state_dict.values())
+
+    def count_flops(self, shape_yx: tuple[int, int]) -> int:
+        """Of the module on an image of that size."""
+        return compute_flops(self.graph, shape_yx)
+
+    def count_live_bytes(self, shape_yx: tuple[int, int]) -> int:
+        """Largest sum of tensors alive at once when the module runs on an image of that size."""
+        return compute_peak_bytes(self.graph, shape_yx)
+
+    def needed_interval(self, axis: int, wanted: Interval) -> Interval:
+        """Input pixels that a window must hold for `wanted`, unclamped."""
+        return self.axes[axis].input_interval(wanted)
 
     @property
     def stride(self) -> tuple[int, int]:
@@ -118,7 +155,7 @@ class Network:
             UsageError: a raster below the network's smallest size.
         """
         height, width = (align_up(extent, self.size_multiple) for extent in shape_yx)
-        for axis, extent, smallest in zip(AXES, (height, width), self.graph.smallest, strict=True):
+        for axis, extent, smallest in zip(AXES, (height, width), self.smallest, strict=True):
             if extent < smallest:
                 raise UsageError(f"the network needs a {axis} of at least {smallest} pixels, the raster has {extent}")
         return (height, width)
@@ -154,14 +191,14 @@ class Network:
         return Window.from_intervals(rows, columns)
 
     def _input_interval(self, axis: int, wanted: Interval, extent: int) -> Interval:
-        needed = self.axes[axis].input_interval(wanted).clamp(extent)
+        needed = self.needed_interval(axis, wanted).clamp(extent)
         return self.align(axis, needed, extent)
 
     def align(self, axis: int, needed: Interval, extent: int) -> Interval:
         """The smallest legal window along an axis that holds `needed`: start on the stride, size acceptable."""
-        smallest = self.graph.smallest[axis]
+        smallest = self.smallest[axis]
         # On multiples of the accepted size too: then what is left to the image's end is acceptable as well.
-        stride = lcm(self.axes[axis].stride, self.size_multiple)
+        stride = lcm(self.stride[axis], self.size_multiple)
         start = align_down(needed.start, stride)
         stop = min(start + max(align_up(needed.stop - start, self.size_multiple), smallest), extent)
         # Only at the image's end can a window be too small; then it grows backwards, by whole strides.

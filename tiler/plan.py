@@ -83,6 +83,8 @@ class TilePlan:
     """Of one pass over the raster without overlap."""
     read_amplification: float
     """Pixels decoded for each wanted pixel, if no block is kept from one tile to the next."""
+    is_known: bool = True
+    """Whether the halo was derived from the traced graph; else the user stated it."""
     check_margin: int = 1
     """Input pixels by which the start check's windows or cores reach further than they must, on every side."""
     receptive: tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]] | None = None
@@ -191,7 +193,7 @@ class TilePlan:
             ),
             (
                 "halo",
-                f"{self.halo}, derived from the traced graph; "
+                f"{self.halo}, {'derived from the traced graph' if self.is_known else 'as stated, not derived'}; "
                 + (
                     "each operation computes only the pixels that a core needs"
                     if self.method == "program"

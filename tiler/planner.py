@@ -8,7 +8,7 @@ import numpy as np
 
 from .axis_geometry import AxisGeometry, compute_geometry, geometry_key
 from .check import PATCH, larger_core, larger_window
-from .cost import compute_flops, compute_peak_bytes, count_flops, count_peak_bytes, program_shapes
+from .cost import count_flops, count_peak_bytes, program_shapes
 from .engine import Method, choose_engine
 from .errors import BudgetError, UntileableError, UsageError
 from .geometry import Halo, Interval, Window
@@ -32,7 +32,12 @@ MOST_TILES = 50_000
 """Along one side. A raster that declares more is a mistake or a trap."""
 CORES_PER_WORKER = 8
 """CPU cores of one worker process; more are slower in one convolution than in two."""
-CLIENT_BYTES = {"openvino": 440 * MB, "torch": 390 * MB}
+CLIENT_BYTES = {
+    ("openvino", "window"): 480 * MB,
+    ("openvino", "program"): 430 * MB,
+    ("torch", "window"): 390 * MB,
+    ("torch", "program"): 390 * MB,
+}
 """The planning process with torch and Dask loaded, and the traced network; measured, see docs/memory.md."""
 CLIENT_WEIGHTS = 3
 """Copies of the weights that it holds: the module's, the engine's, and the one that goes to workers."""
@@ -52,7 +57,7 @@ def compute_spans(
     spans: list[Span] = []
     for start in range(wanted.start, wanted.stop, core):
         part = Interval(start=start, stop=min(start + core, wanted.stop))
-        needed = network.axes[axis].input_interval(part).clamp(extent)
+        needed = network.needed_interval(axis, part).clamp(extent)
         window = network.align(axis, needed, extent)
         spans.append(Span(core=(part.start, part.stop), window=(window.start, window.stop)))
     longest = max(span.window[1] - span.window[0] for span in spans)
@@ -100,6 +105,8 @@ def choose_method(network: Network, method: str | None, shape_yx: tuple[int, int
         )
     if method == "window" and refusal:
         raise UntileableError(refusal)
+    if method == "program" and network.program_refusal:
+        raise UsageError(network.program_refusal)
     return "program" if method == "program" or refusal else "window"
 
 
@@ -147,8 +154,10 @@ def plan_tiles(
     dtype = str(network.dtype).removeprefix("torch.")
     if isinstance(raster, Raster) and raster.dtype != np.dtype(dtype):
         raise UsageError(f"the network was analysed for {dtype} pixels, the raster has {raster.dtype}; analyse again")
+    if not network.is_known and engine == "openvino":
+        raise UsageError("OpenVINO needs a traced network, and this one's halo is only stated; use --engine torch")
     # OpenVINO has no pixels of 64 bits without sign, and does not pool what is one pixel high or wide.
-    is_odd = dtype == "uint64" or min(shape[1:]) < SMALLEST_SIDE
+    is_odd = not network.is_known or dtype == "uint64" or min(shape[1:]) < SMALLEST_SIDE
     engine_name = choose_engine("torch" if engine in (None, "auto") and is_odd else engine)
     chosen = choose_method(network, method, (shape[1], shape[2]))
     if mark_nodata_context and network.window_refusal:
@@ -166,7 +175,9 @@ def plan_tiles(
     itemsize, output_itemsize = np.dtype(dtype).itemsize, np.dtype(output_dtype).itemsize
 
     check_margin, check_bytes = _choose_check_margin(network, chosen, shape_yx, budget)
-    client_bytes = CLIENT_BYTES[engine_name] + CLIENT_WEIGHTS * _weight_bytes(network) + CHECK_FACTOR * check_bytes
+    client_bytes = (
+        CLIENT_BYTES[engine_name, chosen] + CLIENT_WEIGHTS * network.weight_bytes + CHECK_FACTOR * check_bytes
+    )
     engine_memory = memory_of(engine_name, chosen, threads)
     smallest: MemoryPrediction | None = None
     for side in [core] if core else CORES:
@@ -196,9 +207,7 @@ def plan_tiles(
             workers=workers,
             in_flight=min(IN_FLIGHT, tiles),
             client_bytes=client_bytes,
-            activation_bytes=_largest_peak(network, by_row, by_column)
-            if by_row
-            else compute_peak_bytes(network.graph, window),
+            activation_bytes=_largest_peak(network, by_row, by_column) if by_row else network.count_live_bytes(window),
             window_bytes=pixels * (shape[0] * itemsize + 1 + (8 if mark_nodata_context else 0)),
             result_bytes=network.channels * output_itemsize * core_pixels,
             chunk_bytes=2 * chunk[0] * chunk[1] * output_itemsize,
@@ -234,9 +243,10 @@ def plan_tiles(
             if by_row
             else _total_flops(network, rows, columns),
             flops_bare=round(
-                compute_flops(network.graph, network.padded_shape(shape_yx)) * region.pixels / (shape[1] * shape[2])
+                network.count_flops(network.padded_shape(shape_yx)) * region.pixels / (shape[1] * shape[2])
             ),
             read_amplification=_read_amplification(rows, columns, shape_yx, block, region),
+            is_known=network.is_known,
             check_margin=check_margin,
             receptive=(_receptive_period(network, 0), _receptive_period(network, 1)) if mark_nodata_context else None,
         )
@@ -264,10 +274,6 @@ def _largest_peak(network: Network, by_row: Geometries, by_column: Geometries) -
     return count_peak_bytes(network.graph, program_shapes(network, rows, columns))
 
 
-def _weight_bytes(network: Network) -> int:
-    return sum(value.numel() * value.element_size() for value in network.graph.program.state_dict.values())
-
-
 def _choose_check_margin(network: Network, method: Method, shape_yx: tuple[int, int], budget: int) -> tuple[int, int]:
     """(margin, live bytes of the start check): a halo more where a quarter of the budget allows it, else a stride."""
     height, width = network.output_shape(shape_yx)
@@ -286,7 +292,7 @@ def _choose_check_margin(network: Network, method: Method, shape_yx: tuple[int, 
     live = 0
     for margin in (halo + step, step):
         if method == "window":
-            live = compute_peak_bytes(network.graph, larger_window(network, patch, shape_yx, margin).shape)
+            live = network.count_live_bytes(larger_window(network, patch, shape_yx, margin).shape)
         else:
             live = _count_program_bytes(network, shape_yx, larger_core(network, patch, shape_yx, margin))
         if CHECK_FACTOR * live <= budget // 4:
@@ -305,7 +311,7 @@ def _count_program_bytes(network: Network, shape_yx: tuple[int, int], core: Wind
 def count_live_bytes(network: Network, method: Method, shape_yx: tuple[int, int], tile: Tile) -> int:
     """Live bytes of the graph while one tile is computed."""
     if method == "window":
-        return compute_peak_bytes(network.graph, tile.window.shape)
+        return network.count_live_bytes(tile.window.shape)
     return _count_program_bytes(network, shape_yx, tile.core)
 
 
@@ -354,7 +360,7 @@ def _scaled(network: Network, region: Window, shape_yx: tuple[int, int]) -> Wind
 def _receptive_period(network: Network, axis: int) -> tuple[tuple[int, int], ...]:
     """The input intervals of the first result pixels; those of later ones are the same, moved by whole strides."""
     period = int(network.stride[axis] * network.scale[axis])
-    needed = [network.axes[axis].input_interval(Interval(start=i, stop=i + 1)) for i in range(period)]
+    needed = [network.needed_interval(axis, Interval(start=i, stop=i + 1)) for i in range(period)]
     return tuple((interval.start, interval.stop) for interval in needed)
 
 
@@ -363,7 +369,7 @@ def _total_flops(network: Network, rows: Sequence[Span], columns: Sequence[Span]
     heights, widths = ([s.window[1] - s.window[0] for s in spans] for spans in (rows, columns))
     for height in set(heights):
         for width in set(widths):
-            total += heights.count(height) * widths.count(width) * compute_flops(network.graph, (height, width))
+            total += heights.count(height) * widths.count(width) * network.count_flops((height, width))
     return total
 
 

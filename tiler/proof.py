@@ -77,8 +77,13 @@ def prove_network(network: Network, method: str | None = None) -> Proof:
     Raises:
         UntileableError: the network looks further than the image that can be tried.
     """
+    if not network.is_known:
+        raise UntileableError(
+            "a halo that is only stated cannot be proved; the start check of each run compares sampled tiles with "
+            "larger windows"
+        )
     module = copy.deepcopy(network.module).double()
-    exact = analyze_network(_Logits(module) if network.graph.has_logits else module, network.bands, torch.float64)
+    exact = analyze_network(_Logits(module) if network.has_logits else module, network.bands, torch.float64)
     multiple = exact.size_multiple
     reach = compute_halo(exact)
     widest = max(reach.top, reach.bottom, reach.left, reach.right)

@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from .errors import UntileableError
+from .errors import UntileableError, UntraceableError
 from .graph import operation_name, where
 from .receptive import AxisRule
 from .sizes import PERIOD, evaluate, expression_of, sample_extents
@@ -145,11 +145,14 @@ def apply_rule(call: Call) -> Outcome:
     """
     rule = _RULES.get(call.name)
     if rule is None:
-        reason, remedy = _REFUSALS.get(
-            call.name,
-            ("no rule says which pixels it needs", "replace it, or register a rule (CONTRIBUTING.md)"),
+        if call.name in _REFUSALS:
+            call.refuse(*_REFUSALS[call.name])
+        raise UntraceableError(
+            call.sentence(
+                "no rule says which pixels it needs",
+                "replace it, register a rule (CONTRIBUTING.md), or state the network's --halo",
+            )
         )
-        call.refuse(reason, remedy)
     _refuse_sizes_as_values(call.node)
     try:
         return rule(call)

@@ -432,9 +432,9 @@ def run_start_check(client: Client, spec: RunSpec, network: Network) -> StartChe
         expected: list[tuple[Array, Array] | None] = []
         reader = spec.raster.open_reader()
         try:
-            for patch in patches:
+            for index, patch in enumerate(patches):
                 try:
-                    expected.append(_run_reference(spec, network, reader, patch))
+                    expected.append(_run_reference(spec, network, reader, patch, index % 2))
                 except RasterError as error:
                     failure, reader = error, spec.raster.open_reader()
                     expected.append(None)
@@ -448,20 +448,24 @@ def run_start_check(client: Client, spec: RunSpec, network: Network) -> StartChe
         ]
         if both:
             tiles = len({(patch.row, patch.column) for patch, _ in both})
-            return compare_patches([pair for _, pair in both], tiles=tiles, has_logits=network.graph.has_logits)
+            return compare_patches([pair for _, pair in both], tiles=tiles, has_logits=network.has_logits)
     raise RasterError(f"no tile of {CHECK_ATTEMPTS} sets can be read for the start check; {failure}")
 
 
-def _run_reference(spec: RunSpec, network: Network, reader: RasterReader, patch: CheckPatch) -> tuple[Array, Array]:
-    """(finished, logits) of a patch, computed in another way than the run's."""
+def _run_reference(
+    spec: RunSpec, network: Network, reader: RasterReader, patch: CheckPatch, further: int
+) -> tuple[Array, Array]:
+    """(finished, logits) of a patch, computed in another way than the run's; its window begins `further` strides
+    earlier, so that a stride that is not the network's shows."""
     if spec.plan.method == "program":
         return _run_larger_program(spec, network, reader, patch)
-    window = larger_window(network, patch.window, spec.raster.shape_yx, spec.plan.check_margin)
+    margin = spec.plan.check_margin + further * max(network.stride)
+    window = larger_window(network, patch.window, spec.raster.shape_yx, margin)
     image = read_filled(reader, spec.raster, window, spec.fill).image
     top, left = (int(v * s) for v, s in zip((window.y, window.x), network.scale, strict=True))
     y, x = patch.window.y - top, patch.window.x - left
     cut = (slice(None), slice(y, y + patch.window.height), slice(x, x + patch.window.width))
-    reference = TorchEngine(network.module, has_logits=network.graph.has_logits)
+    reference = TorchEngine(network.module, has_logits=network.has_logits)
     finished, logits = reference.run_with_logits(image)
     return finished[cut], logits[cut]
 
