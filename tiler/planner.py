@@ -33,8 +33,8 @@ MOST_TILES = 50_000
 CORES_PER_WORKER = 8
 """CPU cores of one worker process; more are slower in one convolution than in two."""
 CLIENT_BYTES = {
-    ("openvino", "window"): 480 * MB,
-    ("openvino", "program"): 430 * MB,
+    ("openvino", "window"): 520 * MB,
+    ("openvino", "program"): 445 * MB,
     ("torch", "window"): 390 * MB,
     ("torch", "program"): 390 * MB,
 }

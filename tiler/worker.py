@@ -176,7 +176,7 @@ class TileRunner:
     def check(self, patches: list[CheckPatch]) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]] | None]:
         """(finished, logits) of patches, computed as the run computes them: from their tiles' own windows; None where
         the tile cannot be read."""
-        whole: dict[tuple[int, int], tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
+        results: list[tuple[npt.NDArray[Any], npt.NDArray[Any]] | None] = [None] * len(patches)
         for row, column in dict.fromkeys((patch.row, patch.column) for patch in patches):
             tile = self.spec.plan.tile(row, column)
             try:
@@ -186,15 +186,11 @@ class TileRunner:
                 continue
             with self._compute_lock:
                 finished, logits = self._loaded().run_tile_with_logits(image, tile)
-                whole[row, column] = (finished.copy(), logits.copy())
-        results: list[tuple[npt.NDArray[Any], npt.NDArray[Any]] | None] = []
-        for patch in patches:
-            if (patch.row, patch.column) not in whole:
-                results.append(None)
-                continue
-            rows, columns = patch.window.slices(self.spec.plan.tile(patch.row, patch.column).core)
-            finished, logits = whole[patch.row, patch.column]
-            results.append((finished[:, rows, columns].copy(), logits[:, rows, columns].copy()))
+                for index, patch in enumerate(patches):
+                    if (patch.row, patch.column) == (row, column):
+                        rows, columns = patch.window.slices(tile.core)
+                        # Only the patches are copied: all logits of a tile may take more than the network itself.
+                        results[index] = (finished[:, rows, columns].copy(), logits[:, rows, columns].copy())
         return results
 
     def close(self) -> None:
