@@ -84,7 +84,8 @@ def _find(
     from .program_cache import ProgramCache
 
     kept = ProgramCache(cache_name(network))
-    name = f"memory-{engine}-{method}-{threads}"
+    cores = choose_cores(network, budget)
+    name = f"memory-{engine}-{method}-{threads}-{cores[0]}"
     try:
         return EngineMemory(**json.loads(kept.read_text(name) or ""))
     except (ValueError, TypeError):
@@ -93,7 +94,7 @@ def _find(
     try:
         if begins is not None:
             begins()
-        points = [probe_core(network, engine, method, threads, core) for core in choose_cores(network, budget)]
+        points = [probe_core(network, engine, method, threads, core) for core in cores]
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         if not network.is_known:
             raise EngineError(f"what this network's tensors take cannot be measured: {error}") from error

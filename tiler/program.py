@@ -376,9 +376,28 @@ def _run_resample(step: _Step) -> Tensor:
     return value
 
 
+LARGEST_GATHER = 1 << 24
+"""Elements of one gather along the last axis. OpenVINO 2026.4 takes wrong pixels where a thread makes more than that
+(seen at 2^25 with 2 threads; the start check found it); along other axes it does not."""
+
+
+def _gather(value: Tensor, dim: int, indices: Tensor) -> Tensor:
+    """`index_select`, in parts where the result is large."""
+    parts = 1
+    if dim == value.ndim - 1:
+        parts = -(-(value.numel() // value.shape[dim] * len(indices)) // LARGEST_GATHER)
+    if parts == 1:
+        return value.index_select(dim, indices)
+    # By channels where there are enough, since those lie whole in memory; else by rows.
+    along = 1 if value.shape[1] >= parts else 2
+    length = max(1, value.shape[along] // parts)
+    pieces = [piece.index_select(dim, indices) for piece in value.split(length, dim=along)]
+    return torch.cat(pieces, dim=along)
+
+
 def _mix(value: Tensor, dim: int, indices: Tensor, weights: Tensor | None) -> Tensor:
     """The sum over taps of weight times the tensor's pixels at the tap's indices."""
-    picked = [value.index_select(dim, tap) for tap in indices]
+    picked = [_gather(value, dim, tap) for tap in indices]
     if weights is None:
         return picked[0]
     shape = [-1 if d == dim else 1 for d in range(value.ndim)]
@@ -402,7 +421,7 @@ def _run_pad(step: _Step) -> Tensor:
         if isinstance(rule, Mirror):
             indices = rule.indices(step.wanted[axis], step.extents(axis, source)) - reads[axis].start
             if not np.array_equal(indices, np.arange(value.shape[dims[axis]])):
-                value = value.index_select(dims[axis], torch.from_numpy(indices))
+                value = _gather(value, dims[axis], torch.from_numpy(indices))
         elif isinstance(rule, (Shift, Slide)):
             amounts[axis] = beyond(rule.under(step.wanted[axis]), reads[axis])
     value = _pad(value, dims, amounts, fill)

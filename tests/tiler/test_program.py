@@ -285,3 +285,23 @@ def test_a_program_that_misses_a_row_is_found_by_the_start_check(
     with pytest.raises(ExactnessError):
         predict(source, network, tmp_path / "o.zarr", client=client, engine="torch", core=64)
     assert not (tmp_path / "o.zarr").exists()
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 2048, 300), (1, 1, 4200, 1030)])
+def test_giant_gathers_take_the_right_pixels(shape: tuple[int, ...]) -> None:
+    """OpenVINO's own gather along the last axis takes wrong ones from 2^25 elements on, with two threads."""
+    import openvino as ov
+    from outsize.tiler.engine_openvino import compile_options
+    from outsize.tiler.program import _gather
+
+    class Gather(nn.Module):
+        def forward(self, x: Tensor, indices: Tensor) -> Tensor:
+            return _gather(x, 3, indices)
+
+    image = torch.arange(shape[2] * shape[3], dtype=torch.float32).reshape(1, 1, *shape[2:]).repeat(1, shape[1], 1, 1)
+    indices = torch.from_numpy(np.sort(np.random.default_rng(0).integers(0, shape[3], 4100)))
+    model = ov.convert_model(torch.export.export(Gather(), (image, indices)))
+    request = ov.Core().compile_model(model, "CPU", compile_options(2)).create_infer_request()
+    request.infer([image.numpy(), indices.numpy()])
+    result, expected = request.get_output_tensor(0).data, image[:, :1, :, indices].numpy()
+    assert all(np.array_equal(result[:, [channel]], expected) for channel in range(shape[1]))
