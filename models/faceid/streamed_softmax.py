@@ -6,7 +6,7 @@ z = scale * x^ . w^, for a sample's own class scale * phi(x^ . w^).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +84,11 @@ class Streamer:
         self._gradient = torch.empty_like(self._rows)
         self._cached: dict[tuple[int, int], Tensor] = {}
 
+    @property
+    def unit(self) -> Tensor:
+        """(B, D): x^."""
+        return self._batch.unit
+
     def _blocks(self, rows: Tensor, tablet: Tablet) -> Iterator[Block]:
         """The tablet's blocks: (padded rows, D) in storage precision."""
         batch, scale = self._batch, self._scale
@@ -139,27 +144,18 @@ class Streamer:
         return TabletSums(highest=highest, total=total, target=target)
 
     def descend(
-        self,
-        rows: Tensor,
-        tablet: Tablet,
-        normaliser: Tensor,
-        weight: float,
-        update: Callable[[Block, Tensor, Tensor, Tensor], None],
-    ) -> tuple[Tensor, Tensor]:
-        """Second pass: the tablet's share of the gradient for x^, without and with the targets' own part.
+        self, rows: Tensor, tablet: Tablet, normaliser: Tensor, weight: float, others: Tensor, owns: Tensor
+    ) -> Iterator[tuple[Block, Tensor, Tensor]]:
+        """Second pass: (block, pull (B, R), coefficient (R,)) for each block, whose rows may then be overwritten.
+
+        The gradient of row r is sum_b pull[b, r] x^_b - coefficient[r] w_r. The tablet's share of the gradient for x^
+        is added to `others` (B, D), from rows of other classes, and in float64 to `owns` (B, D), from own rows.
 
         Args:
             normaliser: (B,) float64, log of the sum over all classes; +infinity for samples that do not count.
             weight: of each sample's loss.
-            update: called for each block with (block, G^T-product operand (B, R), row coefficient (R,), and a buffer):
-                the gradient of row r is sum_b operand[b, r] x^_b - coefficient[r] w_r.
-
-        Returns:
-            (B, D) from other classes' rows in the precision of the products, (B, D) from own rows in float64.
         """
         batch = self._batch
-        others = torch.zeros_like(batch.unit)
-        owns = torch.zeros_like(batch.unit64)
         shift = normaliser.to(batch.unit.dtype)[:, None]
         for block in self._blocks(rows, tablet):
             pull = block.logits.sub_(shift).exp_().mul_(self._scale * weight)
@@ -179,10 +175,9 @@ class Streamer:
             coefficient = (along + own_along.to(along.dtype)) * block.inverse.square()
             scaled = (own_pull * block.inverse[block.own].double()).to(pull.dtype)
             pull.index_put_((block.samples, block.own), scaled, accumulate=True)
-            update(block, pull, coefficient, self._gradient)
-        return others, owns
+            yield block, pull, coefficient
 
-    def gradient_of(self, block: Block, pull: Tensor, coefficient: Tensor, buffer: Tensor) -> Tensor:
-        """(R, D): the rows' gradient, from what `descend` passes to `update`."""
-        torch.mul(block.rows, -coefficient[:, None], out=buffer)
-        return buffer.addmm_(pull.T, self._batch.unit)
+    def gradient_of(self, block: Block, pull: Tensor, coefficient: Tensor) -> Tensor:
+        """(R, D): the rows' gradient, from what `descend` yields; valid until the next block."""
+        torch.mul(block.rows, -coefficient[:, None], out=self._gradient)
+        return self._gradient.addmm_(pull.T, self._batch.unit)

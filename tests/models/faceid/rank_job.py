@@ -1,0 +1,76 @@
+"""What the ranks of a test run: python rank_job.py RANK RANKS FOLDER, with the cases in FOLDER/cases.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from outsize.models.faceid.head import ShardedMarginHead
+from outsize.models.faceid.row_rules import SGD, Momentum, RowRMS
+from torch import Tensor
+from torch import distributed as dist
+
+DIM = 12
+
+
+def make_batches(classes: int, samples: int, steps: int) -> list[tuple[Tensor, Tensor]]:
+    """The same global batches whoever asks."""
+    generator = torch.Generator().manual_seed(5)
+    found: list[tuple[Tensor, Tensor]] = []
+    for _ in range(steps):
+        features = torch.randn((samples, DIM), generator=generator, dtype=torch.float64)
+        labels = torch.randint(-1, classes, (samples,), generator=generator)
+        labels[0] = labels[-1] = classes - 1  # one class twice, at both ends of the batch
+        found.append((features, labels))
+    return found
+
+
+RULES = {"sgd": SGD, "momentum": Momentum, "rms": RowRMS}
+
+
+def run_case(rank: int, case: dict[str, Any]) -> dict[str, Any]:
+    """A few steps on this rank's part of the batches."""
+    head = ShardedMarginHead(
+        case["classes"],
+        DIM,
+        storage=getattr(torch, case["storage"]),
+        rule=RULES[case["rule"]](lr=case["lr"]),
+        tablet_rows=8,
+        block_rows=4,
+        ddp_scale=case.get("ddp_scale", False),
+    )
+    result: dict[str, Any] = {"losses": [], "gradients": [], "skipped": [], "first": head.dense_weight().clone()}
+    first = sum(case["split"][:rank])
+    mine = slice(first, first + case["split"][rank])
+    for features, labels in make_batches(case["classes"], sum(case["split"]), 3):
+        if "poison" in case:
+            features[case["poison"], 0] = torch.nan
+        x = features[mine].clone().requires_grad_()
+        loss = head(x, labels[mine])
+        loss.backward()
+        assert x.grad is not None
+        result["losses"].append(float(loss.detach()))
+        result["gradients"].append(x.grad)
+        result["skipped"].append(head.skipped)
+    result["weight"] = head.dense_weight().clone()
+    return result
+
+
+def main(rank: int, ranks: int, folder: Path) -> None:
+    """All cases, one after the other; results into a file."""
+    torch.set_num_threads(1)
+    if ranks > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    cases = json.loads((folder / "cases.json").read_text())
+    torch.save({name: run_case(rank, case) for name, case in cases.items()}, folder / f"{rank}.pt")
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,122 @@
+"""Any number of ranks: gloo processes against the dense layer, and bitwise against each other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from outsize.models.faceid.head import ShardedMarginHead
+from outsize.models.faceid.margins import Margin
+from outsize.models.faceid.reference import compute_dense_loss
+from outsize.models.faceid.row_rules import SGD
+from torch import Tensor
+
+from . import rank_job
+from .rank_job import DIM, RULES, make_batches
+
+Results = dict[str, list[dict[str, Any]]]
+"""By case, of each rank."""
+
+EXACT = {"storage": "float64", "rule": "sgd", "lr": 0.5}
+SPLITS = {1: [12], 2: [5, 7], 3: [12, 0, 0], 4: [3, 3, 3, 3]}
+"""One batch of 12 samples, held by ranks in parts."""
+HALF = {
+    rule: {"classes": 61, "storage": "float16", "rule": rule, "lr": 0.01 if rule == "rms" else 0.5} for rule in RULES
+}
+DENSE: dict[str, tuple[int, dict[str, Any]]] = {
+    "uneven": (2, {"classes": 37, "split": [4, 5], **EXACT}),
+    "ranks without samples": (3, {"classes": 37, "split": [0, 9, 0], **EXACT}),
+    "ranks without classes": (4, {"classes": 11, "split": [1, 2, 3, 3], **EXACT}),
+    "fewer classes than a tablet": (2, {"classes": 5, "split": [9, 0], **EXACT}),
+}
+OTHERS = {
+    "poisoned": {"classes": 37, "split": [4, 5], **EXACT, "poison": 7},
+    "plain": {"classes": 37, "split": [4, 5], **EXACT, "lr": 0.0},
+    "scaled": {"classes": 37, "split": [4, 5], **EXACT, "lr": 0.0, "ddp_scale": True},
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
+    """Of 1, 2, 3 and 4 ranks, each with all cases that it has."""
+    found: dict[int, Results] = {}
+    for ranks, split in SPLITS.items():
+        folder = tmp_path_factory.mktemp(f"{ranks}-ranks")
+        cases = {rule: {**case, "split": split} for rule, case in HALF.items()}
+        cases |= {name: case for name, (count, case) in DENSE.items() if count == ranks}
+        cases |= OTHERS if ranks == 2 else {}
+        (folder / "cases.json").write_text(json.dumps(cases))
+        command = [sys.executable, "-W", "ignore", rank_job.__file__]
+        processes = [
+            subprocess.Popen([*command, str(rank), str(ranks), str(folder)], stderr=subprocess.PIPE, text=True)
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+        of_ranks = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+        found[ranks] = {name: [of_rank[name] for of_rank in of_ranks] for name in cases}
+    return found
+
+
+def run_dense(case: dict[str, Any]) -> tuple[list[float], list[Tensor], Tensor]:
+    """Losses, feature gradients and the last rows of the dense layer with SGD."""
+    head = ShardedMarginHead(case["classes"], DIM, storage=torch.float64, rule=SGD(lr=0.5), tablet_rows=8, block_rows=4)
+    weight = head.dense_weight().clone()
+    losses, gradients = [], []
+    for features, labels in make_batches(case["classes"], sum(case["split"]), 3):
+        x, w = features.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = compute_dense_loss(x, labels, w, Margin(m2=0.5), 64.0)
+        loss.backward()
+        assert x.grad is not None
+        assert w.grad is not None
+        losses.append(float(loss.detach()))
+        gradients.append(x.grad)
+        weight = weight - 0.5 * w.grad
+    return losses, gradients, weight
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_ranks_are_the_dense_layer(results: dict[int, Results], name: str) -> None:
+    ranks, case = DENSE[name]
+    losses, gradients, weight = run_dense(case)
+    for step, loss in enumerate(losses):
+        for result in results[ranks][name]:
+            assert abs(result["losses"][step] - loss) < 1e-10
+        joined = torch.cat([result["gradients"][step] for result in results[ranks][name]])
+        assert (joined - gradients[step]).abs().max() < 1e-10
+    for result in results[ranks][name]:
+        assert (result["weight"] - weight).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_loss_rows_and_gradients_are_bitwise_equal_for_any_number_of_ranks(
+    results: dict[int, Results], rule: str
+) -> None:
+    """Half precision, stochastic rounding, sums over tablets and all."""
+    alone = results[1][rule][0]
+    assert len(set(alone["losses"])) == 3
+    assert not torch.equal(alone["weight"], alone["first"])
+    for ranks in (2, 3, 4):
+        for result in results[ranks][rule]:
+            assert result["losses"] == alone["losses"]
+            assert torch.equal(result["weight"], alone["weight"])
+        for step, expected in enumerate(alone["gradients"]):
+            joined = torch.cat([result["gradients"][step] for result in results[ranks][rule]])
+            assert torch.equal(joined, expected)
+
+
+def test_all_ranks_skip_what_is_not_finite_on_one(results: dict[int, Results]) -> None:
+    for result in results[2]["poisoned"]:
+        assert result["skipped"] == [True] * 3
+        assert not any(gradient.any() for gradient in result["gradients"])
+        assert torch.equal(result["weight"], result["first"])
+
+
+def test_ddp_scale_undoes_averaging(results: dict[int, Results]) -> None:
+    for plain, scaled in zip(results[2]["plain"], results[2]["scaled"], strict=True):
+        assert torch.equal(2 * plain["gradients"][0], scaled["gradients"][0])
