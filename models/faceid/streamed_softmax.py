@@ -17,8 +17,9 @@ from .tablets import Tablet
 
 LARGEST_PLAIN_SCALE = 72
 """Up to which exp(z) of float32 cannot overflow in a block, so that no maximum is needed."""
-TINY = 1e-30
-"""Of a row's length: rows of zeros have cosine 0 with everything."""
+TINY = 1e-15
+"""Of a row's length, whose inverse square float32 can still hold: rows of zeros, as those that pad a block, have cosine
+0 with everything and stay zero."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -150,6 +150,34 @@ def test_fused_steps_are_torchs_optimisers(rule: RowRule) -> None:
     assert head.step == 4
 
 
+@pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "rule", [SGD(lr=0.5), Momentum(lr=0.2), RowRMS(lr=0.01), SGD(lr=0.5, weight_decay=0.1)], ids=str
+)
+def test_low_precision_steps_follow_the_dense_layer(rule: RowRule, storage: torch.dtype) -> None:
+    """The gradient is that of the stored rows; padding rows stay zero and touch nothing."""
+    head = make_head(61, rule=rule, storage=storage)
+    for step in range(4):
+        features, labels = make_batch(61, 10, seed=step)
+        weight = head.dense_weight().double().requires_grad_()
+        ours, theirs = features.float().requires_grad_(), features.clone().requires_grad_()
+        loss, expected = head(ours, labels), compute_dense_loss(theirs, labels, weight, head.margin, head.scale)
+        loss.backward()
+        expected.backward()
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert weight.grad is not None
+        assert abs(float(loss.detach()) - float(expected.detach())) < 1e-4
+        assert (ours.grad - theirs.grad).abs().max() < 1e-5 * theirs.grad.abs().max()
+        moved = head.dense_weight().double() - weight.detach()
+        if isinstance(rule, SGD):
+            wanted = -rule.lr * (weight.grad + rule.weight_decay * weight.detach())
+            digits = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-20}[storage]
+            assert ((moved - wanted).abs() <= digits * (weight.detach().abs() + moved.abs()) + 1e-6).all()
+        for tablet, rows in head.own_rows():
+            assert not rows[tablet.rows :].any()
+
+
 def test_row_rms_keeps_one_number_a_row() -> None:
     rule = RowRMS(lr=0.01, decay=0.9)
     head = make_head(20, rule=rule)

@@ -1,0 +1,69 @@
+"""Stochastic rounding: one of both neighbours, right on average, also among subnormals; reproducible."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from outsize.models.faceid.rounding import RandomBits, round_stochastic
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+def neighbours(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest half below and the smallest above, in float64; the value itself where it is one."""
+    near = values.to(dtype)
+    wide = near.double()
+    up = torch.nextafter(near, torch.tensor(torch.inf, dtype=dtype)).double()
+    down = torch.nextafter(near, torch.tensor(-torch.inf, dtype=dtype)).double()
+    exact = values.double()
+    return torch.where(wide <= exact, wide, down), torch.where(wide >= exact, wide, up)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("size", [1.0, 1e-2, 6e-5, 1e-6, 1e-7])
+def test_values_go_to_a_neighbour_and_are_right_on_average(dtype: torch.dtype, size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.randn(200, generator=generator) * size).contiguous()
+    below, above = neighbours(values, dtype)
+    total = torch.zeros(200, dtype=torch.float64)
+    times = 4000
+    for _ in range(times):
+        words = torch.randint(0, 1 << 16, (200,), generator=generator, dtype=torch.int32)
+        rounded = round_stochastic(values, dtype, words).double()
+        assert ((rounded == below) | (rounded == above)).all()
+        total += rounded
+    # Five standard errors of a mean of coin tosses between neighbours, and the words' own 2^-13 of a step.
+    error = (total / times - values.double()).abs()
+    assert (error <= (above - below) * (5 * 0.5 / times**0.5 + 2**-13)).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_what_the_type_can_hold_is_kept(dtype: torch.dtype) -> None:
+    values = torch.cat([torch.randn(500), torch.tensor([0.0, 1.0, -2.0, 16.0])]).to(dtype).float()
+    words = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32)
+    assert torch.equal(round_stochastic(values, dtype, words).float(), values)
+
+
+def test_tiny_steps_move_rows_on_average_where_nearest_rounding_stands_still() -> None:
+    row = torch.full((10_000,), 0.04, dtype=torch.float16)
+    start, step = float(row[0]), 1e-7
+    nearest = row.clone()
+    for index in range(100):
+        bits = RandomBits(0, index, row.numel())
+        row = round_stochastic(row.float() - step, torch.float16, bits.block(0, 0, row.numel()))
+        nearest = (nearest.float() - step).half()
+    assert float(nearest[0]) == start
+    assert abs(float(row.double().mean()) - (start - 100 * step)) < 3e-7
+
+
+def test_words_are_a_function_of_seed_step_tablet_and_block() -> None:
+    bits = RandomBits(1, 2, 100)
+    words = bits.block(3, 4, 100)
+    assert torch.equal(words, RandomBits(1, 2, 100).block(3, 4, 100))
+    for other in (RandomBits(0, 2, 100).block(3, 4, 100), RandomBits(1, 3, 100).block(3, 4, 100)):
+        assert not torch.equal(words, other)
+    for tablet, block in ((3, 5), (4, 4), (4, 3)):
+        assert not torch.equal(words, bits.block(tablet, block, 100))
+    many = bits.block(0, 0, 100)
+    assert int(many.min()) >= 0
+    assert int(many.max()) < 1 << 16
