@@ -465,6 +465,46 @@ def segment(console: Any, src: str, out: Path, no_resume: bool, overwrite: bool,
         raise SystemExit(EXIT_FAILED_TILES)
 
 
+@cli.group()
+def face() -> None:
+    """The giant classification layer for face identities."""
+
+
+@face.command("benchmark")
+@click.option("--classes", type=click.IntRange(1), default=1_000_000, show_default=True, help="Identities.")
+@click.option("--dim", type=click.IntRange(1), default=512, show_default=True, help="Numbers of a feature.")
+@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Samples a step, of all ranks.")
+@click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the layer.")
+@click.option("--threads", type=click.IntRange(1), help="Of each rank; without it the cores divided among them.")
+@click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Steps; the first is not counted.")
+@click.option("--rule", type=click.Choice(["sgd", "momentum", "rms"]), default="sgd", show_default=True)
+@click.option(
+    "--storage",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    default="float16",
+    show_default=True,
+    help="Of the rows; products are float32 always.",
+)
+@click.option("--margin", type=click.Choice(["arcface", "cosface", "softmax"]), default="arcface", show_default=True)
+@click.option("--keep-cosines", is_flag=True, help="Hold batch x classes numbers between the passes: less work.")
+@click.option("--memory", metavar="SIZE", help="Budget of all ranks, such as 12GB; without it the machine's.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="Also save the layer to this new folder and load it, timed."
+)
+@click.pass_obj
+def face_benchmark(console: Any, **options: Any) -> None:
+    """Time training steps of a layer with random batches: full softmax over all classes.
+
+    \b
+    outsize face benchmark --classes 100000
+    outsize face benchmark --classes 10_000_000 --ranks 2 --memory 12GB
+    outsize --json face benchmark --classes 1000000 --rule momentum --checkpoint layer/
+    """
+    from .face import FaceBenchmarkOptions, run_face_benchmark
+
+    run_face_benchmark(console, FaceBenchmarkOptions(**options))
+
+
 @cli.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("labels")

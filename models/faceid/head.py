@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -98,6 +99,8 @@ class ShardedMarginHead(nn.Module):
         """Updates so far: a part of the seed of rounding."""
         self.skipped = False
         """The last step met something that is not finite, and moved nothing, on any rank."""
+        self.seconds: dict[str, float] = {}
+        """Of the last step: "exchange" of batch and sums, "first" and "second" pass, updates included."""
         self._initialise()
 
     rows: Tensor
@@ -175,6 +178,8 @@ class ShardedMarginHead(nn.Module):
             raise HeadError(
                 f"labels must be -1 or in 0 ... {self.classes - 1}, got {int(labels.min())} ... {int(labels.max())}"
             )
+        if self.rule is not None and torch.is_grad_enabled() and not features.requires_grad:
+            features = features.detach().requires_grad_()  # a frozen backbone: rows still learn, inside backward
         loss: Tensor = _MarginSoftmax.apply(features, self.rows, self, labels)  # pyright: ignore[reportAssignmentType]
         return loss
 
@@ -182,8 +187,10 @@ class ShardedMarginHead(nn.Module):
 class _Pass:
     """What the first pass leaves to the second."""
 
-    def __init__(self, head: ShardedMarginHead, features: Tensor, labels: Tensor) -> None:
+    def __init__(self, head: ShardedMarginHead, features: Tensor, labels: Tensor, *, keep: bool) -> None:
+        began = time.perf_counter()
         everything, self.labels, self.mine = head.ranks.gather_batch(features.detach(), labels)
+        head.seconds = {"exchange": time.perf_counter() - began}
         wide = everything.double()
         self.length = wide.norm(dim=1, keepdim=True)
         unit64 = wide / self.length.clamp_min(1e-30)
@@ -191,15 +198,18 @@ class _Pass:
         self.valid = self.labels >= 0
         self.count = int(self.valid.sum())
         self.streamer = Streamer(self.batch, head.margin, head.scale, head.layout.block_rows)
-        self.normaliser, self.loss = self._measure(head)
+        self.normaliser, self.loss = self._measure(head, keep)
 
-    def _measure(self, head: ShardedMarginHead) -> tuple[Tensor, Tensor]:
-        keep = head.keep_cosines and torch.is_grad_enabled()
+    def _measure(self, head: ShardedMarginHead, keep: bool) -> tuple[Tensor, Tensor]:
+        began = time.perf_counter()
         sums: list[TabletSums] = [self.streamer.measure(rows, tablet, keep=keep) for tablet, rows in head.own_rows()]
         shape = (0, 3, len(self.labels))
         mine = torch.stack([s.stacked() for s in sums]) if sums else self.batch.unit64.new_zeros(shape)
+        measured = time.perf_counter()
+        head.seconds["first"] = measured - began
         counts = [len(head.layout.owned(rank)) for rank in range(head.ranks.size)]
         highest, total, target = head.ranks.gather_tablets(mine, counts).unbind(1)
+        head.seconds["exchange"] += time.perf_counter() - measured
         top = highest.max(dim=0).values
         # In tablet order, so that every number of ranks adds in the same order.
         merged = torch.zeros_like(top)
@@ -220,7 +230,8 @@ class _MarginSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, rows: Tensor, head: ShardedMarginHead, labels: Tensor) -> Tensor:
-        first = _Pass(head, features, labels)
+        keep = head.keep_cosines and any(ctx.needs_input_grad)
+        first = _Pass(head, features, labels, keep=keep)
         head.skipped = not first.is_finite
         ctx.head, ctx.first = head, first
         ctx.needs_rows = rows.requires_grad
@@ -266,6 +277,7 @@ def _descend(head: ShardedMarginHead, first: _Pass) -> tuple[Tensor, Tensor | No
     fixed = torch.zeros(first.batch.unit64.shape, dtype=torch.int64, device=normaliser.device)
     owns = torch.zeros_like(first.batch.unit64)
     gradient = torch.zeros_like(head.rows) if head.rule is None else None
+    began = time.perf_counter()
     writer = None if head.rule is None else _Writer(head, head.rule, first.streamer)
     at = 0
     with torch.no_grad():
@@ -282,7 +294,10 @@ def _descend(head: ShardedMarginHead, first: _Pass) -> tuple[Tensor, Tensor | No
             fixed += (others.double() * unit_of_sum).round_().long()
     if head.rule is not None:
         head.step += 1
+    descended = time.perf_counter()
+    head.seconds["second"] = descended - began
     total = head.ranks.add(fixed).double() / unit_of_sum + head.ranks.add(owns)
+    head.seconds["exchange"] += time.perf_counter() - descended
     return total, gradient
 
 

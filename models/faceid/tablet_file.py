@@ -8,7 +8,6 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +34,7 @@ def file_name(tablet: Tablet) -> str:
 
 
 def _as_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")  # pyright: ignore[reportArgumentType]
 
 
 def _header(tablet: Tablet, rows: Tensor, state: Tensor, step: int) -> bytes:
@@ -110,8 +109,8 @@ def read_tablet(folder: Path, tablet: Tablet, rows: Tensor, state: Tensor, expec
         for tensor in (rows, state):
             if tensor.shape[1]:
                 part = tensor[: tablet.rows]
-                view = np.frombuffer(_as_bytes(part), np.uint8)  # memory of the layer, since rows lie contiguous
-                if file.readinto(memoryview(view)) != view.nbytes:
+                view = _as_bytes(part)  # memory of the layer, since rows lie contiguous
+                if file.readinto(view) != view.nbytes:
                     raise HeadError(f"{path} ends too early")
                 digest.update(view)
         if file.read(1) or digest.hexdigest() != expected.sha256:

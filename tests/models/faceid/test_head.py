@@ -196,6 +196,14 @@ def test_row_rms_keeps_one_number_a_row() -> None:
     assert head.state.shape == (24, 1)
 
 
+def test_rows_learn_from_a_frozen_backbone_too() -> None:
+    head = make_head(33, rule=SGD(lr=1.0))
+    before = head.dense_weight().clone()
+    head(*make_batch(33, 5)).backward()
+    assert head.step == 1
+    assert not torch.equal(head.dense_weight(), before)
+
+
 def test_no_gradient_means_no_update() -> None:
     head = make_head(33, rule=SGD(lr=1.0))
     before = head.dense_weight().clone()

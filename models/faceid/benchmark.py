@@ -1,0 +1,119 @@
+"""Timed steps of a layer with random batches, on one machine: the time of each pass, and what plain products take."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from .checkpoint import load_checkpoint, save_checkpoint
+from .head import ShardedMarginHead
+from .row_rules import SGD, Momentum, RowRMS, RowRule
+from .tablets import BLOCK_ROWS
+
+RULES: dict[str, type[SGD] | type[Momentum] | type[RowRMS]] = {"sgd": SGD, "momentum": Momentum, "rms": RowRMS}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchmarkSpec:
+    """What every rank of a benchmark does."""
+
+    classes: int
+    dim: int
+    batch: int
+    """Of all ranks."""
+    ranks: int
+    threads: int
+    """Of each rank."""
+    steps: int
+    rule: str
+    storage: str
+    margin: str
+    keep_cosines: bool
+    checkpoint: str | None
+    """Folder to save the layer to and load it from, timed; None: neither."""
+    seed: int = 0
+
+
+def make_rule(name: str) -> RowRule:
+    """A rule with a modest learning rate."""
+    return RULES[name](lr=0.001 if name == "rms" else 0.1)
+
+
+def measure_products(batch: int, dim: int, seconds: float = 2.0) -> float:
+    """FLOP/s of the three float32 products of a block, alone: x w^T, G w, G^T x."""
+    x, w, g = torch.randn(batch, dim), torch.randn(BLOCK_ROWS, dim), torch.randn(batch, BLOCK_ROWS)
+    logits, features, rows = torch.empty_like(g), torch.empty_like(x), torch.empty_like(w)
+    done, began = 0, time.perf_counter()
+    while (passed := time.perf_counter() - began) < seconds or done < 3:
+        torch.mm(x, w.T, out=logits)
+        torch.mm(g, w, out=features)
+        torch.mm(g.T, x, out=rows)
+        done += 1
+    return done * 6 * batch * dim * BLOCK_ROWS / passed
+
+
+def run_rank(rank: int, spec: BenchmarkSpec, folder: Path) -> None:
+    """One rank; rank 0 writes what it measured to FOLDER/result.json, all write a line when a step is done."""
+    torch.set_num_threads(spec.threads)
+    if spec.ranks > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=spec.ranks)
+    began = time.perf_counter()
+    head = ShardedMarginHead(
+        spec.classes,
+        spec.dim,
+        margin=spec.margin,
+        storage=getattr(torch, spec.storage),
+        rule=make_rule(spec.rule),
+        seed=spec.seed,
+        keep_cosines=spec.keep_cosines,
+    )
+    result: dict[str, Any] = {"initialise_seconds": time.perf_counter() - began, "steps": []}
+    share = slice(rank * spec.batch // spec.ranks, (rank + 1) * spec.batch // spec.ranks)
+    generator = torch.Generator().manual_seed(spec.seed)
+    result["sgemm_flops_per_s"] = spec.ranks * measure_products(spec.batch, spec.dim)
+    for number in range(spec.steps):
+        features = torch.randn((spec.batch, spec.dim), generator=generator)[share].requires_grad_()
+        labels = torch.randint(0, spec.classes, (spec.batch,), generator=generator)[share]
+        if spec.ranks > 1:
+            dist.barrier()
+        began = time.perf_counter()
+        loss = head(features, labels)
+        loss.backward()
+        seconds = time.perf_counter() - began
+        result["steps"].append({"seconds": seconds, "loss": float(loss.detach()), **head.seconds})
+        if rank == 0:
+            print(
+                f"step {number + 1} of {spec.steps}: {seconds:.2f} s, loss {float(loss.detach()):.4f}", file=sys.stderr
+            )
+    if spec.checkpoint is not None:
+        began = time.perf_counter()
+        save_checkpoint(head, spec.checkpoint, head.step)
+        saved = time.perf_counter()
+        load_checkpoint(head, spec.checkpoint)
+        result["save_seconds"], result["load_seconds"] = saved - began, time.perf_counter() - saved
+    if rank == 0:
+        (folder / "result.json").write_text(json.dumps(result))
+    if spec.ranks > 1:
+        dist.destroy_process_group()
+
+
+def main(rank: int, folder: Path) -> None:
+    """`python -m outsize.models.faceid.benchmark RANK FOLDER`, with the spec in FOLDER/spec.json."""
+    warnings.simplefilter("ignore")
+    run_rank(rank, BenchmarkSpec(**json.loads((folder / "spec.json").read_text())), folder)
+
+
+def write_spec(spec: BenchmarkSpec, folder: Path) -> None:
+    (folder / "spec.json").write_text(json.dumps(asdict(spec)))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,141 @@
+"""The plan of a layer: what each rank will hold, before anything is allocated; refused where it is too much."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ...tiler.memory import MB, format_bytes
+from .errors import HeadMemoryError
+from .rounding import POOL
+from .row_rules import RowRule
+from .tablets import TabletLayout
+
+PROCESS_BYTES = 330 * MB
+"""A process with torch and its threads' scratch, before the layer; measured, see docs/faceid.md."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadPlan:
+    """Bytes and operations of a layer on some ranks of one machine."""
+
+    classes: int
+    dim: int
+    batch: int
+    """Of all ranks."""
+    ranks: int
+    storage: str
+    rows_bytes: int
+    """Of the rank that has most, as the two next."""
+    state_bytes: int
+    buffer_bytes: int
+    """Blocks, logits, random words, the batch and its sums; with kept cosines, those too."""
+    process_bytes: int
+    flops: int
+    """Of one step on all ranks: products of matrices only."""
+
+    @property
+    def rank_bytes(self) -> int:
+        return self.rows_bytes + self.state_bytes + self.buffer_bytes + self.process_bytes
+
+    @property
+    def machine_bytes(self) -> int:
+        """All ranks on one machine; at most, since ranks differ by a tablet."""
+        return self.ranks * self.rank_bytes
+
+    @property
+    def bytes_per_class(self) -> float:
+        return self.ranks * (self.rows_bytes + self.state_bytes) / self.classes
+
+    def require(self, available_bytes: int) -> None:
+        """Refuse what does not fit.
+
+        Raises:
+            HeadMemoryError: says what is needed, for what, and what would fit.
+        """
+        if self.machine_bytes > available_bytes:
+            fixed = self.machine_bytes - self.ranks * (self.rows_bytes + self.state_bytes)
+            fits = max(0, int((available_bytes - fixed) / self.bytes_per_class))
+            raise HeadMemoryError(
+                f"{self.classes:,} classes x {self.dim} in {self.storage} on {self.ranks} "
+                f"rank{'s' * (self.ranks != 1)} need {format_bytes(self.machine_bytes)} (rows "
+                f"{format_bytes(self.ranks * self.rows_bytes)}, state {format_bytes(self.ranks * self.state_bytes)}, "
+                f"buffers {format_bytes(self.ranks * self.buffer_bytes)}, processes "
+                f"{format_bytes(self.ranks * self.process_bytes)}), there are {format_bytes(available_bytes)}; "
+                f"{fits:,} classes would fit, or more machines"
+            )
+
+    def explain(self) -> str:
+        """The plan in words."""
+        parts = " + ".join(
+            f"{name} {format_bytes(value)}"
+            for name, value in (
+                ("rows", self.rows_bytes),
+                ("state", self.state_bytes),
+                ("buffers", self.buffer_bytes),
+                ("process", self.process_bytes),
+            )
+        )
+        lines = [
+            (
+                "layer",
+                f"{self.classes:,} classes x {self.dim} = {self.classes * self.dim / 1e9:.2f} billion parameters",
+            ),
+            ("storage", f"{self.storage}, {self.bytes_per_class:,.0f} bytes a class with its state"),
+            ("ranks", f"{self.ranks}, batch {self.batch}"),
+            ("memory", f"{format_bytes(self.rank_bytes)} a rank ({parts}), {format_bytes(self.machine_bytes)} in all"),
+            ("work", f"{self.flops / 1e12:.2f} TFLOP a step"),
+        ]
+        return "\n".join(f"{name:<9} {text}" for name, text in lines)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "rank_bytes": self.rank_bytes, "machine_bytes": self.machine_bytes}
+
+
+def plan_head(
+    classes: int,
+    dim: int,
+    *,
+    batch: int,
+    ranks: int = 1,
+    storage: torch.dtype = torch.float16,
+    rule: RowRule | None = None,
+    keep_cosines: bool = False,
+) -> HeadPlan:
+    """What a `ShardedMarginHead` of these options takes.
+
+    Args:
+        batch: samples of all ranks in one step.
+        rule: None: rows are a Parameter with a gradient, and its optimiser is not counted.
+    """
+    layout = TabletLayout(classes=classes, ranks=ranks)
+    rows = layout.most_owned_rows()
+    item, wide = storage.itemsize, 8 if storage == torch.float64 else 4
+    block = layout.block_rows * dim
+    width = rule.state_width(dim) if rule is not None else 0
+    state = rows * width * (rule.state_dtype(storage).itemsize if rule is not None else 0)
+    buffers = 2 * block * wide  # rows and gradient
+    buffers += 4 * batch * layout.block_rows * wide  # cosines, logits and what is made of them
+    buffers += batch * dim * (2 * wide + 6 * 8)  # the batch, its sums in float64 and in fixed point
+    buffers += 3 * 8 * batch * (layout.count + max(1, layout.count // ranks))
+    if item == 2:
+        buffers += 4 * (POOL + 2 * block) + 4 * block * wide  # random words; rounding's own
+    if width:
+        buffers += layout.block_rows * width * wide
+    if keep_cosines:
+        buffers += batch * rows * wide
+    passes = 6 if keep_cosines else 8
+    return HeadPlan(
+        classes=classes,
+        dim=dim,
+        batch=batch,
+        ranks=ranks,
+        storage=str(storage).removeprefix("torch."),
+        rows_bytes=rows * dim * item * (2 if rule is None else 1),
+        state_bytes=state,
+        buffer_bytes=buffers,
+        process_bytes=PROCESS_BYTES,
+        flops=passes * batch * classes * dim,
+    )

@@ -1,0 +1,150 @@
+"""`outsize face benchmark`: steps of a giant layer, timed against plain products of matrices."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ..models.faceid.benchmark import BenchmarkSpec, make_rule, write_spec
+from ..models.faceid.head_plan import HeadPlan, plan_head
+from ..tiler.errors import TilerError, UsageError
+from ..tiler.machine import cpu_count
+from ..tiler.memory import format_bytes, parse_bytes
+from ..tiler.meter import MemoryMeter
+from .console import Console
+
+RESERVE_BYTES = 1_000_000_000
+"""Of the machine's memory that is left to others where no budget is given."""
+
+
+class RankError(TilerError):
+    """A rank ended; carries its last line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaceBenchmarkOptions:
+    """What `face benchmark` is told."""
+
+    classes: int
+    dim: int
+    batch: int
+    ranks: int
+    threads: int | None
+    steps: int
+    rule: str
+    storage: str
+    margin: str
+    keep_cosines: bool
+    memory: str | None
+    checkpoint: Path | None
+
+
+def run_face_benchmark(console: Console, options: FaceBenchmarkOptions) -> dict[str, Any]:
+    """Plan, start the ranks, time the steps, print shares.
+
+    Raises:
+        HeadMemoryError: the layer does not fit the budget, or this machine.
+        RankError: a rank ended early.
+    """
+    cpus = cpu_count()
+    if options.ranks > cpus:
+        raise UsageError(f"ranks must be at most the machine's {cpus} cores, got {options.ranks}")
+    plan = plan_head(
+        options.classes,
+        options.dim,
+        batch=options.batch,
+        ranks=options.ranks,
+        storage=getattr(torch, options.storage),
+        rule=make_rule(options.rule),
+        keep_cosines=options.keep_cosines,
+    )
+    free = psutil.virtual_memory().available - RESERVE_BYTES
+    console.remark(plan.explain())
+    plan.require(parse_bytes(options.memory) if options.memory else free)
+    spec = BenchmarkSpec(
+        classes=options.classes,
+        dim=options.dim,
+        batch=options.batch,
+        ranks=options.ranks,
+        threads=options.threads or max(1, cpus // options.ranks),
+        steps=options.steps,
+        rule=options.rule,
+        storage=options.storage,
+        margin=options.margin,
+        keep_cosines=options.keep_cosines,
+        checkpoint=str(options.checkpoint) if options.checkpoint else None,
+    )
+    with tempfile.TemporaryDirectory() as folder, MemoryMeter() as meter:
+        measured = _run_ranks(spec, Path(folder))
+    values = _summarise(plan, spec, measured, max(meter.peak_bytes, meter.current_bytes))
+    console.result(_sentence(values), values)
+    return values
+
+
+def _run_ranks(spec: BenchmarkSpec, folder: Path) -> dict[str, Any]:
+    write_spec(spec, folder)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(spec.threads), "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "outsize.models.faceid.benchmark", str(rank), str(folder)],
+            env=environment,
+            stderr=None if rank == 0 else subprocess.PIPE,
+        )
+        for rank in range(spec.ranks)
+    ]
+    try:
+        for rank, process in enumerate(processes):
+            if process.wait():
+                raise RankError(f"rank {rank} of {spec.ranks} ended with code {process.returncode}; see above")
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    return json.loads((folder / "result.json").read_text())
+
+
+def _summarise(plan: HeadPlan, spec: BenchmarkSpec, measured: dict[str, Any], peak: int) -> dict[str, Any]:
+    # The first step touches memory for the first time; with more than one, it is left out.
+    steps = measured["steps"][1:] or measured["steps"]
+    median = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
+    rate = plan.flops / median["seconds"]
+    return {
+        **plan.to_json(),
+        "rule": spec.rule,
+        "threads": spec.threads,
+        "step_seconds": median["seconds"],
+        "first_pass_seconds": median["first"],
+        "second_pass_seconds": median["second"],
+        "exchange_seconds": median["exchange"],
+        "loss": measured["steps"][-1]["loss"],
+        "gflops": rate / 1e9,
+        "sgemm_gflops": measured["sgemm_flops_per_s"] / 1e9,
+        "sgemm_share": rate / measured["sgemm_flops_per_s"],
+        "peak_bytes": peak,
+        "initialise_seconds": measured["initialise_seconds"],
+        **{name: measured[name] for name in ("save_seconds", "load_seconds") if name in measured},
+    }
+
+
+def _sentence(values: dict[str, Any]) -> str:
+    lines = [
+        f"step      {values['step_seconds']:.2f} s: first pass {values['first_pass_seconds']:.2f}, second with update "
+        f"{values['second_pass_seconds']:.2f}, exchange {values['exchange_seconds']:.2f}",
+        f"speed     {values['gflops']:.0f} GFLOP/s, {100 * values['sgemm_share']:.0f} % of this machine's products of "
+        f"the same shapes ({values['sgemm_gflops']:.0f})",
+        f"memory    {format_bytes(values['peak_bytes'])} peak of all processes (predicted "
+        f"{format_bytes(values['machine_bytes'])}), {values['bytes_per_class']:,.0f} bytes a class",
+    ]
+    if "save_seconds" in values:
+        lines.append(f"disk      saved in {values['save_seconds']:.1f} s, loaded in {values['load_seconds']:.1f} s")
+    return "\n".join(lines)
