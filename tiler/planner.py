@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -174,9 +175,9 @@ def plan_tiles(
     output_dtype = str(network.output_dtype).removeprefix("torch.")
     itemsize, output_itemsize = np.dtype(dtype).itemsize, np.dtype(output_dtype).itemsize
 
-    check_margin, check_bytes = _choose_check_margin(network, chosen, shape_yx, budget)
+    check_near, check_far = _check_margins(network, chosen, shape_yx)
     client_bytes = (
-        CLIENT_BYTES[engine_name, chosen] + CLIENT_WEIGHTS * network.weight_bytes + CHECK_FACTOR * check_bytes
+        CLIENT_BYTES[engine_name, chosen] + CLIENT_WEIGHTS * network.weight_bytes + CHECK_FACTOR * check_near.live_bytes
     )
     engine_memory = memory_of(engine_name, chosen, threads)
     smallest: MemoryPrediction | None = None
@@ -216,6 +217,11 @@ def plan_tiles(
         smallest = prediction
         if prediction.total_bytes > budget:
             continue
+        # What is left of the budget goes to a start check that looks further.
+        further = CHECK_FACTOR * (check_far.live_bytes - check_near.live_bytes)
+        check = check_far if prediction.total_bytes + further <= budget else check_near
+        if check is check_far:
+            prediction = replace(prediction, client_bytes=prediction.client_bytes + further)
         block = raster.block if isinstance(raster, Raster) else chunk
         return TilePlan(
             raster_shape=(shape[0], shape[1], shape[2]),
@@ -247,7 +253,7 @@ def plan_tiles(
             ),
             read_amplification=_read_amplification(rows, columns, shape_yx, block, region),
             is_known=network.is_known,
-            check_margin=check_margin,
+            check_margin=check.margin,
             receptive=(_receptive_period(network, 0), _receptive_period(network, 1)) if mark_nodata_context else None,
         )
     if smallest is None:
@@ -274,8 +280,16 @@ def _largest_peak(network: Network, by_row: Geometries, by_column: Geometries) -
     return count_peak_bytes(network.graph, program_shapes(network, rows, columns))
 
 
-def _choose_check_margin(network: Network, method: Method, shape_yx: tuple[int, int], budget: int) -> tuple[int, int]:
-    """(margin, live bytes of the start check): a halo more where a quarter of the budget allows it, else a stride."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _CheckMargin:
+    """How much further than it must the start check looks, in input pixels, and the live bytes of that."""
+
+    margin: int
+    live_bytes: int
+
+
+def _check_margins(network: Network, method: Method, shape_yx: tuple[int, int]) -> tuple[_CheckMargin, _CheckMargin]:
+    """The least, a stride, and what is wanted, a halo more."""
     height, width = network.output_shape(shape_yx)
     side = min(PATCH, height), min(PATCH, width)
     patch = Window(y=(height - side[0]) // 2, x=(width - side[1]) // 2, height=side[0], width=side[1])
@@ -289,15 +303,16 @@ def _choose_check_margin(network: Network, method: Method, shape_yx: tuple[int, 
         ):
             read = compute_geometry(axis, core).window
             halo = max(halo, int(core.start / scale) - read.start, read.stop - int(core.stop / scale))
-    live = 0
-    for margin in (halo + step, step):
-        if method == "window":
-            live = network.count_live_bytes(larger_window(network, patch, shape_yx, margin).shape)
-        else:
+
+    def reach(margin: int) -> _CheckMargin:
+        if method == "program":
             live = _count_program_bytes(network, shape_yx, larger_core(network, patch, shape_yx, margin))
-        if CHECK_FACTOR * live <= budget // 4:
-            return margin, live
-    return step, live
+        else:
+            # Every other patch is looked at from one stride further.
+            live = network.count_live_bytes(larger_window(network, patch, shape_yx, margin + step).shape)
+        return _CheckMargin(margin=margin, live_bytes=live)
+
+    return reach(step), reach(halo + step)
 
 
 def _count_program_bytes(network: Network, shape_yx: tuple[int, int], core: Window) -> int:
