@@ -91,7 +91,12 @@ class HeadPlan:
         return "\n".join(f"{name:<9} {text}" for name, text in lines)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "rank_bytes": self.rank_bytes, "machine_bytes": self.machine_bytes}
+        return {
+            **asdict(self),
+            "rank_bytes": self.rank_bytes,
+            "machine_bytes": self.machine_bytes,
+            "bytes_per_class": self.bytes_per_class,
+        }
 
 
 def plan_head(

@@ -32,38 +32,51 @@ def _mix(*numbers: int) -> int:
 class RandomBits:
     """The random words of one step: a function of (seed, step, tablet, block) alone, whatever the ranks."""
 
-    def __init__(self, seed: int, step: int, most: int) -> None:
-        """`most`: words that a block reads at once."""
+    def __init__(self, seed: int, step: int, most: int, dtype: torch.dtype) -> None:
+        """`most`: words that a block reads at once; `dtype`: what values are rounded to."""
         generator = torch.Generator().manual_seed(_mix(seed, step) >> 1)
-        # 16 bits are as many as any type drops.
-        self._pool = torch.randint(0, 1 << 16, (POOL + most,), generator=generator, dtype=torch.int32)
+        self._pool = torch.randint(0, 1 << _DROPPED[dtype], (POOL + most,), generator=generator, dtype=torch.int32)
         self._seed, self._step = seed, step
 
     def block(self, tablet: int, block: int, count: int) -> Tensor:
-        """`count` words below 2^16; a view that must not be written to."""
+        """`count` words, as many bits as the type drops; a view that must not be written to."""
         start = _mix(self._seed, self._step, tablet, block) % POOL
         return self._pool[start : start + count]
 
 
-def round_stochastic(values: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor:
-    """float32 values as `dtype`: one of the two neighbours, the nearer with the higher probability, so that the
-    expectation is the value itself.
+class Rounder:
+    """Rounds float32 values to one of the two neighbours in `dtype`, the nearer with the higher probability, so that
+    the expectation is the value itself. Holds buffers for a part that stays in a core's cache."""
 
-    Args:
-        values: finite float32, contiguous.
-        words: as many random int32 below 2^16.
-    """
-    dropped = _DROPPED[dtype]
-    words = words.view_as(values)
-    if dropped < 16:
-        words = words >> (16 - dropped)
-    # Adding to the fraction's dropped bits carries into the kept ones with the right probability.
-    rounded = ((values.view(torch.int32) + words) & -(1 << dropped)).view(torch.float32)
-    result = rounded.to(dtype)
-    # Below the smallest normal number the type's steps do not shrink any further.
-    tiny = (values.abs() < _SMALLEST_NORMAL[dtype]).nonzero(as_tuple=True)
-    if len(tiny[0]):
-        step = _SUBNORMAL_STEP[dtype]
-        chance = words[tiny].to(torch.float32) / (1 << dropped)
-        result[tiny] = (torch.floor(values[tiny] / step + chance) * step).to(dtype)
-    return result
+    PART = 1 << 18
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype, self._dropped = dtype, _DROPPED[dtype]
+        self._size = torch.empty(self.PART)
+        self._tiny = torch.empty(self.PART, dtype=torch.bool)
+
+    def round(self, values: Tensor, words: Tensor, out: Tensor) -> None:
+        """Write rounded values to `out`.
+
+        Args:
+            values: finite float32, contiguous; overwritten.
+            words: as many random words of `RandomBits`.
+            out: contiguous, of the type.
+        """
+        values, out = values.view(-1), out.view(-1)
+        for start in range(0, values.numel(), self.PART):
+            part = slice(start, start + self.PART)
+            self._round_part(values[part], words[part], out[part])
+
+    def _round_part(self, values: Tensor, words: Tensor, out: Tensor) -> None:
+        size, tiny = self._size[: values.numel()], self._tiny[: values.numel()]
+        # Below the smallest normal number the type's steps do not shrink any further: those few go another way.
+        torch.lt(torch.abs(values, out=size), _SMALLEST_NORMAL[self._dtype], out=tiny)
+        places = tiny.nonzero()[:, 0]
+        few, chances = values[places], words[places]
+        # Adding to the fraction's dropped bits carries into the kept ones with the right probability.
+        values.view(torch.int32).add_(words).bitwise_and_(-(1 << self._dropped))
+        out.copy_(values)
+        step = _SUBNORMAL_STEP[self._dtype]
+        chance = chances.to(torch.float32) / (1 << self._dropped)
+        out[places] = (torch.floor(few / step + chance) * step).to(self._dtype)

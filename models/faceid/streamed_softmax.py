@@ -95,7 +95,7 @@ class Streamer:
         batch, scale = self._batch, self._scale
         for index, start in enumerate(range(0, tablet.rows, self._size)):
             wide = self._rows.copy_(rows[start : start + self._size])
-            inverse = wide.square().sum(dim=1).sqrt_().clamp_min_(TINY).reciprocal_()
+            inverse = torch.linalg.vector_norm(wide, dim=1).clamp_min_(TINY).reciprocal_()
             cosines = self._cached.get((tablet.index, index))
             if cosines is None:
                 cosines = (batch.unit @ wide.T).mul_(inverse)

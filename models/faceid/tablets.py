@@ -12,7 +12,7 @@ from .errors import HeadError
 
 ROWS = 65_536
 """Of a tablet: 67 MB at 512 half-precision numbers a row."""
-BLOCK_ROWS = 4_096
+BLOCK_ROWS = 4096
 """Rows that are computed at once. Products of matrices are added in an order that depends on their shapes, so blocks
 are fixed, and the last one of a tablet is padded to the full size."""
 
