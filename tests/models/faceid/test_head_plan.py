@@ -1,0 +1,43 @@
+"""The plan of a layer: the sums of the design, and a refusal with the numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from outsize.models.faceid.errors import HeadMemoryError
+from outsize.models.faceid.head import ShardedMarginHead
+from outsize.models.faceid.head_plan import plan_head
+from outsize.models.faceid.row_rules import SGD, Momentum, RowRMS
+
+
+@pytest.mark.parametrize(
+    ("rule", "bytes_per_class"), [(SGD(lr=1), 1024), (RowRMS(lr=1), 1028), (Momentum(lr=1), 2048)], ids=str
+)
+def test_bytes_a_class_are_those_of_rows_and_state(rule: SGD | RowRMS | Momentum, bytes_per_class: int) -> None:
+    plan = plan_head(10_000_000, 512, batch=64, rule=rule)
+    assert abs(plan.bytes_per_class - bytes_per_class) < 0.5
+    assert plan.machine_bytes < 1.06 * 10_000_000 * bytes_per_class
+    assert plan.flops == 8 * 64 * 10_000_000 * 512
+
+
+def test_the_plan_is_what_the_layer_holds() -> None:
+    for ranks in (1, 2, 3):
+        plan = plan_head(300_001, 16, batch=8, ranks=ranks, rule=RowRMS(lr=1))
+        head = ShardedMarginHead(300_001, 16, rule=RowRMS(lr=1))
+        assert plan.storage == "float16"
+        if ranks == 1:
+            assert plan.rows_bytes == head.rows.numel() * 2
+            assert plan.state_bytes == head.state.numel() * 4
+    assert plan_head(100, 16, batch=8, storage=torch.float32).rows_bytes == 2 * 4096 * 16 * 4  # with its gradient
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    plan = plan_head(10_000_000, 512, batch=64, rule=Momentum(lr=1))
+    with pytest.raises(
+        HeadMemoryError, match=r"10,000,000 classes x 512 in float16 on 1 rank need 20\.\d+ GB"
+    ) as refusal:
+        plan.require(12_000_000_000)
+    fits = int(str(refusal.value).rsplit("; ", 1)[1].split(" classes")[0].replace(",", ""))
+    plan_head(fits - 70_000, 512, batch=64, rule=Momentum(lr=1)).require(12_000_000_000)
+    plan.require(30_000_000_000)
+    assert "5.12 billion parameters" in plan.explain()
