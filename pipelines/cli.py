@@ -505,6 +505,41 @@ def face_benchmark(console: Any, **options: Any) -> None:
     run_face_benchmark(console, FaceBenchmarkOptions(**options))
 
 
+@face.command("train")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--identities", type=click.IntRange(2), default=2000, show_default=True, help="Synthetic ones.")
+@click.option("--dim", type=click.IntRange(1), default=128, show_default=True, help="Numbers of a feature.")
+@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Samples a step, of all ranks.")
+@click.option("--steps", type=click.IntRange(1), default=1000, show_default=True)
+@click.option(
+    "--lr", type=click.FloatRange(0), default=0.05, show_default=True, help="Of the embedder, at its highest."
+)
+@click.option(
+    "--head-lr", type=click.FloatRange(0), default=0.5, show_default=True, help="Of the rows, at its highest."
+)
+@click.option("--rule", type=click.Choice(["sgd", "momentum", "rms"]), default="sgd", show_default=True)
+@click.option("--margin", type=click.Choice(["arcface", "cosface", "softmax"]), default="cosface", show_default=True)
+@click.option("--scale", type=click.FloatRange(1), default=32.0, show_default=True, help="Of cosines.")
+@click.option("--storage", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True)
+@click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the layer.")
+@click.option("--threads", type=click.IntRange(1), help="Of each rank; without it the cores divided among them.")
+@click.option("--save-every", type=click.IntRange(1), default=250, show_default=True, help="Steps.")
+@click.option("--memory", metavar="SIZE", help="Budget of all ranks, such as 12GB; without it the machine's.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.pass_obj
+def face_train(console: Any, **options: Any) -> None:
+    """Train a small embedder through the layer on synthetic identities. The same command goes on after a stop, with any
+    number of ranks.
+
+    \b
+    outsize face train faces/
+    outsize face train faces/ --identities 10000 --steps 3000 --ranks 2
+    """
+    from .face import FaceTrainOptions, run_face_train
+
+    run_face_train(console, FaceTrainOptions(**options))
+
+
 @cli.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("labels")

@@ -1,4 +1,4 @@
-"""`outsize face benchmark`: steps of a giant layer, timed against plain products of matrices."""
+"""`outsize face benchmark` and `face train`: ranks of a giant layer on this machine, timed, or trained end to end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ RESERVE_BYTES = 1_000_000_000
 
 
 class RankError(TilerError):
-    """A rank ended; carries its last line."""
+    """A rank ended early."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,31 +86,38 @@ def run_face_benchmark(console: Console, options: FaceBenchmarkOptions) -> dict[
         checkpoint=str(options.checkpoint) if options.checkpoint else None,
     )
     with tempfile.TemporaryDirectory() as folder, MemoryMeter() as meter:
-        measured = _run_ranks(spec, Path(folder))
+        write_spec(spec, Path(folder))
+        measured = _run_ranks("outsize.models.faceid.benchmark", spec.ranks, spec.threads, Path(folder))
     values = _summarise(plan, spec, measured, max(meter.peak_bytes, meter.current_bytes))
     console.result(_sentence(values), values)
     return values
 
 
-def _run_ranks(spec: BenchmarkSpec, folder: Path) -> dict[str, Any]:
-    write_spec(spec, folder)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(spec.threads), "GLOO_SOCKET_IFNAME": "lo"}
+def _run_ranks(module: str, ranks: int, threads: int, folder: Path) -> dict[str, Any]:
+    """Run `python -m module RANK FOLDER` for each rank; what rank 0 wrote to result.json.
+
+    Raises:
+        RankError: a rank ended early; the others are ended too.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "outsize.models.faceid.benchmark", str(rank), str(folder)],
-            env=environment,
-            stderr=None if rank == 0 else subprocess.PIPE,
-        )
-        for rank in range(spec.ranks)
+        subprocess.Popen([sys.executable, "-m", module, str(rank), str(folder)], env=environment)
+        for rank in range(ranks)
     ]
     try:
-        for rank, process in enumerate(processes):
-            if process.wait():
-                raise RankError(f"rank {rank} of {spec.ranks} ended with code {process.returncode}; see above")
+        running = dict(enumerate(processes))
+        while running:
+            for rank, process in list(running.items()):
+                code = process.poll()
+                if code:
+                    raise RankError(f"rank {rank} of {ranks} ended with code {code}; what it said stands above")
+                if code == 0:
+                    del running[rank]
+            time.sleep(0.05)
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
+            process.wait()
     return json.loads((folder / "result.json").read_text())
 
 
@@ -148,3 +156,84 @@ def _sentence(values: dict[str, Any]) -> str:
     if "save_seconds" in values:
         lines.append(f"disk      saved in {values['save_seconds']:.1f} s, loaded in {values['load_seconds']:.1f} s")
     return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaceTrainOptions:
+    """What `face train` is told."""
+
+    out: Path
+    identities: int
+    dim: int
+    batch: int
+    ranks: int
+    threads: int | None
+    steps: int
+    lr: float
+    head_lr: float
+    rule: str
+    margin: str
+    scale: float
+    storage: str
+    save_every: int
+    memory: str | None
+    seed: int
+
+
+def run_face_train(console: Console, options: FaceTrainOptions) -> dict[str, Any]:
+    """Train a small embedder on synthetic identities; goes on where an earlier run of the same options stopped.
+
+    Raises:
+        UsageError: OUT holds a training of other options.
+        HeadMemoryError: the layer does not fit the budget, or this machine.
+        RankError: a rank ended early.
+    """
+    from .face_training import TrainSpec, write_spec
+
+    cpus = cpu_count()
+    if options.ranks > cpus:
+        raise UsageError(f"ranks must be at most the machine's {cpus} cores, got {options.ranks}")
+    plan = plan_head(
+        options.identities,
+        options.dim,
+        batch=options.batch,
+        ranks=options.ranks,
+        storage=getattr(torch, options.storage),
+        rule=make_rule(options.rule),
+    )
+    console.remark(plan.explain())
+    plan.require(parse_bytes(options.memory) if options.memory else psutil.virtual_memory().available - RESERVE_BYTES)
+    values = {name: getattr(options, name) for name in options.__slots__ if name not in ("memory", "out", "threads")}
+    spec = TrainSpec(
+        **values, out=str(options.out.absolute()), threads=options.threads or max(1, cpus // options.ranks)
+    )
+    _require_same_training(options.out, values)
+    with tempfile.TemporaryDirectory() as folder, MemoryMeter() as meter:
+        write_spec(spec, Path(folder))
+        result = _run_ranks("outsize.pipelines.face_training", spec.ranks, spec.threads, Path(folder))
+    result = {**result, "peak_bytes": max(meter.peak_bytes, meter.current_bytes), "out": str(options.out)}
+    begun = f"went on from step {result['first_step']}, " if result["first_step"] else ""
+    console.result(
+        f"{options.out}: {begun}loss {result['loss']:.3f}, rank-1 of identities never seen "
+        f"{100 * result['rank_1']:.1f} %, peak memory {format_bytes(result['peak_bytes'])}",
+        result,
+    )
+    return result
+
+
+def _require_same_training(out: Path, values: dict[str, Any]) -> None:
+    """A folder holds one training; its options stand in options.json. Ranks may differ."""
+    ours = {name: value for name, value in values.items() if name not in ("ranks", "save_every")}
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "options.json"
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        differing = [
+            f"{name} {theirs.get(name)} there, {ours[name]} now" for name in ours if theirs.get(name) != ours[name]
+        ]
+        if differing:
+            raise UsageError(f"{out} holds another training: {'; '.join(differing)}; choose another folder")
+        return
+    if any(out.iterdir()):
+        raise UsageError(f"{out} must be a new or empty folder, or one of this training, got other files there")
+    path.write_text(json.dumps(ours, indent=1))
