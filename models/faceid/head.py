@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from .collectives import Ranks
 from .errors import HeadError
 from .margins import margin_from
-from .rounding import RandomBits, Rounder
+from .rounding import RandomBits, round_stochastic
 from .row_rules import SGD, RowRule
 from .streamed_softmax import Batch, Block, Streamer, TabletSums
 from .tablets import BLOCK_ROWS, ROWS, Tablet, TabletLayout
@@ -310,7 +310,6 @@ class _Writer:
         width = max(1, rule.state_width(head.dim) // head.dim)
         most = head.layout.block_rows * head.dim * (1 + width)
         self._bits = RandomBits(head.seed, head.step, most, head.storage) if self._half else None
-        self._rounder = Rounder(head.storage) if self._half else None
 
     def write(
         self,
@@ -330,13 +329,15 @@ class _Writer:
         else:
             gradient = self._streamer.gradient_of(block, pull, coefficient)
             self._rule.update(wide, gradient, moments)
-        if self._bits is None or self._rounder is None:
+        if self._bits is None:
             rows.copy_(wide)
             state.copy_(moments)
             return
-        words = self._bits.block(tablet.index, block.index, wide.numel() + moments.numel())
-        self._rounder.round(wide, words[: wide.numel()], rows)
-        if state.dtype == self._storage and state.shape[1]:
-            self._rounder.round(moments, words[wide.numel() :], state)
+        count, more = wide.numel(), moments.numel()
+        words = self._bits.words(tablet.index, block.index, count + more)
+        shifts = self._bits.shifts(tablet.index, block.index, count + more)
+        round_stochastic(wide, words[:count], None if shifts is None else shifts[:count], rows)
+        if state.dtype == self._storage and more:
+            round_stochastic(moments, words[count:], None if shifts is None else shifts[count:], state)
         else:
             state.copy_(moments)

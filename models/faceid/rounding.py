@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 POOL = 1 << 22
-"""Random words that are drawn for a step, and read by each block from a place of its own."""
+"""Random words that are drawn for a step; each block reads them from places of its own."""
 _MASK = (1 << 64) - 1
 _DROPPED = {torch.float16: 13, torch.bfloat16: 16}
 """Bits of float32's fraction that the type has not."""
-_SMALLEST_NORMAL = {torch.float16: 2.0**-14, torch.bfloat16: 2.0**-126}
-_SUBNORMAL_STEP = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
+_SUBNORMAL_STEP = {torch.float16: 2.0**-24, torch.bfloat16: 0.0}
+"""The steps below the smallest normal number, 6e-5 in float16; bfloat16 has the range of float32, and no row is
+at 1e-38."""
 
 
 def _mix(*numbers: int) -> int:
@@ -35,48 +36,50 @@ class RandomBits:
     def __init__(self, seed: int, step: int, most: int, dtype: torch.dtype) -> None:
         """`most`: words that a block reads at once; `dtype`: what values are rounded to."""
         generator = torch.Generator().manual_seed(_mix(seed, step) >> 1)
-        self._pool = torch.randint(0, 1 << _DROPPED[dtype], (POOL + most,), generator=generator, dtype=torch.int32)
+        states = 1 << _DROPPED[dtype]
+        self._pool = torch.randint(0, states, (POOL + most,), generator=generator, dtype=torch.int32)
         self._seed, self._step = seed, step
+        self._shifts: Tensor | None = None
+        if _SUBNORMAL_STEP[dtype]:
+            # A thousandth less than half a step, or float32's own rounding of the sum would make ties of some.
+            self._shifts = self._pool.float().sub_(states / 2 - 0.5).mul_(0.999 * _SUBNORMAL_STEP[dtype] / states)
 
-    def block(self, tablet: int, block: int, count: int) -> Tensor:
-        """`count` words, as many bits as the type drops; a view that must not be written to."""
-        start = _mix(self._seed, self._step, tablet, block) % POOL
+    def words(self, tablet: int, block: int, count: int) -> Tensor:
+        """`count` words of as many bits as the type drops; a view that must not be written to."""
+        start = _mix(self._seed, self._step, tablet, block, 0) % POOL
         return self._pool[start : start + count]
 
+    def shifts(self, tablet: int, block: int, count: int) -> Tensor | None:
+        """`count` numbers within half a step of the type's subnormals, from another place; None: it has none that
+        matter."""
+        start = _mix(self._seed, self._step, tablet, block, 1) % POOL
+        return None if self._shifts is None else self._shifts[start : start + count]
 
-class Rounder:
-    """Rounds float32 values to one of the two neighbours in `dtype`, the nearer with the higher probability, so that
-    the expectation is the value itself. Holds buffers for a part that stays in a core's cache."""
 
-    PART = 1 << 18
+PART = 1 << 18
+"""Numbers that are rounded at a time, and stay in a core's cache."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype, self._dropped = dtype, _DROPPED[dtype]
-        self._size = torch.empty(self.PART)
-        self._tiny = torch.empty(self.PART, dtype=torch.bool)
 
-    def round(self, values: Tensor, words: Tensor, out: Tensor) -> None:
-        """Write rounded values to `out`.
+def round_stochastic(values: Tensor, words: Tensor, shifts: Tensor | None, out: Tensor) -> None:
+    """Write values rounded to one of the two neighbours in out's type, the nearer with the higher probability, so that
+    the expectation is the value itself; among float16's subnormals to one of the nearest three. What the type can hold
+    is kept.
 
-        Args:
-            values: finite float32, contiguous; overwritten.
-            words: as many random words of `RandomBits`.
-            out: contiguous, of the type.
-        """
-        values, out = values.view(-1), out.view(-1)
-        for start in range(0, values.numel(), self.PART):
-            part = slice(start, start + self.PART)
-            self._round_part(values[part], words[part], out[part])
+    Random bits are added to those of the fraction that the type has not, which are then cut off: they carry into the
+    kept ones with the right probability. Subnormal numbers are further apart than that. They are shifted by up to half
+    a step before the type's own rounding to the nearest; no normal number is moved by that, since those lie on their
+    grid by then.
 
-    def _round_part(self, values: Tensor, words: Tensor, out: Tensor) -> None:
-        size, tiny = self._size[: values.numel()], self._tiny[: values.numel()]
-        # Below the smallest normal number the type's steps do not shrink any further: those few go another way.
-        torch.lt(torch.abs(values, out=size), _SMALLEST_NORMAL[self._dtype], out=tiny)
-        places = tiny.nonzero()[:, 0]
-        few, chances = values[places], words[places]
-        # Adding to the fraction's dropped bits carries into the kept ones with the right probability.
-        values.view(torch.int32).add_(words).bitwise_and_(-(1 << self._dropped))
-        out.copy_(values)
-        step = _SUBNORMAL_STEP[self._dtype]
-        chance = chances.to(torch.float32) / (1 << self._dropped)
-        out[places] = (torch.floor(few / step + chance) * step).to(self._dtype)
+    Args:
+        values: finite float32, contiguous; overwritten.
+        words, shifts: as many of each from `RandomBits`.
+        out: contiguous, float16 or bfloat16.
+    """
+    values, out = values.view(-1), out.view(-1)
+    kept = -(1 << _DROPPED[out.dtype])
+    for start in range(0, values.numel(), PART):
+        part = slice(start, start + PART)
+        values[part].view(torch.int32).add_(words[part]).bitwise_and_(kept)
+        if shifts is not None:
+            values[part].add_(shifts[part])
+        out[part].copy_(values[part])

@@ -6,6 +6,7 @@ z = scale * x^ . w^, for a sample's own class scale * phi(x^ . w^).
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,6 +53,19 @@ class TabletSums:
         return torch.stack((self.highest, self.total, self.target))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """The samples whose class is in a block, in float64: few, and exact."""
+
+    samples: Tensor
+    own: Tensor
+    """Of each the row in the block."""
+    cosine: Tensor
+    slope: Tensor
+    """phi' there."""
+    logit: Tensor
+
+
 @dataclass(slots=True)
 class Block:
     """A block of rows with its logits."""
@@ -67,13 +81,7 @@ class Block:
     """(B, R): z, -infinity where the tablet has no row."""
     cosines: Tensor
     """(B, R): x^ . w^, without margin; valid where the block was computed for the second pass."""
-    samples: Tensor
-    own: Tensor
-    """Samples whose class is in the block, and its row."""
-    own_cosine: Tensor
-    own_slope: Tensor
-    own_logit: Tensor
-    """t, phi'(t) and z of those, in float64."""
+    targets: Targets | None
 
 
 class Streamer:
@@ -83,6 +91,7 @@ class Streamer:
         self._batch, self._margin, self._scale, self._size = batch, margin, scale, block_rows
         self._rows = batch.unit.new_empty((block_rows, batch.unit.shape[1]))
         self._gradient = torch.empty_like(self._rows)
+        self._labels = sorted(batch.labels.tolist())
         self._cached: dict[tuple[int, int], Tensor] = {}
 
     @property
@@ -100,12 +109,9 @@ class Streamer:
             if cosines is None:
                 cosines = (batch.unit @ wide.T).mul_(inverse)
             logits = cosines * scale
-            samples, own = batch.targets_in(tablet.first + start, min(self._size, tablet.rows - start))
-            row64 = wide[own].double()
-            row64 /= row64.norm(dim=1, keepdim=True).clamp_min(TINY)
-            cosine = (batch.unit64[samples] * row64).sum(dim=1)
-            phi, slope = self._margin.apply(cosine)
-            logits[samples, own] = (scale * phi).to(logits.dtype)
+            targets = self._targets(tablet.first + start, min(self._size, tablet.rows - start), wide)
+            if targets is not None:
+                logits[targets.samples, targets.own] = targets.logit.to(logits.dtype)
             if tablet.rows - start < self._size:
                 logits[:, tablet.rows - start :] = -torch.inf
             yield Block(
@@ -115,12 +121,20 @@ class Streamer:
                 inverse=inverse,
                 logits=logits,
                 cosines=cosines,
-                samples=samples,
-                own=own,
-                own_cosine=cosine,
-                own_slope=slope,
-                own_logit=scale * phi,
+                targets=targets,
             )
+
+    def _targets(self, first: int, rows: int, wide: Tensor) -> Targets | None:
+        """The samples whose class is in a block of rows; None, as for most blocks: there are none."""
+        place = bisect_left(self._labels, first)
+        if place == len(self._labels) or self._labels[place] >= first + rows:
+            return None
+        samples, own = self._batch.targets_in(first, rows)
+        row64 = wide[own].double()
+        row64 /= row64.norm(dim=1, keepdim=True).clamp_min(TINY)
+        cosine = (self._batch.unit64[samples] * row64).sum(dim=1)
+        phi, slope = self._margin.apply(cosine)
+        return Targets(samples=samples, own=own, cosine=cosine, slope=slope, logit=self._scale * phi)
 
     def measure(self, rows: Tensor, tablet: Tablet, *, keep: bool = False) -> TabletSums:
         """First pass. `keep`: hold the tablet's cosines, B x rows numbers, for the second."""
@@ -131,7 +145,8 @@ class Streamer:
         if plain:
             highest.zero_()
         for block in self._blocks(rows, tablet):
-            target[block.samples] = block.own_logit
+            if block.targets is not None:
+                target[block.targets.samples] = block.targets.logit
             if keep:
                 self._cached[tablet.index, block.index] = block.cosines
             if plain:
@@ -160,23 +175,39 @@ class Streamer:
         shift = normaliser.to(batch.unit.dtype)[:, None]
         for block in self._blocks(rows, tablet):
             pull = block.logits.sub_(shift).exp_().mul_(self._scale * weight)
-            # Targets apart, in float64: P - 1 loses digits where P is near 1.
-            chance = (block.own_logit - normaliser[block.samples]).exp() - 1
-            chance = torch.where(torch.isinf(normaliser[block.samples]), 0.0, chance)
-            own_pull = chance * block.own_slope * (self._scale * weight)
-            pull[block.samples, block.own] = 0
-            row64 = block.rows[block.own].double() * block.inverse[block.own].double()[:, None]
-            owns.index_add_(0, block.samples, own_pull[:, None] * row64)
+            if block.targets is not None:
+                pull[block.targets.samples, block.targets.own] = 0
             # Rows' gradient: (sum_b G x^ - (sum_b G cos) w^) / |w|
             along = (pull * block.cosines).sum(dim=0)
             pull.mul_(block.inverse)
             others.addmm_(pull, block.rows)
-            own_along = torch.zeros_like(along, dtype=torch.float64)
-            own_along.index_add_(0, block.own, own_pull * block.own_cosine)
-            coefficient = (along + own_along.to(along.dtype)) * block.inverse.square()
-            scaled = (own_pull * block.inverse[block.own].double()).to(pull.dtype)
-            pull.index_put_((block.samples, block.own), scaled, accumulate=True)
+            if block.targets is not None:
+                self._pull_targets(block, block.targets, normaliser, weight, pull, along, owns)
+            coefficient = along.mul_(block.inverse.square())
             yield block, pull, coefficient
+
+    def _pull_targets(
+        self,
+        block: Block,
+        targets: Targets,
+        normaliser: Tensor,
+        weight: float,
+        pull: Tensor,
+        along: Tensor,
+        owns: Tensor,
+    ) -> None:
+        """Add what own classes do, in float64: P - 1 loses digits where P is near 1."""
+        own_normaliser = normaliser[targets.samples]
+        chance = (targets.logit - own_normaliser).exp() - 1
+        chance = torch.where(torch.isinf(own_normaliser), 0.0, chance)
+        own_pull = chance * targets.slope * (self._scale * weight)
+        inverse64 = block.inverse[targets.own].double()
+        owns.index_add_(0, targets.samples, own_pull[:, None] * block.rows[targets.own].double() * inverse64[:, None])
+        own_along = torch.zeros_like(along, dtype=torch.float64)
+        own_along.index_add_(0, targets.own, own_pull * targets.cosine)
+        along.add_(own_along.to(along.dtype))
+        scaled = (own_pull * inverse64).to(pull.dtype)
+        pull.index_put_((targets.samples, targets.own), scaled, accumulate=True)
 
     def gradient_of(self, block: Block, pull: Tensor, coefficient: Tensor) -> Tensor:
         """(R, D): the rows' gradient, from what `descend` yields; valid until the next block."""

@@ -310,8 +310,9 @@ def test_options_go_before_variables_before_config(tmp_path: Path) -> None:
     def planned(*options: str, env: dict[str, str] | None = None) -> dict[str, Any]:
         return result_of(outsize("--json", "--config", config, "plan", SCENE, *options, env=env))["plan"]
 
-    assert planned()["memory_budget_bytes"] == 3e9
-    assert planned()["core"] == [256, 256]
+    configured = planned()
+    assert configured["memory_budget_bytes"] == 3e9
+    assert configured["core"] == [256, 256]
     assert planned(env={"OUTSIZE_MEMORY": "4GB"})["memory_budget_bytes"] == 4e9
     assert planned("--memory", "5GB", env={"OUTSIZE_MEMORY": "4GB"})["memory_budget_bytes"] == 5e9
     config.write_text("[plan]\nmemroy = 1\n")
@@ -324,11 +325,18 @@ def test_an_interrupt_ends_with_130_and_the_same_command_goes_on(tmp_path: Path)
     import signal
 
     scene = tmp_path / "scene"
-    assert outsize("sample", scene, "--size", "3000").returncode == 0
+    assert outsize("sample", scene, "--size", "1800").returncode == 0
     out = tmp_path / "map.zarr"
     command = [sys.executable, "-m", "outsize", "segment", scene / "scene.zarr", out, "--core", "256", "--no-dashboard"]
     # A session of its own: as in a terminal, Ctrl-C reaches workers too.
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Shells start background jobs with it ignored, and so this suite, perhaps.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     records = tmp_path / "map.zarr.run/records.jsonl"
     deadline = time.monotonic() + 120
     while not (records.exists() and records.read_text().count("\n") >= 5) and time.monotonic() < deadline:
@@ -340,7 +348,7 @@ def test_an_interrupt_ends_with_130_and_the_same_command_goes_on(tmp_path: Path)
     assert "Traceback" not in errors
     values = result_of(outsize("--json", *map(str, command[3:])))
     assert values["resumed_tiles"] >= 5
-    assert values["tiles"] + values["resumed_tiles"] == 144
+    assert values["tiles"] + values["resumed_tiles"] == 64
     assert (open_array(out, "status")[:] == 1).all()
     assert not (open_array(out, "class")[500:, 500:] == 255).any()
 

@@ -116,7 +116,13 @@ def test_a_sentinel_2_stack_of_four_files(shared_dir: Path, tmp_path: Path) -> N
     require_same_place(tmp_path / "map.zarr", raster, tmp_path)
 
 
-@pytest.mark.parametrize("names", [("13476", "13477", "13846", "13847"), None], ids=["block", "all with holes"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("13476", "13477", "13846", "13847"), id="block"),
+        pytest.param(None, id="all with holes", marks=pytest.mark.long),
+    ],
+)
 def test_a_naip_mosaic(shared_dir: Path, tmp_path: Path, names: tuple[str, ...] | None) -> None:
     folder = shared_dir / "data/naip"
     files = [folder / f"tile_{name}.tif" for name in names] if names else sorted(folder.glob("*.tif"))

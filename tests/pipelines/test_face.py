@@ -1,0 +1,79 @@
+"""`outsize face` as its user runs it: plans, refusals, equal losses for any ranks, training that goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def outsize(*arguments: str, code: int = 0) -> tuple[dict[str, Any], str]:
+    """(values, what stands on stderr) of a command."""
+    completed = subprocess.run(
+        [sys.executable, "-m", "outsize", "--json", *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert completed.returncode == code, completed.stderr
+    return (json.loads(completed.stdout.splitlines()[-1]) if completed.stdout.strip() else {}), completed.stderr
+
+
+def test_the_benchmark_has_one_loss_for_any_number_of_ranks(tmp_path: Path) -> None:
+    options = ("--classes", "140000", "--dim", "16", "--batch", "6", "--steps", "2", "--threads", "1")
+    alone, said = outsize("face", "benchmark", *options, "--checkpoint", str(tmp_path / "layer"))
+    assert "140,000 classes x 16" in said
+    assert "step 2 of 2" in said
+    two, _ = outsize("face", "benchmark", *options, "--ranks", "2")
+    assert two["loss"] == alone["loss"]
+    assert 0 < alone["sgemm_share"] < 2
+    assert alone["save_seconds"] > 0
+    assert alone["load_seconds"] > 0
+    assert alone["bytes_per_class"] < 34
+    assert two["peak_bytes"] > alone["peak_bytes"] > alone["rows_bytes"]
+    assert (tmp_path / "layer" / "LATEST").read_text() == "step-000000002"
+
+
+def test_what_does_not_fit_is_refused_before_it_starts() -> None:
+    _, said = outsize("face", "benchmark", "--classes", "10000000", "--memory", "4GB", code=2)
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("outsize: error: 10,000,000 classes x 512 in float16 on 1 rank need 10.")
+    assert "classes would fit" in last
+    _, said = outsize("face", "benchmark", "--ranks", "4096", code=2)
+    assert "ranks must be at most" in said
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("faces") / "run"
+    return folder, outsize("face", "train", str(folder), *TRAINING)[0]
+
+
+TRAINING = ("--identities", "40", "--steps", "8", "--batch", "8", "--dim", "16", "--save-every", "4", "--threads", "1")
+
+
+def test_training_goes_on_with_another_number_of_ranks(tmp_path: Path, trained: tuple[Path, dict[str, Any]]) -> None:
+    """The trajectory agrees to the rounding of the embedder's own sums; the head's are the same bits."""
+    folder, whole = trained
+    losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert len(losses) == 8
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "step-000000008")  # as if killed after step 4's save
+    (copy / "log.jsonl").unlink()
+    again, said = outsize("face", "train", str(copy), *TRAINING, "--ranks", "2")
+    assert again["first_step"] == 4
+    resumed = [json.loads(line)["loss"] for line in (copy / "log.jsonl").read_text().splitlines()]
+    assert resumed == pytest.approx(losses[4:], rel=1e-4)
+    assert again["rank_1"] == pytest.approx(whole["rank_1"], abs=0.01)
+    assert "step 8 of 8" in said
+
+
+def test_a_folder_holds_one_training(trained: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = trained
+    _, said = outsize("face", "train", str(folder), *TRAINING, "--margin", "arcface", code=2)
+    assert "holds another training: margin cosface there, arcface now" in said
+    _, said = outsize("face", "train", str(folder.parent), *TRAINING, code=2)
+    assert "must be a new or empty folder" in said
