@@ -512,7 +512,7 @@ def face_benchmark(console: Any, **options: Any) -> None:
 @click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Samples a step, of all ranks.")
 @click.option("--steps", type=click.IntRange(1), default=1000, show_default=True)
 @click.option(
-    "--lr", type=click.FloatRange(0), default=0.05, show_default=True, help="Of the embedder, at its highest."
+    "--lr", type=click.FloatRange(0), default=0.001, show_default=True, help="Of the embedder, at its highest."
 )
 @click.option(
     "--head-lr", type=click.FloatRange(0), default=0.5, show_default=True, help="Of the rows, at its highest."

@@ -102,7 +102,7 @@ def run_rank(rank: int, spec: TrainSpec, folder: Path) -> None:
         ddp_scale=spec.ranks > 1,
     )
     assert head.rule is not None
-    optimiser = torch.optim.SGD(embedder.parameters(), lr=spec.lr, momentum=0.9, weight_decay=5e-4)
+    optimiser = torch.optim.AdamW(embedder.parameters(), lr=spec.lr, weight_decay=0.05)
     first = _resume(spec, embedder, head, optimiser)
     began, losses = time.perf_counter(), list[float]()
     for step in range(first, spec.steps):
@@ -141,12 +141,12 @@ def run_rank(rank: int, spec: TrainSpec, folder: Path) -> None:
 
 
 def _pack(embedder: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, bytes]:
-    momentum = {
-        str(index): cast("Tensor", state["momentum_buffer"])
+    moments = {
+        f"{index}.{name}": cast("Tensor", value)
         for index, state in optimiser.state_dict()["state"].items()
-        if state.get("momentum_buffer") is not None
+        for name, value in state.items()
     }
-    return {BACKBONE: safetensors.torch.save(embedder.state_dict()), OPTIMISER: safetensors.torch.save(momentum)}
+    return {BACKBONE: safetensors.torch.save(embedder.state_dict()), OPTIMISER: safetensors.torch.save(moments)}
 
 
 def _resume(spec: TrainSpec, embedder: nn.Module, head: ShardedMarginHead, optimiser: torch.optim.Optimizer) -> int:
@@ -155,9 +155,10 @@ def _resume(spec: TrainSpec, embedder: nn.Module, head: ShardedMarginHead, optim
         return 0
     generation = load_checkpoint(head, spec.out)
     embedder.load_state_dict(safetensors.torch.load(generation.read_extra(BACKBONE)))
-    momentum = safetensors.torch.load(generation.read_extra(OPTIMISER))
     values: dict[str, Any] = optimiser.state_dict()
-    values["state"] = {int(index): {"momentum_buffer": buffer} for index, buffer in momentum.items()}
+    for key, value in safetensors.torch.load(generation.read_extra(OPTIMISER)).items():
+        index, _, name = key.partition(".")
+        values["state"].setdefault(int(index), {})[name] = value
     optimiser.load_state_dict(values)
     return generation.step
 
