@@ -515,7 +515,7 @@ def face_benchmark(console: Any, **options: Any) -> None:
     "--lr", type=click.FloatRange(0), default=0.001, show_default=True, help="Of the embedder, at its highest."
 )
 @click.option(
-    "--head-lr", type=click.FloatRange(0), default=0.5, show_default=True, help="Of the rows, at its highest."
+    "--head-lr", type=click.FloatRange(0), default=0.1, show_default=True, help="Of the rows, at its highest."
 )
 @click.option("--rule", type=click.Choice(["sgd", "momentum", "rms"]), default="sgd", show_default=True)
 @click.option("--margin", type=click.Choice(["arcface", "cosface", "softmax"]), default="cosface", show_default=True)

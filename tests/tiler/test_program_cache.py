@@ -55,10 +55,10 @@ def run_middle(packed: engine_programs.EngineProgram, net: Network) -> np.ndarra
 
 def test_programs_are_converted_once_and_equal_afterwards(folder: Path, conversions: list[None]) -> None:
     net = network()
-    first = pack_programs(net, "openvino", 2, SHAPE, ROWS, COLUMNS)
+    first = pack_programs(net, "openvino", 2, SHAPE, ROWS[:2], COLUMNS[1:2])
     made = len(conversions)
-    assert 1 < made <= 9
-    again = pack_programs(network(), "openvino", 2, SHAPE, ROWS, COLUMNS)
+    assert made == 2
+    again = pack_programs(network(), "openvino", 2, SHAPE, ROWS[:2], COLUMNS[1:2])
     assert len(conversions) == made
     assert again.payload[1] == first.payload[1]
     assert np.array_equal(run_middle(first, net), run_middle(again, net))
@@ -129,7 +129,7 @@ def test_programs_of_position_dependent_weights_are_few() -> None:
 def test_openvinos_workers_do_without_torch(tmp_path: Path) -> None:
     """Loading and running converted programs imports no torch, which would take 170 MB of each worker."""
     net = network("unet bilinear corners")
-    packed = pack_programs(net, "openvino", 1, SHAPE, ROWS, COLUMNS)
+    packed = pack_programs(net, "openvino", 1, SHAPE, ROWS[1:2], COLUMNS[1:2])
     plan = plan_tiles((3, *SHAPE), net, core=64, method="program")
     import pickle
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from distributed import Client, LocalCluster
+from outsize.tiler import memory_probe
 from outsize.tiler.errors import ExactnessError, UntileableError, UsageError
+from outsize.tiler.memory import EngineMemory
 from outsize.tiler.network import analyze_network
 from outsize.tiler.planner import plan_tiles
 from outsize.tiler.proof import prove_network
@@ -66,7 +68,9 @@ def stated(kind: str = "same", halo: int | None = None, stride: int | None = 2) 
 
 
 @pytest.mark.parametrize(("kind", "stride"), [("same", None), ("half", 2)])
-def test_a_run_equals_the_whole_image(tmp_path: Path, client: Client, kind: str, stride: int | None) -> None:
+def test_a_run_equals_the_whole_image(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch, kind: str, stride: int | None
+) -> None:
     network = stated(kind, stride=stride)
     image = np.random.default_rng(0).normal(size=(3, 213, 250)).astype(np.float32)
     source = write_geotiff(tmp_path / "s.tif", image)
@@ -79,6 +83,8 @@ def test_a_run_equals_the_whole_image(tmp_path: Path, client: Client, kind: str,
     found = np.asarray(open_array(tmp_path / "o.zarr", "logits")[:])
     assert found.shape == whole.shape
     assert np.abs(found - whole).max() < 1e-4 * np.abs(whole).max()
+    # What it takes was measured once; another halo would measure again.
+    monkeypatch.setattr(memory_probe, "_find", lambda *_: EngineMemory(worker_bytes=0, factor=10, constant_bytes=0))
     assert predict(source, network, tmp_path / "o.zarr", client=client, core=64).tiles == 0
     other = stated(kind, halo=HALO[kind] + 2, stride=stride)
     with pytest.raises(Exception, match="was made by another run: network"):
@@ -87,8 +93,9 @@ def test_a_run_equals_the_whole_image(tmp_path: Path, client: Client, kind: str,
 
 @pytest.mark.parametrize(("halo", "stride"), [(3, 2), (8, 3), (0, 2)])
 def test_a_wrong_halo_or_stride_is_stopped_before_anything_is_written(
-    tmp_path: Path, client: Client, halo: int, stride: int
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch, halo: int, stride: int
 ) -> None:
+    monkeypatch.setattr(memory_probe, "_find", lambda *_: EngineMemory(worker_bytes=0, factor=10, constant_bytes=0))
     image = np.random.default_rng(0).normal(size=(3, 213, 250)).astype(np.float32)
     source = write_geotiff(tmp_path / "s.tif", image)
     with pytest.raises(ExactnessError, match="the start check must agree"):

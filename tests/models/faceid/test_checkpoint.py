@@ -150,7 +150,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_generation(tmp_path: Path
     save_checkpoint(head, tmp_path, 0)
     random.seed(7)
     newest = 0
-    for _ in range(8):
+    for _ in range(5):
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", textwrap.dedent(JOB), str(tmp_path)],
             stdout=subprocess.PIPE,
@@ -166,4 +166,4 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_generation(tmp_path: Path
         newest = generation.step
         if newest:
             assert (head.dense_weight() == newest % 1000).all()
-    assert newest > 8
+    assert newest > 5
