@@ -57,27 +57,13 @@ def run_face_benchmark(console: Console, options: FaceBenchmarkOptions) -> dict[
         HeadMemoryError: the layer does not fit the budget, or this machine.
         RankError: a rank ended early.
     """
-    cpus = cpu_count()
-    if options.ranks > cpus:
-        raise UsageError(f"ranks must be at most the machine's {cpus} cores, got {options.ranks}")
-    plan = plan_head(
-        options.classes,
-        options.dim,
-        batch=options.batch,
-        ranks=options.ranks,
-        storage=getattr(torch, options.storage),
-        rule=make_rule(options.rule),
-        keep_cosines=options.keep_cosines,
-    )
-    free = psutil.virtual_memory().available - RESERVE_BYTES
-    console.remark(plan.explain())
-    plan.require(parse_bytes(options.memory) if options.memory else free)
+    plan = _plan(console, options, options.classes, keep_cosines=options.keep_cosines)
     spec = BenchmarkSpec(
         classes=options.classes,
         dim=options.dim,
         batch=options.batch,
         ranks=options.ranks,
-        threads=options.threads or max(1, cpus // options.ranks),
+        threads=options.threads or max(1, cpu_count() // options.ranks),
         steps=options.steps,
         rule=options.rule,
         storage=options.storage,
@@ -91,6 +77,27 @@ def run_face_benchmark(console: Console, options: FaceBenchmarkOptions) -> dict[
     values = _summarise(plan, spec, measured, max(meter.peak_bytes, meter.current_bytes))
     console.result(_sentence(values), values)
     return values
+
+
+def _plan(
+    console: Console, options: FaceBenchmarkOptions | FaceTrainOptions, classes: int, *, keep_cosines: bool = False
+) -> HeadPlan:
+    """The plan of the layer, shown; refused where it, or the ranks, do not fit this machine."""
+    if options.ranks > cpu_count():
+        raise UsageError(f"ranks must be at most the machine's {cpu_count()} cores, got {options.ranks}")
+    plan = plan_head(
+        classes,
+        options.dim,
+        batch=options.batch,
+        ranks=options.ranks,
+        storage=getattr(torch, options.storage),
+        rule=make_rule(options.rule),
+        keep_cosines=keep_cosines,
+    )
+    console.remark(plan.explain())
+    free = psutil.virtual_memory().available - RESERVE_BYTES
+    plan.require(parse_bytes(options.memory) if options.memory else free)
+    return plan
 
 
 def _run_ranks(module: str, ranks: int, threads: int, folder: Path) -> dict[str, Any]:
@@ -190,22 +197,10 @@ def run_face_train(console: Console, options: FaceTrainOptions) -> dict[str, Any
     """
     from .face_training import TrainSpec, write_spec
 
-    cpus = cpu_count()
-    if options.ranks > cpus:
-        raise UsageError(f"ranks must be at most the machine's {cpus} cores, got {options.ranks}")
-    plan = plan_head(
-        options.identities,
-        options.dim,
-        batch=options.batch,
-        ranks=options.ranks,
-        storage=getattr(torch, options.storage),
-        rule=make_rule(options.rule),
-    )
-    console.remark(plan.explain())
-    plan.require(parse_bytes(options.memory) if options.memory else psutil.virtual_memory().available - RESERVE_BYTES)
+    _plan(console, options, options.identities)
     values = {name: getattr(options, name) for name in options.__slots__ if name not in ("memory", "out", "threads")}
     spec = TrainSpec(
-        **values, out=str(options.out.absolute()), threads=options.threads or max(1, cpus // options.ranks)
+        **values, out=str(options.out.absolute()), threads=options.threads or max(1, cpu_count() // options.ranks)
     )
     _require_same_training(options.out, values)
     with tempfile.TemporaryDirectory() as folder, MemoryMeter() as meter:

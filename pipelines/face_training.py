@@ -19,10 +19,10 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from ..models.faceid.benchmark import RULES
 from ..models.faceid.checkpoint import list_generations, load_checkpoint, save_checkpoint
 from ..models.faceid.embedder import SmallEmbedder
 from ..models.faceid.head import ShardedMarginHead
+from ..models.faceid.row_rules import RULES
 from ..sample_data.identities import make_batch
 
 BACKBONE, OPTIMISER = "backbone.safetensors", "optimiser.safetensors"

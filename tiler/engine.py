@@ -33,6 +33,9 @@ PROGRAM_MEMORY: dict[str, EngineMemory] = {
 }
 """The same for programs; torch's workers trace the network by themselves."""
 
+WIDER_PIXELS = {"uint16": "int32", "uint32": "int64"}
+"""Pixel types that OpenVINO's converter does not know, and what holds all their values."""
+
 ENGINE_EFFICIENCY: dict[str, float] = {"openvino": 0.6, "torch": 0.15}
 """Share of a large matrix product's speed that the default network reaches in a run; measured, for estimates only."""
 

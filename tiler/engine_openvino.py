@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .axis_geometry import AxisGeometry, ImageAxis, compute_geometry, geometry_key, tap_arrays
-from .engine import EngineProgram
+from .engine import WIDER_PIXELS, EngineProgram
 from .errors import EngineError
 
 # OpenVINO reports its use to its makers from the moment it is imported, unless the package that does so is missing. A
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from .network import Network
     from .plan import Tile
 
-_WIDER = {"uint16": "int32", "uint32": "int64"}
-"""Pixel types that the converter does not know, and what holds all their values; cast inside the program."""
-
 
 def convert_network(network: Network, threads: int) -> EngineProgram:
     """The traced graph as OpenVINO IR, with height and width still free.
@@ -42,7 +39,7 @@ def convert_network(network: Network, threads: int) -> EngineProgram:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = ov.convert_model(_convertible(network))
-            if (dtype := _name(network)) in _WIDER:
+            if (dtype := _name(network)) in WIDER_PIXELS:
                 prepared = ov.preprocess.PrePostProcessor(model)
                 prepared.input().tensor().set_element_type(ov.Type(np.dtype(dtype)))
                 model = prepared.build()
@@ -63,7 +60,7 @@ def _name(network: Network) -> str:
 
 def _convertible(network: Network) -> Any:
     """The traced program; for dtypes that the converter does not know, traced again with one that holds them."""
-    wider = _WIDER.get(_name(network))
+    wider = WIDER_PIXELS.get(_name(network))
     if wider is None:
         return network.graph.program
     import torch  # only the planning process converts; workers do without torch

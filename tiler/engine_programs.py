@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from .axis_geometry import AxisGeometry, compute_geometry, geometry_key
-from .engine import EngineProgram, TileEngine
+from .engine import WIDER_PIXELS, EngineProgram, TileEngine
 from .errors import EngineError
 from .fingerprint import hash_network
 from .geometry import Interval
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from .engine_openvino import OpenVinoPrograms
     from .plan import Tile
 
-_WIDER = {"uint16": "int32", "uint32": "int64"}
-"""Pixel types that OpenVINO's converter does not know, and what holds all their values."""
 Report = Callable[[int, int], None]
 """Told how many of how many programs are there."""
 
@@ -61,7 +59,7 @@ class Converter:
     """Makes programs of one network for OpenVINO; those made before on this machine come from its cache."""
 
     def __init__(self, network: Network, shape_yx: tuple[int, int]) -> None:
-        wider = _WIDER.get(_name(network))
+        wider = WIDER_PIXELS.get(_name(network))
         self.network = network if wider is None else analyze_network(network.module, network.bands, wider)
         self.axes = self.network.on_image(shape_yx)
         self._sizes = hash_sizes(self.network, self.network.padded_shape(shape_yx))

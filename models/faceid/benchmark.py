@@ -15,10 +15,8 @@ from torch import distributed as dist
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .head import ShardedMarginHead
-from .row_rules import SGD, Momentum, RowRMS, RowRule
+from .row_rules import RULES, RowRule
 from .tablets import BLOCK_ROWS
-
-RULES: dict[str, type[SGD] | type[Momentum] | type[RowRMS]] = {"sgd": SGD, "momentum": Momentum, "rms": RowRMS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,3 +114,7 @@ class RowRMS:
         square = gradient.square().mean(dim=1, keepdim=True)
         state.copy_(torch.where(state == 0, square, self.decay * state + (1 - self.decay) * square))
         rows.addcdiv_(gradient, state.sqrt().add_(self.eps).expand_as(rows), value=-self.lr)
+
+
+RULES: dict[str, type[SGD] | type[Momentum] | type[RowRMS]] = {"sgd": SGD, "momentum": Momentum, "rms": RowRMS}
+"""By the names of the command line."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from outsize.models.faceid.head import ShardedMarginHead
-from outsize.models.faceid.row_rules import SGD, Momentum, RowRMS
+from outsize.models.faceid.row_rules import RULES
 from torch import Tensor
 from torch import distributed as dist
 
@@ -27,9 +27,6 @@ def make_batches(classes: int, samples: int, steps: int) -> list[tuple[Tensor, T
         labels[0] = labels[-1] = classes - 1  # one class twice, at both ends of the batch
         found.append((features, labels))
     return found
-
-
-RULES = {"sgd": SGD, "momentum": Momentum, "rms": RowRMS}
 
 
 def run_case(rank: int, case: dict[str, Any]) -> dict[str, Any]:

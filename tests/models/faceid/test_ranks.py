@@ -12,11 +12,11 @@ import torch
 from outsize.models.faceid.head import ShardedMarginHead
 from outsize.models.faceid.margins import Margin
 from outsize.models.faceid.reference import compute_dense_loss
-from outsize.models.faceid.row_rules import SGD
+from outsize.models.faceid.row_rules import RULES, SGD
 from torch import Tensor
 
 from . import rank_job
-from .rank_job import DIM, RULES, make_batches
+from .rank_job import DIM, make_batches
 
 Results = dict[str, list[dict[str, Any]]]
 """By case, of each rank."""
