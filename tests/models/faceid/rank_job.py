@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from outsize.models.faceid.checkpoint import load_checkpoint, save_checkpoint
 from outsize.models.faceid.head import ShardedMarginHead
 from outsize.models.faceid.row_rules import RULES
 from torch import Tensor
@@ -39,11 +40,13 @@ def run_case(rank: int, case: dict[str, Any]) -> dict[str, Any]:
         tablet_rows=8,
         block_rows=4,
         ddp_scale=case.get("ddp_scale", False),
+        seed=99 if "load" in case else 0,
     )
+    done = load_checkpoint(head, case["load"]).step if "load" in case else 0
     result: dict[str, Any] = {"losses": [], "gradients": [], "skipped": [], "first": head.dense_weight().clone()}
     first = sum(case["split"][:rank])
     mine = slice(first, first + case["split"][rank])
-    for features, labels in make_batches(case["classes"], sum(case["split"]), 3):
+    for number, (features, labels) in enumerate(make_batches(case["classes"], sum(case["split"]), 3)[done:], done + 1):
         if "poison" in case:
             features[case["poison"], 0] = torch.nan
         x = features[mine].clone().requires_grad_()
@@ -53,6 +56,8 @@ def run_case(rank: int, case: dict[str, Any]) -> dict[str, Any]:
         result["losses"].append(float(loss.detach()))
         result["gradients"].append(x.grad)
         result["skipped"].append(head.skipped)
+        if "save" in case and number == 1:
+            save_checkpoint(head, case["save"], number)
     result["weight"] = head.dense_weight().clone()
     return result
 

@@ -44,11 +44,15 @@ OTHERS = {
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
     """Of 1, 2, 3 and 4 ranks, each with all cases that it has."""
     found: dict[int, Results] = {}
-    for ranks, split in SPLITS.items():
+    saved = tmp_path_factory.mktemp("saved")
+    for ranks in (2, 1, 3, 4):  # what 2 save, the others load
+        split = SPLITS[ranks]
         folder = tmp_path_factory.mktemp(f"{ranks}-ranks")
         cases = {rule: {**case, "split": split} for rule, case in HALF.items()}
         cases |= {name: case for name, (count, case) in DENSE.items() if count == ranks}
         cases |= OTHERS if ranks == 2 else {}
+        verb = "save" if ranks == 2 else "load"
+        cases |= {f"{verb} {rule}": {**case, "split": split, verb: str(saved / rule)} for rule, case in HALF.items()}
         (folder / "cases.json").write_text(json.dumps(cases))
         command = [sys.executable, "-W", "ignore", rank_job.__file__]
         processes = [
@@ -108,6 +112,18 @@ def test_loss_rows_and_gradients_are_bitwise_equal_for_any_number_of_ranks(
         for step, expected in enumerate(alone["gradients"]):
             joined = torch.cat([result["gradients"][step] for result in results[ranks][rule]])
             assert torch.equal(joined, expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_what_two_ranks_saved_goes_on_with_the_same_bits_on_others(
+    results: dict[int, Results], rule: str, ranks: int
+) -> None:
+    saver = results[2][f"save {rule}"][0]
+    for result in results[ranks][f"load {rule}"]:
+        assert result["losses"] == saver["losses"][1:]
+        assert torch.equal(result["weight"], saver["weight"])
+        assert not torch.equal(result["first"], saver["first"])
 
 
 def test_all_ranks_skip_what_is_not_finite_on_one(results: dict[int, Results]) -> None:
