@@ -5,6 +5,13 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "faceid.checkpoint": ["list_generations", "load_checkpoint", "save_checkpoint"],
+        "faceid.errors": ["HeadError", "HeadMemoryError"],
+        "faceid.head": ["ShardedMarginHead"],
+        "faceid.head_plan": ["HeadPlan", "plan_head"],
+        "faceid.interchange": ["export_safetensors", "import_insightface"],
+        "faceid.reference": ["compute_dense_loss"],
+        "faceid.row_rules": ["SGD", "Momentum", "RowRMS", "RowRule"],
         "segmentation.model": [
             "SegmentationClass",
             "SegmentationModel",

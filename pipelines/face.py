@@ -90,6 +90,7 @@ def _plan(
         options.dim,
         batch=options.batch,
         ranks=options.ranks,
+        threads=options.threads or max(1, cpu_count() // options.ranks),
         storage=getattr(torch, options.storage),
         rule=make_rule(options.rule),
         keep_cosines=keep_cosines,
@@ -145,6 +146,8 @@ def _summarise(plan: HeadPlan, spec: BenchmarkSpec, measured: dict[str, Any], pe
         "gflops": rate / 1e9,
         "sgemm_gflops": measured["sgemm_flops_per_s"] / 1e9,
         "sgemm_share": rate / measured["sgemm_flops_per_s"],
+        "threaded_sgemm_gflops": measured["threaded_sgemm_flops_per_s"] / 1e9,
+        "threaded_sgemm_share": rate / measured["threaded_sgemm_flops_per_s"],
         "peak_bytes": peak,
         "initialise_seconds": measured["initialise_seconds"],
         **{name: measured[name] for name in ("save_seconds", "load_seconds") if name in measured},
@@ -155,8 +158,9 @@ def _sentence(values: dict[str, Any]) -> str:
     lines = [
         f"step      {values['step_seconds']:.2f} s: first pass {values['first_pass_seconds']:.2f}, second with update "
         f"{values['second_pass_seconds']:.2f}, exchange {values['exchange_seconds']:.2f}",
-        f"speed     {values['gflops']:.0f} GFLOP/s, {100 * values['sgemm_share']:.0f} % of this machine's products of "
-        f"the same shapes ({values['sgemm_gflops']:.0f})",
+        f"speed     {values['gflops']:.0f} GFLOP/s, {100 * values['sgemm_share']:.0f} % of plain products of the same "
+        f"shapes ({values['sgemm_gflops']:.0f}), {100 * values['threaded_sgemm_share']:.0f} % of one product a thread "
+        f"({values['threaded_sgemm_gflops']:.0f})",
         f"memory    {format_bytes(values['peak_bytes'])} peak of all processes (predicted "
         f"{format_bytes(values['machine_bytes'])}), {values['bytes_per_class']:,.0f} bytes a class",
     ]

@@ -17,6 +17,7 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .head import ShardedMarginHead
 from .row_rules import RULES, RowRule
 from .tablets import BLOCK_ROWS
+from .threads import run_tablets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,17 +46,49 @@ def make_rule(name: str) -> RowRule:
     return RULES[name](lr=0.001 if name == "rms" else 0.1)
 
 
-def measure_products(batch: int, dim: int, seconds: float = 2.0) -> float:
-    """FLOP/s of the three float32 products of a block, alone: x w^T, G w, G^T x."""
-    x, w, g = torch.randn(batch, dim), torch.randn(BLOCK_ROWS, dim), torch.randn(batch, BLOCK_ROWS)
-    logits, features, rows = torch.empty_like(g), torch.empty_like(x), torch.empty_like(w)
-    done, began = 0, time.perf_counter()
-    while (passed := time.perf_counter() - began) < seconds or done < 3:
-        torch.mm(x, w.T, out=logits)
-        torch.mm(g, w, out=features)
-        torch.mm(g.T, x, out=rows)
-        done += 1
-    return done * 6 * batch * dim * BLOCK_ROWS / passed
+def measure_products(batch: int, dim: int, seconds: float = 1.0, *, together: bool = False) -> float:
+    """FLOP/s of the three float32 products of a block, alone: w x^T, G^T w, G x.
+
+    Args:
+        together: each of torch's threads has products of its own, as in the layer; otherwise all share each product,
+            as torch does by itself.
+    """
+
+    def multiply(until: float, number: int) -> int:
+        del number
+        x, w, g = torch.randn(batch, dim), torch.randn(BLOCK_ROWS, dim), torch.randn(BLOCK_ROWS, batch)
+        columns, logits, features, rows = (
+            x.T.contiguous(),
+            torch.empty_like(g),
+            torch.empty_like(x),
+            torch.empty_like(w),
+        )
+        done = 0
+        while time.perf_counter() < until or done < 3:
+            torch.mm(w, columns, out=logits)
+            torch.mm(g.T, w, out=features)
+            torch.mm(g, x, out=rows)
+            done += 1
+        return done
+
+    threads, began = torch.get_num_threads(), time.perf_counter()
+    if together:
+        done = sum(run_tablets(multiply, list(range(threads)), [began + seconds] * threads))
+    else:
+        done = multiply(began + seconds, 0)
+    return done * 6 * batch * dim * BLOCK_ROWS / (time.perf_counter() - began)
+
+
+def _measure_on_all_ranks(spec: BenchmarkSpec) -> list[float]:
+    """Of all ranks at the same time: products shared by threads, and one for each thread."""
+    if spec.ranks > 1:
+        dist.barrier()
+    speeds = torch.tensor(
+        [measure_products(spec.batch, spec.dim, together=together) for together in (False, True)], dtype=torch.float64
+    )
+    if spec.ranks > 1:
+        dist.all_reduce(speeds)
+    return speeds.tolist()
 
 
 def run_rank(rank: int, spec: BenchmarkSpec, folder: Path) -> None:
@@ -76,7 +109,7 @@ def run_rank(rank: int, spec: BenchmarkSpec, folder: Path) -> None:
     result: dict[str, Any] = {"initialise_seconds": time.perf_counter() - began, "steps": []}
     share = slice(rank * spec.batch // spec.ranks, (rank + 1) * spec.batch // spec.ranks)
     generator = torch.Generator().manual_seed(spec.seed)
-    result["sgemm_flops_per_s"] = spec.ranks * measure_products(spec.batch, spec.dim)
+    products = [_measure_on_all_ranks(spec)]
     for number in range(spec.steps):
         features = torch.randn((spec.batch, spec.dim), generator=generator)[share].requires_grad_()
         labels = torch.randint(0, spec.classes, (spec.batch,), generator=generator)[share]
@@ -91,6 +124,8 @@ def run_rank(rank: int, spec: BenchmarkSpec, folder: Path) -> None:
             print(
                 f"step {number + 1} of {spec.steps}: {seconds:.2f} s, loss {float(loss.detach()):.4f}", file=sys.stderr
             )
+    products.append(_measure_on_all_ranks(spec))
+    result["sgemm_flops_per_s"], result["threaded_sgemm_flops_per_s"] = (max(of) for of in zip(*products, strict=True))
     if spec.checkpoint is not None:
         began = time.perf_counter()
         save_checkpoint(head, spec.checkpoint, head.step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from .errors import HeadError
 from .margins import margin_from
 from .rounding import RandomBits, round_stochastic
 from .row_rules import SGD, RowRule
-from .streamed_softmax import Batch, Block, Streamer, TabletSums
+from .streamed_softmax import Batch, Block, Kept, Streamer, TabletSums
 from .tablets import BLOCK_ROWS, ROWS, Tablet, TabletLayout
+from .threads import run_tablets
 
 STORAGE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FIXED_POINT_BITS = 60
@@ -27,8 +29,8 @@ class ShardedMarginHead(nn.Module):
     """Margin softmax over `classes` unit rows: forward(features, labels) -> the global mean loss over valid labels.
 
     Guarantee: loss, feature gradients and rows equal those of the dense layer (`compute_dense_loss`) up to rounding,
-    and are bitwise equal for any number of ranks with the same global batch in the order of ranks, on one machine type
-    with one number of threads a rank.
+    and are bitwise equal for any number of ranks and threads with the same global batch in the order of ranks, on one
+    machine type. While it computes, torch's operations go on one thread each, in as many threads as torch had.
 
     Args:
         classes: of all ranks together.
@@ -197,12 +199,23 @@ class _Pass:
         self.batch = Batch(unit=unit64.to(head.compute_dtype), unit64=unit64, labels=self.labels)
         self.valid = self.labels >= 0
         self.count = int(self.valid.sum())
-        self.streamer = Streamer(self.batch, head.margin, head.scale, head.layout.block_rows)
+        kept = Kept(inverses={}, cosines={})
+        # On an accelerator one thread keeps the queue of kernels full.
+        threads = torch.get_num_threads() if everything.device.type == "cpu" else 1
+        self.streamers = [
+            Streamer(self.batch, head.margin, head.scale, head.layout.block_rows, kept)
+            for _ in range(max(1, min(threads, len(head.tablets))))
+        ]
         self.normaliser, self.loss = self._measure(head, keep)
 
     def _measure(self, head: ShardedMarginHead, keep: bool) -> tuple[Tensor, Tensor]:
         began = time.perf_counter()
-        sums: list[TabletSums] = [self.streamer.measure(rows, tablet, keep=keep) for tablet, rows in head.own_rows()]
+
+        def measure(streamer: Streamer, item: tuple[Tablet, Tensor]) -> TabletSums:
+            tablet, rows = item
+            return streamer.measure(rows, tablet, keep=keep)
+
+        sums = run_tablets(measure, head.own_rows(), self.streamers)
         shape = (0, 3, len(self.labels))
         mine = torch.stack([s.stacked() for s in sums]) if sums else self.batch.unit64.new_zeros(shape)
         measured = time.perf_counter()
@@ -274,45 +287,62 @@ def _descend(head: ShardedMarginHead, first: _Pass) -> tuple[Tensor, Tensor | No
     weight = 1 / first.count
     # |sum of P w^| <= 1 for each sample: what is added is at most this.
     unit_of_sum = 2.0**FIXED_POINT_BITS / (head.scale * weight)
-    fixed = torch.zeros(first.batch.unit64.shape, dtype=torch.int64, device=normaliser.device)
-    owns = torch.zeros_like(first.batch.unit64)
     gradient = torch.zeros_like(head.rows) if head.rule is None else None
     began = time.perf_counter()
-    writer = None if head.rule is None else _Writer(head, head.rule, first.streamer)
-    at = 0
-    with torch.no_grad():
-        for (tablet, rows), (_, state) in zip(head.own_rows(), head.own_state(), strict=True):
-            target = gradient[at : at + len(rows)] if gradient is not None else None
-            at += len(rows)
-            others = torch.zeros_like(first.batch.unit)
-            for block, pull, coefficient in first.streamer.descend(rows, tablet, normaliser, weight, others, owns):
-                part = slice(block.first, block.first + len(block.rows))
-                if target is not None:
-                    target[part] = first.streamer.gradient_of(block, pull, coefficient)
-                elif writer is not None:
-                    writer.write(tablet, block, pull, coefficient, rows[part], state[part])
-            fixed += (others.double() * unit_of_sum).round_().long()
+    writer = None if head.rule is None else _Writer(head, head.rule)
+    sums = [_GradientSums.like(first.batch.unit64) for _ in first.streamers]
+
+    def descend(workspace: tuple[Streamer, _GradientSums], item: tuple[Tablet, Tensor, Tensor, int]) -> None:
+        (streamer, sums), (tablet, rows, state, at) = workspace, item
+        others = torch.zeros_like(first.batch.unit)
+        for block, pull, coefficient in streamer.descend(rows, tablet, normaliser, weight, others, sums.owns):
+            part = slice(block.first, block.first + len(block.rows))
+            if gradient is not None:
+                gradient[at:][part] = streamer.gradient_of(block, pull, coefficient)
+            elif writer is not None:
+                writer.write(streamer, tablet, block, pull, coefficient, rows[part], state[part])
+        sums.fixed += (others.double() * unit_of_sum).round_().long()
+
+    items = [
+        (tablet, rows, state, at)
+        for (tablet, rows), (_, state), at in zip(head.own_rows(), head.own_state(), head._starts(), strict=True)
+    ]
+    run_tablets(descend, items, list(zip(first.streamers, sums, strict=True)))
     if head.rule is not None:
         head.step += 1
     descended = time.perf_counter()
     head.seconds["second"] = descended - began
-    total = head.ranks.add(fixed).double() / unit_of_sum + head.ranks.add(owns)
+    fixed = head.ranks.add(sum(part.fixed for part in sums[1:]) + sums[0].fixed)
+    total = fixed.double() / unit_of_sum + head.ranks.add(sum(part.owns for part in sums[1:]) + sums[0].owns)
     head.seconds["exchange"] += time.perf_counter() - descended
     return total, gradient
 
 
-class _Writer:
-    """Moves a block of rows by the rule, rounds it, stores it."""
+@dataclass(slots=True, kw_only=True)
+class _GradientSums:
+    """One thread's part of the gradient for x^, (B, D), which adds to the others' in any order."""
 
-    def __init__(self, head: ShardedMarginHead, rule: RowRule, streamer: Streamer) -> None:
-        self._rule, self._streamer, self._storage = rule, streamer, head.storage
-        self._half = head.storage in (torch.float16, torch.bfloat16)
-        width = max(1, rule.state_width(head.dim) // head.dim)
-        most = head.layout.block_rows * head.dim * (1 + width)
-        self._bits = RandomBits(head.seed, head.step, most, head.storage) if self._half else None
+    fixed: Tensor
+    """From rows of other classes, in fixed point."""
+    owns: Tensor
+    """From own rows: of each sample, all threads but one have zeros."""
+
+    @classmethod
+    def like(cls, unit64: Tensor) -> _GradientSums:
+        return cls(fixed=torch.zeros_like(unit64, dtype=torch.int64), owns=torch.zeros_like(unit64))
+
+
+class _Writer:
+    """Moves blocks of rows by the rule, rounds them, stores them; any thread's."""
+
+    def __init__(self, head: ShardedMarginHead, rule: RowRule) -> None:
+        self._rule, self._storage = rule, head.storage
+        half = head.storage in (torch.float16, torch.bfloat16)
+        self._bits = RandomBits(head.seed, head.step, head.storage) if half else None
 
     def write(
         self,
+        streamer: Streamer,
         tablet: Tablet,
         block: Block,
         pull: Tensor,
@@ -323,21 +353,20 @@ class _Writer:
         wide = block.rows
         moments = state.to(wide.dtype) if state.shape[1] else state
         if isinstance(self._rule, SGD) and not self._rule.weight_decay:
-            # w - lr g at once: w (1 + lr c) - lr G^T x^
-            wide.mul_(1 + self._rule.lr * coefficient[:, None])
-            wide.addmm_(pull.T, self._streamer.unit, alpha=-self._rule.lr)
+            # w - lr g at once: w (1 + lr c) - lr G^T x^. Most blocks have all c below 1e-7: their factors round to 1.
+            factors = 1 + self._rule.lr * coefficient
+            if not (factors == 1).all():
+                wide.mul_(factors[:, None])
+            wide.addmm_(pull, streamer.unit, alpha=-self._rule.lr)
         else:
-            gradient = self._streamer.gradient_of(block, pull, coefficient)
+            gradient = streamer.gradient_of(block, pull, coefficient)
             self._rule.update(wide, gradient, moments)
         if self._bits is None:
             rows.copy_(wide)
             state.copy_(moments)
             return
-        count, more = wide.numel(), moments.numel()
-        words = self._bits.words(tablet.index, block.index, count + more)
-        shifts = self._bits.shifts(tablet.index, block.index, count + more)
-        round_stochastic(wide, words[:count], None if shifts is None else shifts[:count], rows)
-        if state.dtype == self._storage and more:
-            round_stochastic(moments, words[count:], None if shifts is None else shifts[count:], state)
+        round_stochastic(wide, rows, self._bits, tablet.index, block.index, 0)
+        if state.dtype == self._storage and state.shape[1]:
+            round_stochastic(moments, state, self._bits, tablet.index, block.index, 1)
         else:
             state.copy_(moments)

@@ -9,11 +9,11 @@ import torch
 
 from ...tiler.memory import MB, format_bytes
 from .errors import HeadMemoryError
-from .rounding import POOL
+from .rounding import PART, POOL
 from .row_rules import RowRule
 from .tablets import TabletLayout
 
-PROCESS_BYTES = 330 * MB
+PROCESS_BYTES = 420 * MB
 """A process with torch and its threads' scratch, before the layer; measured, see docs/faceid.md."""
 
 
@@ -31,7 +31,7 @@ class HeadPlan:
     """Of the rank that has most, as the two next."""
     state_bytes: int
     buffer_bytes: int
-    """Blocks, logits, random words, the batch and its sums; with kept cosines, those too."""
+    """Of each thread a block, its logits and sums; random words, the batch, the rows' lengths; kept cosines."""
     process_bytes: int
     flops: int
     """Of one step on all ranks: products of matrices only."""
@@ -105,6 +105,7 @@ def plan_head(
     *,
     batch: int,
     ranks: int = 1,
+    threads: int = 1,
     storage: torch.dtype = torch.float16,
     rule: RowRule | None = None,
     keep_cosines: bool = False,
@@ -113,6 +114,7 @@ def plan_head(
 
     Args:
         batch: samples of all ranks in one step.
+        threads: of each rank.
         rule: None: rows are a Parameter with a gradient, and its optimiser is not counted.
     """
     layout = TabletLayout(classes=classes, ranks=ranks)
@@ -121,14 +123,16 @@ def plan_head(
     block = layout.block_rows * dim
     width = rule.state_width(dim) if rule is not None else 0
     state = rows * width * (rule.state_dtype(storage).itemsize if rule is not None else 0)
-    buffers = 2 * block * wide  # rows and gradient
-    buffers += 4 * batch * layout.block_rows * wide  # cosines, logits and what is made of them
-    buffers += batch * dim * (2 * wide + 6 * 8)  # the batch, its sums in float64 and in fixed point
+    thread = 2 * block * wide  # rows and gradient
+    thread += 4 * batch * layout.block_rows * wide  # cosines, logits and what is made of them
+    thread += batch * dim * (2 * wide + 3 * 8)  # the tablet's sums, in float64 and in fixed point
+    thread += layout.block_rows * width * wide
+    buffers = threads * thread
+    buffers += batch * dim * (2 * wide + 6 * 8)  # the batch, and the sums of all
     buffers += 3 * 8 * batch * (layout.count + max(1, layout.count // ranks))
+    buffers += rows * wide  # lengths of rows, from pass to pass
     if item == 2:
-        buffers += 4 * (POOL + 2 * block) + 4 * block * wide  # random words; rounding's own
-    if width:
-        buffers += layout.block_rows * width * wide
+        buffers += 4 * (POOL + PART)
     if keep_cosines:
         buffers += batch * rows * wide
     passes = 6 if keep_cosines else 8

@@ -1,7 +1,8 @@
 """Tablets: the classes cut into runs of a fixed number of rows, and which rank owns which.
 
-A tablet is the unit of ownership, of random streams, of partial sums and of checkpoint files. Its size depends on
-neither the number of classes nor that of ranks, so that sums over tablets in their order are the same for any ranks.
+A tablet is the unit of ownership, of threads' work, of random streams, of partial sums and of checkpoint files. Its
+size depends on neither the number of classes nor that of ranks, so that sums over tablets in their order are the same
+for any ranks.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 
 from .errors import HeadError
 
-ROWS = 65_536
-"""Of a tablet: 67 MB at 512 half-precision numbers a row."""
+ROWS = 16_384
+"""Of a tablet: 17 MB at 512 half-precision numbers a row; enough of them to keep many threads busy."""
 BLOCK_ROWS = 4096
 """Rows that are computed at once. Products of matrices are added in an order that depends on their shapes, so blocks
 are fixed, and the last one of a tablet is padded to the full size."""

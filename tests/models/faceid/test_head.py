@@ -11,6 +11,7 @@ from outsize.models.faceid.head import ShardedMarginHead
 from outsize.models.faceid.margins import Margin, margin_from
 from outsize.models.faceid.reference import compute_dense_loss
 from outsize.models.faceid.row_rules import SGD, Momentum, RowRMS, RowRule
+from outsize.models.faceid.threads import run_tablets
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -194,6 +195,47 @@ def test_row_rms_keeps_one_number_a_row() -> None:
         head(features.requires_grad_(), labels).backward()
         assert (head.dense_weight() - weight).abs().max() < 1e-10
     assert head.state.shape == (24, 1)
+
+
+@pytest.mark.parametrize("rule", [SGD(lr=0.5), Momentum(lr=0.2), RowRMS(lr=0.01)], ids=str)
+def test_threads_do_not_change_a_bit(rule: RowRule) -> None:
+    found: list[tuple[float, Tensor, Tensor]] = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3, 20):
+        torch.set_num_threads(count)
+        try:
+            head = make_head(101, rule=rule, storage=torch.float16)
+            features, labels = make_batch(101, 13)
+            features = features.float().requires_grad_()
+            loss = head(features, labels)
+            loss.backward()
+            assert torch.get_num_threads() == count
+        finally:
+            torch.set_num_threads(threads)
+        assert features.grad is not None
+        found.append((float(loss.detach()), features.grad, head.rows))
+    for loss, gradient, rows in found[1:]:
+        assert loss == found[0][0]
+        assert torch.equal(gradient, found[0][1])
+        assert torch.equal(rows, found[0][2])
+
+
+def test_an_error_in_one_thread_stops_all_and_is_raised() -> None:
+    seen: list[int] = []
+
+    def work(name: str, item: int) -> int:
+        seen.append(item)
+        if item == 3:
+            raise HeadError(f"{name} fails")
+        return item * item
+
+    threads = torch.get_num_threads()
+    with pytest.raises(HeadError, match="fails"):
+        run_tablets(work, list(range(1000)), ["a", "b"])
+    assert len(seen) < 1000
+    assert torch.get_num_threads() == threads
+    assert run_tablets(work, [5, 6, 7], ["a", "b"]) == [25, 36, 49]
+    assert run_tablets(work, [], ["a"]) == []
 
 
 def test_rows_learn_from_a_frozen_backbone_too() -> None:

@@ -11,10 +11,8 @@ HALVES = [torch.float16, torch.bfloat16]
 
 
 def round_once(values: torch.Tensor, dtype: torch.dtype, step: int) -> torch.Tensor:
-    bits = RandomBits(3, step, values.numel(), dtype)
     out = torch.empty(values.shape, dtype=dtype)
-    count = values.numel()
-    round_stochastic(values.clone(), bits.words(0, 0, count), bits.shifts(0, 0, count), out)
+    round_stochastic(values.clone(), out, RandomBits(3, step, dtype), 0, 0)
     return out
 
 
@@ -30,8 +28,9 @@ def neighbours(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, 
 
 @pytest.fixture(autouse=True)
 def _small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few words are drawn for each of many steps."""
+    """Few words are drawn for each of many steps; values take several parts."""
     monkeypatch.setattr(rounding, "POOL", 1 << 12)
+    monkeypatch.setattr(rounding, "PART", 64)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -73,17 +72,22 @@ def test_tiny_steps_move_rows_on_average_where_nearest_rounding_stands_still() -
     assert abs(float(row.double().mean()) - (start - 100 * step)) < 7e-7
 
 
-def test_words_are_a_function_of_seed_step_tablet_and_block() -> None:
-    bits = RandomBits(1, 2, 100, torch.bfloat16)
-    words = bits.words(3, 4, 100)
-    assert torch.equal(words, RandomBits(1, 2, 100, torch.bfloat16).words(3, 4, 100))
-    for other in (
-        RandomBits(0, 2, 100, torch.bfloat16).words(3, 4, 100),
-        RandomBits(1, 3, 100, torch.bfloat16).words(3, 4, 100),
-    ):
-        assert not torch.equal(words, other)
-    for tablet, block in ((3, 5), (4, 4), (4, 3)):
-        assert not torch.equal(words, bits.words(tablet, block, 100))
-    many = bits.words(0, 0, 100)
-    assert int(many.min()) >= 0
-    assert int(many.max()) < 1 << 16
+def test_words_are_a_function_of_seed_step_and_place() -> None:
+    def draw(seed: int, step: int, *place: int) -> torch.Tensor:
+        words, shift = RandomBits(seed, step, torch.float16).draw(*place)
+        assert int(words.min()) >= 0
+        assert int(words.max()) < 1 << 13
+        assert abs(shift) < 2.0**-25
+        return torch.cat([words.double(), torch.tensor([shift], dtype=torch.float64)])
+
+    found = draw(1, 2, 3, 4)
+    assert torch.equal(found, draw(1, 2, 3, 4))
+    for other in (draw(0, 2, 3, 4), draw(1, 3, 3, 4), draw(1, 2, 3, 5), draw(1, 2, 4, 4), draw(1, 2, 4, 3)):
+        assert not torch.equal(found[:-1], other[:-1])
+        assert found[-1] != other[-1]
+
+
+def test_parts_of_a_block_have_words_of_their_own() -> None:
+    """The same value in all places: what it becomes does not repeat from part to part."""
+    rounded = round_once(torch.full((64 * 50,), 0.3001), torch.float16, 0).reshape(50, 64)
+    assert len({tuple(row.tolist()) for row in rounded}) == 50

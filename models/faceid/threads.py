@@ -1,0 +1,66 @@
+"""Threads of one rank: each works on whole tablets, with torch's own operations on one thread.
+
+Elementwise work of one tablet then runs beside another's products, and no result depends on the number of threads, as
+it would if one product were cut among them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Workspace = TypeVar("Workspace")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@contextmanager
+def _torch_on_one_thread() -> Iterator[None]:
+    """For the whole process, as torch's number of threads is."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run_tablets(
+    work: Callable[[Workspace, Item], Result], items: list[Item], workspaces: list[Workspace]
+) -> list[Result]:
+    """work(workspace, item) for each item, in a thread for each workspace; the results in the order of items.
+
+    Raises:
+        whatever `work` raised first, when all threads have stopped.
+    """
+    results: dict[int, Result] = {}
+    left = deque(enumerate(items))
+
+    def run(workspace: Workspace) -> None:
+        torch.set_num_threads(1)  # of products, each calling thread has a number of its own
+        with torch.no_grad():  # of which each thread has a switch of its own
+            while True:
+                try:
+                    place, item = left.popleft()
+                except IndexError:
+                    return
+                try:
+                    results[place] = work(workspace, item)
+                except BaseException:
+                    left.clear()
+                    raise
+
+    crew = workspaces[: len(items)]
+    with _torch_on_one_thread():
+        if len(crew) == 1:
+            run(crew[0])
+        elif crew:
+            with ThreadPoolExecutor(len(crew), thread_name_prefix="tablets") as pool:
+                for future in [pool.submit(run, workspace) for workspace in crew]:
+                    future.result()
+    return [results[place] for place in range(len(items))]
