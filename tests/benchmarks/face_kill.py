@@ -77,9 +77,9 @@ def main() -> None:
     generation = load_checkpoint(head, options.folder)
     loaded, after = time.perf_counter() - began, step(head, move=False)
     print(
-        f"{options.classes:,} classes x {DIM}: generation 0 saved in {saved:.1f} s; generation 1 killed after {written} "
-        f"tablets; complete generations {[g.step for g in list_generations(options.folder)]}; generation "
-        f"{generation.step} loaded in {loaded:.1f} s; loss {before!r} before, {after!r} after"
+        f"{options.classes:,} classes x {DIM}: generation 0 saved in {saved:.1f} s; generation 1 killed after "
+        f"{written} tablets; complete generations {[g.step for g in list_generations(options.folder)]}; generation "
+        f"{generation.step} loaded in {loaded:.1f} s; loss {before!r}, then {after!r}"
     )
     if process.returncode != -9 or generation.step != 0 or before != after:
         raise SystemExit("the layer did not survive")
