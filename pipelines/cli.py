@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import tomllib
 import traceback
 from collections.abc import Callable
@@ -437,16 +439,28 @@ def plan(console: Any, src: str, prove: bool, **options: Any) -> None:
 @_writing
 @_cluster
 @_option("--no-resume", is_flag=True, help="Refuse an existing output instead of continuing it.")
+@_option("--retry-failed", is_flag=True, help="Also try tiles again that failed in an earlier call.")
+@_option(
+    "--tile-timeout",
+    type=click.FloatRange(1),
+    default=300.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="A worker that does not answer for so long is restarted, and its tile tried alone at the end; never less than "
+    "20 times the longest tile.",
+)
 @_overwrite
 @click.pass_obj
 def segment(console: Any, src: str, out: Path, no_resume: bool, overwrite: bool, **options: Any) -> None:
-    """Segment a raster into OUT, a Zarr store. The same command continues a run that was interrupted.
+    """Segment a raster into OUT, a Zarr store. The same command continues a run that was interrupted. Tiles that fail
+    become nodata and are listed (exit code 3).
 
     \b
     outsize segment scene.tif map.zarr
     outsize segment scene.zarr map.zarr --output probability --memory 4GB
     outsize segment scene.tif part.zarr --region 1000,2000,4096,4096
     outsize segment landsat.tif map.zarr --bands 3,2,1,4 --nodata -9999
+    outsize segment scene.tif map.zarr --retry-failed
     outsize segment scene.zarr map.zarr --scheduler tcp://10.0.0.5:8786
     """
     from .segment import run_segment
@@ -458,6 +472,8 @@ def segment(console: Any, src: str, out: Path, no_resume: bool, overwrite: bool,
         _cluster_options(options),
         resume=not no_resume,
         overwrite=overwrite,
+        retry_failed=options["retry_failed"],
+        patience=options["tile_timeout"],
         zarr_format=2 if options["zarr_format"] == "2" else 3,
         space_check=not options["no_space_check"],
     )
@@ -689,6 +705,9 @@ def _global_first(arguments: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """The `outsize` command."""
     words = _global_first(sys.argv[1:] if arguments is None else arguments)
+    if threading.current_thread() is threading.main_thread():
+        # What batch systems and shutting down send first: as Ctrl-C, so that the run says how to go on.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     debug = "--debug" in words or bool(os.environ.get("OUTSIZE_DEBUG"))
     try:
         cli.main(words, prog_name="outsize", standalone_mode=False)

@@ -162,6 +162,8 @@ def run_segment(
     *,
     resume: bool,
     overwrite: bool,
+    retry_failed: bool = False,
+    patience: float = 300.0,
     zarr_format: ZarrFormat = 3,
     space_check: bool = True,
 ) -> RunSummary:
@@ -193,6 +195,8 @@ def run_segment(
             space_check=space_check,
             resume=resume,
             overwrite=overwrite,
+            retry_failed=retry_failed,
+            patience=patience,
             listener=listener,
         )
     finally:
@@ -207,9 +211,9 @@ def run_segment(
 
 
 def _sentence(summary: RunSummary, out: Path) -> str:
+    failed = f", {len(summary.failed_tiles)} FAILED (--retry-failed tries them again)" if summary.failed_tiles else ""
     if not summary.tiles:
-        return f"{out}: nothing to do, all {summary.resumed_tiles} tiles are there"
-    failed = f", {len(summary.failed_tiles)} FAILED" if summary.failed_tiles else ""
+        return f"{out}: nothing to do, all {count_of(summary.resumed_tiles, 'tile')} are there{failed}"
     return (
         f"{out}: {summary.pixels / 1e6:.1f} Mpx in {format_seconds(summary.seconds)} "
         f"({summary.mpx_per_s:.2f} Mpx/s, start-up {format_seconds(summary.startup_s)}), "
@@ -231,9 +235,11 @@ class _Listener:
 
     def __call__(self, event: Event) -> None:
         match event:
-            case RunPlanned(plan=plan, resumed=resumed, pixels=pixels):
+            case RunPlanned(plan=plan, resumed=resumed, pixels=pixels, died=died):
                 self._console.remark(plan.explain())
                 self._pixels = pixels
+                if died:
+                    self._console.remark(f"resume    the run before died: {died}")
                 if resumed:
                     self._console.remark(f"resume    {resumed} of {len(plan.grid)} tiles are there already")
             case MemoryProbed():

@@ -10,16 +10,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dask import config
 from distributed import Client, LocalCluster
 from distributed.security import Security
 
 from .errors import TilerError
+from .records import log
 
 
 class ClusterError(TilerError):
     """A scheduler that cannot be reached."""
+
+
+WORKER_DEATH_TIMEOUT = "60s"
+"""After which a worker without its scheduler ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,22 +107,45 @@ def open_client(options: ClusterOptions, *, workers: int, threads: int, gdal_cac
         "distributed.worker.memory.pause": False,
         "distributed.worker.memory.terminate": False,
         "distributed.nanny.pre-spawn-environ": worker_environment(gdal_cache_bytes),
+        # A cell whose worker dies twice is set aside and tried alone; more deaths beside others only cost time.
+        "distributed.scheduler.allowed-failures": 1,
     }
     with config.set(settings):
         if not options.processes:
             os.environ.setdefault("GDAL_CACHEMAX", worker_environment(gdal_cache_bytes)["GDAL_CACHEMAX"])
-        with _quiet_main(), _interrupts_ignored():
-            local = LocalCluster(
-                n_workers=workers if options.processes else 1,
-                threads_per_worker=threads,
-                processes=options.processes,
-                host="127.0.0.1",
-                dashboard_address=options.dashboard_address,  # pyright: ignore[reportArgumentType] - None: no dashboard
-                memory_limit=0,
-                silence_logs=40,
-            )
-        with local as cluster, Client(cluster) as client:
+        with _start_local(options, workers, threads) as cluster, Client(cluster) as client:
             yield client
+
+
+STARTS = 3
+"""Attempts to start workers: one that dies in its first second takes its cluster with it."""
+
+
+def _start_local(options: ClusterOptions, workers: int, threads: int) -> LocalCluster:
+    """Workers on this machine.
+
+    Raises:
+        ClusterError: they do not stay alive.
+    """
+    of_processes: dict[str, Any] = {"death_timeout": WORKER_DEATH_TIMEOUT} if options.processes else {}
+    reason = ""
+    for _ in range(STARTS):
+        try:
+            with _quiet_main(), _interrupts_ignored():
+                return LocalCluster(
+                    n_workers=workers if options.processes else 1,
+                    threads_per_worker=threads,
+                    processes=options.processes,
+                    host="127.0.0.1",
+                    dashboard_address=options.dashboard_address,  # pyright: ignore[reportArgumentType] - None: none
+                    memory_limit=0,
+                    silence_logs=40,
+                    **of_processes,
+                )
+        except RuntimeError as error:
+            reason = (str(error).strip().splitlines() or [""])[0]
+            log.warning("workers did not start: %s", reason)
+    raise ClusterError(f"workers die as they start, {STARTS} times now ({reason}); is there enough memory?")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ class TileRecord:
     write_s: float
     worker: str
     error: str = ""
+    chunks: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """By path in the store: bytes and hash, as they were flushed to the disk before this record was made."""
 
     @classmethod
     def failure(cls, row: int, column: int, pixels: int, error: str, worker: str = "") -> TileRecord:
@@ -54,6 +56,8 @@ class RunPlanned:
     """Tiles that are already there."""
     pixels: int
     """Core pixels of the tiles that this run has to do."""
+    died: str | None = None
+    """The run before this one, where it did not end by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

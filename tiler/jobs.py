@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
+import socket
+import sys
 from typing import Any, Protocol
 
 from distributed import Worker, WorkerPlugin
@@ -35,14 +40,31 @@ class JobPlugin(WorkerPlugin):
     def __init__(self, job: Job) -> None:
         self.job = job
         self.name = f"outsize-{job.run_id}"
+        self._starter = (socket.gethostname(), os.getpid())
 
     def setup(self, worker: Worker) -> None:  # noqa: ARG002 - Dask's signature
+        if (socket.gethostname(), os.getppid()) == self._starter:
+            _die_with_parent()
         _RUNNERS[self.job.run_id] = self.job.open()
 
     def teardown(self, worker: Worker) -> None:  # noqa: ARG002
         runner = _RUNNERS.pop(self.job.run_id, None)
         if runner is not None:
             runner.close()
+
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when its parent has died."""
+
+
+def _die_with_parent() -> None:
+    """A worker that this command started must not outlive it. Dask's workers notice a closed pipe, in a thread that
+    waits for the interpreter; the kernel does not wait."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died just before
+            os._exit(1)
 
 
 def runner_of(run_id: str) -> Any:

@@ -160,6 +160,22 @@ class TilePlan:
         """Plain values; `from_json` gives the same plan."""
         return json.loads(json.dumps(asdict(self)))
 
+    def summarise(self) -> dict[str, Any]:
+        """What a list of runs says of a plan; the whole plan stands in the output."""
+        return {
+            "raster_shape": list(self.raster_shape),
+            "region": list(self.region),
+            "core": list(self.core),
+            "halo": str(self.halo),
+            "method": self.method,
+            "engine": self.engine,
+            "workers": self.workers,
+            "threads": self.threads,
+            "tiles": len(self.grid),
+            "memory_budget_bytes": self.memory_budget_bytes,
+            "predicted_peak_bytes": self.memory.total_bytes,
+        }
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TilePlan:
         fields: dict[str, Any] = {

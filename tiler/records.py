@@ -1,14 +1,22 @@
-"""The run's folder beside an output: which tiles are done, who is writing, what happened."""
+"""The run's folder beside an output: which tiles are done, who writes and wrote, what happened."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import getpass
 import json
 import logging
 import os
 import shutil
+import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO
@@ -32,11 +40,15 @@ def writing(out: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"no space left for {out}; free some and run the same command again") from error
         where = Path(str(error.filename or ""))
-        if where not in (out, *out.parents) and run_folder(out) not in (where, *where.parents):
+        if where not in (out, *out.parents) and not {out, run_folder(out)} & {where, *where.parents}:
             raise
-        if isinstance(error, PermissionError):
-            raise OutputError(f"no permission to write {where}; choose another path") from error
-        raise OutputError(f"{out} cannot be written: {where}: {error.strerror}; choose another path") from error
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            raise OutputError(
+                f"no permission to write {where}; choose another path, or allow it and run the same command again"
+            ) from error
+        raise OutputError(
+            f"{out} cannot be written: {where}: {error.strerror}; when it can, the same command goes on"
+        ) from error
 
 
 class Record(Protocol):
@@ -45,8 +57,56 @@ class Record(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
 
+OWNER, RUNS = "owner.json", "runs.jsonl"
+HEARTBEAT_S = 5.0
+"""How often a run's owner shows that it lives."""
+STALE_S = 60.0
+"""Without a sign for so long, an owner on another machine is taken for dead."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """Who writes, or wrote last, into an output."""
+
+    generation: int
+    """Counts the calls that wrote into this output."""
+    host: str
+    pid: int
+    user: str
+    began: str
+    command: tuple[str, ...]
+    ended: str = ""
+    """When it left; empty: it lives, or died."""
+    how: str = ""
+    """"finished", or what stopped it."""
+    seen: float = 0.0
+    """Seconds since its last sign of life."""
+
+    def __str__(self) -> str:
+        return f"process {self.pid} of {self.user} on {self.host}, begun {self.began}, generation {self.generation}"
+
+
+def read_owner(folder: Path) -> Owner | None:
+    """The last owner of an output's run folder; None where there was none, or its file is damaged."""
+    path = folder / OWNER
+    try:
+        values = json.loads(path.read_text())
+        return Owner(
+            **{**values, "command": tuple(values["command"]), "seen": max(0.0, time.time() - path.stat().st_mtime)}
+        )
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def read_generation(output: str | Path) -> int:
+    """Of the run that owns an output now; 0 where none does. A worker that finds another one than its own writes
+    nothing."""
+    owner = read_owner(run_folder(Path(output)))
+    return owner.generation if owner is not None else 0
+
+
 class RunFolder:
-    """Holds the lock on an output while open, and appends one line a tile to `records.jsonl`."""
+    """Holds an output while open: its lock, its owner's sign of life, and one line a tile in `records.jsonl`."""
 
     def __init__(self, output: Path) -> None:
         self.path = run_folder(output)
@@ -55,23 +115,84 @@ class RunFolder:
         self._records: TextIO | None = None
         self._discarded = False
         self._log: logging.Handler | None = None
+        self._stop = threading.Event()
+        self._heart: threading.Thread | None = None
+        self.owner: Owner | None = None
+        self.before: Owner | None = None
+        """Who wrote last; with an empty `ended` it died."""
+        self.result: dict[str, Any] = {}
+        """What the list of runs is to say of this one."""
 
     def __enter__(self) -> RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise OutputError(f"{self._output} is being written by another run (lock {self.path / 'lock'})") from None
+        self._acquire()
         self._log = logging.FileHandler(self.path / "log", delay=True)
         self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._log)
+        self.owner = Owner(
+            generation=(self.before.generation if self.before else 0) + 1,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            user=_user(),
+            began=_now(),
+            command=tuple(sys.argv),
+        )
+        self._write_owner(self.owner)
+        self._heart = threading.Thread(target=self._beat, name="run owner", daemon=True)
+        self._heart.start()
+        log.info("generation %d begins", self.owner.generation)
+        if self.before is not None and not self.before.ended:
+            log.warning("%s died", self.before)
         return self
+
+    def _acquire(self) -> None:
+        """The file system's lock, which dies with its process; and, where another machine may not see that, the sign
+        of life."""
+        refusal = OutputError(f"{self._output} is being written by another run (lock {self.path / 'lock'})")
+        held = True
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            held = False
+        except NotImplementedError:
+            log.warning("the file system of %s has no locks", self.path)
+        self.before = read_owner(self.path)
+        other = self.before
+        if other is not None and not other.ended:
+            if not held:
+                refusal = OutputError(
+                    f"{self._output} is being written by another run: {other}, last sign of life {other.seen:.0f} s ago"
+                )
+            elif other.host != socket.gethostname() and other.seen < STALE_S:
+                self._lock.release()
+                held = False
+                refusal = OutputError(
+                    f"{self._output} was being written {other.seen:.0f} s ago by {other}; if that is dead, try again "
+                    f"in {STALE_S - other.seen:.0f} s"
+                )
+        if not held:
+            raise refusal
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
+            with contextlib.suppress(OSError):
+                os.utime(self.path / OWNER)
+
+    def _write_owner(self, owner: Owner) -> None:
+        values = asdict(owner)
+        del values["seen"]
+        fresh = self.path / f"{OWNER}.new"
+        fresh.write_text(json.dumps(values))
+        fresh.replace(self.path / OWNER)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
             log.error("stopped: %s: %s", type(error).__name__, error)
+        self._stop.set()
+        if self._heart is not None:
+            self._heart.join()
         if self._records is not None:
             self._records.close()
         if self._log is not None:
@@ -80,7 +201,26 @@ class RunFolder:
         if self._discarded or (not self._output.exists() and not self._file.exists()):
             # Nothing was begun, or nothing is worth keeping: leave nothing behind.
             shutil.rmtree(self.path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):  # a full or vanished disk must not hide what stopped the run
+                self._sign_off("finished" if error is None else f"{type(error).__name__}: {error}".rstrip(": "))
         self._lock.release()
+
+    def _sign_off(self, how: str) -> None:
+        """Say that this run left, and keep what is known of it."""
+        assert self.owner is not None
+        owner = replace(self.owner, ended=_now(), how=how)
+        values = asdict(owner)
+        del values["seen"]
+        with (self.path / RUNS).open("a") as runs:
+            runs.write(json.dumps({**values, **self.result}) + "\n")
+        self._write_owner(owner)
+
+    @property
+    def generation(self) -> int:
+        """Of this run among those that wrote into the output."""
+        assert self.owner is not None
+        return self.owner.generation
 
     @property
     def _file(self) -> Path:
@@ -134,6 +274,18 @@ def remove_output(output: Path) -> None:
             shutil.rmtree(doomed)
         output.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def _user() -> str:
+    """The name, or the number where a container has none."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 log = logging.getLogger("outsize.run")

@@ -55,8 +55,9 @@ from .store import (
     NODATA,
     OutputDescription,
     ZarrFormat,
+    chunks_of,
     create_output,
-    has_all_chunks,
+    find_chunk_fault,
     open_array,
     output_nodata,
     read_header,
@@ -145,6 +146,8 @@ def predict(
     space_check: bool = True,
     resume: bool = True,
     overwrite: bool = False,
+    retry_failed: bool = False,
+    patience: float = 300.0,
     listener: Listener | None = None,
 ) -> RunSummary:
     """Run a network over a whole raster, tile by tile on Dask, into a Zarr store of output format 1.
@@ -165,6 +168,8 @@ def predict(
         space_check: refuse an output that might not fit on the disk.
         resume: continue an output whose fingerprint agrees; False: refuse an existing output.
         overwrite: replace an existing output.
+        retry_failed: also do tiles again that failed in an earlier call; they hold nodata otherwise.
+        patience: seconds before a worker that does not answer is restarted, and its tile set aside.
         listener: called with every event.
 
     Returns:
@@ -210,10 +215,18 @@ def predict(
             else:
                 plan = _continue(out, fingerprint, resume=resume, budget=parse_bytes(memory), core=core)
                 records = folder.read()
-            todo = [at for at in plan.order() if not _is_done(out, description.kind, plan, at, records)]
-            resumed = len(plan.grid) - len(todo)
+            kept = keep_tiles(out, plan, description.kind, records, folder, retry_failed=retry_failed)
+            todo = [at for at in plan.order() if at not in kept]
+            resumed = len(kept)
             pixels = sum(plan.grid.window(*at).pixels for at in todo)
-            tell(RunPlanned(plan=plan, resumed=resumed, pixels=pixels))
+            tell(
+                RunPlanned(
+                    plan=plan,
+                    resumed=resumed,
+                    pixels=pixels,
+                    died=str(folder.before) if folder.before is not None and not folder.before.ended else None,
+                )
+            )
             run = _Run(
                 raster=raster,
                 network=network,
@@ -227,6 +240,7 @@ def predict(
                 folder=folder,
                 meter=meter,
                 tell=tell,
+                patience=patience,
             )
             if todo:
                 run.convert()
@@ -243,7 +257,7 @@ def predict(
                 with opened as connected:
                     assert connected is not None
                     run.execute(connected, todo)
-            run.finish(records)
+            run.finish(kept)
             began = run.began or time.perf_counter()
             pixels = sum(record.pixels for record in run.records if record.state == "done")
             seconds = (run.ended or began) - began
@@ -258,11 +272,12 @@ def predict(
                 predicted_peak_bytes=plan.memory.total_bytes,
                 tiles=len(todo),
                 resumed_tiles=resumed,
-                failed_tiles=tuple((r.row, r.column, r.error) for r in run.records if r.state == "failed"),
+                failed_tiles=run.failed(kept),
                 start_check=run.check,
                 read_amplification=plan.read_amplification,
                 engine=plan.engine,
             )
+            folder.result = {"versions": _versions(), "plan": plan.summarise(), "summary": summary.to_json()}
             if todo:
                 update_header(out, {"run": summary.to_json()})
             log.info("finished: %s", summary.to_json())
@@ -287,10 +302,11 @@ class _Run:
         folder: RunFolder,
         meter: MemoryMeter,
         tell: Listener,
+        patience: float,
     ) -> None:
         self.raster, self.network, self.plan, self.description = raster, network, plan, description
         self.fill, self.fingerprint, self.out, self.folder = fill, fingerprint, out, folder
-        self.meter, self.tell = meter, tell
+        self.meter, self.tell, self.patience = meter, tell, patience
         self.begins = begins
         self.zarr_format: ZarrFormat = zarr_format
         self.records: list[TileRecord] = []
@@ -338,6 +354,7 @@ class _Run:
             fill=self.fill,
             out=str(self.out),
             array=self.description.kind,
+            generation=self.folder.generation,
         )
         plugin = JobPlugin(spec)
         client.wait_for_workers(1, timeout=120)
@@ -368,10 +385,12 @@ class _Run:
             update_header(self.out, {"start_check": self.check.to_json()})
             pixels_of = {at: self.plan.grid.window(*at).pixels for at in todo}
             pixels, synced = 0, time.monotonic()
-            for (row, column), outcome in run_cells(client, run_id, todo, "tile"):
+            for (row, column), outcome in run_cells(client, run_id, todo, "tile", patience=self.patience):
                 record = outcome
                 if isinstance(outcome, Lost):
                     record = TileRecord.failure(row, column, pixels_of[row, column], outcome.reason)
+                if record.state == "failed":
+                    _require_source(self.raster)
                 self.folder.append(record)
                 self.records.append(record)
                 pixels += record.pixels
@@ -396,10 +415,16 @@ class _Run:
             with contextlib.suppress(Exception):
                 client.unregister_worker_plugin(plugin.name)
 
-    def finish(self, earlier: dict[tuple[int, int], dict[str, Any]]) -> None:
+    def failed(self, kept: dict[tuple[int, int], dict[str, Any]]) -> tuple[tuple[int, int, str], ...]:
+        """(row, column, reason) of all tiles that hold nodata for want of a result, those of earlier calls too."""
+        now = {(r.row, r.column): r.error for r in self.records if r.state == "failed"}
+        before = {at: str(record.get("error", "")) for at, record in kept.items() if record["state"] == "failed"}
+        return tuple((*at, error) for at, error in sorted({**before, **now}.items()))
+
+    def finish(self, kept: dict[tuple[int, int], dict[str, Any]]) -> None:
         """Give failed tiles their nodata, and write the tiles' states."""
         status = np.zeros(self.plan.grid.counts, np.uint8)
-        for (row, column), record in earlier.items():
+        for (row, column), record in kept.items():
             status[row, column] = DONE if record["state"] == "done" else FAILED
         for record in self.records:
             status[record.row, record.column] = DONE if record.state == "done" else FAILED
@@ -532,8 +557,50 @@ def _continue(out: Path, fingerprint: dict[str, Any], *, resume: bool, budget: i
     return plan
 
 
-def _is_done(
-    out: Path, kind: str, plan: TilePlan, at: tuple[int, int], records: dict[tuple[int, int], dict[str, Any]]
-) -> bool:
-    record = records.get(at)
-    return record is not None and record.get("state") == "done" and has_all_chunks(out, kind, plan, plan.tile(*at))
+RECENT_TILES = 64
+"""Of a run that died, whose chunks are read before they are believed."""
+
+
+def keep_tiles(
+    out: Path,
+    plan: TilePlan,
+    kind: str,
+    records: dict[tuple[int, int], dict[str, Any]],
+    folder: RunFolder,
+    *,
+    retry_failed: bool,
+) -> dict[tuple[int, int], dict[str, Any]]:
+    """The records that need no further work: of done tiles whose chunks are as they were written, of failed ones unless
+    they are to be tried again.
+
+    Chunks were flushed before their record was made, so that size and presence tell what was lost since. Of a run that
+    died the last ones are read too.
+    """
+    died = folder.before is not None and not folder.before.ended
+    recent = set(list(records)[-RECENT_TILES:]) if died else set()
+    kept: dict[tuple[int, int], dict[str, Any]] = {}
+    for at, record in records.items():
+        if record.get("state") == "failed":
+            if not retry_failed:
+                kept[at] = record
+            continue
+        chunks = record.get("chunks", {})
+        names = chunks_of(out, kind, plan, plan.tile(*at))
+        faults = [find_chunk_fault(out, name, tuple(chunks.get(name, (0, ""))), read=at in recent) for name in names]
+        fault = next(filter(None, faults), "")
+        if record.get("state") == "done" and not fault:
+            kept[at] = record
+        else:
+            log.warning("tile %d,%d is done again: %s", *at, fault)
+    return kept
+
+
+def _require_source(raster: Raster) -> None:
+    """A tile that fails is one thing; a source that is gone is another, which must not fail all that are left.
+
+    Raises:
+        RasterError: a file of the raster is not there.
+    """
+    for file in (raster.path, *raster.sources, *raster.files):
+        if "://" not in file and not file.startswith("/vsi") and not Path(file).exists():
+            raise RasterError(f"{file} is gone; when it is back, the same command goes on")

@@ -1,76 +1,175 @@
-"""Submission: a bounded number of cells in flight on Dask, records coming back."""
+"""Submission: a bounded number of cells in flight on Dask, records coming back; cells that kill or hang set aside."""
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dask.typing import Key
-from distributed import Client, Future, as_completed
-from distributed.client import FutureCancelledError
+from distributed import Client, Future
+from distributed.client import ClosedClientError, FutureCancelledError
+from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
 
+from .cluster import ClusterError
 from .jobs import run_cell
+from .records import log
 
 QUEUED_PER_THREAD = 2
 """Cells known to the scheduler for each worker thread: enough that none waits for this process."""
+LOOK_EVERY_S = 5.0
+"""How often cells that do not come back are looked for."""
+HANGS_FACTOR = 20
+"""A worker hangs when a cell takes this many times the longest one so far, and at least `patience`."""
+RESTART_S = 30
+"""What a worker gets to restart."""
+
+LOST = "the Dask scheduler was lost; when it is there again, the same command goes on"
 
 Cell = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """In place of a record: the cell's workers died."""
+    """In place of a record: alone on a worker, the cell killed it or did not come back."""
 
     reason: str
 
 
-def run_cells(client: Client, run_id: str, cells: Sequence[Cell], label: str) -> Iterator[tuple[Cell, Any]]:
+def run_cells(
+    client: Client, run_id: str, cells: Sequence[Cell], label: str, *, patience: float = 300.0
+) -> Iterator[tuple[Cell, Any]]:
     """Run a job's cells in the given order; yields (cell, its record) as each ends.
 
     The scheduler never knows more than a few cells a thread, so that its memory does not grow with the raster. A cell
-    whose worker dies is tried again elsewhere by Dask, and becomes `Lost` after
-    `distributed.scheduler.allowed-failures` deaths.
+    whose worker dies is tried again elsewhere by Dask, up to `distributed.scheduler.allowed-failures` deaths; then it,
+    and what shared those workers, is set aside until all others are done, and tried alone. What kills or hangs its
+    worker alone too becomes `Lost`.
 
     Args:
         label: the name of these tasks on Dask's pages.
+        patience: seconds before a worker that does not answer is restarted.
+
+    Raises:
+        ClusterError: the scheduler is gone, or all workers are.
+        whatever a cell raises that is no record: the run cannot go on.
     """
-    threads = max(1, sum(count_threads(client).values()))
-    waiting = iter(cells)
-    at: dict[Key, Cell] = {}
-
-    def submit() -> Future | None:
-        cell = next(waiting, None)
-        if cell is None:
-            return None
-        future = client.submit(run_cell, run_id, *cell, key=(f"{label}-{run_id}", *cell), pure=False)
-        at[future.key] = cell
-        return future
-
-    first = [future for _ in range(QUEUED_PER_THREAD * threads) if (future := submit()) is not None]
-    running = as_completed(first)
-    del first
+    flight = _Flight(client, run_id, label, patience)
     try:
-        for future in running:
-            cell = at.pop(future.key)
-            following = submit()
-            if following is not None:
-                running.add(following)
-            yield cell, _result(future)
+        aside: list[Cell] = []
+        waiting = iter(cells)
+        for _ in range(QUEUED_PER_THREAD * max(1, sum(count_threads(client).values()))):
+            flight.submit(next(waiting, None))
+        while flight.cells:
+            for cell, outcome in flight.wait():
+                flight.submit(next(waiting, None))
+                if isinstance(outcome, Lost):
+                    log.warning("cell %d,%d is set aside: %s", *cell, outcome.reason)
+                    aside.append(cell)
+                else:
+                    yield cell, outcome
+        for cell in aside:
+            flight.submit(cell, alone=True)
+            while flight.cells:
+                yield from flight.wait()
+    except (ClosedClientError, CommClosedError) as error:
+        raise ClusterError(LOST) from error
     finally:
-        if at:
-            client.cancel([Future(key, client) for key in at], force=True)
+        flight.cancel()
+
+
+class _Flight:
+    """The cells that the scheduler knows."""
+
+    def __init__(self, client: Client, run_id: str, label: str, patience: float) -> None:
+        self._client, self._run_id, self._label, self._patience = client, run_id, label, patience
+        self._ended: queue.SimpleQueue[Future] = queue.SimpleQueue()
+        self.cells: dict[Key, tuple[Cell, Future]] = {}
+        self._longest = 0.0
+        self._looked = self._peopled = time.monotonic()
+        self._since: dict[Key, tuple[str, float]] = {}
+        """Worker that a cell was first seen at, and when."""
+
+    def submit(self, cell: Cell | None, *, alone: bool = False) -> None:
+        if cell is None:
+            return
+        key = (f"{self._label}-{self._run_id}{'-alone' if alone else ''}", *cell)
+        future = self._client.submit(run_cell, self._run_id, *cell, key=key, pure=False)
+        self.cells[future.key] = cell, future
+        future.add_done_callback(self._ended.put)
+
+    def wait(self) -> list[tuple[Cell, Any]]:
+        """What has ended, or hangs, after a moment."""
+        try:
+            future = self._ended.get(timeout=LOOK_EVERY_S)
+        except queue.Empty:
+            return self._look()
+        found: list[tuple[Cell, Any]] = []
+        if future.key in self.cells:  # else it was given up
+            cell, _ = self.cells.pop(future.key)
+            _, since = self._since.pop(future.key, ("", time.monotonic()))
+            self._longest = max(self._longest, time.monotonic() - since)
+            found.append((cell, self._result(future)))
+        if time.monotonic() - self._looked > LOOK_EVERY_S:
+            found += self._look()
+        return found
+
+    def _result(self, future: Future) -> Any:
+        try:
+            return future.result()
+        except KilledWorker:
+            return Lost("its worker process died")
+        except FutureCancelledError as error:
+            if error.reason and error.reason.startswith("scheduler"):
+                raise ClusterError(LOST) from error
+            return Lost(f"its task was cancelled ({error.reason})")
+
+    def _look(self) -> list[tuple[Cell, Any]]:
+        """Cells that have been at one worker for too long; their workers are restarted."""
+        now = self._looked = time.monotonic()
+        if self._client.status != "running":
+            raise ClusterError(LOST)
+        processing: Any = self._client.processing()
+        if processing:
+            self._peopled = now
+        elif now - self._peopled > self._patience:
+            raise ClusterError(
+                f"no worker for {self._patience:.0f} s; when there are some again, the same command goes on"
+            )
+        at = {key: address for address, keys in processing.items() for key in keys if key in self.cells}
+        self._since = {
+            key: (address, self._since[key][1] if self._since.get(key, ("",))[0] == address else now)
+            for key, address in at.items()
+        }
+        limit = max(self._patience, HANGS_FACTOR * self._longest)
+        hanging = {key: address for key, (address, since) in self._since.items() if now - since > limit}
+        found: list[tuple[Cell, Any]] = []
+        for key in hanging:
+            cell, future = self.cells.pop(key)
+            self._since.pop(key)
+            self._client.cancel([future], force=True)
+            found.append((cell, Lost(f"no answer from its worker within {limit:.0f} s")))
+        for address in set(hanging.values()):
+            log.error("worker %s does not answer; restarting it", address)
+            # One without a nanny cannot be restarted; its other cells then hang too, and go elsewhere alone.
+            with contextlib.suppress(Exception):
+                self._client.restart_workers([address], timeout=RESTART_S, raise_for_error=False)
+        if found:
+            self._client.wait_for_workers(1, timeout=4 * RESTART_S)
+        return found
+
+    def cancel(self) -> None:
+        """Nothing more is wanted."""
+        if self.cells:
+            with contextlib.suppress(Exception):
+                self._client.cancel([future for _, future in self.cells.values()], force=True)
 
 
 def count_threads(client: Client) -> dict[str, int]:
     """Worker addresses and their threads, of a client that is not asynchronous."""
     threads: Any = client.nthreads()
     return dict(threads)
-
-
-def _result(future: Future) -> Any:
-    try:
-        return future.result()
-    except (KilledWorker, FutureCancelledError) as error:
-        return Lost(f"its worker process died ({type(error).__name__})")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 from dataclasses import dataclass
 from fractions import Fraction
@@ -365,13 +367,59 @@ def write_core(array: zarr.Array[Any], core: Window, result: npt.NDArray[Any]) -
         array[:, rows, columns] = result
 
 
-def has_all_chunks(path: Path, kind: str, plan: TilePlan, tile: Tile) -> bool:
-    """Whether every chunk of a tile is present in the store."""
+def chunks_of(path: Path, kind: str, plan: TilePlan, tile: Tile) -> list[str]:
+    """Paths in the store of the chunks that a tile owns."""
     cells = Grid(shape=plan.output_shape[1:], cell=plan.chunk).cells_touching(tile.target)
     layers = [()] if kind == "class" else [(channel,) for channel in range(plan.output_shape[0])]
     wanted = [(kind, (*layer, *cell)) for layer in layers for cell in cells]
     wanted += [(CONTEXT, cell) for cell in cells] if plan.receptive is not None else []
-    return all(chunk_file(path, array, index).is_file() for array, index in wanted)
+    return [chunk_file(path, array, index).relative_to(path).as_posix() for array, index in wanted]
+
+
+def seal_chunks(path: Path, names: list[str]) -> dict[str, tuple[int, str]]:
+    """Flush chunks to the disk, and say what they hold: a record made after this is true after a power cut too.
+
+    Returns:
+        bytes and hash of each.
+    """
+    found: dict[str, tuple[int, str]] = {}
+    folders: set[Path] = set()
+    for name in names:
+        file = path / name
+        with file.open("rb") as chunk:
+            value = chunk.read()
+            os.fsync(chunk.fileno())
+        found[name] = len(value), hash_chunk(value)
+        # A file is on the disk when its name is, in folders whose names are.
+        folders.update(parent for parent in file.parents if path in parent.parents)
+    for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    return found
+
+
+def hash_chunk(value: bytes) -> str:
+    return hashlib.blake2b(value, digest_size=8).hexdigest()
+
+
+def find_chunk_fault(path: Path, name: str, recorded: tuple[int, str], *, read: bool) -> str:
+    """What is wrong with a chunk by its record: missing, of another size, or, if it is to be read, of another content;
+    empty where nothing is."""
+    file = path / name
+    try:
+        size = file.stat().st_size
+        if size != recorded[0]:
+            return f"{name} has {size} bytes, was written with {recorded[0]}"
+        if read and hash_chunk(file.read_bytes()) != recorded[1]:
+            return f"{name} has another content than was written"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    return ""
 
 
 def chunk_file(path: Path, array: str, index: tuple[int, ...]) -> Path:

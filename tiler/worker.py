@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from zarr.errors import BaseZarrError
 
 from .engine import EngineProgram, TileEngine
-from .errors import RasterError
+from .errors import OutputError, RasterError
 from .events import TileRecord
 from .geometry import Interval, Window, footprint
 from .jobs import runner_of
 from .plan import Tile, TilePlan
 from .raster import Raster, RasterReader, read_filled
-from .store import CONTEXT, NODATA, open_array, output_nodata, write_core
+from .records import read_generation, writing
+from .store import CONTEXT, NODATA, chunks_of, open_array, output_nodata, seal_chunks, write_core
 
 if TYPE_CHECKING:
     from .check import CheckPatch
@@ -38,6 +40,8 @@ class RunSpec:
     out: str
     array: str
     """Name of the output array in the store."""
+    generation: int
+    """Of the run's owner: when another has taken over, this run's tiles write no more."""
 
     def open(self) -> TileRunner:
         return TileRunner(self)
@@ -123,13 +127,15 @@ class TileRunner:
         tile = self.spec.plan.tile(row, column)
         try:
             return self._run(tile)
-        except Exception:  # noqa: BLE001 - whatever a tile raises must not end the run
+        except OutputError:
+            raise  # no fault of the tile: the run stops, and goes on when the output can be written
+        except Exception:  # noqa: BLE001 - whatever else a tile raises must not end the run
             self._reopen()
         try:
             return self._run(tile)
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                raise  # no fault of the tile: the run stops, and goes on when there is room
+        except OutputError:
+            raise
+        except Exception as error:  # noqa: BLE001
             reason = (str(error).strip().splitlines() or [""])[0]
             return TileRecord.failure(
                 row, column, tile.core.pixels, f"{type(error).__name__}: {reason}", worker=_process_name()
@@ -156,12 +162,12 @@ class TileRunner:
                 computed = time.perf_counter()
             if missing is not None:
                 result[:, missing] = output_nodata(result.dtype)
-        write_core(open_array(self.spec.out, self.spec.array, "r+"), tile.target, result)
+        context = None
         if self.spec.plan.receptive is not None:
             context = touches_nodata(filled.missing, tile, self.spec.plan)
             if missing is not None:
                 context[missing] = NODATA
-            write_core(open_array(self.spec.out, CONTEXT, "r+"), tile.target, context[None])
+        chunks = self._write(tile, result, context)
         return TileRecord(
             row=tile.row,
             column=tile.column,
@@ -171,7 +177,36 @@ class TileRunner:
             compute_s=round(computed - computing, 4),
             write_s=round(time.perf_counter() - computed, 4),
             worker=_process_name(),
+            chunks=chunks,
         )
+
+    def _write(
+        self, tile: Tile, result: npt.NDArray[Any], context: npt.NDArray[np.uint8] | None
+    ) -> dict[str, tuple[int, str]]:
+        """Write a tile's chunks; returns what was flushed to the disk.
+
+        Raises:
+            OutputError: the output cannot be written, or is another run's by now.
+        """
+        out = Path(self.spec.out)
+        with writing(out):
+            generation = read_generation(out)
+            if not generation:
+                raise OutputError(f"{out} or its run folder is gone; when it is back, the same command goes on")
+            if generation != self.spec.generation:
+                raise OutputError(
+                    f"{out} belongs to run {generation} by now, this is a tile of run {self.spec.generation}"
+                )
+            try:
+                write_core(open_array(out, self.spec.array, "r+"), tile.target, result)
+                if context is not None:
+                    write_core(open_array(out, CONTEXT, "r+"), tile.target, context[None])
+                return seal_chunks(out, chunks_of(out, self.spec.array, self.spec.plan, tile))
+            except (BaseZarrError, FileNotFoundError) as error:
+                reason = (str(error).splitlines() or [""])[0]
+                raise OutputError(
+                    f"{out} cannot be written: {reason}; when it can, the same command goes on"
+                ) from error
 
     def check(self, patches: list[CheckPatch]) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]] | None]:
         """(finished, logits) of patches, computed as the run computes them: from their tiles' own windows; None where

@@ -266,7 +266,7 @@ def test_a_plan_that_needs_more_than_the_new_budget_is_not_continued(tmp_path: P
         run(source, class_network(), out, client, core=None, memory="400MB")
 
 
-def test_a_bad_tile_is_recorded_becomes_nodata_and_is_tried_again_next_time(
+def test_a_bad_tile_is_recorded_becomes_nodata_and_is_tried_again_when_asked(
     tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = scene(tmp_path, 200, 200), tmp_path / "o.zarr"
@@ -289,7 +289,9 @@ def test_a_bad_tile_is_recorded_becomes_nodata_and_is_tried_again_next_time(
     assert np.array_equal(result[:, :128], expected[:, :128])
     status = np.asarray(open_array(out, "status")[...])
     assert {tuple(map(int, at)) for at in np.argwhere(status == 2)} == failed
-    again = run(source, class_network(), out, client)
+    same = run(source, class_network(), out, client)
+    assert (same.tiles, same.resumed_tiles, same.failed_tiles) == (0, 16, summary.failed_tiles)
+    again = run(source, class_network(), out, client, retry_failed=True)
     assert (again.tiles, again.failed_tiles) == (4, ())
     assert np.array_equal(stored(out), expected)
 

@@ -1,0 +1,233 @@
+"""Kills at random moments, each followed by a resume: every result must be byte-identical to an undisturbed run's.
+
+python -m outsize.tests.kill_campaign FOLDER [--kills 200] [--seed 0]
+
+Victims: a worker (the run itself goes on), the client (its workers must not outlive it), the client and its workers at
+once, and the scheduler of a cluster that the run only connects to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+VICTIMS = ("worker", "client", "all", "scheduler")
+CALM_S = 240.0
+"""Within which an undisturbed run has to end."""
+
+
+def outsize(*words: str | Path) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-m", "outsize.pipelines.cli", *map(str, words)]
+
+
+def hash_chunks(out: Path) -> dict[str, str]:
+    """Every chunk of an output, the tiles' states among them; not its metadata, which tells of times."""
+    files = (path for path in out.rglob("*") if path.is_file() and path.name != "zarr.json")
+    return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@dataclass
+class Cluster:
+    """A scheduler and two workers that are nobody's children."""
+
+    folder: Path
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "scheduler.json"
+
+    def __enter__(self) -> Cluster:
+        self.file.unlink(missing_ok=True)
+        dask = [sys.executable, "-W", "ignore", "-m", "distributed.cli"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        log = (self.folder / "cluster.log").open("ab")
+        for words in (
+            [
+                "dask_scheduler",
+                "--scheduler-file",
+                str(self.file),
+                "--host",
+                "127.0.0.1",
+                "--port",
+                "0",
+                "--no-dashboard",
+            ],
+            ["dask_worker", "--scheduler-file", str(self.file), "--nworkers", "2", "--nthreads", "1", "--no-dashboard"],
+        ):
+            command = [*dask[:-1], f"distributed.cli.{words[0]}", *words[1:]]
+            self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            while not self.file.exists() and self.processes[0].poll() is None:
+                time.sleep(0.05)
+        log.close()
+        return self
+
+    def kill_scheduler(self) -> None:
+        self.processes[0].kill()
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                kill_all([*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)])
+            process.wait()
+
+
+def kill_all(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def workers_of(client: psutil.Process) -> list[psutil.Process]:
+    """Spawned processes that do tiles, as Dask starts them."""
+    found: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in client.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if any("spawn_main" in word for word in child.cmdline()):
+                    found.append(child)
+    return found
+
+
+class Campaign:
+    """Kills, counted."""
+
+    def __init__(self, folder: Path, seed: int, *, size: int = 1536, core: int = 128) -> None:
+        self.folder, self.random = folder, random.Random(seed)
+        self.kills: Counter[str] = Counter()
+        self.early: Counter[str] = Counter()
+        """Kills before the first tile was recorded."""
+        self.finished = 0
+        self.size, self.core = size, core
+        folder.mkdir(parents=True, exist_ok=True)
+        self._call("sample", folder / "scene", "--size", str(size))
+        began = time.monotonic()
+        self._call(*self._segment(folder / "calm.zarr"))
+        self.usual_s = time.monotonic() - began
+        self.expected = hash_chunks(folder / "calm.zarr")
+
+    def _segment(self, out: Path, *more: str | Path) -> list[str | Path]:
+        scene = self.folder / "scene" / "scene.zarr"
+        return [
+            "segment",
+            scene,
+            out,
+            "--core",
+            str(self.core),
+            "--no-dashboard",
+            "--threads",
+            "1",
+            "--workers",
+            "2",
+            *more,
+        ]
+
+    def _call(self, *words: str | Path) -> None:
+        done = subprocess.run(outsize(*words), capture_output=True, text=True, timeout=CALM_S, check=False)
+        if done.returncode:
+            raise SystemExit(f"{words[0]} ended with {done.returncode}: {done.stderr[-2000:]}")
+
+    def run(self, kills: int) -> None:
+        """Runs of an output until enough kills are done; each output is finished and compared."""
+        while sum(self.kills.values()) < kills:
+            out = self.folder / "out.zarr"
+            for path in (out, out.with_name("out.zarr.run")):
+                shutil.rmtree(path, ignore_errors=True)
+            while True:
+                victim = self.random.choice(VICTIMS)
+                if self._disturb(out, victim):
+                    break
+                if self.random.random() < 0.4:
+                    self._call(*self._segment(out))
+                    break
+            self._compare(out)
+
+    def _disturb(self, out: Path, victim: str) -> bool:
+        """One run with one kill; whether it finished all the same."""
+        with contextlib.ExitStack() as stack:
+            cluster = stack.enter_context(Cluster(self.folder)) if victim == "scheduler" else None
+            more = ["--scheduler-file", cluster.file] if cluster else []
+            log = stack.enter_context(tempfile.TemporaryFile("w+"))
+            process = subprocess.Popen(outsize(*self._segment(out, *more)), stderr=log, stdout=subprocess.DEVNULL)
+            client = psutil.Process(process.pid)
+            moment = self.random.uniform(0.2, 1.1) * self.usual_s
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=moment)
+            if process.poll() is not None:  # it was faster than the kill
+                self._require(process.returncode == 0, victim, log)
+                return True
+            workers = workers_of(client)
+            if victim == "worker":
+                if not workers:
+                    victim = "client"
+                else:
+                    kill_all([self.random.choice(workers)])
+            if victim == "client":
+                process.kill()
+            elif victim == "all":
+                kill_all([*workers, client])
+            elif cluster is not None:
+                cluster.kill_scheduler()
+            self.kills[victim] += 1
+            records = out.with_name(out.name + ".run") / "records.jsonl"
+            self.early[victim] += not records.exists()
+            code = process.wait(timeout=CALM_S)
+            _, alive = psutil.wait_procs(workers, timeout=10)
+            if alive:
+                raise SystemExit(f"{len(alive)} workers outlived their client, killed: {victim}")
+            if victim == "scheduler":
+                # Its client must notice, say so, and be resumable; it may just have finished.
+                self._require(code in (0, 1), victim, log)
+            elif victim == "worker":
+                self._require(code == 0, victim, log)
+            return code == 0
+
+    def _require(self, holds: bool, victim: str, log: tempfile._TemporaryFileWrapper[str]) -> None:
+        if not holds:
+            log.seek(0)
+            raise SystemExit(f"after killing {victim}: {log.read()[-3000:]}")
+
+    def _compare(self, out: Path) -> None:
+        found = hash_chunks(out)
+        wrong = {name for name in {*found, *self.expected} if found.get(name) != self.expected.get(name)}
+        if wrong:
+            raise SystemExit(f"{len(wrong)} chunks are lost or wrong: {sorted(wrong)[:5]}")
+        self.finished += 1
+
+    def sentence(self) -> str:
+        parts = ", ".join(f"{victim} {self.kills[victim]} ({self.early[victim]} before a tile)" for victim in VICTIMS)
+        return (
+            f"{sum(self.kills.values())} kills: {parts}; {self.finished} outputs of {len(self.expected)} chunks "
+            "finished, all byte-identical to the undisturbed one, 0 tiles lost or wrong"
+        )
+
+
+def main() -> None:
+    """Run a campaign; ends with 1 at the first lost or wrong tile."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    began = time.monotonic()
+    campaign = Campaign(options.folder, options.seed)
+    while sum(campaign.kills.values()) < options.kills:
+        campaign.run(min(options.kills, sum(campaign.kills.values()) + 10))
+        print(f"{time.monotonic() - began:.0f} s: {campaign.sentence()}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

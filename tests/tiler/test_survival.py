@@ -1,0 +1,283 @@
+"""What happens to processes, disks and sources must not happen to results. Workers are processes here."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from distributed import Client, LocalCluster
+from outsize.tests.kill_campaign import Campaign, hash_chunks, outsize
+from outsize.tests.tiler.deadly import make_deadly
+from outsize.tiler.cluster import ClusterError, ClusterOptions
+from outsize.tiler.errors import OutputError, RasterError
+from outsize.tiler.events import Event, TileFinished
+from outsize.tiler.raster import Raster
+from outsize.tiler.records import OWNER, RunFolder, read_generation, run_folder
+from outsize.tiler.run import RunSummary, predict
+
+from .test_run import _passed, class_network, run, scene, stored, whole
+
+HERE = ClusterOptions(dashboard_address=None)
+
+
+def run_here(raster: Path | Raster, out: Path, **options: Any) -> RunSummary:
+    """With two worker processes of its own."""
+    settings: dict[str, Any] = {
+        "engine": "openvino",
+        "core": 64,
+        "memory": "4GB",
+        "workers": 2,
+        "threads": 1,
+        **options,
+    }
+    return predict(raster, class_network(), out, cluster=HERE, **settings)
+
+
+@pytest.fixture
+def _no_start_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reference would read the deadly pixel in this process."""
+    monkeypatch.setattr("outsize.tiler.run.run_start_check", lambda *_: _passed())
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+LAST = (319, 319)
+"""Of a raster of 320 x 320, a pixel that only the last of 25 tiles reads."""
+
+
+@pytest.mark.usefixtures("_no_start_check")
+def test_a_tile_that_kills_its_worker_is_set_aside_and_no_other_is_lost(tmp_path: Path) -> None:
+    source, out = scene(tmp_path, 320, 320), tmp_path / "o.zarr"
+    summary = run_here(make_deadly(source, LAST, "kill"), out)
+    assert summary.failed_tiles == ((4, 4, "its worker process died"),)
+    result, expected = stored(out), whole(class_network(), source)
+    assert (result[:, 256:, 256:] == 255).all()
+    result[:, 256:, 256:] = expected[:, 256:, 256:]
+    assert np.array_equal(result, expected)
+    # The raster heals: only that tile is done again, and only when asked for.
+    assert run_here(source, out).failed_tiles == summary.failed_tiles
+    again = run_here(source, out, retry_failed=True)
+    assert (again.tiles, again.resumed_tiles, again.failed_tiles) == (1, 24, ())
+    assert np.array_equal(stored(out), expected)
+
+
+@pytest.mark.usefixtures("_no_start_check")
+def test_a_worker_that_dies_once_costs_nothing(tmp_path: Path) -> None:
+    source, out = scene(tmp_path, 200, 200), tmp_path / "o.zarr"
+    assert run_here(make_deadly(source, (100, 100), "once"), out).failed_tiles == ()
+    assert (tmp_path / "killed-once").exists()
+    assert np.array_equal(stored(out), whole(class_network(), source))
+
+
+@pytest.mark.usefixtures("_no_start_check")
+def test_a_hanging_worker_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("outsize.tiler.schedule.LOOK_EVERY_S", 0.5)
+    monkeypatch.setattr("outsize.tiler.schedule.HANGS_FACTOR", 1)
+    monkeypatch.setattr("outsize.tiler.schedule.RESTART_S", 8)
+    source, out = scene(tmp_path, 320, 320), tmp_path / "o.zarr"
+    summary = run_here(make_deadly(source, LAST, "stop"), out, patience=4.0)
+    ((row, column, reason),) = summary.failed_tiles
+    assert (row, column) == (4, 4)
+    assert "no answer from its worker within" in reason
+    result, expected = stored(out), whole(class_network(), source)
+    result[:, 256:, 256:] = expected[:, 256:, 256:]
+    assert np.array_equal(result, expected)
+
+
+def test_chunks_are_flushed_before_their_record_is_made(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: set[str] = set()
+    truth = os.fsync
+
+    def fsync(handle: int) -> None:
+        flushed.add(str(Path(f"/proc/self/fd/{handle}").readlink()))
+        truth(handle)
+
+    missing: list[str] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, TileFinished):
+            names = [out / name for name in event.record.chunks]
+            folders = {folder for name in names for folder in name.parents if out in folder.parents}
+            missing.extend(str(path) for path in (*names, *folders) if str(path) not in flushed)
+
+    out = tmp_path / "o.zarr"
+    monkeypatch.setattr(os, "fsync", fsync)
+    run(scene(tmp_path, 150, 150), class_network(), out, client, listener=listen)
+    assert not missing
+    lines = [json.loads(line) for line in (run_folder(out) / "records.jsonl").read_text().splitlines()]
+    assert all(sum(size for size, _ in line["chunks"].values()) > 0 for line in lines)
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "zeros", "flipped", "gone", "record"])
+def test_torn_files_of_a_run_that_died_are_done_again(tmp_path: Path, client: Client, damage: str) -> None:
+    source, out = scene(tmp_path, 200, 200), tmp_path / "o.zarr"
+    run(source, class_network(), out, client)
+    expected = hash_chunks(out)
+    owner = json.loads((run_folder(out) / OWNER).read_text())
+    (run_folder(out) / OWNER).write_text(json.dumps({**owner, "ended": "", "how": ""}))  # as a power cut leaves it
+    chunk, records_file = out / "class/c/2/1", run_folder(out) / "records.jsonl"
+    value = chunk.read_bytes()
+    match damage:
+        case "cut":
+            chunk.write_bytes(value[:-1])
+        case "emptied":
+            chunk.write_bytes(b"")
+        case "zeros":
+            chunk.write_bytes(bytes(len(value)))
+        case "flipped":
+            chunk.write_bytes(value[:-20] + bytes([value[-20] ^ 1]) + value[-19:])
+        case "gone":
+            chunk.unlink()
+        case _:
+            kept = [line for line in records_file.read_text().splitlines() if '"row": 2, "column": 1,' not in line]
+            records_file.write_text("\n".join(kept) + '\n{"row": 2, "column": 1, "st')
+    again = run(source, class_network(), out, client)
+    assert (again.tiles, again.resumed_tiles) == (1, 15)
+    assert hash_chunks(out) == expected
+
+
+def test_the_owner_of_a_lock_is_named_and_a_dead_one_told(tmp_path: Path, client: Client) -> None:
+    source, out = scene(tmp_path, 70, 70), tmp_path / "o.zarr"
+    with (
+        RunFolder(out),
+        pytest.raises(
+            OutputError, match=rf"another run: process {os.getpid()} of .* on .*, begun 20.*, generation 1, last"
+        ),
+    ):
+        run(source, class_network(), out, client)
+    run(source, class_network(), out, client)
+    assert [json.loads(line)["how"] for line in (run_folder(out) / "runs.jsonl").read_text().splitlines()] == [
+        "finished"
+    ]
+    # On another machine, whose lock this one may not see, and which showed itself a moment ago.
+    path = run_folder(out) / OWNER
+    owner = json.loads(path.read_text())
+    path.write_text(json.dumps({**owner, "host": "elsewhere", "ended": ""}))
+    with pytest.raises(OutputError, match=r"was being written \d+ s ago by process .* on elsewhere.*; if that is dead"):
+        run(source, class_network(), out, client)
+    os.utime(path, (time.time() - 100, time.time() - 100))
+    died: list[str | None] = []
+    run(source, class_network(), out, client, listener=lambda event: died.append(getattr(event, "died", None)))
+    assert died[0] is not None
+    assert "on elsewhere" in died[0]
+    assert read_generation(out) == 2
+    assert json.loads(path.read_text())["host"] == socket.gethostname()
+
+
+def test_tiles_of_a_run_that_was_replaced_write_nothing(tmp_path: Path, client: Client) -> None:
+    """A zombie worker of an external cluster, after its output was taken over."""
+    source, out = scene(tmp_path, 200, 200), tmp_path / "o.zarr"
+
+    def usurp(event: Event) -> None:
+        if isinstance(event, TileFinished) and event.finished == 1:
+            path = run_folder(out) / OWNER
+            path.write_text(json.dumps({**json.loads(path.read_text()), "generation": 7}))
+
+    with pytest.raises(OutputError, match="belongs to run 7 by now, this is a tile of run 1"):
+        run(source, class_network(), out, client, listener=usurp)
+
+
+def test_a_source_that_is_gone_stops_the_run_and_fails_no_tile(tmp_path: Path, client: Client) -> None:
+    source, out = scene(tmp_path, 300, 300), tmp_path / "o.zarr"
+    hidden = source.with_name("hidden.tif")
+
+    def vanish(event: Event) -> None:
+        if isinstance(event, TileFinished) and event.finished == 2:
+            client.run(_close_readers)
+            source.rename(hidden)
+
+    with pytest.raises(RasterError, match="is gone; when it is back, the same command goes on"):
+        run(source, class_network(), out, client, listener=vanish)
+    hidden.rename(source)
+    summary = run(source, class_network(), out, client)
+    assert summary.resumed_tiles >= 2
+    assert summary.failed_tiles == ()
+    assert np.array_equal(stored(out), whole(class_network(), source))
+
+
+def _close_readers() -> None:
+    from outsize.tiler.jobs import _RUNNERS
+
+    for runner in _RUNNERS.values():
+        runner.close()
+
+
+@pytest.mark.parametrize("what", ["output", "run folder"])
+def test_an_output_that_is_gone_stops_the_run(tmp_path: Path, client: Client, what: str) -> None:
+    source, out = scene(tmp_path, 300, 300), tmp_path / "o.zarr"
+    place = out if what == "output" else run_folder(out)
+
+    def vanish(event: Event) -> None:
+        if isinstance(event, TileFinished) and event.finished == 2:
+            place.rename(tmp_path / "hidden")
+
+    with pytest.raises(OutputError) as refusal:
+        run(source, class_network(), out, client, listener=vanish)
+    assert "the same command goes on" in str(refusal.value)
+    if place.exists():  # nothing but the lock's folder may have come back
+        assert what == "run folder"
+        for path in place.iterdir():
+            path.unlink()
+        place.rmdir()
+    (tmp_path / "hidden").rename(place)
+    assert run(source, class_network(), out, client).failed_tiles == ()
+    assert np.array_equal(stored(out), whole(class_network(), source))
+
+
+def test_sigterm_is_an_interruption(tmp_path: Path) -> None:
+    subprocess.run(outsize("sample", tmp_path, "--size", "1024"), check=True, capture_output=True)
+    words = ["segment", str(tmp_path / "scene.zarr"), str(tmp_path / "o.zarr"), "--core", "128", "--no-dashboard"]
+    process = subprocess.Popen(outsize(*words), stderr=subprocess.PIPE, text=True)
+    records_file = tmp_path / "o.zarr.run" / "records.jsonl"
+    while process.poll() is None and not records_file.exists():
+        time.sleep(0.02)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted; the same command goes on where it stopped" in errors
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+    runs = [json.loads(line) for line in (tmp_path / "o.zarr.run" / "runs.jsonl").read_text().splitlines()]
+    assert [entry["how"] for entry in runs] == ["KeyboardInterrupt"]
+    assert runs[0]["command"][1:] == words
+
+
+def test_a_scheduler_that_is_gone_is_said(tmp_path: Path) -> None:
+    source, out = scene(tmp_path, 300, 300), tmp_path / "o.zarr"
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+
+        def lose(event: Event) -> None:
+            if isinstance(event, TileFinished) and event.finished == 2:
+                cluster.close()
+
+        with Client(cluster) as client, pytest.raises(ClusterError, match="the same command goes on"):
+            run(source, class_network(), out, client, listener=lose)
+    assert run_here(source, out).failed_tiles == ()
+    assert np.array_equal(stored(out), whole(class_network(), source))
+
+
+def test_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
+    """A short campaign; tests/kill_campaign.py has the long one."""
+    campaign = Campaign(tmp_path, seed=3, size=640)
+    campaign.run(3)
+    assert campaign.finished >= 1
+    assert sum(campaign.kills.values()) >= 3
