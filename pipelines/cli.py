@@ -85,6 +85,7 @@ def cli(context: click.Context, as_json: bool, debug: bool) -> None:  # noqa: AR
     outsize sample demo --size 4096               a scene to try with
     outsize plan demo/scene.zarr                  what a run would do
     outsize segment demo/scene.zarr demo/map.zarr
+    outsize verify demo/map.zarr                  every chunk, and sampled pixels again
     outsize evaluate demo/map.zarr demo/labels.zarr
     outsize export demo/map.zarr demo/map.tif     a cloud-optimised GeoTIFF
     outsize export demo/map.zarr demo/map.png     a picture of input and result
@@ -554,6 +555,32 @@ def face_train(console: Any, **options: Any) -> None:
     from .face import FaceTrainOptions, run_face_train
 
     run_face_train(console, FaceTrainOptions(**options))
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@_option("--samples", type=click.IntRange(0), default=12, show_default=True, help="Tiles to compute again in part.")
+@_option("--repair", is_flag=True, help="Compute damaged tiles again, and only those.")
+@_option("--model", metavar="MODEL", help="The one that made OUT, as segment takes it; without it the shipped one.")
+@_model_options
+@_option("--memory", default="2GB", show_default=True, metavar="SIZE", help="Budget of a repair.")
+@_cluster
+@click.pass_obj
+def verify(console: Any, out: Path, **options: Any) -> None:
+    """Read every chunk of an output: present, decodable, of the content that was written; and compute sampled pixels
+    again in larger windows. Exit code 1 where something is wrong.
+
+    \b
+    outsize verify map.zarr
+    outsize verify map.zarr --repair
+    outsize verify map.zarr --model mynet.json --samples 100
+    """
+    from .verify import VerifyOptions, run_verify
+
+    names = ("samples", "repair", "model", "weights", "trust_model", "sha256", "memory")
+    known = VerifyOptions(**{name: options[name] for name in names})
+    if not run_verify(console, out, known, _cluster_options(options)):
+        raise SystemExit(EXIT_FAILED)
 
 
 @cli.command()

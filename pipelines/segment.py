@@ -174,7 +174,7 @@ def run_segment(
     prepared_s = time.perf_counter() - began
     description = describe_output(model, options.output)
     console.remark(f"model     {model.name}")
-    listener = _Listener(console, own_page=cluster.dashboard_address is not None)
+    listener = RunListener(console, own_page=cluster.dashboard_address is not None)
     try:
         summary = predict(
             raster,
@@ -222,7 +222,7 @@ def _sentence(summary: RunSummary, out: Path) -> str:
     )
 
 
-class _Listener:
+class RunListener:
     """Shows a run's events."""
 
     def __init__(self, console: Console, *, own_page: bool) -> None:

@@ -57,7 +57,7 @@ class Record(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
 
-OWNER, RUNS = "owner.json", "runs.jsonl"
+OWNER, RUNS, RECORDS = "owner.json", "runs.jsonl", "records.jsonl"
 HEARTBEAT_S = 5.0
 """How often a run's owner shows that it lives."""
 STALE_S = 60.0
@@ -103,6 +103,20 @@ def read_generation(output: str | Path) -> int:
     nothing."""
     owner = read_owner(run_folder(Path(output)))
     return owner.generation if owner is not None else 0
+
+
+def read_records(output: Path) -> dict[tuple[int, int], dict[str, Any]]:
+    """The last record of each tile of an output; a last line that a crash cut short is passed over."""
+    file = run_folder(output) / RECORDS
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    if file.is_file():
+        for line in file.read_text().splitlines():
+            try:
+                record = json.loads(line)
+                found[record["row"], record["column"]] = record
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue
+    return found
 
 
 class RunFolder:
@@ -224,19 +238,11 @@ class RunFolder:
 
     @property
     def _file(self) -> Path:
-        return self.path / "records.jsonl"
+        return self.path / RECORDS
 
     def read(self) -> dict[tuple[int, int], dict[str, Any]]:
-        """The last record of each tile; a last line that a crash cut short is passed over."""
-        found: dict[tuple[int, int], dict[str, Any]] = {}
-        if self._file.is_file():
-            for line in self._file.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                    found[record["row"], record["column"]] = record
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    continue
-        return found
+        """The last record of each tile."""
+        return read_records(self._output)
 
     def append(self, record: Record) -> None:
         """Add a record; it survives the death of this process."""

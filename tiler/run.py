@@ -6,6 +6,7 @@ import contextlib
 import platform
 import time
 import uuid
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,15 +15,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from distributed import Client
 
-from .check import CheckPatch, StartCheck, compare_patches, larger_core, larger_window, require_exact, sample_patches
+from .check import StartCheck, compare_patches, require_exact, sample_patches
 from .cluster import ClusterOptions, open_client
 from .engine import EngineProgram, compile_program
 from .engine_programs import pack_programs
-from .engine_torch import TorchEngine
-from .errors import BudgetError, OutputError, RasterError, UsageError
+from .errors import OutputError, RasterError, UsageError
 from .events import (
     ClusterReady,
     Event,
@@ -34,19 +33,20 @@ from .events import (
     TileFinished,
     TileRecord,
 )
-from .fingerprint import find_differences, make_fingerprint
+from .fingerprint import make_fingerprint
 from .geometry import Interval, Window
 from .jobs import JobPlugin
-from .memory import format_bytes, parse_bytes
+from .memory import parse_bytes
 from .memory_probe import memory_lookup
 from .meter import MemoryMeter
 from .network import Network
 from .plan import GDAL_CACHE_BYTES, TilePlan
 from .planner import plan_tiles
-from .program import make_program
-from .raster import Raster, RasterReader, open_raster, read_filled, require_apart
+from .raster import Raster, open_raster, require_apart
 from .raster_parts import reference_to
 from .records import RunFolder, log, remove_output, writing
+from .reference import Reference
+from .resume import Records, is_unfinished, keep_tiles, require_continuable, require_source
 from .schedule import Lost, count_threads, run_cells
 from .store import (
     CONTEXT,
@@ -55,9 +55,7 @@ from .store import (
     NODATA,
     OutputDescription,
     ZarrFormat,
-    chunks_of,
     create_output,
-    find_chunk_fault,
     open_array,
     output_nodata,
     read_header,
@@ -147,6 +145,7 @@ def predict(
     resume: bool = True,
     overwrite: bool = False,
     retry_failed: bool = False,
+    redo: Collection[tuple[int, int]] = (),
     patience: float = 300.0,
     listener: Listener | None = None,
 ) -> RunSummary:
@@ -169,6 +168,7 @@ def predict(
         resume: continue an output whose fingerprint agrees; False: refuse an existing output.
         overwrite: replace an existing output.
         retry_failed: also do tiles again that failed in an earlier call; they hold nodata otherwise.
+        redo: (row, column) of tiles to do again, done or not.
         patience: seconds before a worker that does not answer is restarted, and its tile set aside.
         listener: called with every event.
 
@@ -207,15 +207,15 @@ def predict(
         if out.exists():
             read_header(out)  # a folder that is not ours is neither continued nor overwritten, nor given neighbours
         with writing(out), RunFolder(out) as folder:
-            records: dict[tuple[int, int], dict[str, Any]] = {}
+            kept: Records = {}
             # An unfinished output of this very run is continued, also where a finished one would be replaced.
-            begins = not out.exists() or (overwrite and not _is_unfinished(out, fingerprint))
+            begins = not out.exists() or (overwrite and not is_unfinished(out, fingerprint))
             if begins:
                 require_space(out, plan.output_bytes, "the output", check=space_check)
             else:
-                plan = _continue(out, fingerprint, resume=resume, budget=parse_bytes(memory), core=core)
-                records = folder.read()
-            kept = keep_tiles(out, plan, description.kind, records, folder, retry_failed=retry_failed)
+                budget = parse_bytes(memory)
+                plan = require_continuable(out, fingerprint, resume=resume, budget=budget, core=core)
+                kept = keep_tiles(out, plan, description.kind, folder, retry_failed=retry_failed, redo=redo)
             todo = [at for at in plan.order() if at not in kept]
             resumed = len(kept)
             pixels = sum(plan.grid.window(*at).pixels for at in todo)
@@ -390,7 +390,7 @@ class _Run:
                 if isinstance(outcome, Lost):
                     record = TileRecord.failure(row, column, pixels_of[row, column], outcome.reason)
                 if record.state == "failed":
-                    _require_source(self.raster)
+                    require_source(self.raster)
                 self.folder.append(record)
                 self.records.append(record)
                 pixels += record.pixels
@@ -415,13 +415,13 @@ class _Run:
             with contextlib.suppress(Exception):
                 client.unregister_worker_plugin(plugin.name)
 
-    def failed(self, kept: dict[tuple[int, int], dict[str, Any]]) -> tuple[tuple[int, int, str], ...]:
+    def failed(self, kept: Records) -> tuple[tuple[int, int, str], ...]:
         """(row, column, reason) of all tiles that hold nodata for want of a result, those of earlier calls too."""
         now = {(r.row, r.column): r.error for r in self.records if r.state == "failed"}
         before = {at: str(record.get("error", "")) for at, record in kept.items() if record["state"] == "failed"}
         return tuple((*at, error) for at, error in sorted({**before, **now}.items()))
 
-    def finish(self, kept: dict[tuple[int, int], dict[str, Any]]) -> None:
+    def finish(self, kept: Records) -> None:
         """Give failed tiles their nodata, and write the tiles' states."""
         status = np.zeros(self.plan.grid.counts, np.uint8)
         for (row, column), record in kept.items():
@@ -450,6 +450,7 @@ def run_start_check(client: Client, spec: RunSpec, network: Network) -> StartChe
         RasterError: none of several tiles can be read.
     """
     failure: RasterError | None = None
+    reference = Reference(raster=spec.raster, plan=spec.plan, network=network, fill=spec.fill)
     for attempt in range(CHECK_ATTEMPTS):
         patches = sample_patches(spec.plan, attempt)
         key = f"start-check-{spec.run_id}-{attempt}"
@@ -459,7 +460,7 @@ def run_start_check(client: Client, spec: RunSpec, network: Network) -> StartChe
         try:
             for index, patch in enumerate(patches):
                 try:
-                    expected.append(_run_reference(spec, network, reader, patch, index % 2))
+                    expected.append(reference.run(reader, patch.window, index % 2))
                 except RasterError as error:
                     failure, reader = error, spec.raster.open_reader()
                     expected.append(None)
@@ -475,37 +476,6 @@ def run_start_check(client: Client, spec: RunSpec, network: Network) -> StartChe
             tiles = len({(patch.row, patch.column) for patch, _ in both})
             return compare_patches([pair for _, pair in both], tiles=tiles, has_logits=network.has_logits)
     raise RasterError(f"no tile of {CHECK_ATTEMPTS} sets can be read for the start check; {failure}")
-
-
-def _run_reference(
-    spec: RunSpec, network: Network, reader: RasterReader, patch: CheckPatch, further: int
-) -> tuple[Array, Array]:
-    """(finished, logits) of a patch, computed in another way than the run's; its window begins `further` strides
-    earlier, so that a stride that is not the network's shows."""
-    if spec.plan.method == "program":
-        return _run_larger_program(spec, network, reader, patch)
-    margin = spec.plan.check_margin + further * max(network.stride)
-    window = larger_window(network, patch.window, spec.raster.shape_yx, margin)
-    image = read_filled(reader, spec.raster, window, spec.fill).image
-    top, left = (int(v * s) for v, s in zip((window.y, window.x), network.scale, strict=True))
-    y, x = patch.window.y - top, patch.window.x - left
-    cut = (slice(None), slice(y, y + patch.window.height), slice(x, x + patch.window.width))
-    reference = TorchEngine(network.module, has_logits=network.has_logits)
-    finished, logits = reference.run_with_logits(image)
-    return finished[cut], logits[cut]
-
-
-def _run_larger_program(
-    spec: RunSpec, network: Network, reader: RasterReader, patch: CheckPatch
-) -> tuple[Array, Array]:
-    """A patch by torch, as a part of another core that reaches further on every side."""
-    core = larger_core(network, patch.window, spec.raster.shape_yx, spec.plan.check_margin)
-    program = make_program(network, spec.raster.shape_yx, core)
-    image = read_filled(reader, spec.raster, program.window, spec.fill).image
-    with torch.inference_mode():
-        outputs = [output[0].numpy() for output in program(torch.from_numpy(image)[None])]
-    cut = (slice(None), *patch.window.slices(core))
-    return outputs[0][cut], outputs[-1][cut]
 
 
 def _ignore(event: Event) -> None:
@@ -526,81 +496,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(ModuleNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _is_unfinished(out: Path, fingerprint: dict[str, Any]) -> bool:
-    header = read_header(out)
-    return "run" not in header and not find_differences(header.get("fingerprint", {}), fingerprint)
-
-
-def _continue(out: Path, fingerprint: dict[str, Any], *, resume: bool, budget: int, core: int | None) -> TilePlan:
-    """The plan of an existing output that this run may continue.
-
-    Raises:
-        OutputError: it is foreign, another run's, or resuming was switched off.
-        BudgetError: its plan needs more memory than this run may take.
-    """
-    header = read_header(out)
-    if not resume:
-        raise OutputError(f"{out} exists; choose another path, or --overwrite")
-    differences = find_differences(header.get("fingerprint", {}), fingerprint)
-    if differences:
-        raise OutputError(f"{out} was made by another run: {'; '.join(differences)}; --overwrite replaces it")
-    plan = TilePlan.from_json(header["plan"])
-    if core is not None and plan.core != (core, core):
-        raise OutputError(f"{out} was begun with cores of {plan.core[0]}, got {core}; leave --core out, or --overwrite")
-    if plan.memory.total_bytes > budget:
-        raise BudgetError(
-            f"memory must be at least {format_bytes(plan.memory.total_bytes)} to continue {out} with its own plan, "
-            f"got {format_bytes(budget)}; raise --memory, or --overwrite"
-        )
-    return plan
-
-
-RECENT_TILES = 64
-"""Of a run that died, whose chunks are read before they are believed."""
-
-
-def keep_tiles(
-    out: Path,
-    plan: TilePlan,
-    kind: str,
-    records: dict[tuple[int, int], dict[str, Any]],
-    folder: RunFolder,
-    *,
-    retry_failed: bool,
-) -> dict[tuple[int, int], dict[str, Any]]:
-    """The records that need no further work: of done tiles whose chunks are as they were written, of failed ones unless
-    they are to be tried again.
-
-    Chunks were flushed before their record was made, so that size and presence tell what was lost since. Of a run that
-    died the last ones are read too.
-    """
-    died = folder.before is not None and not folder.before.ended
-    recent = set(list(records)[-RECENT_TILES:]) if died else set()
-    kept: dict[tuple[int, int], dict[str, Any]] = {}
-    for at, record in records.items():
-        if record.get("state") == "failed":
-            if not retry_failed:
-                kept[at] = record
-            continue
-        chunks = record.get("chunks", {})
-        names = chunks_of(out, kind, plan, plan.tile(*at))
-        faults = [find_chunk_fault(out, name, tuple(chunks.get(name, (0, ""))), read=at in recent) for name in names]
-        fault = next(filter(None, faults), "")
-        if record.get("state") == "done" and not fault:
-            kept[at] = record
-        else:
-            log.warning("tile %d,%d is done again: %s", *at, fault)
-    return kept
-
-
-def _require_source(raster: Raster) -> None:
-    """A tile that fails is one thing; a source that is gone is another, which must not fail all that are left.
-
-    Raises:
-        RasterError: a file of the raster is not there.
-    """
-    for file in (raster.path, *raster.sources, *raster.files):
-        if "://" not in file and not file.startswith("/vsi") and not Path(file).exists():
-            raise RasterError(f"{file} is gone; when it is back, the same command goes on")

@@ -12,7 +12,7 @@ from typing import Any
 from dask.typing import Key
 from distributed import Client, Future
 from distributed.client import ClosedClientError, FutureCancelledError
-from distributed.comm import CommClosedError
+from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from .cluster import ClusterError

@@ -428,6 +428,12 @@ def chunk_file(path: Path, array: str, index: tuple[int, ...]) -> Path:
     return folder.joinpath(*(["c"] if (folder / "zarr.json").is_file() else []), *map(str, index))
 
 
+def chunk_window(array: zarr.Array[Any], name: str) -> tuple[slice, ...]:
+    """The part of an array that a chunk of ours, named by `chunks_of`, holds."""
+    index = [int(part) for part in name.split("/")[1:] if part != "c"]
+    return tuple(slice(i * size, (i + 1) * size) for i, size in zip(index, array.chunks, strict=True))
+
+
 def write_status(path: Path, status: npt.NDArray[np.uint8]) -> None:
     """Write the tiles' states, one value a tile; by one process, at the end."""
     group = zarr.open_group(str(path), mode="r+", use_consolidated=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -105,6 +106,24 @@ def test_the_same_command_has_nothing_left_to_do(segmented: Path) -> None:
     completed = outsize("segment", SCENE, segmented / "map.zarr", "--core", "128")
     assert completed.returncode == 0
     assert "all 16 tiles are there" in completed.stdout
+
+
+def test_damage_is_found_and_repaired(tmp_path: Path, segmented: Path) -> None:
+    out = tmp_path / "map.zarr"
+    for name in ("map.zarr", "map.zarr.run"):
+        shutil.copytree(segmented / name, tmp_path / name)
+    sound = result_of(outsize("--json", "verify", out, "--samples", "2"))
+    assert (sound["sound"], sound["damaged_tiles"], sound["sampled_tiles"]) == (True, 0, 2)
+    chunk = out / "class/c/0/0"
+    value = chunk.read_bytes()
+    chunk.write_bytes(value[:-1])
+    found = outsize("verify", out, "--samples", "0")
+    assert found.returncode == 1
+    assert "1 tile DAMAGED (--repair computes them again)" in found.stdout
+    assert "tile 0,0: class/c/0/0 has" in found.stderr
+    repaired = result_of(outsize("--json", "verify", out, "--repair", "--samples", "1", "--no-dashboard"))
+    assert (repaired["sound"], repaired["repaired_tiles"]) == (True, 1)
+    assert chunk.read_bytes() == value
 
 
 def test_the_map_scores_well_against_the_labels(segmented: Path) -> None:

@@ -319,7 +319,7 @@ def test_the_start_check_stops_a_run_whose_halo_is_too_small(tmp_path: Path, cli
     honest = larger_windows_of(network)
     source, out = scene(tmp_path, 300, 300), tmp_path / "o.zarr"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("outsize.tiler.run.larger_window", honest)
+        patch.setattr("outsize.tiler.reference.larger_window", honest)
         with pytest.raises(ExactnessError, match="start check must agree"):
             run(source, wrong, out, client)
     assert not out.exists()
@@ -327,7 +327,7 @@ def test_the_start_check_stops_a_run_whose_halo_is_too_small(tmp_path: Path, cli
     run(source, network, out, client)
     before = stored(out)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("outsize.tiler.run.larger_window", honest)
+        patch.setattr("outsize.tiler.reference.larger_window", honest)
         with pytest.raises(ExactnessError):
             run(source, wrong, out, client, overwrite=True)
     assert np.array_equal(stored(out), before)

@@ -1,0 +1,103 @@
+"""What of an earlier call is believed, and what must agree before it is continued."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from .errors import BudgetError, OutputError, RasterError
+from .fingerprint import find_differences
+from .memory import format_bytes
+from .plan import TilePlan
+from .raster import Raster
+from .records import RunFolder, log
+from .store import chunks_of, find_chunk_fault, read_header
+
+RECENT_TILES = 64
+"""Of a run that died, whose chunks are read before they are believed."""
+
+Records = dict[tuple[int, int], dict[str, Any]]
+
+
+def is_unfinished(out: Path, fingerprint: dict[str, Any]) -> bool:
+    """Whether an output is this run's, and not done."""
+    header = read_header(out)
+    return "run" not in header and not find_differences(header.get("fingerprint", {}), fingerprint)
+
+
+def require_continuable(
+    out: Path, fingerprint: dict[str, Any], *, resume: bool, budget: int, core: int | None
+) -> TilePlan:
+    """The plan of an existing output that this run may continue.
+
+    Raises:
+        OutputError: it is foreign, another run's, or resuming was switched off.
+        BudgetError: its plan needs more memory than this run may take.
+    """
+    header = read_header(out)
+    if not resume:
+        raise OutputError(f"{out} exists; choose another path, or --overwrite")
+    differences = find_differences(header.get("fingerprint", {}), fingerprint)
+    if differences:
+        raise OutputError(f"{out} was made by another run: {'; '.join(differences)}; --overwrite replaces it")
+    plan = TilePlan.from_json(header["plan"])
+    if core is not None and plan.core != (core, core):
+        raise OutputError(f"{out} was begun with cores of {plan.core[0]}, got {core}; leave --core out, or --overwrite")
+    if plan.memory.total_bytes > budget:
+        raise BudgetError(
+            f"memory must be at least {format_bytes(plan.memory.total_bytes)} to continue {out} with its own plan, "
+            f"got {format_bytes(budget)}; raise --memory, or --overwrite"
+        )
+    return plan
+
+
+def keep_tiles(
+    out: Path,
+    plan: TilePlan,
+    kind: str,
+    folder: RunFolder,
+    *,
+    retry_failed: bool,
+    redo: Collection[tuple[int, int]] = (),
+) -> Records:
+    """The records that need no further work: of done tiles whose chunks are as they were written, of failed ones unless
+    they are to be tried again.
+
+    Chunks were flushed before their record was made, so that size and presence tell what was lost since. Of a run that
+    died the last ones are read too.
+
+    Args:
+        redo: tiles that are not believed whatever their record says.
+    """
+    records = folder.read()
+    died = folder.before is not None and not folder.before.ended
+    recent = set(list(records)[-RECENT_TILES:]) if died else set()
+    kept: Records = {}
+    for at, record in records.items():
+        if at in redo:
+            continue
+        if record.get("state") == "failed":
+            if not retry_failed:
+                kept[at] = record
+            continue
+        chunks = record.get("chunks", {})
+        names = chunks_of(out, kind, plan, plan.tile(*at))
+        faults = [find_chunk_fault(out, name, tuple(chunks.get(name, (0, ""))), read=at in recent) for name in names]
+        fault = next(filter(None, faults), "")
+        if record.get("state") == "done" and not fault:
+            kept[at] = record
+        else:
+            log.warning("tile %d,%d is done again: %s", *at, fault)
+    return kept
+
+
+def require_source(raster: Raster) -> None:
+    """A tile that fails is one thing; a source that is gone is another, which must not fail all that are left.
+
+    Raises:
+        RasterError: a file of the raster is not there.
+    """
+    for file in (raster.path, *raster.sources, *raster.files):
+        if "://" not in file and not file.startswith("/vsi") and not Path(file).exists():
+            raise RasterError(f"{file} is gone; when it is back, the same command goes on")

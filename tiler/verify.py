@@ -1,0 +1,233 @@
+"""Verification: is an output what a run wrote, and is what it wrote right?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .check import RELATIVE_TOLERANCE, sample_patches
+from .errors import OutputError, RasterError
+from .geometry import Window
+from .machine import cpu_count
+from .nodata import Array
+from .plan import TilePlan
+from .records import HEARTBEAT_S, read_owner, read_records, run_folder
+from .reference import Reference
+from .store import (
+    FAILED,
+    chunk_window,
+    chunks_of,
+    find_chunk_fault,
+    open_array,
+    output_nodata,
+    read_header,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """A tile that is not as it should be."""
+
+    row: int
+    column: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What was found in an output's store."""
+
+    tiles: int
+    chunks: int
+    stored_bytes: int
+    has_records: bool
+    """Without the run's folder beside the output, contents cannot be compared with what was written."""
+    faults: tuple[Fault, ...]
+    """Chunks that are missing, cannot be decoded, or hold another content; one for each tile."""
+    unfinished: tuple[tuple[int, int], ...]
+    """Tiles that no run has done yet."""
+    failed: tuple[tuple[int, int], ...]
+    """Tiles that failed, and hold nodata."""
+
+    @property
+    def damaged(self) -> frozenset[tuple[int, int]]:
+        return frozenset((fault.row, fault.column) for fault in self.faults)
+
+
+def verify_output(out: Path, listener: Callable[[int], None] | None = None) -> Verification:
+    """Read every chunk of an output: present, decodable, of the content that was written.
+
+    Args:
+        listener: called with the pixels of each tile that was looked at.
+
+    Raises:
+        OutputError: not an output, or one that is being written.
+    """
+    header = read_header(out)
+    owner = read_owner(run_folder(out))
+    if owner is not None and not owner.ended and owner.seen < 3 * HEARTBEAT_S:
+        raise OutputError(f"{out} is being written by {owner}; verify it when that has ended")
+    plan, kind = TilePlan.from_json(header["plan"]), header["kind"]
+    records = read_records(out)
+    states = {at: record.get("state") for at, record in records.items()}
+    if not records:
+        states = _states_without_records(out, plan)
+    known = [at for at in plan.grid if states.get(at) in ("done", "failed")]
+
+    def look(at: tuple[int, int]) -> tuple[Fault | None, int, int]:
+        names = chunks_of(out, kind, plan, plan.tile(*at))
+        recorded = records.get(at, {}).get("chunks", {})
+        reason = next(filter(None, (_find_fault(out, name, recorded.get(name)) for name in names)), "")
+        size = sum((out / name).stat().st_size for name in names if (out / name).is_file())
+        return (Fault(row=at[0], column=at[1], reason=reason) if reason else None), len(names), size
+
+    faults: list[Fault] = []
+    chunks = stored = 0
+    with ThreadPoolExecutor(cpu_count(), thread_name_prefix="verify") as pool:
+        for at, (fault, count, size) in zip(known, pool.map(look, known), strict=True):
+            chunks, stored = chunks + count, stored + size
+            faults += [fault] if fault else []
+            if listener is not None:
+                listener(plan.grid.window(*at).pixels)
+    return Verification(
+        tiles=len(plan.grid),
+        chunks=chunks,
+        stored_bytes=stored,
+        has_records=bool(records),
+        faults=tuple(faults),
+        unfinished=tuple(at for at in plan.grid if at not in states),
+        failed=tuple(at for at in known if states[at] == "failed"),
+    )
+
+
+def _states_without_records(out: Path, plan: TilePlan) -> dict[tuple[int, int], str]:
+    """By `status`, which is written when a run ends."""
+    try:
+        status = np.asarray(open_array(out, "status")[...])
+    except Exception as error:
+        raise OutputError(
+            f"{out} has neither its run's folder nor tile states: its run never ended; run the same command again"
+        ) from error
+    if status.shape != plan.grid.counts:
+        raise OutputError(f"{out} has states of {status.shape} tiles, its plan {plan.grid.counts}")
+    return {at: "failed" if status[at] == FAILED else "done" for at in plan.grid if status[at]}
+
+
+def _find_fault(out: Path, name: str, recorded: Any) -> str:
+    if recorded is not None:
+        fault = find_chunk_fault(out, name, tuple(recorded), read=True)
+        if fault:
+            return fault
+    elif not (out / name).is_file():
+        return f"{name} is missing"
+    array = open_array(out, name.split("/", 1)[0])
+    try:
+        array[chunk_window(array, name)]
+    except Exception as error:  # noqa: BLE001 - codecs raise what they like
+        return f"{name} cannot be decoded: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recomputation:
+    """Stored pixels beside the same pixels computed in another way."""
+
+    tiles: int
+    pixels: int
+    wrong: tuple[Fault, ...]
+    """Tiles with pixels that differ beyond rounding."""
+    ties: int
+    """Pixels of another class where the reference's two best logits are equal up to rounding."""
+    seconds: float
+
+    def sentence(self) -> str:
+        wrong = f"{len(self.wrong)} tiles WRONG" if self.wrong else "all equal"
+        ties = f", {self.ties} ties" if self.ties else ""
+        return f"{self.tiles} tiles, {self.pixels} px recomputed in larger windows by torch: {wrong}{ties}"
+
+
+def recompute_samples(
+    out: Path, reference: Reference, samples: int, skip: frozenset[tuple[int, int]], kind: str
+) -> Recomputation:
+    """Compare patches at corners of tiles, spread over the output, with the reference.
+
+    Args:
+        samples: tiles to compare, or all where there are fewer.
+        skip: tiles that hold nothing to compare.
+
+    Raises:
+        RasterError: the source of no sampled tile can be read.
+    """
+    began, plan = time.perf_counter(), reference.plan
+    array, reader = open_array(out, kind), reference.raster.open_reader()
+    seen: dict[tuple[int, int], None] = {}
+    wrong: dict[tuple[int, int], str] = {}
+    pixels = ties = attempt = 0
+    failure: RasterError | None = None
+    wanted = min(samples, len(plan.grid) - len(skip))
+    while len(seen) < wanted and attempt < 20 * (samples + 1):
+        patches = sample_patches(plan, attempt)
+        fresh = [at for at in dict.fromkeys((p.row, p.column) for p in patches) if at not in seen and at not in skip]
+        chosen = fresh[: wanted - len(seen)]
+        attempt += 1
+        for patch in patches:
+            at = (patch.row, patch.column)
+            if at not in chosen:
+                continue
+            try:
+                finished, logits = reference.run(reader, patch.window)
+                missing = reference.find_missing(reader, patch.window)
+            except RasterError as error:
+                failure, reader = error, reference.raster.open_reader()
+                continue
+            seen[at] = None
+            if missing is not None:
+                finished = np.where(missing, np.asarray(output_nodata(finished.dtype), finished.dtype), finished)
+            differs, tied = _compare(_stored(array, plan, patch.window), finished, logits, kind)
+            pixels, ties = pixels + differs.size, ties + int(tied.sum())
+            if differs.any():
+                wrong[at] = f"{int(differs.sum())} of {differs.size} sampled pixels differ from the reference"
+    reader.close()
+    if not seen and failure is not None:
+        raise failure
+    return Recomputation(
+        tiles=len(seen),
+        pixels=pixels,
+        wrong=tuple(Fault(row=row, column=column, reason=reason) for (row, column), reason in wrong.items()),
+        ties=ties,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _stored(array: Any, plan: TilePlan, window: Window) -> Array:
+    """(channels, height, width) of an output, by a window of the whole result."""
+    y, x = (value - origin for value, origin in zip((window.y, window.x), plan.output_origin, strict=True))
+    rows, columns = slice(y, y + window.height), slice(x, x + window.width)
+    return np.asarray(array[rows, columns])[None] if array.ndim == 2 else np.asarray(array[:, rows, columns])
+
+
+def _compare(stored: Array, finished: Array, logits: Array, kind: str) -> tuple[Array, Array]:
+    """(differs, tied), each (height, width), beyond and within rounding."""
+    finite = np.abs(logits[np.isfinite(logits)].astype(np.float64))
+    tolerance = RELATIVE_TOLERANCE * float(finite.max(initial=0.0))
+    with np.errstate(invalid="ignore"):
+        if kind == "logits":
+            near = np.abs(stored.astype(np.float64) - finished) <= tolerance
+            same = near | (stored == finished) | (np.isnan(stored) & np.isnan(finished))
+            return np.logical_not(np.all(same, axis=0)), np.zeros(stored.shape[1:], bool)
+        if kind == "probability":
+            # One level of 254: a probability that lies between two.
+            near = np.abs(stored.astype(np.int16) - finished.astype(np.int16)) <= 1
+            return np.logical_not(np.all(near, axis=0)), np.zeros(stored.shape[1:], bool)
+    other: Array = np.any(stored != finished, axis=0)
+    if len(logits) < 2:
+        return other, np.zeros_like(other)
+    best = np.sort(logits.astype(np.float64), axis=0)
+    tied: Array = np.logical_and(other, best[-1] - best[-2] <= 2 * tolerance)
+    return np.logical_and(other, ~tied), tied
