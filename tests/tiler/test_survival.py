@@ -25,7 +25,7 @@ from outsize.tiler.raster import Raster
 from outsize.tiler.records import OWNER, RunFolder, read_generation, run_folder
 from outsize.tiler.run import RunSummary, predict
 
-from .test_run import _passed, class_network, run, scene, stored, whole
+from .test_run import _passed, class_network, logit_network, run, scene, stored, whole
 
 HERE = ClusterOptions(dashboard_address=None)
 
@@ -240,6 +240,55 @@ def test_an_output_that_is_gone_stops_the_run(tmp_path: Path, client: Client, wh
         place.rmdir()
     (tmp_path / "hidden").rename(place)
     assert run(source, class_network(), out, client).failed_tiles == ()
+    assert np.array_equal(stored(out), whole(class_network(), source))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 kB in memory."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", place], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no right to mount a small file system: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_a_full_disk_stops_the_run_which_goes_on_with_room(tmp_path: Path, client: Client, small_disk: Path) -> None:
+    source, network, out = scene(tmp_path, 400, 400), logit_network("unet depth 1"), small_disk / "o.zarr"
+    run(source, network, tmp_path / "calm.zarr", client)
+    with pytest.raises(OutputError, match="the output may need"):
+        run(source, network, out, client)
+    with pytest.raises(OutputError, match=r"no space left for .*; free some and run the same command again"):
+        run(source, network, out, client, space_check=False)
+    with pytest.raises(OutputError, match="no space left"):  # nor is there now
+        run(source, network, out, client, space_check=False)
+    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
+    summary = run(source, network, out, client, space_check=False)
+    assert summary.failed_tiles == ()
+    assert summary.resumed_tiles > 5
+    assert hash_chunks(out) == hash_chunks(tmp_path / "calm.zarr")
+
+
+def test_a_disk_that_turns_read_only_can_be_gone_on_with(tmp_path: Path, client: Client, small_disk: Path) -> None:
+    source, out = scene(tmp_path, 300, 300), small_disk / "o.zarr"
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, TileFinished) and event.finished == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(source, class_network(), out, client, listener=interrupt)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(OutputError, match=r"no permission to write .*run the same command again"):
+        run(source, class_network(), out, client)
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    summary = run(source, class_network(), out, client)
+    assert summary.failed_tiles == ()
+    assert summary.resumed_tiles >= 3
     assert np.array_equal(stored(out), whole(class_network(), source))
 
 
