@@ -433,8 +433,29 @@ def plan(console: Any, src: str, prove: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("src")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("sources", nargs=-1, metavar="SRC... [OUT]")
+@_option(
+    "--out-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="A batch: all arguments are inputs, each written to DIR/NAME.zarr.",
+)
+@_option(
+    "--list",
+    "lists",
+    type=click.Path(path_type=Path, dir_okay=False),
+    multiple=True,
+    metavar="FILE",
+    help="Of a batch: a text file with a path on each line, and a name after a tab if wanted.",
+)
+@_option(
+    "--asset",
+    "assets",
+    multiple=True,
+    metavar="KEY",
+    help="Of STAC items: the asset to read; several are the bands of one raster. Without it the one of role data.",
+)
+@_option("--dry-run", is_flag=True, help="List plan and cost of each scene; read and write nothing.")
 @_reading
 @_planning
 @_writing
@@ -452,9 +473,10 @@ def plan(console: Any, src: str, prove: bool, **options: Any) -> None:
 )
 @_overwrite
 @click.pass_obj
-def segment(console: Any, src: str, out: Path, no_resume: bool, overwrite: bool, **options: Any) -> None:
-    """Segment a raster into OUT, a Zarr store. The same command continues a run that was interrupted. Tiles that fail
-    become nodata and are listed (exit code 3).
+def segment(console: Any, sources: tuple[str, ...], out_dir: Path | None, **options: Any) -> None:
+    """Segment a raster SRC into OUT, a Zarr store; or with --out-dir many: paths, patterns, folders of rasters, STAC
+    items (.json), lists. The same command continues what was interrupted. Tiles that fail become nodata and are listed
+    (exit code 3); a scene that fails does not stop a batch (exit code 1 at the end).
 
     \b
     outsize segment scene.tif map.zarr
@@ -463,22 +485,53 @@ def segment(console: Any, src: str, out: Path, no_resume: bool, overwrite: bool,
     outsize segment landsat.tif map.zarr --bands 3,2,1,4 --nodata -9999
     outsize segment scene.tif map.zarr --retry-failed
     outsize segment scene.zarr map.zarr --scheduler tcp://10.0.0.5:8786
+    outsize segment 'scenes/*.tif' more/ --out-dir maps/ --dry-run
+    outsize segment items.json --asset B04 --asset B03 --asset B02 --asset B08 --out-dir maps/
     """
-    from .segment import run_segment
+    from .segment import WriteOptions, run_segment
 
-    summary = run_segment(
-        console,
-        _segment_options(src, options),
-        out,
-        _cluster_options(options),
-        resume=not no_resume,
-        overwrite=overwrite,
+    writing = WriteOptions(
+        resume=not options["no_resume"],
+        overwrite=options["overwrite"],
         retry_failed=options["retry_failed"],
         patience=options["tile_timeout"],
         zarr_format=2 if options["zarr_format"] == "2" else 3,
         space_check=not options["no_space_check"],
     )
-    if summary.failed_tiles:
+    cluster = _cluster_options(options)
+    if out_dir is not None:
+        _segment_batch(console, sources, out_dir, options, cluster, writing)
+        return
+    if options["lists"] or options["assets"]:
+        raise click.UsageError("--list and --asset are for batches; give --out-dir DIR")
+    if len(sources) != 2:
+        raise click.UsageError(f"one SRC and its OUT, or inputs and --out-dir DIR; got {len(sources)} arguments")
+    known = _segment_options(sources[0], options)
+    if options["dry_run"]:
+        from .segment import run_plan
+
+        run_plan(console, known)
+        return
+    if run_segment(console, known, Path(sources[1]), cluster, writing).failed_tiles:
+        raise SystemExit(EXIT_FAILED_TILES)
+
+
+def _segment_batch(
+    console: Any, sources: tuple[str, ...], folder: Path, options: dict[str, Any], cluster: Any, writing: Any
+) -> None:
+    from .batch import run_batch, run_dry
+    from .scenes import find_scenes
+
+    scenes = find_scenes(sources, options["lists"], options["assets"])
+    known = _segment_options("", options)
+    if options["dry_run"]:
+        if not run_dry(console, scenes, known, folder):
+            raise SystemExit(EXIT_FAILED)
+        return
+    states = {result.state for result in run_batch(console, scenes, known, folder, cluster, writing)}
+    if "failed" in states:
+        raise SystemExit(EXIT_FAILED)
+    if "partial" in states:
         raise SystemExit(EXIT_FAILED_TILES)
 
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..models.segmentation.model import Output, SegmentationModel, as_tile_network, describe_output
 from ..models.segmentation.sources import load_model
-from ..tiler.cluster import ClusterOptions
+from ..tiler.cluster import ClusterKeeper, ClusterOptions
 from ..tiler.errors import UsageError
-from ..tiler.events import ClusterReady, Event, MemoryProbed, ProgramsMade, RunPlanned, StartChecked, TileFinished
+from ..tiler.events import (
+    ClusterReady,
+    Event,
+    Listener,
+    MemoryProbed,
+    ProgramsMade,
+    RunPlanned,
+    StartChecked,
+    TileFinished,
+)
 from ..tiler.geometry import Window
 from ..tiler.georeference import window_of_bounds
 from ..tiler.machine import measure_flops_per_s
@@ -22,6 +32,7 @@ from ..tiler.plan import TilePlan, format_seconds
 from ..tiler.planner import plan_tiles
 from ..tiler.proof import prove_network
 from ..tiler.raster import Raster, ReadOptions, open_with
+from ..tiler.raster_parts import open_stack
 from ..tiler.run import RunSummary, predict
 from ..tiler.stated import state_network
 from ..tiler.store import ZarrFormat
@@ -66,36 +77,66 @@ def _region(options: SegmentOptions, raster: Raster) -> Window | None:
     return None
 
 
-def _prepare(options: SegmentOptions) -> tuple[Raster, SegmentationModel, Network]:
-    raster = open_with(options.source, options.reading)
-    model = load_model(
-        options.model,
-        weights=options.weights,
-        bands=raster.bands,
-        trust=options.trust_model,
-        sha256=options.sha256,
-    )
-    if raster.bands != len(model.bands):
-        raise UsageError(
-            f"{options.source} has {count_of(raster.bands, 'band')}, model {model.name} takes "
-            f"{len(model.bands)} ({', '.join(model.bands)}); choose them with --bands, or give a fitting --model"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteOptions:
+    """How `segment` treats outputs."""
+
+    resume: bool = True
+    overwrite: bool = False
+    retry_failed: bool = False
+    patience: float = 300.0
+    zarr_format: ZarrFormat = 3
+    space_check: bool = True
+
+
+class Preparation:
+    """Opens rasters, and gives each the network that fits; networks of one number of bands and dtype are analysed
+    once."""
+
+    def __init__(self, options: SegmentOptions) -> None:
+        self._options = options
+        self._known: dict[tuple[int, str], tuple[SegmentationModel, Network]] = {}
+
+    def open(self, paths: Sequence[str]) -> tuple[Raster, SegmentationModel, Network]:
+        """The raster of one path, or of several that are its bands.
+
+        Raises:
+            TilerError: it cannot be read, or the model does not take it.
+        """
+        reading = self._options.reading
+        raster = open_with(paths[0], reading) if len(paths) == 1 else open_stack(paths, reading)
+        key = (raster.bands, str(raster.dtype))
+        if key not in self._known:
+            self._known[key] = self._analyse(raster, paths[0])
+        return raster, *self._known[key]
+
+    def _analyse(self, raster: Raster, source: str) -> tuple[SegmentationModel, Network]:
+        options = self._options
+        model = load_model(
+            options.model,
+            weights=options.weights,
+            bands=raster.bands,
+            trust=options.trust_model,
+            sha256=options.sha256,
         )
-    module = as_tile_network(model, options.output)
-    if options.halo is None:
+        if raster.bands != len(model.bands):
+            raise UsageError(
+                f"{source} has {count_of(raster.bands, 'band')}, model {model.name} takes "
+                f"{len(model.bands)} ({', '.join(model.bands)}); choose them with --bands, or give a fitting --model"
+            )
+        module = as_tile_network(model, options.output)
+        if options.halo is not None:
+            halo, stride = options.halo, options.halo_stride
+            return model, state_network(module, raster.bands, raster.dtype, halo=halo, stride=stride)
         if options.halo_stride is not None:
             raise UsageError("--halo-stride goes with --halo; give both, or neither")
-        return raster, model, analyze_network(module, raster.bands, raster.dtype)
-    return (
-        raster,
-        model,
-        state_network(module, raster.bands, raster.dtype, halo=options.halo, stride=options.halo_stride),
-    )
+        return model, analyze_network(module, raster.bands, raster.dtype)
 
 
 PROBING = "memory    measuring what the engine adds to this network, once on this machine"
 
 
-def _plan(console: Console, options: SegmentOptions, raster: Raster, network: Network) -> TilePlan:
+def make_plan(console: Console, options: SegmentOptions, raster: Raster, network: Network) -> TilePlan:
     budget = parse_bytes(options.memory)
     return plan_tiles(
         raster,
@@ -114,8 +155,8 @@ def _plan(console: Console, options: SegmentOptions, raster: Raster, network: Ne
 
 def run_plan(console: Console, options: SegmentOptions) -> None:
     """Show every decision that `segment` would make, without reading a pixel."""
-    raster, model, network = _prepare(options)
-    plan = _plan(console, options, raster, network)
+    raster, model, network = Preparation(options).open([options.source])
+    plan = make_plan(console, options, raster, network)
     speed = measure_flops_per_s()
     console.result(
         f"model     {model.name}\n{plan.explain(speed)}",
@@ -125,7 +166,7 @@ def run_plan(console: Console, options: SegmentOptions) -> None:
 
 def run_proof(console: Console, options: SegmentOptions) -> bool:
     """Try on a small image what the plan takes for granted; returns whether it holds."""
-    _, model, network = _prepare(options)
+    _, model, network = Preparation(options).open([options.source])
     began = time.perf_counter()
     proof = prove_network(network, options.method)
     verdict = "proved: tiles equal the whole image" if proof.passed else "NOT proved: see above"
@@ -155,50 +196,17 @@ def run_proof(console: Console, options: SegmentOptions) -> bool:
 
 
 def run_segment(
-    console: Console,
-    options: SegmentOptions,
-    out: Path,
-    cluster: ClusterOptions,
-    *,
-    resume: bool,
-    overwrite: bool,
-    retry_failed: bool = False,
-    patience: float = 300.0,
-    zarr_format: ZarrFormat = 3,
-    space_check: bool = True,
+    console: Console, options: SegmentOptions, out: Path, cluster: ClusterOptions, writing: WriteOptions
 ) -> RunSummary:
     """Segment a raster; returns what was done, start-up counted from here."""
     began = time.perf_counter()
     refuse_picture_name("segment", out)
-    raster, model, network = _prepare(options)
+    raster, model, network = Preparation(options).open([options.source])
     prepared_s = time.perf_counter() - began
-    description = describe_output(model, options.output)
     console.remark(f"model     {model.name}")
     listener = RunListener(console, own_page=cluster.dashboard_address is not None)
     try:
-        summary = predict(
-            raster,
-            network,
-            out,
-            description=description,
-            fill=model.fill,
-            cluster=cluster,
-            memory=options.memory,
-            engine=options.engine,
-            workers=options.workers,
-            threads=options.threads,
-            core=options.core,
-            region=_region(options, raster),
-            method=options.method,
-            mark_nodata_context=options.mark_nodata_context,
-            zarr_format=zarr_format,
-            space_check=space_check,
-            resume=resume,
-            overwrite=overwrite,
-            retry_failed=retry_failed,
-            patience=patience,
-            listener=listener,
-        )
+        summary = segment_raster(raster, model, network, out, options, cluster, writing, listener)
     finally:
         listener.close()
     summary = replace(summary, startup_s=summary.startup_s + prepared_s)
@@ -208,6 +216,42 @@ def run_segment(
         console.remark(f"failed    and {len(summary.failed_tiles) - 20} more, in {out}.run/records.jsonl")
     console.result(_sentence(summary, out), {"model": model.name, **summary.to_json()})
     return summary
+
+
+def segment_raster(
+    raster: Raster,
+    model: SegmentationModel,
+    network: Network,
+    out: Path,
+    options: SegmentOptions,
+    cluster: ClusterOptions | ClusterKeeper,
+    writing: WriteOptions,
+    listener: Listener,
+) -> RunSummary:
+    """One raster, as the options say."""
+    return predict(
+        raster,
+        network,
+        out,
+        description=describe_output(model, options.output),
+        fill=model.fill,
+        cluster=cluster,
+        memory=options.memory,
+        engine=options.engine,
+        workers=options.workers,
+        threads=options.threads,
+        core=options.core,
+        region=_region(options, raster),
+        method=options.method,
+        mark_nodata_context=options.mark_nodata_context,
+        zarr_format=writing.zarr_format,
+        space_check=writing.space_check,
+        resume=writing.resume,
+        overwrite=writing.overwrite,
+        retry_failed=writing.retry_failed,
+        patience=writing.patience,
+        listener=listener,
+    )
 
 
 def _sentence(summary: RunSummary, out: Path) -> str:

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,37 @@ def open_client(options: ClusterOptions, *, workers: int, threads: int, gdal_cac
             os.environ.setdefault("GDAL_CACHEMAX", worker_environment(gdal_cache_bytes)["GDAL_CACHEMAX"])
         with _start_local(options, workers, threads) as cluster, Client(cluster) as client:
             yield client
+
+
+class ClusterKeeper:
+    """Keeps a run's client for the next one that wants as many workers: for batches, which would start them anew for
+    each scene. To be closed at the end."""
+
+    def __init__(self, options: ClusterOptions) -> None:
+        self._options = options
+        self._open = ExitStack()
+        self._client: Client | None = None
+        self._shape: tuple[int, int] | None = None
+
+    @contextmanager
+    def open(self, *, workers: int, threads: int, gdal_cache_bytes: int) -> Iterator[Client]:
+        """As `open_client`, but what is opened stays."""
+        shape = (workers, threads)
+        if self._client is None or self._client.status != "running" or shape != self._shape:
+            self.close()
+            opened = open_client(self._options, workers=workers, threads=threads, gdal_cache_bytes=gdal_cache_bytes)
+            self._client, self._shape = self._open.enter_context(opened), shape
+        yield self._client
+
+    def close(self) -> None:
+        self._client = None
+        self._open.close()
+
+    def __enter__(self) -> ClusterKeeper:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 STARTS = 3

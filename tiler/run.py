@@ -18,7 +18,7 @@ import numpy.typing as npt
 from distributed import Client
 
 from .check import StartCheck, compare_patches, require_exact, sample_patches
-from .cluster import ClusterOptions, open_client
+from .cluster import ClusterKeeper, ClusterOptions, open_client
 from .engine import EngineProgram, compile_program
 from .engine_programs import pack_programs
 from .errors import OutputError, RasterError, UsageError
@@ -131,7 +131,7 @@ def predict(
     description: OutputDescription | None = None,
     fill: tuple[float, ...] | None = None,
     client: Client | None = None,
-    cluster: ClusterOptions | None = None,
+    cluster: ClusterOptions | ClusterKeeper | None = None,
     memory: str | int = "2GB",
     engine: str | None = None,
     workers: int | None = None,
@@ -244,18 +244,7 @@ def predict(
             )
             if todo:
                 run.convert()
-                opened = (
-                    contextlib.nullcontext(client)
-                    if client
-                    else open_client(
-                        cluster or ClusterOptions(),
-                        workers=plan.workers,
-                        threads=plan.in_flight,
-                        gdal_cache_bytes=GDAL_CACHE_BYTES,
-                    )
-                )
-                with opened as connected:
-                    assert connected is not None
+                with _open(client, cluster or ClusterOptions(), plan) as connected:
                     run.execute(connected, todo)
             run.finish(kept)
             began = run.began or time.perf_counter()
@@ -282,6 +271,18 @@ def predict(
                 update_header(out, {"run": summary.to_json()})
             log.info("finished: %s", summary.to_json())
     return summary
+
+
+def _open(
+    client: Client | None, cluster: ClusterOptions | ClusterKeeper, plan: TilePlan
+) -> contextlib.AbstractContextManager[Client]:
+    """The client that was given, or one with the plan's workers."""
+    if client is not None:
+        return contextlib.nullcontext(client)
+    workers, threads = plan.workers, plan.in_flight
+    if isinstance(cluster, ClusterKeeper):
+        return cluster.open(workers=workers, threads=threads, gdal_cache_bytes=GDAL_CACHE_BYTES)
+    return open_client(cluster, workers=workers, threads=threads, gdal_cache_bytes=GDAL_CACHE_BYTES)
 
 
 class _Run:

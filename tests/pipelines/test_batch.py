@@ -1,0 +1,151 @@
+"""Batches: what is an input, what its output is called, and that one bad scene costs no other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from outsize.pipelines.scenes import find_scenes
+from outsize.tiler.errors import UsageError
+from outsize.tiler.records import run_folder
+from outsize.tiler.store import open_array
+
+from .test_cli import outsize, result_of
+
+NAMES = ("plain", "with space", 'quo\'ted "both"', "ünïcode-图", "-dash", "semi;colon $HOME `x`")
+"""Of scenes on a disk; none of them may mean anything to a shell, a glob or an option."""
+
+
+def write_tiff(path: Path, bands: int = 4, seed: int = 0, size: int = 70) -> Path:
+    image = np.random.default_rng(seed).integers(1, 255, (bands, size, size + seed), np.uint8)
+    with rasterio.open(
+        path, "w", driver="GTiff", width=size + seed, height=size, count=bands, dtype="uint8", crs="EPSG:32618",
+        transform=rasterio.Affine(10, 0, 5e5, 0, -10, 4e6),
+    ) as file:  # fmt: skip
+        file.write(image)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    place = tmp_path / "in"
+    place.mkdir()
+    for seed, name in enumerate(NAMES):
+        write_tiff(place / f"{name}.tif", seed=seed)
+    (place / "notes.txt").write_text("no raster")
+    return place
+
+
+def test_folders_patterns_paths_and_lists_are_inputs(folder: Path, tmp_path: Path) -> None:
+    of_folder = find_scenes([str(folder)])
+    assert [scene.name for scene in of_folder] == sorted(NAMES)
+    assert find_scenes([str(folder / "*.tif")]) == of_folder
+    assert [scene.name for scene in find_scenes([str(folder / "**" / "p*.tif")])] == ["plain"]
+    both = find_scenes([str(folder / "semi;colon $HOME `x`.tif"), str(folder / "plain.tif")])
+    assert [scene.name for scene in both] == ["semi;colon $HOME `x`", "plain"]
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"# two\n{folder}/plain.tif\n\n{folder}/-dash.tif\tother name\n")
+    assert [scene.name for scene in find_scenes([], [listed])] == ["plain", "other name"]
+    (folder / "[odd].tif").write_bytes((folder / "plain.tif").read_bytes())
+    assert find_scenes([str(folder / "[odd].tif")])[0].name == "[odd]"
+    assert find_scenes(["elsewhere/none.tif"])[0].paths == ("elsewhere/none.tif",)
+
+
+def test_inputs_that_cannot_be_meant_are_refused(folder: Path, tmp_path: Path) -> None:
+    (folder / "again").mkdir()
+    write_tiff(folder / "again" / "plain.tif")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.json").write_text("[1, 2]")
+    for sources, words in (
+        ([], "needs an input, got none"),
+        ([str(tmp_path / "empty")], "holds no raster"),
+        ([str(folder / "*.nothing")], "no file fits"),
+        ([str(folder / "plain.tif"), str(folder / "again")], r"would both be written to plain\.zarr"),
+        ([str(tmp_path / "bad.json")], "neither a STAC item nor an ItemCollection"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            find_scenes(sources)
+
+
+def stac(assets: dict[str, Any], name: str = "S2_T18") -> dict[str, Any]:
+    return {"type": "Feature", "id": name, "assets": assets}
+
+
+def test_stac_items_give_their_assets(tmp_path: Path) -> None:
+    item = stac({"B04": {"href": "B04.tif", "roles": ["data"]}, "thumb": {"href": "t.png", "roles": ["thumbnail"]}})
+    other = stac({"B04": {"href": "/far/B04.tif", "roles": ["data"]}, "B08": {"href": "s3://b/B08.tif"}}, "a/b")
+    file = tmp_path / "items.json"
+    file.write_text(json.dumps({"type": "FeatureCollection", "features": [item, other]}))
+    scenes = find_scenes([str(file)])
+    assert [(scene.name, scene.paths) for scene in scenes] == [
+        ("S2_T18", (str(tmp_path / "B04.tif"),)),
+        ("a_b", ("/far/B04.tif",)),
+    ]
+    file.write_text(json.dumps(other))
+    assert find_scenes([str(file)], assets=["B08", "B04"])[0].paths == ("s3://b/B08.tif", "/far/B04.tif")
+    with pytest.raises(UsageError, match="item a/b has no asset B02, it has: B04, B08"):
+        find_scenes([str(file)], assets=["B02"])
+    file.write_text(
+        json.dumps(stac({"B04": {"href": "x", "roles": ["data"]}, "B03": {"href": "y", "roles": ["data"]}}))
+    )
+    with pytest.raises(UsageError, match="has 2 assets of role data; choose with --asset"):
+        find_scenes([str(file)])
+
+
+def test_a_batch_goes_past_what_fails_and_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
+    (folder / "broken.tif").write_bytes((folder / "plain.tif").read_bytes()[:100])
+    write_tiff(folder / "three bands.tif", bands=3)
+    out = tmp_path / "maps"
+    dry = outsize("--json", "segment", folder, "--out-dir", out, "--dry-run")
+    assert dry.returncode == 1
+    planned = json.loads(dry.stdout.splitlines()[-1])["scenes"]
+    assert sum("error" in scene for scene in planned) == 2
+    assert not out.exists()
+    done = outsize("--json", "segment", folder, "--out-dir", out, "--no-dashboard", "--engine", "torch")
+    assert done.returncode == 1
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["scenes"], result["done"], result["partial"], result["failed"]) == (8, 6, 0, 2)
+    failed = {scene["name"]: scene["error"] for scene in result["results"] if scene["state"] == "failed"}
+    assert "has 3 bands, model" in failed["three bands"]
+    assert "broken.tif" in failed["broken"]
+    lines = [json.loads(line) for line in (out / "batch.jsonl").read_text().splitlines()]
+    assert [line["state"] for line in lines].count("done") == 6
+    for seed, name in enumerate(NAMES):
+        assert open_array(out / f"{name}.zarr", "class").shape == (70, 70 + seed)
+        assert run_folder(out / f"{name}.zarr").is_dir()
+    assert not (out / "broken.zarr").exists()
+    assert not run_folder(out / "broken.zarr").exists()
+    # Healed, and called again: only what is missing is done.
+    (folder / "three bands.tif").unlink()
+    (folder / "broken.tif").unlink()
+    write_tiff(folder / "broken.tif", seed=9)
+    again = result_of(outsize("--json", "segment", folder, "--out-dir", out, "--no-dashboard", "--engine", "torch"))
+    assert (again["done"], again["failed"]) == (7, 0)
+    assert [scene["name"] for scene in again["results"] if scene["run"]["tiles"]] == ["broken"]
+
+
+def test_a_batch_of_band_files_stacks_them(tmp_path: Path) -> None:
+    for number in range(4):
+        write_tiff(tmp_path / f"B0{number}.tif", bands=1)
+    assets = {f"B0{number}": {"href": f"B0{number}.tif", "roles": ["data"]} for number in range(4)}
+    (tmp_path / "item.json").write_text(json.dumps(stac(assets)))
+    chosen = [word for number in range(4) for word in ("--asset", f"B0{number}")]
+    out = tmp_path / "maps"
+    words = ["segment", tmp_path / "item.json", *chosen, "--out-dir", out, "--no-dashboard", "--engine", "torch"]
+    assert result_of(outsize("--json", *words))["done"] == 1
+    assert open_array(out / "S2_T18.zarr", "class").shape == (70, 70)
+
+
+def test_wrong_calls_say_what_is_meant(tmp_path: Path) -> None:
+    for words, said in (
+        (["segment", "a.tif"], "one SRC and its OUT, or inputs and --out-dir DIR; got 1 arguments"),
+        (["segment", "a.tif", "b.zarr", "--asset", "x"], "give --out-dir DIR"),
+        (["segment", "--out-dir", tmp_path / "o"], "a batch needs an input"),
+    ):
+        done = outsize(*words)
+        assert done.returncode == 2
+        assert said in done.stderr
