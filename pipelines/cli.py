@@ -668,6 +668,22 @@ def export(console: Any, out: Path, file: Path, overwrite: bool) -> None:
     run_export(console, out, file, overwrite=overwrite)
 
 
+@cli.command()
+@click.pass_obj
+def doctor(console: Any) -> None:
+    """Show versions, cores, engines and GDAL's drivers, and try a small run against the whole image. Exit code 1 where
+    it comes out wrong.
+
+    \b
+    outsize doctor
+    outsize --json doctor
+    """
+    from .doctor import run_doctor
+
+    if not run_doctor(console):
+        raise SystemExit(EXIT_FAILED)
+
+
 @cli.group(cls=_Group)
 def model() -> None:
     """Look at model files, and write your own.

@@ -74,7 +74,7 @@ def test_help_is_fast_and_imports_no_torch() -> None:
     assert min(times) < 0.5
 
 
-@pytest.mark.parametrize("command", ["sample", "ingest", "plan", "segment", "evaluate", "export"])
+@pytest.mark.parametrize("command", ["sample", "ingest", "plan", "segment", "verify", "evaluate", "export", "doctor"])
 def test_every_command_has_help_with_an_example(command: str) -> None:
     completed = outsize(command, "--help")
     assert completed.returncode == 0
@@ -106,6 +106,17 @@ def test_the_same_command_has_nothing_left_to_do(segmented: Path) -> None:
     completed = outsize("segment", SCENE, segmented / "map.zarr", "--core", "128")
     assert completed.returncode == 0
     assert "all 16 tiles are there" in completed.stdout
+
+
+def test_the_doctor_tries_a_run_and_prints_no_values_of_variables() -> None:
+    done = outsize("--json", "doctor", env={"AWS_SECRET_ACCESS_KEY": "hush-hush"})
+    found = result_of(done)
+    assert found["passed"]
+    assert "0 of 147456 pixels differ" in found["self_test"]["text"]
+    assert {"torch", "gdal", "zarr", "dask"} <= set(found["versions"])
+    assert "COG" in found["gdal"]["drivers"]
+    assert "AWS_SECRET_ACCESS_KEY" in done.stderr
+    assert "hush-hush" not in done.stdout + done.stderr
 
 
 def test_damage_is_found_and_repaired(tmp_path: Path, segmented: Path) -> None:
