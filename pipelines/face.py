@@ -109,7 +109,7 @@ def _run_ranks(module: str, ranks: int, threads: int, folder: Path) -> dict[str,
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
-        subprocess.Popen([sys.executable, "-m", module, str(rank), str(folder)], env=environment)
+        subprocess.Popen([sys.executable, "-P", "-m", module, str(rank), str(folder)], env=environment)
         for rank in range(ranks)
     ]
     try:

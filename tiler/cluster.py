@@ -92,10 +92,12 @@ def open_client(options: ClusterOptions, *, workers: int, threads: int, gdal_cac
     if options.scheduler_file and not Path(options.scheduler_file).is_file():
         # Dask would wait for the file to appear.
         raise ClusterError(f"no Dask scheduler at {options.scheduler_file}: no such file; start the scheduler first")
+    if (address or "").startswith("tls://") and security is None:
+        raise ClusterError(f"no Dask scheduler at {address} without TLS: give --tls-ca-file, --tls-cert and --tls-key")
     if address or options.scheduler_file:
         try:
             client = Client(address, scheduler_file=options.scheduler_file, security=security, timeout="20s")
-        except (OSError, TimeoutError, ValueError) as error:
+        except (OSError, TimeoutError, TypeError, ValueError) as error:
             raise ClusterError(f"no Dask scheduler at {address or options.scheduler_file}: {error}") from error
         with client:
             yield client

@@ -12,12 +12,10 @@ import os
 import pickle
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -155,18 +153,17 @@ def _measure(packed: EngineProgram, tile: Tile, shape: tuple[int, ...], dtype: s
     from .cluster import worker_environment
     from .plan import GDAL_CACHE_BYTES
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "probe")
-        path.write_bytes(pickle.dumps((packed, tile, shape, dtype)))
-        completed = subprocess.run(
-            [sys.executable, "-m", __name__, str(path)],
-            env={**os.environ, **worker_environment(GDAL_CACHE_BYTES)},
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-        )
+    # By a pipe, since a pickle in a file would be whoever's can write there; and without the current folder among
+    # those that modules come from.
+    completed = subprocess.run(
+        [sys.executable, "-P", "-m", __name__],
+        input=pickle.dumps((packed, tile, shape, dtype)),
+        env={**os.environ, **worker_environment(GDAL_CACHE_BYTES)},
+        capture_output=True,
+        timeout=TIMEOUT_S,
+    )
     if completed.returncode:
-        raise ValueError((completed.stderr.strip().splitlines() or ["it was killed"])[-1])
+        raise ValueError((completed.stderr.decode().strip().splitlines() or ["it was killed"])[-1])
     return int(completed.stdout.split()[-1])
 
 
@@ -189,12 +186,12 @@ def _peak() -> Iterator[list[int]]:
         found[0] = max(found[0], process_bytes())
 
 
-def main(path: str) -> None:
+def main() -> None:
     """Run the tile as a worker would, and print by how many bytes that grew the process, its image apart."""
     from . import jobs, store, worker  # what a worker holds before its first tile
 
     del jobs, store, worker
-    packed, tile, shape, dtype = pickle.loads(Path(path).read_bytes())
+    packed, tile, shape, dtype = pickle.loads(sys.stdin.buffer.read())
     image = (np.random.default_rng(0).random(shape, np.float32) * 100).astype(dtype)
     before = process_bytes()
     with _peak() as peak:
@@ -205,4 +202,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()
