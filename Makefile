@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 DEMO ?= demo
 SIZE ?= 4096
 RUN := $(BIN)/outsize
+# Tests side by side; each process takes up to 2 GB.
+JOBS ?= 2
 
 .PHONY: setup demo test test-long check format bench clean
 
@@ -26,7 +28,7 @@ demo: $(STAMP)
 	@echo "Look at $(DEMO)/map.png; open $(DEMO)/map.tif in QGIS."
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not long" tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope -m "not long" tests
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long tests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ import tomllib
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -809,12 +810,12 @@ def main(arguments: list[str] | None = None) -> None:
         cli.main(words, prog_name="outsize", standalone_mode=False)
     except click.ClickException as error:
         error.show()
-        raise SystemExit(error.exit_code) from None
+        _end(words, error.exit_code, error.format_message())
     except (KeyboardInterrupt, click.Abort):
         resumes = "segment" in words or "ingest" in words
         how = "the same command goes on where it stopped" if resumes else "the same command begins anew"
         print(f"outsize: interrupted; {how}", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
+        _end(words, EXIT_INTERRUPTED, f"interrupted; {how}")
     except BrokenPipeError:
         # The reader of our output has gone: nothing more to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -824,10 +825,17 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc()
         if isinstance(error, TilerError):
             print(f"outsize: error: {error}", file=sys.stderr)
-            raise SystemExit(error.exit_code) from None
+            _end(words, error.exit_code, str(error))
         reason = (str(error).strip().splitlines() or [""])[0]
         print(f"outsize: unexpected {type(error).__name__}: {reason} (--debug shows where)", file=sys.stderr)
-        raise SystemExit(EXIT_FAILED) from None
+        _end(words, EXIT_FAILED, f"{type(error).__name__}: {reason}")
+
+
+def _end(words: list[str], code: int, error: str) -> NoReturn:
+    """End with a code; with --json the last line of stdout says why."""
+    if "--json" in words or os.environ.get("OUTSIZE_JSON", "") not in ("", "0", "false"):
+        print(json.dumps({"error": error, "exit_code": code}), flush=True)
+    raise SystemExit(code) from None
 
 
 if __name__ == "__main__":

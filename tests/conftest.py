@@ -15,6 +15,13 @@ def _fixed_seed() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _one_thread_beside_others() -> None:
+    """Several processes run tests side by side: each takes one core."""
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Programs made by tests stay out of the user's cache."""
     os.environ["OUTSIZE_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))

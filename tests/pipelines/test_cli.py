@@ -309,8 +309,11 @@ ERRORS = {
 def test_errors_are_one_line_with_the_right_code(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, code, words = ERRORS[what]
     monkeypatch.chdir(tmp_path)
-    completed = outsize(*arguments)
+    completed = outsize("--json", *arguments)
     assert completed.returncode == code, completed.stderr
+    said = json.loads(completed.stdout.splitlines()[-1])
+    assert said["exit_code"] == code
+    assert words in said["error"]
     last = completed.stderr.strip().splitlines()[-1]
     assert last.startswith("outsize: error: ")
     assert words in last
