@@ -15,6 +15,7 @@ from .errors import OutputError, RasterError, UsageError
 from .geometry import Window
 from .georeference import Georeference
 from .nodata import Array, Mask, NodataRule, can_hold
+from .places import gdal_name, is_remote, place_of, scheme_of, url_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +120,8 @@ class Raster:
     @property
     def location(self) -> str:
         """Absolute path by which `open_raster` finds it again from any folder; GDAL's own names stay as they are."""
+        if scheme_of(self.path):
+            return f"{self.path}/{self.array_path}".rstrip("/")
         if not Path(self.path).exists():
             return self.path
         return str(Path(self.path).absolute() / self.array_path)
@@ -210,21 +213,26 @@ def open_with(src: str | os.PathLike[str], options: ReadOptions) -> Raster:
     """`open_raster` with its options in one object."""
     if (options.mask_band is None) != (not options.mask_values):
         raise UsageError("a mask band needs the values that mean nodata, such as --mask-band 8=2,4; got one without")
-    path = Path(src)
+    path = place_of(src)
     from .raster_zarr import describe_zarr, split_zarr_path
 
-    zarr_location = split_zarr_path(path)
+    try:
+        zarr_location = split_zarr_path(path)
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        raise RasterError(f"{src} cannot be reached: {' '.join(str(error).split())}") from error
     if zarr_location is not None:
         raster = describe_zarr(*zarr_location, axes=options.axes)
     else:
         from .raster_gdal import describe_gdal
 
         # GDAL's own names (/vsizip/..., GTIFF_DIR:1:a.tif) are no paths.
-        if not path.exists() and ":" not in str(src) and not str(src).startswith("/vsi"):
+        if not is_remote(path) and not path.exists() and ":" not in str(src) and not str(src).startswith("/vsi"):
             raise RasterError(f"no such raster: {src}")
         if options.axes is not None:
             raise UsageError(f"--axes is for Zarr arrays, got a file that GDAL reads: {src}; leave it out")
-        raster = describe_gdal(str(src), options)
+        raster = describe_gdal(gdal_name(str(src)), options)
     if raster.dtype.kind not in "uif":
         raise RasterError(f"{src}: pixels must be integers or real numbers, got {raster.dtype}; convert them first")
     return _apply(str(src), raster, options)
@@ -321,6 +329,6 @@ def require_apart(raster: Raster, out: Path) -> None:
     """
     place = out.resolve()
     for file in (raster.path, *raster.sources, *raster.files):
-        source = Path(file).resolve()
+        source = place_of(url_of(file) or file).resolve()
         if place == source or place in source.parents or (source.exists() and source in place.parents):
             raise OutputError(f"{out} and its source {file} lie in one another; choose another path")

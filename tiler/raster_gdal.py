@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from .errors import RasterError
 from .geometry import Window
 from .georeference import from_rasterio
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
+from .places import identify, place_of, set_gdal_options, url_of
 from .raster import Raster, ReadOptions, file_identity
 
 # GDAL's warnings and errors reach Python's logging through rasterio, and from there a terminal as soon as nobody else
@@ -47,6 +48,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _open(path: str) -> rasterio.DatasetReader:
+    if path.startswith("/vsi"):
+        set_gdal_options()
     try:
         with _quiet():
             return rasterio.open(path)
@@ -111,6 +114,10 @@ def _identity(path: str, files: list[str]) -> str:
     """Of the file, its sidecars and, for a VRT, its sources."""
     paths = [_inside(path), *(_inside(file) for file in files)]
     found = [file_identity(file) for file in dict.fromkeys(paths) if file.is_file()]
+    for url in filter(None, map(url_of, (path, *files))):
+        # What GDAL reads without credentials of ours may not be asked here: then its name must do.
+        with suppress(Exception):
+            found.append(identify(place_of(url)))
     return hashlib.sha256(";".join([path, *found]).encode()).hexdigest()[:32]
 
 

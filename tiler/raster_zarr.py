@@ -19,6 +19,7 @@ from .errors import RasterError, TilerError
 from .geometry import Window
 from .georeference import Georeference, from_attributes, from_centres
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
+from .places import is_remote, place_of, store_at
 from .raster import Raster
 
 _AXIS_NAMES = {
@@ -66,7 +67,7 @@ def describe_zarr(store: Path, inner: str, axes: str | None = None) -> Raster:
 
 def _describe(store: Path, inner: str, name: str, axes: str | None) -> Raster:
     try:
-        node = zarr.open(str(store), mode="r", path=inner or None)
+        node = zarr.open(store_at(store, read_only=True), mode="r", path=inner or None)
     except (BaseZarrError, OSError, ValueError, KeyError) as error:
         raise RasterError(f"{name} is not a Zarr raster: {str(error).splitlines()[0]}") from error
     if isinstance(node, zarr.Group):
@@ -86,7 +87,7 @@ def _describe(store: Path, inner: str, name: str, axes: str | None) -> Raster:
         array = node
         parent = inner.rpartition("/")[0]
         try:
-            group = zarr.open_group(str(store), mode="r", path=parent or None) if inner else None
+            group = zarr.open_group(store_at(store, read_only=True), mode="r", path=parent or None) if inner else None
         except (BaseZarrError, OSError, ValueError, KeyError):
             group = None
     if not isinstance(array, zarr.Array):
@@ -258,6 +259,12 @@ _MOST_ENTRIES = 200_000
 def _identity(store: Path, inner: str) -> str:
     """Hash of the metadata, and of the sizes and times of chunks and folders, up to very many."""
     digest = hashlib.sha256(str(store.resolve()).encode())
+    if is_remote(store):
+        # One listing, whose entries have sizes and ETags, or times.
+        found: Any = store
+        for name, entry in sorted(found.fs.find(found.path, detail=True).items())[:_MOST_ENTRIES]:
+            digest.update(f"{name}:{entry.get('size')}:{entry.get('ETag') or entry.get('LastModified')}".encode())
+        return digest.hexdigest()[:32]
     folder = store / inner
     pending, seen = [folder], 0
     mask = folder.parent / "mask"
@@ -284,10 +291,11 @@ class ZarrReader:
 
     def __init__(self, raster: Raster) -> None:
         self._raster = raster
-        array = zarr.open(raster.path, mode="r", path=raster.array_path or None)
+        store = store_at(place_of(raster.path), read_only=True)
+        array = zarr.open(store, mode="r", path=raster.array_path or None)
         assert isinstance(array, zarr.Array)
         self._array = array
-        self._mask = zarr.open_array(raster.path, mode="r", path=raster.mask_path) if raster.mask_path else None
+        self._mask = zarr.open_array(store, mode="r", path=raster.mask_path) if raster.mask_path else None
 
     def _take(self, array: zarr.Array[Any], window: Window, pick: tuple[Any, ...]) -> Array:
         try:

@@ -9,6 +9,7 @@ from typing import Any
 from .errors import BudgetError, OutputError, RasterError
 from .fingerprint import find_differences
 from .memory import format_bytes
+from .places import place_of, scheme_of, url_of
 from .plan import TilePlan
 from .raster import Raster
 from .records import RunFolder, log
@@ -99,5 +100,12 @@ def require_source(raster: Raster) -> None:
         RasterError: a file of the raster is not there.
     """
     for file in (raster.path, *raster.sources, *raster.files):
-        if "://" not in file and not file.startswith("/vsi") and not Path(file).exists():
+        name = url_of(file) or file
+        if name.startswith("/vsi") or (":" in name and not scheme_of(name)):
+            continue  # one of GDAL's names for a part of a file
+        try:
+            there = place_of(name).exists()
+        except Exception as error:
+            raise RasterError(f"{name} cannot be reached; when it can, the same command goes on") from error
+        if not there:
             raise RasterError(f"{file} is gone; when it is back, the same command goes on")

@@ -1,0 +1,153 @@
+"""Rasters in an S3 bucket, by a real server on loopback: equal to local ones, also through faults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from distributed import Client, LocalCluster
+from outsize.tiler.errors import RasterError, UsageError
+from outsize.tiler.events import Event, TileFinished
+from outsize.tiler.geometry import Window
+from outsize.tiler.places import gdal_name, place_of, scheme_of, url_of
+from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_parts import open_reference, open_stack, reference_to
+from outsize.tiler.transfer import copy_raster
+
+from .object_server import BUCKET, Faults, ObjectServer, serve_objects
+from .test_run import class_network, run, scene, stored, whole
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ObjectServer]:
+    with serve_objects() as server:
+        yield server
+
+
+def upload(server: ObjectServer, path: Path, name: str) -> str:
+    """A file or a folder into the bucket; its URL."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    for file in files:
+        key = name if file == path else f"{name}/{file.relative_to(path).as_posix()}"
+        server.client().upload_file(str(file), BUCKET, key)
+    return f"s3://{BUCKET}/{name}"
+
+
+def test_names_of_places() -> None:
+    assert [scheme_of(name) for name in ("s3://b/k", "a/b", "/vsis3/b/k", "GTIFF_DIR:1:a.tif", "C://x")] == [
+        "s3",
+        "",
+        "",
+        "",
+        "c",
+    ]
+    assert gdal_name("s3://b/k.tif") == "/vsis3/b/k.tif"
+    assert gdal_name("https://h/k.tif") == "/vsicurl/https://h/k.tif"
+    assert gdal_name("here.tif") == "here.tif"
+    assert url_of("/vsis3/b/k.tif") == "s3://b/k.tif"
+    assert url_of("/vsizip/a.zip/b.tif") == ""
+    assert place_of("a/b") == Path("a/b")
+    with pytest.raises(UsageError, match="nonsense:// needs what"):
+        place_of("nonsense://b/k")
+
+
+def test_a_geotiff_and_a_zarr_in_a_bucket_give_the_local_result(
+    tmp_path: Path, client: Client, server: ObjectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.use(monkeypatch)
+    source = scene(tmp_path, 150, 141, nodata=True)
+    copy_raster(open_raster(source), tmp_path / "s.zarr", client=client)
+    expected = whole(class_network(), source)
+    for path, name in ((source, "a/scene.tif"), (tmp_path / "s.zarr", "a/scene.zarr")):
+        url = upload(server, path, name)
+        remote, local = open_raster(url), open_raster(path)
+        assert (remote.shape, remote.dtype, remote.nodata, remote.place) == (
+            local.shape,
+            local.dtype,
+            local.nodata,
+            local.place,
+        )
+        out = tmp_path / f"{Path(name).suffix}.out.zarr"
+        run(url, class_network(), out, client)  # pyright: ignore[reportArgumentType]
+        assert np.array_equal(stored(out), expected)
+        again = open_reference(reference_to(remote))
+        assert again.identity == remote.identity
+        assert np.array_equal(
+            again.open_reader().read(Window(y=3, x=5, height=20, width=30)),
+            local.open_reader().read(Window(y=3, x=5, height=20, width=30)),
+        )
+        # Another content is another raster.
+        before = remote.identity
+        server.client().put_object(Bucket=BUCKET, Key=f"{name}/x" if path.is_dir() else f"{name}.other", Body=b"x")
+        if path.is_dir():
+            assert open_raster(url).identity != before
+
+
+def test_band_files_in_a_bucket_stack(tmp_path: Path, server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.use(monkeypatch)
+    source = scene(tmp_path, 60, 70)
+    urls = [upload(server, source, f"stack/{number}.tif") for number in range(2)]
+    raster = open_stack(urls)
+    assert raster.bands == 6
+    window = Window(y=1, x=2, height=30, width=40)
+    one = open_raster(source).open_reader().read(window)
+    assert np.array_equal(raster.open_reader().read(window), np.concatenate([one, one]))
+
+
+@pytest.mark.parametrize("name", ["none.tif", "none.zarr"])
+def test_what_is_not_there_is_said(server: ObjectServer, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    server.use(monkeypatch)
+    for bucket in (BUCKET, "no-such-bucket"):
+        with pytest.raises(RasterError, match=r"none"):
+            open_raster(f"s3://{bucket}/{name}")
+
+
+@pytest.mark.parametrize("kind", ["tif", "zarr"])
+@pytest.mark.parametrize("fault", ["errors", "cuts", "slow"])
+def test_faults_of_the_store_change_nothing(
+    tmp_path: Path, client: Client, server: ObjectServer, monkeypatch: pytest.MonkeyPatch, kind: str, fault: str
+) -> None:
+    source = scene(tmp_path, 150, 141)
+    path = source
+    if kind == "zarr":
+        path = tmp_path / "s.zarr"
+        copy_raster(open_raster(source), path, client=client)
+    url = upload(server, path, f"faults/{fault}.{kind}")
+    server.use(monkeypatch, Faults(**{fault: 4}))
+    out = tmp_path / "o.zarr"
+    summary = run(url, class_network(), out, client)  # pyright: ignore[reportArgumentType]
+    assert server.faults.done[fault] >= 1
+    assert summary.failed_tiles == ()
+    assert np.array_equal(stored(out), whole(class_network(), source))
+
+
+def test_a_bucket_that_is_gone_stops_the_run_and_fails_no_tile(
+    tmp_path: Path, client: Client, server: ObjectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = scene(tmp_path, 300, 300)
+    url, out = upload(server, source, "gone/scene.tif"), tmp_path / "o.zarr"
+    server.use(monkeypatch)
+
+    def vanish(event: Event) -> None:
+        if isinstance(event, TileFinished) and event.finished == 2:
+            from outsize.tiler.jobs import _RUNNERS
+
+            server.client().delete_object(Bucket=BUCKET, Key="gone/scene.tif")
+            for runner in _RUNNERS.values():
+                runner.close()
+
+    monkeypatch.setenv("VSI_CACHE", "FALSE")
+    monkeypatch.setenv("CPL_VSIL_CURL_NON_CACHED", f"/vsis3/{BUCKET}/gone")
+    with pytest.raises(RasterError, match="is gone; when it is back, the same command goes on"):
+        run(url, class_network(), out, client, listener=vanish)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,119 @@
+"""Places: folders and files of this machine, or of an object store by its URL, under one set of names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
+
+_GDAL_FOLDERS = {
+    "s3": "/vsis3/",
+    "gs": "/vsigs/",
+    "az": "/vsiaz/",
+    "http": "/vsicurl/http://",
+    "https": "/vsicurl/https://",
+}
+"""GDAL's own file systems, by the scheme of a URL."""
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {
+        # Others write beside us: what was listed a moment ago is no answer.
+        "use_listings_cache": False,
+        "config_kwargs": {
+            "retries": {"max_attempts": 8, "mode": "standard"},
+            "connect_timeout": 10,
+            "read_timeout": 60,
+        },
+    }
+}
+"""Of fsspec's file systems."""
+
+
+def scheme_of(name: str | os.PathLike[str]) -> str:
+    """Of a URL; empty for a path, GDAL's own names too."""
+    scheme, mark, _ = str(name).partition("://")
+    return scheme.lower() if mark and scheme.isalnum() else ""
+
+
+def place_of(name: str | os.PathLike[str]) -> Path:
+    """A path; for s3:// and other URLs an object with a path's methods.
+
+    Raises:
+        UsageError: the library for that kind of URL is not installed.
+    """
+    scheme = scheme_of(name)
+    if not scheme:
+        return Path(name)
+    try:
+        from upath import UPath
+
+        # Not a subclass of Path, but made to be used as one.
+        return cast("Path", UPath(str(name), **_OPTIONS.get(scheme, {})))
+    except (ImportError, ValueError) as error:
+        raise UsageError(
+            f"{scheme}:// needs what `pip install 'outsize[object-stores]'` brings, for {name}: {error}"
+        ) from error
+
+
+def is_remote(place: Path) -> bool:
+    """Whether a place is in an object store."""
+    return not isinstance(place, Path)
+
+
+def store_at(place: Path, *, read_only: bool = False) -> str | Store:
+    """What zarr opens: a folder's name, or a store of objects."""
+    if not is_remote(place):
+        return str(place)
+    from zarr.storage import FsspecStore
+
+    options = _OPTIONS.get(scheme_of(str(place)), {})
+    return FsspecStore.from_url(str(place), storage_options=options, read_only=read_only)
+
+
+def gdal_name(name: str) -> str:
+    """The name by which GDAL knows a URL; other names as they are."""
+    scheme = scheme_of(name)
+    folder = _GDAL_FOLDERS.get(scheme)
+    return name if folder is None else folder + name.split("://", 1)[1]
+
+
+def url_of(name: str) -> str:
+    """The URL of one of GDAL's names for a bucket's object; empty for other names."""
+    for scheme in ("s3", "gs", "az"):
+        if name.startswith(_GDAL_FOLDERS[scheme]):
+            return f"{scheme}://{name.removeprefix(_GDAL_FOLDERS[scheme])}"
+    return ""
+
+
+def set_gdal_options() -> None:
+    """Tell GDAL what fsspec's libraries take from AWS_ENDPOINT_URL, and to try again; variables that are set stay."""
+    options = {
+        "GDAL_HTTP_MAX_RETRY": "8",
+        "GDAL_HTTP_RETRY_DELAY": "0.5",
+        "GDAL_HTTP_TIMEOUT": "60",
+        "GDAL_HTTP_CONNECTTIMEOUT": "10",
+        # Sidecars are asked for by name; a listing of a bucket may be long.
+        "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
+    }
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        parts = urlsplit(endpoint)
+        options |= {
+            "AWS_S3_ENDPOINT": parts.netloc,
+            "AWS_HTTPS": "NO" if parts.scheme == "http" else "YES",
+            "AWS_VIRTUAL_HOSTING": "FALSE",
+        }
+    for name, value in options.items():
+        os.environ.setdefault(name, value)
+
+
+def identify(place: Path) -> str:
+    """Size and ETag, or time of change, of an object."""
+    status = place.stat()
+    info: Any = getattr(status, "info", {})
+    return f"{place}:{status.st_size}:{info.get('ETag') or status.st_mtime}"
