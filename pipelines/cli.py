@@ -548,7 +548,13 @@ def face() -> None:
 @click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the layer.")
 @click.option("--threads", type=click.IntRange(1), help="Of each rank; without it the cores divided among them.")
 @click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Steps; the first is not counted.")
-@click.option("--rule", type=click.Choice(["sgd", "momentum", "rms"]), default="sgd", show_default=True)
+@click.option(
+    "--rule",
+    type=click.Choice(["rms", "sgd", "momentum"]),
+    default="rms",
+    show_default=True,
+    help="How rows follow their gradient; docs/faceid.md compares them.",
+)
 @click.option(
     "--storage",
     type=click.Choice(["float16", "bfloat16", "float32"]),
@@ -588,7 +594,13 @@ def face_benchmark(console: Any, **options: Any) -> None:
 @click.option(
     "--head-lr", type=click.FloatRange(0), default=0.1, show_default=True, help="Of the rows, at its highest."
 )
-@click.option("--rule", type=click.Choice(["sgd", "momentum", "rms"]), default="sgd", show_default=True)
+@click.option(
+    "--rule",
+    type=click.Choice(["rms", "sgd", "momentum"]),
+    default="rms",
+    show_default=True,
+    help="How rows follow their gradient; docs/faceid.md compares them.",
+)
 @click.option("--margin", type=click.Choice(["arcface", "cosface", "softmax"]), default="cosface", show_default=True)
 @click.option("--scale", type=click.FloatRange(1), default=32.0, show_default=True, help="Of cosines.")
 @click.option("--storage", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True)

@@ -15,7 +15,7 @@ from .collectives import Ranks
 from .errors import HeadError
 from .margins import margin_from
 from .rounding import RandomBits, round_stochastic
-from .row_rules import SGD, RowRule
+from .row_rules import RowRule
 from .streamed_softmax import Batch, Block, Kept, Streamer, TabletSums
 from .tablets import BLOCK_ROWS, ROWS, Tablet, TabletLayout
 from .threads import run_tablets
@@ -352,15 +352,11 @@ class _Writer:
     ) -> None:
         wide = block.rows
         moments = state.to(wide.dtype) if state.shape[1] else state
-        if isinstance(self._rule, SGD) and not self._rule.weight_decay:
-            # w - lr g at once: w (1 + lr c) - lr G^T x^. Most blocks have all c below 1e-7: their factors round to 1.
-            factors = 1 + self._rule.lr * coefficient
-            if not (factors == 1).all():
-                wide.mul_(factors[:, None])
-            wide.addmm_(pull, streamer.unit, alpha=-self._rule.lr)
+        rates = self._rule.rates(lambda: streamer.mean_square_of(block, pull, coefficient), moments)
+        if rates is not None:
+            streamer.move(block, pull, coefficient, rates)
         else:
-            gradient = streamer.gradient_of(block, pull, coefficient)
-            self._rule.update(wide, gradient, moments)
+            self._rule.update(wide, streamer.gradient_of(block, pull, coefficient), moments)
         if self._bits is None:
             rows.copy_(wide)
             state.copy_(moments)

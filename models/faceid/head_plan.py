@@ -13,7 +13,7 @@ from .rounding import PART, POOL
 from .row_rules import RowRule
 from .tablets import TabletLayout
 
-PROCESS_BYTES = 420 * MB
+PROCESS_BYTES = 480 * MB
 """A process with torch and its threads' scratch, before the layer; measured, see docs/faceid.md."""
 
 
@@ -126,6 +126,7 @@ def plan_head(
     thread = 2 * block * wide  # rows and gradient
     thread += 4 * batch * layout.block_rows * wide  # cosines, logits and what is made of them
     thread += batch * dim * (2 * wide + 3 * 8)  # the tablet's sums, in float64 and in fixed point
+    thread += batch * batch * wide  # products of samples
     thread += layout.block_rows * width * wide
     buffers = threads * thread
     buffers += batch * dim * (2 * wide + 6 * 8)  # the batch, and the sums of all

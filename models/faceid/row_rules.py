@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +23,16 @@ class RowRule(Protocol):
 
     def state_dtype(self, storage: torch.dtype) -> torch.dtype:
         """What they are kept in."""
+        ...
+
+    def rates(self, mean_square: Callable[[], Tensor], state: Tensor) -> float | Tensor | None:
+        """What each row moves against its gradient by, (n, 1) or one number, where that is all a rule does: then the
+        gradient need not be made. None: `update` does it.
+
+        Args:
+            mean_square: gives the mean of g^2 of each row, (n, 1).
+            state: (n, width), moved in place.
+        """
         ...
 
     def update(self, rows: Tensor, gradient: Tensor, state: Tensor) -> None:
@@ -51,6 +62,10 @@ class SGD:
     def state_dtype(self, storage: torch.dtype) -> torch.dtype:
         return storage
 
+    def rates(self, mean_square: Callable[[], Tensor], state: Tensor) -> float | None:
+        del mean_square, state
+        return None if self.weight_decay else self.lr
+
     def update(self, rows: Tensor, gradient: Tensor, state: Tensor) -> None:
         del state
         if self.weight_decay:
@@ -76,6 +91,9 @@ class Momentum:
 
     def state_dtype(self, storage: torch.dtype) -> torch.dtype:
         return storage
+
+    def rates(self, mean_square: Callable[[], Tensor], state: Tensor) -> None:
+        del mean_square, state
 
     def update(self, rows: Tensor, gradient: Tensor, state: Tensor) -> None:
         state.mul_(self.momentum).add_(gradient)
@@ -108,12 +126,20 @@ class RowRMS:
     def state_dtype(self, storage: torch.dtype) -> torch.dtype:
         return torch.float64 if storage == torch.float64 else torch.float32
 
+    def rates(self, mean_square: Callable[[], Tensor], state: Tensor) -> Tensor | None:
+        if self.weight_decay:
+            return None
+        return self._remember(mean_square(), state)
+
     def update(self, rows: Tensor, gradient: Tensor, state: Tensor) -> None:
         if self.weight_decay:
             gradient = gradient.add(rows, alpha=self.weight_decay)
-        square = gradient.square().mean(dim=1, keepdim=True)
-        state.copy_(torch.where(state == 0, square, self.decay * state + (1 - self.decay) * square))
-        rows.addcdiv_(gradient, state.sqrt().add_(self.eps).expand_as(rows), value=-self.lr)
+        rows.addcmul_(gradient, self._remember(gradient.square().mean(dim=1, keepdim=True), state), value=-1)
+
+    def _remember(self, mean: Tensor, state: Tensor) -> Tensor:
+        """lr / (sqrt(v) + eps), (n, 1), with the new v."""
+        state.copy_(torch.where(state == 0, mean, self.decay * state + (1 - self.decay) * mean))
+        return self.lr / (state.sqrt() + self.eps)
 
 
 RULES: dict[str, type[SGD] | type[Momentum] | type[RowRMS]] = {"sgd": SGD, "momentum": Momentum, "rms": RowRMS}

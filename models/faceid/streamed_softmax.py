@@ -104,14 +104,10 @@ class Streamer:
         self._gradient = torch.empty_like(self._rows)
         # Rows first: on this side of the product a block's rows are read as they lie, which is a tenth faster.
         self._columns = batch.unit.T.contiguous()
+        self._gram = batch.unit @ self._columns
         self._cosines = batch.unit.new_empty((block_rows, len(batch.labels)))
         self._logits, self._weighted = torch.empty_like(self._cosines), torch.empty_like(self._cosines)
         self._labels = sorted(batch.labels.tolist())
-
-    @property
-    def unit(self) -> Tensor:
-        """(B, D): x^."""
-        return self._batch.unit
 
     def _blocks(self, rows: Tensor, tablet: Tablet, offset: Tensor) -> Iterator[Block]:
         """The tablet's blocks, from its (padded rows, D) in storage precision; `offset` (B,) float64 is taken off
@@ -229,6 +225,26 @@ class Streamer:
         along.add_(own_along.to(along.dtype))
         scaled = (own_pull * inverse64).to(pull.dtype)
         pull.index_put_((targets.own, targets.samples), scaled, accumulate=True)
+
+    def mean_square_of(self, block: Block, pull: Tensor, coefficient: Tensor) -> Tensor:
+        """(R, 1): the mean of the rows' squared gradients, without making them: a row's gradient is orthogonal to the
+        row, so that |g|^2 = |sum_b pull x^_b|^2 - |coefficient w|^2, and the first is a form of pull with x^ x^T."""
+        mixed = torch.mm(pull, self._gram, out=self._weighted).mul_(pull).sum(dim=1)
+        along = (coefficient / block.inverse).square_()
+        return (mixed - along).clamp_min_(0).div_(self._rows.shape[1])[:, None]
+
+    def move(self, block: Block, pull: Tensor, coefficient: Tensor, rates: float | Tensor) -> None:
+        """Move the block's rows against their gradient by `rates`, one number or (R, 1); pull is used up.
+
+        w - r g at once: w (1 + r c) - r G^T x^. Most blocks have all r c below 1e-7: their factors round to 1.
+        """
+        factors = 1 + rates * coefficient[:, None]
+        if not (factors == 1).all():
+            block.rows.mul_(factors)
+        if isinstance(rates, Tensor):
+            block.rows.addmm_(pull.mul_(rates), self._batch.unit, alpha=-1)
+        else:
+            block.rows.addmm_(pull, self._batch.unit, alpha=-rates)
 
     def gradient_of(self, block: Block, pull: Tensor, coefficient: Tensor) -> Tensor:
         """(R, D): the rows' gradient, from what `descend` yields; valid until the next block."""

