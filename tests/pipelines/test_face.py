@@ -31,7 +31,7 @@ def test_the_benchmark_has_one_loss_for_any_number_of_ranks(tmp_path: Path) -> N
     assert 0 < alone["sgemm_share"] < 2
     assert alone["save_seconds"] > 0
     assert alone["load_seconds"] > 0
-    assert alone["bytes_per_class"] < 34
+    assert alone["bytes_per_class"] < 38
     assert two["peak_bytes"] > alone["peak_bytes"] > alone["rows_bytes"]
     assert (tmp_path / "layer" / "LATEST").read_text() == "step-000000002"
 
