@@ -79,14 +79,15 @@ def listening() -> set[tuple[str, int]]:
     }
 
 
-def test_a_run_listens_on_loopback_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dashboard", ["127.0.0.1:0", None])
+def test_a_run_listens_on_loopback_only(tmp_path: Path, dashboard: str | None) -> None:
     before, during = listening(), set[tuple[str, int]]()
 
     def look(event: Event) -> None:
         if isinstance(event, TileFinished) and event.finished == 1:
             during.update(listening() - before)
 
-    options = ClusterOptions(dashboard_address="127.0.0.1:0")
+    options = ClusterOptions(dashboard_address=dashboard)
     source = scene(tmp_path, 100, 100)
     predict(source, class_network(), tmp_path / "o.zarr", cluster=options, workers=2, core=64, listener=look)
     assert len(during) >= 4  # scheduler, dashboard, each worker
@@ -125,7 +126,7 @@ def test_tls_is_passed_through(tmp_path: Path, certificate: tuple[str, str]) -> 
         processes=False,
         protocol="tls://",
         host="127.0.0.1",
-        dashboard_address=None,
+        dashboard_address="127.0.0.1:0",
         security=security,
     ) as cluster:
         address = cluster.scheduler_address

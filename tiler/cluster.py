@@ -170,7 +170,9 @@ def _start_local(options: ClusterOptions, workers: int, threads: int) -> LocalCl
                     threads_per_worker=threads,
                     processes=options.processes,
                     host="127.0.0.1",
-                    dashboard_address=options.dashboard_address,  # pyright: ignore[reportArgumentType] - None: none
+                    # Dask's health page is served in any case: without a dashboard on whatever port is free.
+                    dashboard_address=options.dashboard_address or "127.0.0.1:0",
+                    scheduler_kwargs={"dashboard": options.dashboard_address is not None},
                     memory_limit=0,
                     silence_logs=40,
                     **of_processes,

@@ -25,6 +25,8 @@ LOOK_EVERY_S = 5.0
 """How often cells that do not come back are looked for."""
 HANGS_FACTOR = 20
 """A worker hangs when a cell takes this many times the longest one so far, and at least `patience`."""
+FETCH_S = 30.0
+"""What a worker gets to hand over a record."""
 RESTART_S = 30
 """What a worker gets to restart."""
 
@@ -120,7 +122,13 @@ class _Flight:
 
     def _result(self, future: Future) -> Any:
         try:
-            return future.result()
+            # A record is small, but lies with the worker that made it, which may hang by now.
+            return future.result(timeout=min(self._patience, FETCH_S))
+        except TimeoutError:
+            holders: Any = self._client.who_has([future])
+            self._client.cancel([future], force=True)
+            self._restart({address for addresses in holders.values() for address in addresses})
+            return Lost("its worker did not hand over its record")
         except KilledWorker:
             return Lost("its worker process died")
         except FutureCancelledError as error:
@@ -153,14 +161,17 @@ class _Flight:
             self._since.pop(key)
             self._client.cancel([future], force=True)
             found.append((cell, Lost(f"no answer from its worker within {limit:.0f} s")))
-        for address in set(hanging.values()):
+        self._restart(set(hanging.values()))
+        return found
+
+    def _restart(self, addresses: set[str]) -> None:
+        for address in addresses:
             log.error("worker %s does not answer; restarting it", address)
             # One without a nanny cannot be restarted; its other cells then hang too, and go elsewhere alone.
             with contextlib.suppress(Exception):
                 self._client.restart_workers([address], timeout=RESTART_S, raise_for_error=False)
-        if found:
+        if addresses:
             self._client.wait_for_workers(1, timeout=4 * RESTART_S)
-        return found
 
     def cancel(self) -> None:
         """Nothing more is wanted."""

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import rasterio
 from affine import Affine
+from outsize.tiler.plan import Tile, TilePlan
+from outsize.tiler.store import chunks_of
 from rasterio.errors import NotGeoreferencedWarning
 
 TRANSFORM = Affine(2.5, 0, 400_000, 0, -2.5, 5_600_000)
@@ -35,3 +37,8 @@ def write_geotiff(path: Path, image: np.ndarray, **options: Any) -> Path:
         with rasterio.open(path, "w", **{**settings, **options}) as dataset:
             dataset.write(image)
     return path
+
+
+def has_all_chunks(path: Path, kind: str, plan: TilePlan, tile: Tile) -> bool:
+    """Whether every chunk of a tile is there."""
+    return all((path / name).is_file() for name in chunks_of(path, kind, plan, tile))

@@ -19,18 +19,18 @@ from outsize.tiler.plan import TilePlan
 from outsize.tiler.planner import plan_tiles
 from outsize.tiler.raster import open_raster
 from outsize.tiler.run import predict
-from outsize.tiler.store import CONTEXT, has_all_chunks, open_array, read_header
+from outsize.tiler.store import CONTEXT, open_array, read_header
 from outsize.tiler.worker import touches_nodata
 from torch import Tensor, nn
 
-from .rasters import TRANSFORM, write_geotiff
+from .rasters import TRANSFORM, has_all_chunks, write_geotiff
 from .zoo import ZOO, alive
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
     with (
-        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,
     ):
         yield client

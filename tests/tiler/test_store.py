@@ -24,7 +24,6 @@ from outsize.tiler.store import (
     OutputDescription,
     chunk_file,
     create_output,
-    has_all_chunks,
     open_array,
     read_header,
     update_header,
@@ -33,7 +32,7 @@ from outsize.tiler.store import (
 from rasterio.crs import CRS
 
 from .rasters import CRS as WHERE
-from .rasters import TRANSFORM
+from .rasters import TRANSFORM, has_all_chunks
 from .zoo import ZOO, alive
 
 PLACE = from_rasterio(CRS.from_string(WHERE), TRANSFORM)

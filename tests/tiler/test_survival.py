@@ -52,7 +52,7 @@ def _no_start_check(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
     with (
-        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,
     ):
         yield client
@@ -310,17 +310,17 @@ def test_sigterm_is_an_interruption(tmp_path: Path) -> None:
     assert runs[0]["command"][1:] == words
 
 
-def test_a_scheduler_that_is_gone_is_said(tmp_path: Path) -> None:
+def test_a_scheduler_that_is_gone_is_said(tmp_path: Path, client: Client) -> None:
     source, out = scene(tmp_path, 300, 300), tmp_path / "o.zarr"
-    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster:
 
         def lose(event: Event) -> None:
             if isinstance(event, TileFinished) and event.finished == 2:
                 cluster.close()
 
-        with Client(cluster) as client, pytest.raises(ClusterError, match="the same command goes on"):
-            run(source, class_network(), out, client, listener=lose)
-    assert run_here(source, out, engine="torch").failed_tiles == ()
+        with Client(cluster) as doomed, pytest.raises(ClusterError, match="the same command goes on"):
+            run(source, class_network(), out, doomed, listener=lose)
+    assert run(source, class_network(), out, client).failed_tiles == ()
     assert np.array_equal(stored(out), whole(class_network(), source))
 
 
