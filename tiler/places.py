@@ -90,6 +90,11 @@ def url_of(name: str) -> str:
     return ""
 
 
+def is_far(name: str) -> bool:
+    """Whether a raster's path, GDAL's names too, is reached through a network."""
+    return bool(scheme_of(name)) or name.startswith(("/vsis3/", "/vsigs/", "/vsiaz/", "/vsicurl/"))
+
+
 def set_gdal_options() -> None:
     """Tell GDAL what fsspec's libraries take from AWS_ENDPOINT_URL, and to try again; variables that are set stay."""
     options = {
@@ -97,6 +102,8 @@ def set_gdal_options() -> None:
         "GDAL_HTTP_RETRY_DELAY": "0.5",
         "GDAL_HTTP_TIMEOUT": "60",
         "GDAL_HTTP_CONNECTTIMEOUT": "10",
+        # An answer that was cut short would be kept, and read again for ever: now it goes with the open file.
+        "CPL_VSIL_CURL_NON_CACHED": ":".join(("/vsis3/", "/vsigs/", "/vsiaz/", "/vsicurl/")),
         # Sidecars are asked for by name; a listing of a bucket may be long.
         "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
     }

@@ -19,6 +19,7 @@ from .errors import OutputError, RasterError
 from .events import TileRecord
 from .geometry import Interval, Window, footprint
 from .jobs import runner_of
+from .places import is_far
 from .plan import Tile, TilePlan
 from .raster import Raster, RasterReader, read_filled
 from .records import read_generation, writing
@@ -104,6 +105,9 @@ class TileRunner:
         self._reader: RasterReader | None = None
         self._engine: TileEngine | None = None
         self._scale = (Fraction(spec.plan.scale[0]), Fraction(spec.plan.scale[1]))
+        # A disk fails once more or for good; a network may fail some times in a row.
+        far = any(is_far(name) for name in (spec.raster.path, *spec.raster.sources))
+        self._attempts, self._pause_s = (5, 0.2) if far else (2, 0.0)
 
     def _read(self, tile: Tile) -> Any:
         with self._read_lock:
@@ -123,23 +127,23 @@ class TileRunner:
         return self._engine
 
     def run(self, row: int, column: int) -> TileRecord:
-        """Do one tile; a failure is a record too, after one more try with the source opened anew."""
+        """Do one tile; a failure is a record too, after more tries with the source opened anew."""
         tile = self.spec.plan.tile(row, column)
-        try:
-            return self._run(tile)
-        except OutputError:
-            raise  # no fault of the tile: the run stops, and goes on when the output can be written
-        except Exception:  # noqa: BLE001 - whatever else a tile raises must not end the run
-            self._reopen()
-        try:
-            return self._run(tile)
-        except OutputError:
-            raise
-        except Exception as error:  # noqa: BLE001
-            reason = (str(error).strip().splitlines() or [""])[0]
-            return TileRecord.failure(
-                row, column, tile.core.pixels, f"{type(error).__name__}: {reason}", worker=_process_name()
-            )
+        failure: Exception | None = None
+        for attempt in range(self._attempts):
+            if attempt:
+                self._reopen()
+                time.sleep(self._pause_s * 2 ** (attempt - 1))
+            try:
+                return self._run(tile)
+            except OutputError:
+                raise  # no fault of the tile: the run stops, and goes on when the output can be written
+            except Exception as error:  # noqa: BLE001 - whatever else a tile raises must not end the run
+                failure = error
+        reason = (str(failure).strip().splitlines() or [""])[0]
+        return TileRecord.failure(
+            row, column, tile.core.pixels, f"{type(failure).__name__}: {reason}", worker=_process_name()
+        )
 
     def _run(self, tile: Tile) -> TileRecord:
         began = time.perf_counter()
