@@ -536,6 +536,32 @@ def _segment_batch(
         raise SystemExit(EXIT_FAILED_TILES)
 
 
+_layer = _together(
+    click.option(
+        "--batch", type=click.IntRange(1), default=64, show_default=True, help="Samples a step, of all ranks."
+    ),
+    click.option(
+        "--ranks", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the layer."
+    ),
+    click.option("--threads", type=click.IntRange(1), help="Of each rank; without it the cores divided among them."),
+    click.option(
+        "--rule",
+        type=click.Choice(["rms", "sgd", "momentum"]),
+        default="rms",
+        show_default=True,
+        help="How rows follow their gradient; docs/faceid.md compares them.",
+    ),
+    click.option(
+        "--storage",
+        type=click.Choice(["float16", "bfloat16", "float32"]),
+        default="float16",
+        show_default=True,
+        help="Of the rows; products are float32 always.",
+    ),
+    click.option("--memory", metavar="SIZE", help="Budget of all ranks, such as 12GB; without it the machine's."),
+)
+
+
 @cli.group()
 def face() -> None:
     """The giant classification layer for face identities."""
@@ -544,30 +570,13 @@ def face() -> None:
 @face.command("benchmark")
 @click.option("--classes", type=click.IntRange(1), default=1_000_000, show_default=True, help="Identities.")
 @click.option("--dim", type=click.IntRange(1), default=512, show_default=True, help="Numbers of a feature.")
-@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Samples a step, of all ranks.")
-@click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the layer.")
-@click.option("--threads", type=click.IntRange(1), help="Of each rank; without it the cores divided among them.")
 @click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Steps; the first is not counted.")
-@click.option(
-    "--rule",
-    type=click.Choice(["rms", "sgd", "momentum"]),
-    default="rms",
-    show_default=True,
-    help="How rows follow their gradient; docs/faceid.md compares them.",
-)
-@click.option(
-    "--storage",
-    type=click.Choice(["float16", "bfloat16", "float32"]),
-    default="float16",
-    show_default=True,
-    help="Of the rows; products are float32 always.",
-)
 @click.option("--margin", type=click.Choice(["arcface", "cosface", "softmax"]), default="arcface", show_default=True)
 @click.option("--keep-cosines", is_flag=True, help="Hold batch x classes numbers between the passes: less work.")
-@click.option("--memory", metavar="SIZE", help="Budget of all ranks, such as 12GB; without it the machine's.")
 @click.option(
     "--checkpoint", type=click.Path(path_type=Path), help="Also save the layer to this new folder and load it, timed."
 )
+@_layer
 @click.pass_obj
 def face_benchmark(console: Any, **options: Any) -> None:
     """Time training steps of a layer with random batches: full softmax over all classes.
@@ -586,7 +595,6 @@ def face_benchmark(console: Any, **options: Any) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--identities", type=click.IntRange(2), default=2000, show_default=True, help="Synthetic ones.")
 @click.option("--dim", type=click.IntRange(1), default=128, show_default=True, help="Numbers of a feature.")
-@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Samples a step, of all ranks.")
 @click.option("--steps", type=click.IntRange(1), default=1000, show_default=True)
 @click.option(
     "--lr", type=click.FloatRange(0), default=0.001, show_default=True, help="Of the embedder, at its highest."
@@ -594,21 +602,11 @@ def face_benchmark(console: Any, **options: Any) -> None:
 @click.option(
     "--head-lr", type=click.FloatRange(0), default=0.1, show_default=True, help="Of the rows, at its highest."
 )
-@click.option(
-    "--rule",
-    type=click.Choice(["rms", "sgd", "momentum"]),
-    default="rms",
-    show_default=True,
-    help="How rows follow their gradient; docs/faceid.md compares them.",
-)
 @click.option("--margin", type=click.Choice(["arcface", "cosface", "softmax"]), default="cosface", show_default=True)
 @click.option("--scale", type=click.FloatRange(1), default=32.0, show_default=True, help="Of cosines.")
-@click.option("--storage", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True)
-@click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the layer.")
-@click.option("--threads", type=click.IntRange(1), help="Of each rank; without it the cores divided among them.")
 @click.option("--save-every", type=click.IntRange(1), default=250, show_default=True, help="Steps.")
-@click.option("--memory", metavar="SIZE", help="Budget of all ranks, such as 12GB; without it the machine's.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@_layer
 @click.pass_obj
 def face_train(console: Any, **options: Any) -> None:
     """Train a small embedder through the layer on synthetic identities. The same command goes on after a stop, with any

@@ -87,6 +87,8 @@ class WriteOptions:
     patience: float = 300.0
     zarr_format: ZarrFormat = 3
     space_check: bool = True
+    redo: frozenset[tuple[int, int]] = frozenset()
+    """Tiles to compute again, done or not."""
 
 
 class Preparation:
@@ -107,10 +109,15 @@ class Preparation:
         raster = open_with(paths[0], reading) if len(paths) == 1 else open_stack(paths, reading)
         key = (raster.bands, str(raster.dtype))
         if key not in self._known:
-            self._known[key] = self._analyse(raster, paths[0])
+            self._known[key] = self.analyse(raster, paths[0])
         return raster, *self._known[key]
 
-    def _analyse(self, raster: Raster, source: str) -> tuple[SegmentationModel, Network]:
+    def analyse(self, raster: Raster, source: str) -> tuple[SegmentationModel, Network]:
+        """The model, and its network on rasters like this one.
+
+        Raises:
+            TilerError: the model cannot be loaded or tiled, or does not take the raster's bands.
+        """
         options = self._options
         model = load_model(
             options.model,
@@ -249,6 +256,7 @@ def segment_raster(
         resume=writing.resume,
         overwrite=writing.overwrite,
         retry_failed=writing.retry_failed,
+        redo=writing.redo,
         patience=writing.patience,
         listener=listener,
     )

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..models.segmentation.model import as_tile_network, describe_output
-from ..models.segmentation.sources import load_model
+from ..models.segmentation.model import SegmentationModel
 from ..tiler.cluster import ClusterOptions
 from ..tiler.errors import OutputError, TilerError, UsageError
 from ..tiler.fingerprint import hash_network
-from ..tiler.geometry import Window
 from ..tiler.memory import format_bytes
-from ..tiler.network import Network, analyze_network
+from ..tiler.network import Network
 from ..tiler.plan import TilePlan
-from ..tiler.raster import Raster
+from ..tiler.raster import Raster, ReadOptions
 from ..tiler.raster_parts import open_reference
 from ..tiler.reference import Reference
-from ..tiler.run import predict
-from ..tiler.stated import state_network
 from ..tiler.store import read_header
 from ..tiler.verify import Fault, Recomputation, Verification, recompute_samples, verify_output
 from .console import Console, count_of
-from .segment import RunListener
+from .segment import Preparation, RunListener, SegmentOptions, WriteOptions, segment_raster
 
 SHOWN = 20
 """Faults that are listed; JSON has all."""
@@ -47,10 +43,9 @@ class _Maker:
     """What an output was made from and with."""
 
     raster: Raster
+    model: SegmentationModel
     network: Network
-    description: Any
-    plan: TilePlan
-    fill: tuple[float, ...]
+    options: SegmentOptions
 
 
 def run_verify(console: Console, out: Path, options: VerifyOptions, cluster: ClusterOptions) -> bool:
@@ -65,7 +60,7 @@ def run_verify(console: Console, out: Path, options: VerifyOptions, cluster: Clu
     if maker is not None and options.samples:
         sampled = recompute_samples(
             out,
-            Reference(raster=maker.raster, plan=plan, network=maker.network, fill=maker.fill),
+            Reference(raster=maker.raster, plan=plan, network=maker.network, fill=maker.model.fill),
             options.samples,
             found.damaged | frozenset(found.failed) | frozenset(found.unfinished),
             header["kind"],
@@ -81,7 +76,7 @@ def run_verify(console: Console, out: Path, options: VerifyOptions, cluster: Clu
             raise UsageError(f"a repair runs the network again: {reason}")
         if not found.has_records:
             raise OutputError(f"{out}.run is not there, which says what is done; repair needs it")
-        repaired = _repair(console, out, header, maker, options, cluster, bad)
+        repaired = _repair(console, out, header, maker, cluster, bad)
     sound = not bad or repaired is not None
     console.result(_sentence(out, found, sampled, bad, repaired), _values(found, sampled, bad, repaired, sound))
     return sound
@@ -89,21 +84,29 @@ def run_verify(console: Console, out: Path, options: VerifyOptions, cluster: Clu
 
 def _find_maker(header: dict[str, Any], plan: TilePlan, options: VerifyOptions) -> tuple[_Maker | None, str]:
     """The raster and the network of an output; or why they are not at hand."""
+    reference = header["source"]
+    known = SegmentOptions(
+        source=", ".join(reference["paths"]),
+        reading=ReadOptions.from_json(reference["options"]),
+        model=options.model,
+        output=header["kind"],
+        memory=options.memory,
+        engine=plan.engine,
+        method=plan.method,
+        workers=None,
+        threads=None,
+        core=None,
+        region=plan.region,
+        mark_nodata_context=plan.receptive is not None,
+        weights=options.weights,
+        trust_model=options.trust_model,
+        sha256=options.sha256,
+        halo=None if plan.is_known else plan.halo.top,
+        halo_stride=None if plan.is_known else plan.stride[0],
+    )
     try:
-        raster = open_reference(header["source"])
-        model = load_model(
-            options.model,
-            weights=options.weights,
-            bands=raster.bands,
-            trust=options.trust_model,
-            sha256=options.sha256,
-        )
-        module = as_tile_network(model, header["kind"])
-        network = (
-            analyze_network(module, raster.bands, raster.dtype)
-            if plan.is_known
-            else state_network(module, raster.bands, raster.dtype, halo=plan.halo.top, stride=plan.stride[0])
-        )
+        raster = open_reference(reference)
+        model, network = Preparation(known).analyse(raster, known.source)
     except TilerError as error:
         if options.model is not None:
             raise
@@ -114,13 +117,9 @@ def _find_maker(header: dict[str, Any], plan: TilePlan, options: VerifyOptions) 
         if options.model is not None:
             raise UsageError(why)
         return None, why
-    return _Maker(
-        raster=raster,
-        network=network,
-        description=describe_output(model, header["kind"]),
-        plan=plan,
-        fill=tuple(fingerprint.get("fill", ())),
-    ), ""
+    # The run's own fill: its caller may have chosen another than the model's.
+    filled = replace(model, fill=tuple(fingerprint["fill"]))
+    return _Maker(raster=raster, model=filled, network=network, options=known), ""
 
 
 def _repair(
@@ -128,29 +127,15 @@ def _repair(
     out: Path,
     header: dict[str, Any],
     maker: _Maker,
-    options: VerifyOptions,
     cluster: ClusterOptions,
     bad: frozenset[tuple[int, int]],
 ) -> int:
     """Compute damaged tiles again, exactly those; how many were done."""
-    y, x, height, width = maker.plan.region
+    writing = WriteOptions(redo=bad, zarr_format=header["fingerprint"]["zarr_format"])
     listener = RunListener(console, own_page=cluster.dashboard_address is not None)
     try:
-        summary = predict(
-            maker.raster,
-            maker.network,
-            out,
-            description=maker.description,
-            fill=maker.fill,
-            cluster=cluster,
-            memory=options.memory,
-            engine=maker.plan.engine,
-            method=maker.plan.method,
-            region=Window(y=y, x=x, height=height, width=width),
-            mark_nodata_context=maker.plan.receptive is not None,
-            zarr_format=header["fingerprint"]["zarr_format"],
-            redo=bad,
-            listener=listener,
+        summary = segment_raster(
+            maker.raster, maker.model, maker.network, out, maker.options, cluster, writing, listener
         )
     finally:
         listener.close()

@@ -17,6 +17,7 @@ import torch
 from ...models.faceid.checkpoint import list_generations, load_checkpoint, save_checkpoint
 from ...models.faceid.head import ShardedMarginHead
 from ...models.faceid.row_rules import SGD
+from ...models.faceid.tablets import ROWS
 from ...tiler.machine import cpu_count
 
 DIM, BATCH = 512, 64
@@ -65,8 +66,7 @@ def main() -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     before, saved = float(process.stdout.readline()), float(process.stdout.readline())
-    half = make_head(1, 0).layout
-    files = -(-options.classes // half.tablet_rows) // 2
+    files = -(-options.classes // ROWS) // 2
     while len(list(options.folder.glob("step-000000001/tablet-*"))) < files and process.poll() is None:
         time.sleep(0.01)
     process.kill()
