@@ -12,9 +12,12 @@ from typing import Any
 from ..tiler.cluster import ClusterError, ClusterKeeper, ClusterOptions
 from ..tiler.errors import OutputError, TilerError
 from ..tiler.events import ClusterReady, Event, MemoryProbed, RunPlanned, TileFinished
+from ..tiler.files import append_line, make_folder
 from ..tiler.machine import measure_flops_per_s
 from ..tiler.memory import format_bytes
+from ..tiler.places import is_remote
 from ..tiler.plan import format_seconds
+from ..tiler.records import writing
 from ..tiler.run import RunSummary
 from .console import Console, Step, count_of, format_table
 from .scenes import Scene
@@ -107,16 +110,12 @@ def run_batch(
         ClusterError: the scheduler is gone.
         OutputError: the folder cannot be made or written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        log = (folder / SUMMARY).open("a")
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error.strerror}; choose another --out-dir") from error
+    _require_writable(folder)
     began, results = time.monotonic(), list[SceneResult]()
     preparation = Preparation(options)
     sizes = [_count_pixels(preparation, scene) for scene in scenes]
     dashboard = cluster.dashboard_address is not None
-    with log, ClusterKeeper(cluster) as keeper, console.step("batch", sum(sizes)) as step:
+    with ClusterKeeper(cluster) as keeper, console.step("batch", sum(sizes)) as step:
         for number, (scene, pixels) in enumerate(zip(scenes, sizes, strict=True), 1):
             listener = _SceneListener(console, step, f"scene {number}/{len(scenes)} {scene.name}", own_page=dashboard)
             out = _place(folder, scene)
@@ -132,8 +131,7 @@ def run_batch(
                 result = SceneResult(scene=scene, out=out, state="failed", error=" ".join(reason.split()))
             step.advance(max(0, pixels - listener.pixels))
             results.append(result)
-            log.write(json.dumps({"at": datetime.now().astimezone().isoformat(), **result.to_json()}) + "\n")
-            log.flush()
+            _note(folder, result)
             console.remark(f"[{number}/{len(scenes)}] {_describe(result)}")
     console.result(
         _sentence(results, folder, time.monotonic() - began),
@@ -145,6 +143,23 @@ def run_batch(
         },
     )
     return results
+
+
+def _require_writable(folder: Path) -> None:
+    """The folder is made, and takes a line; before the first scene is begun."""
+    try:
+        with writing(folder):
+            make_folder(folder)
+            if not is_remote(folder):
+                (folder / SUMMARY).open("a").close()
+    except OutputError as error:
+        raise OutputError(f"{str(error).split('; ')[0]}; choose another --out-dir") from error
+
+
+def _note(folder: Path, result: SceneResult) -> None:
+    said = {"at": datetime.now().astimezone().isoformat(), **result.to_json()}
+    with writing(folder):
+        append_line(folder / SUMMARY, json.dumps(said))
 
 
 def _place(folder: Path, scene: Scene) -> Path:

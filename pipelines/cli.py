@@ -96,6 +96,17 @@ def cli(context: click.Context, as_json: bool, debug: bool) -> None:  # noqa: AR
     context.obj = Console(as_json=as_json)
 
 
+class _Place(click.ParamType):
+    """A path, or the URL of an object store."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:  # noqa: ARG002
+        from ..tiler.places import place_of
+
+        return value if isinstance(value, Path) else place_of(value)
+
+
 def _option(*names: str, **settings: Any) -> Callable[[_Command], _Command]:
     """An option whose variable is OUTSIZE_NAME too, whatever the command."""
     variable = "OUTSIZE_" + names[0].lstrip("-").replace("-", "_").upper()
@@ -366,7 +377,7 @@ def sample(
 
 @cli.command()
 @click.argument("src", nargs=-1, required=True)
-@click.argument("dst", type=click.Path(path_type=Path))
+@click.argument("dst", type=_Place())
 @_option("--stack", is_flag=True, help="Several SRC are bands of one grid, in this order.")
 @_option("--mosaic", is_flag=True, help="Several SRC are pieces of one grid; the first with data counts.")
 @_reading
@@ -437,7 +448,7 @@ def plan(console: Any, src: str, prove: bool, **options: Any) -> None:
 @click.argument("sources", nargs=-1, metavar="SRC... [OUT]")
 @_option(
     "--out-dir",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=_Place(),
     metavar="DIR",
     help="A batch: all arguments are inputs, each written to DIR/NAME.zarr.",
 )
@@ -513,7 +524,7 @@ def segment(console: Any, sources: tuple[str, ...], out_dir: Path | None, **opti
 
         run_plan(console, known)
         return
-    if run_segment(console, known, Path(sources[1]), cluster, writing).failed_tiles:
+    if run_segment(console, known, _Place().convert(sources[1], None, None), cluster, writing).failed_tiles:
         raise SystemExit(EXIT_FAILED_TILES)
 
 
@@ -622,7 +633,7 @@ def face_train(console: Any, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=_Place())
 @_option("--samples", type=click.IntRange(0), default=12, show_default=True, help="Tiles to compute again in part.")
 @_option("--repair", is_flag=True, help="Compute damaged tiles again, and only those.")
 @_option("--model", metavar="MODEL", help="The one that made OUT, as segment takes it; without it the shipped one.")
@@ -648,7 +659,7 @@ def verify(console: Any, out: Path, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=_Place())
 @click.argument("labels")
 @click.pass_obj
 def evaluate(console: Any, out: Path, labels: str) -> None:
@@ -663,8 +674,8 @@ def evaluate(console: Any, out: Path, labels: str) -> None:
 
 
 @cli.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("out", type=_Place())
+@click.argument("file", type=_Place())
 @_overwrite
 @click.pass_obj
 def export(console: Any, out: Path, file: Path, overwrite: bool) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ from rasterio.errors import RasterioError
 from rasterio.windows import Window as RasterioWindow
 
 from ..tiler.errors import OutputError, UsageError
+from ..tiler.files import upload
 from ..tiler.geometry import Grid
 from ..tiler.memory import format_bytes
 from ..tiler.meter import MemoryMeter
+from ..tiler.places import is_remote
 from ..tiler.raster import open_raster
+from ..tiler.records import writing
 from ..tiler.store import LEVELS, NODATA, open_array, read_header
 from .console import Console
 from .quicklook import save_quicklook
@@ -38,19 +43,26 @@ def run_export(console: Console, out: Path, target: Path, *, overwrite: bool) ->
     suffix = target.suffix.lower()
     if suffix not in (".tif", ".tiff", ".png"):
         raise UsageError(f"export writes .tif (COG) or .png (quicklook), got {target.name}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside its place and moved there whole.
-    unfinished = target.with_name(f".{target.stem}-{uuid.uuid4().hex[:8]}{target.suffix}")
-    try:
+    # Written beside its place, or here for a store, and moved there whole.
+    fresh = f".{target.stem}-{uuid.uuid4().hex[:8]}{target.suffix}"
+    with ExitStack() as stack:
+        if is_remote(target):
+            unfinished = Path(stack.enter_context(tempfile.TemporaryDirectory()), fresh)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = target.with_name(fresh)
+            stack.callback(unfinished.unlink, missing_ok=True)
         with MemoryMeter() as meter:
             if suffix == ".png":
                 save_quicklook(console, out, header, unfinished)
             else:
                 _write_cog(console, out, header, unfinished)
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    size = target.stat().st_size
+        size = unfinished.stat().st_size
+        if is_remote(target):
+            with writing(target):
+                upload(unfinished, target)
+        else:
+            unfinished.replace(target)
     console.result(
         f"{target}: {format_bytes(size)}, peak memory {format_bytes(meter.peak_bytes)}",
         {"out": str(target), "bytes": size, "peak_bytes": meter.peak_bytes},

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..tiler.errors import UsageError
+from ..tiler.files import find_matching
+from ..tiler.places import OBJECT_STORES, place_of, scheme_of
 from ..tiler.raster_zarr import split_zarr_path
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img")
@@ -57,7 +59,8 @@ def find_scenes(sources: Sequence[str], lists: Sequence[Path] = (), assets: Sequ
 
 
 def _expand(source: str, assets: Sequence[str]) -> list[Scene]:
-    path = Path(source)
+    in_store = scheme_of(source) in OBJECT_STORES
+    path = place_of(source) if in_store else Path(source)
     if path.suffix.lower() == ".json" and path.is_file():
         return list(_read_stac(path, assets))
     if path.exists():
@@ -68,7 +71,8 @@ def _expand(source: str, assets: Sequence[str]) -> list[Scene]:
             raise UsageError(f"{source} holds no raster ({', '.join(SUFFIXES)} or Zarr); give a pattern or a list")
         return [_scene_of(str(entry)) for entry in found]
     if glob.has_magic(source):
-        matches = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
+        # Path.glob takes no absolute pattern.
+        matches = find_matching(source) if in_store else sorted(glob.glob(source, recursive=True))  # noqa: PTH207
         if not matches:
             raise UsageError(f"no file fits {source}")
         return [_scene_of(match) for match in matches]

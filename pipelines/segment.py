@@ -220,7 +220,7 @@ def run_segment(
     for row, column, reason in summary.failed_tiles[:20]:
         console.remark(f"failed    tile {row},{column}: {reason}")
     if len(summary.failed_tiles) > 20:
-        console.remark(f"failed    and {len(summary.failed_tiles) - 20} more, in {out}.run/records.jsonl")
+        console.remark(f"failed    and {len(summary.failed_tiles) - 20} more, in {out}.run")
     console.result(_sentence(summary, out), {"model": model.name, **summary.to_json()})
     return summary
 

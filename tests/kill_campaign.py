@@ -182,8 +182,8 @@ class Campaign:
             elif cluster is not None:
                 cluster.kill_scheduler()
             self.kills[victim] += 1
-            records = out.with_name(out.name + ".run") / "records.jsonl"
-            self.early[victim] += not records.exists()
+            records = out.with_name(out.name + ".run").glob("records-*.jsonl")
+            self.early[victim] += not any(path.stat().st_size for path in records)
             code = process.wait(timeout=CALM_S)
             _, alive = psutil.wait_procs(workers, timeout=10)
             if alive:

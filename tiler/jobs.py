@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from distributed import Worker, WorkerPlugin
 
+from .errors import TilerError
+
 
 class Runner(Protocol):
     """One process's share of a run: open files, a loaded engine."""
@@ -74,4 +76,9 @@ def runner_of(run_id: str) -> Any:
 
 def run_cell(run_id: str, row: int, column: int) -> Any:
     """A task: one cell of a job that this process knows."""
-    return _RUNNERS[run_id].run(row, column)
+    try:
+        return _RUNNERS[run_id].run(row, column)
+    except TilerError as error:
+        # Its message says all; what caused it, such as some of Zarr's errors, may not survive the way to the client.
+        error.__cause__ = error.__context__ = None
+        raise

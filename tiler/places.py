@@ -20,6 +20,8 @@ _GDAL_FOLDERS = {
     "https": "/vsicurl/https://",
 }
 """GDAL's own file systems, by the scheme of a URL."""
+OBJECT_STORES = ("s3", "gs", "az", "abfs")
+"""Schemes of places that can be listed and written."""
 _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {
         # Others write beside us: what was listed a moment ago is no answer.

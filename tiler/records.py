@@ -8,22 +8,25 @@ import getpass
 import json
 import logging
 import os
-import shutil
+import re
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
+import psutil
 from filelock import FileLock, Timeout
 
 from .errors import OutputError
+from .files import age_of, create_new, make_folder, remove_file, remove_tree, touch, write_whole
+from .journal import Journal, find_journals, open_journal, read_journal
+from .places import is_remote
 
 
 def run_folder(output: Path) -> Path:
@@ -31,12 +34,19 @@ def run_folder(output: Path) -> Path:
     return output.with_name(output.name + ".run")
 
 
+def is_there(output: Path) -> bool:
+    """Whether an output was made; one in an object store, where it cannot be made at once, not just begun."""
+    return output.exists() and not (is_remote(output) and (run_folder(output) / MAKING).exists())
+
+
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Turn the file system's refusals at the output into one line."""
+    """Turn the refusals of a file system or an object store at the output into one line."""
     try:
         yield
     except OSError as error:
+        if is_remote(out) and _is_of_store(out, error):
+            raise _unwritable(out, error) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"no space left for {out}; free some and run the same command again") from error
         where = Path(str(error.filename or ""))
@@ -49,6 +59,21 @@ def writing(out: Path) -> Iterator[None]:
         raise OutputError(
             f"{out} cannot be written: {where}: {error.strerror}; when it can, the same command goes on"
         ) from error
+    except Exception as error:
+        if is_remote(out) and _is_of_store(out, error):
+            raise _unwritable(out, error) from error
+        raise
+
+
+def _is_of_store(out: Path, error: Exception) -> bool:
+    """Whether an object store's library raised it, or it is about an object of the output."""
+    made = {type(cause).__module__.partition(".")[0] for cause in (error, error.__cause__, error.__context__)}
+    return bool(made & {"botocore", "aiobotocore", "aiohttp", "s3fs"}) or out.name in str(error)
+
+
+def _unwritable(out: Path, error: Exception) -> OutputError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return OutputError(f"{out} cannot be written: {reason}; when it can, the same command goes on")
 
 
 class Record(Protocol):
@@ -57,7 +82,10 @@ class Record(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
 
-OWNER, RUNS, RECORDS = "owner.json", "runs.jsonl", "records.jsonl"
+RECORDS, LOG = "records.jsonl", "run.log"
+"""Journals in a run's folder, beside `run-GENERATION.json`."""
+MAKING = "making"
+"""There while an output in an object store is made, replaced or removed: what is there then is nothing yet."""
 HEARTBEAT_S = 5.0
 """How often a run's owner shows that it lives."""
 STALE_S = 60.0
@@ -70,11 +98,11 @@ class Owner:
 
     generation: int
     """Counts the calls that wrote into this output."""
-    host: str
-    pid: int
-    user: str
-    began: str
-    command: tuple[str, ...]
+    host: str = "an unknown machine"
+    pid: int = 0
+    user: str = "an unknown user"
+    began: str = "at an unknown time"
+    command: tuple[str, ...] = ()
     ended: str = ""
     """When it left; empty: it lives, or died."""
     how: str = ""
@@ -85,119 +113,183 @@ class Owner:
     def __str__(self) -> str:
         return f"process {self.pid} of {self.user} on {self.host}, begun {self.began}, generation {self.generation}"
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it was another process of this machine, whose end can be seen. A container may share this one's name
+        and number."""
+        return self.host == socket.gethostname() and self.pid != os.getpid()
+
+    @property
+    def may_live(self) -> bool:
+        """Whether it has not left, and is alive as far as can be told from here."""
+        if self.ended or not self.is_here:
+            return not self.ended and self.seen < STALE_S
+        try:
+            # Numbers of processes are used again.
+            return psutil.Process(self.pid).create_time() < datetime.fromisoformat(self.began).timestamp() + 1
+        except (psutil.Error, ValueError):
+            return False
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        del values["seen"]
+        return values
+
+
+def find_runs(folder: Path) -> list[tuple[int, Path]]:
+    """Generation and file of every run that wrote into an output, in order."""
+    found: list[tuple[int, Path]] = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for place in folder.iterdir():
+            match = re.fullmatch(r"run-(\d+)\.json", place.name)
+            if match:
+                found.append((int(match[1]), place))
+    return sorted(found, key=lambda run: run[0])
+
 
 def read_owner(folder: Path) -> Owner | None:
-    """The last owner of an output's run folder; None where there was none, or its file is damaged."""
-    path = folder / OWNER
-    try:
-        values = json.loads(path.read_text())
-        return Owner(
-            **{**values, "command": tuple(values["command"]), "seen": max(0.0, time.time() - path.stat().st_mtime)}
-        )
-    except (OSError, ValueError, TypeError, KeyError):
+    """The last owner of an output's run folder; None where there was none. Of one whose file is damaged, only the
+    generation is known."""
+    runs = find_runs(folder)
+    if not runs:
         return None
+    generation, place = runs[-1]
+    try:
+        values = json.loads(place.read_bytes())
+        known = {name: values[name] for name in ("host", "pid", "user", "began", "ended", "how")}
+        return Owner(generation=generation, command=tuple(values["command"]), seen=age_of(place), **known)
+    except (ValueError, TypeError, KeyError):
+        return Owner(generation=generation, seen=age_of(place))
 
 
-def read_generation(output: str | Path) -> int:
-    """Of the run that owns an output now; 0 where none does. A worker that finds another one than its own writes
-    nothing."""
-    owner = read_owner(run_folder(Path(output)))
-    return owner.generation if owner is not None else 0
+def require_owner(output: Path, generation: int) -> None:
+    """What a worker asks before it writes: is its run still the last one?
+
+    Raises:
+        OutputError: another run owns the output by now, or its run's folder is gone.
+    """
+    folder = run_folder(output)
+    # Generations have no gaps.
+    if (folder / f"run-{generation + 1}.json").exists():
+        raise OutputError(f"{output} belongs to a later run by now, this is a tile of run {generation}")
+    if not (folder / f"run-{generation}.json").exists():
+        raise OutputError(f"{output} or its run folder is gone; when it is back, the same command goes on")
 
 
 def read_records(output: Path) -> dict[tuple[int, int], dict[str, Any]]:
-    """The last record of each tile of an output; a last line that a crash cut short is passed over."""
-    file = run_folder(output) / RECORDS
+    """The last record of each tile of an output; lines that a crash cut short are passed over."""
     found: dict[tuple[int, int], dict[str, Any]] = {}
-    if file.is_file():
-        for line in file.read_text().splitlines():
-            try:
-                record = json.loads(line)
-                found[record["row"], record["column"]] = record
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue
+    for line in read_journal(run_folder(output), RECORDS):
+        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+            record = json.loads(line)
+            at = record["row"], record["column"]
+            # In the order of what was done last: the records of a run that died end with those that need a look.
+            found.pop(at, None)
+            found[at] = record
     return found
 
 
 class RunFolder:
-    """Holds an output while open: its lock, its owner's sign of life, and one line a tile in `records.jsonl`."""
+    """Holds an output while open: its lock, its owner's sign of life, and one line for each tile.
+
+    Of two calls that want one output one gets it: by the file system's lock, which dies with its process; where there
+    are no locks, by the last owner's sign of life, and by the file of the next generation, which one call can make.
+    """
 
     def __init__(self, output: Path) -> None:
         self.path = run_folder(output)
         self._output = output
         self._lock = FileLock(str(self.path / "lock"))
-        self._records: TextIO | None = None
+        self._records: Journal | None = None
         self._discarded = False
-        self._log: logging.Handler | None = None
+        self._log: _JournalHandler | None = None
         self._stop = threading.Event()
         self._heart: threading.Thread | None = None
         self.owner: Owner | None = None
         self.before: Owner | None = None
         """Who wrote last; with an empty `ended` it died."""
         self.result: dict[str, Any] = {}
-        """What the list of runs is to say of this one."""
+        """What the run's file is to say of it, beside who and when."""
 
     def __enter__(self) -> RunFolder:
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         self._acquire()
-        self._log = logging.FileHandler(self.path / "log", delay=True)
+        self._log = _JournalHandler(open_journal(self.path, LOG, self.generation))
         self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._log)
-        self.owner = Owner(
-            generation=(self.before.generation if self.before else 0) + 1,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            user=_user(),
-            began=_now(),
-            command=tuple(sys.argv),
-        )
-        self._write_owner(self.owner)
         self._heart = threading.Thread(target=self._beat, name="run owner", daemon=True)
         self._heart.start()
-        log.info("generation %d begins", self.owner.generation)
+        log.info("generation %d begins", self.generation)
         if self.before is not None and not self.before.ended:
             log.warning("%s died", self.before)
         return self
 
     def _acquire(self) -> None:
-        """The file system's lock, which dies with its process; and, where another machine may not see that, the sign
-        of life."""
-        refusal = OutputError(f"{self._output} is being written by another run (lock {self.path / 'lock'})")
-        held = True
+        locked = self._lock_file()
+        self.before = other = read_owner(self.path)
+        try:
+            # A lock that was got tells that nobody on this machine has it; others may not see it.
+            unseen = other is not None and not (locked and other.host == socket.gethostname()) and other.may_live
+            if locked is False or unseen:
+                raise OutputError(self._refusal(other))
+            self.owner = Owner(
+                generation=(other.generation if other else 0) + 1,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                user=_user(),
+                began=_now(),
+                command=tuple(sys.argv),
+            )
+            if not create_new(self._run_file, self._described(self.owner)):
+                raise OutputError(f"{self._output} was taken by another run just now; one of them is enough")
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _refusal(self, other: Owner | None) -> str:
+        if other is None or other.ended:
+            return f"{self._output} is being written by another run (lock {self.path / 'lock'})"
+        if other.host == socket.gethostname():
+            return f"{self._output} is being written by another run: {other}, last sign of life {other.seen:.0f} s ago"
+        return (
+            f"{self._output} was being written {other.seen:.0f} s ago by {other}; if that is dead, try again in "
+            f"{max(1.0, STALE_S - other.seen):.0f} s"
+        )
+
+    def _lock_file(self) -> bool | None:
+        """Whether the lock was got; None where there are none."""
+        if is_remote(self.path):
+            return None
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            held = False
+            return False
         except NotImplementedError:
             log.warning("the file system of %s has no locks", self.path)
-        self.before = read_owner(self.path)
-        other = self.before
-        if other is not None and not other.ended:
-            if not held:
-                refusal = OutputError(
-                    f"{self._output} is being written by another run: {other}, last sign of life {other.seen:.0f} s ago"
-                )
-            elif other.host != socket.gethostname() and other.seen < STALE_S:
-                self._lock.release()
-                held = False
-                refusal = OutputError(
-                    f"{self._output} was being written {other.seen:.0f} s ago by {other}; if that is dead, try again "
-                    f"in {STALE_S - other.seen:.0f} s"
-                )
-        if not held:
-            raise refusal
+            return None
+        return True
+
+    @property
+    def _run_file(self) -> Path:
+        return self.path / f"run-{self.generation}.json"
+
+    def _described(self, owner: Owner) -> bytes:
+        return json.dumps({**owner.to_json(), **self.result}).encode()
 
     def _beat(self) -> None:
+        assert self.owner is not None
+        value = self._described(self.owner)
         while not self._stop.wait(HEARTBEAT_S):
-            with contextlib.suppress(OSError):
-                os.utime(self.path / OWNER)
+            with contextlib.suppress(Exception):  # the next beat, or the run itself, will say what is wrong
+                touch(self._run_file, value)
+                self._sync_all()
 
-    def _write_owner(self, owner: Owner) -> None:
-        values = asdict(owner)
-        del values["seen"]
-        fresh = self.path / f"{OWNER}.new"
-        fresh.write_text(json.dumps(values))
-        fresh.replace(self.path / OWNER)
+    def _sync_all(self) -> None:
+        """What objects hold is only what was synced."""
+        if is_remote(self.path):
+            for journal in (self._records, self._log and self._log.journal):
+                if journal is not None:
+                    journal.sync()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -207,28 +299,23 @@ class RunFolder:
         self._stop.set()
         if self._heart is not None:
             self._heart.join()
-        if self._records is not None:
-            self._records.close()
+        # A full or vanished disk, or a store that is out of reach, must not hide what stopped the run.
+        with contextlib.suppress(Exception) if error is not None else contextlib.nullcontext():
+            if self._records is not None:
+                self._records.close()
         if self._log is not None:
             log.removeHandler(self._log)
-            self._log.close()
-        if self._discarded or (not self._output.exists() and not self._file.exists()):
-            # Nothing was begun, or nothing is worth keeping: leave nothing behind.
-            shutil.rmtree(self.path, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):  # a full or vanished disk must not hide what stopped the run
-                self._sign_off("finished" if error is None else f"{type(error).__name__}: {error}".rstrip(": "))
+            with contextlib.suppress(Exception):
+                self._log.close()
+        with contextlib.suppress(Exception):
+            if self._discarded or not (self._output.exists() or find_journals(self.path, RECORDS)):
+                # Nothing was begun, or nothing is worth keeping: leave nothing behind.
+                remove_tree(self.path)
+            else:
+                how = "finished" if error is None else f"{type(error).__name__}: {error}".rstrip(": ")
+                assert self.owner is not None
+                write_whole(self._run_file, self._described(replace(self.owner, ended=_now(), how=how)))
         self._lock.release()
-
-    def _sign_off(self, how: str) -> None:
-        """Say that this run left, and keep what is known of it."""
-        assert self.owner is not None
-        owner = replace(self.owner, ended=_now(), how=how)
-        values = asdict(owner)
-        del values["seen"]
-        with (self.path / RUNS).open("a") as runs:
-            runs.write(json.dumps({**values, **self.result}) + "\n")
-        self._write_owner(owner)
 
     @property
     def generation(self) -> int:
@@ -236,28 +323,30 @@ class RunFolder:
         assert self.owner is not None
         return self.owner.generation
 
-    @property
-    def _file(self) -> Path:
-        return self.path / RECORDS
-
     def read(self) -> dict[tuple[int, int], dict[str, Any]]:
         """The last record of each tile."""
         return read_records(self._output)
 
     def append(self, record: Record) -> None:
-        """Add a record; it survives the death of this process."""
+        """Add a record; in a file it survives the death of this process, in an object store when it is synced."""
         if self._records is None:
-            cut_short = self._file.is_file() and not self._file.read_bytes().endswith(b"\n")
-            self._records = self._file.open("a")
-            if cut_short:
-                self._records.write("\n")
-        self._records.write(json.dumps(record.to_json()) + "\n")
-        self._records.flush()
+            self._records = open_journal(self.path, RECORDS, self.generation)
+        self._records.add(json.dumps(record.to_json()))
 
     def sync(self) -> None:
-        """Force what was appended to disk."""
+        """Force what was appended to disk, or into its store."""
         if self._records is not None:
-            os.fsync(self._records.fileno())
+            self._records.sync()
+
+    @contextmanager
+    def making(self) -> Iterator[None]:
+        """While the output is made, replaced or removed. In an object store this takes more than one step: what a call
+        that died in between left there is nothing, and is removed by the next."""
+        if is_remote(self.path):
+            write_whole(self.path / MAKING, b"")
+        yield
+        if is_remote(self.path):
+            remove_file(self.path / MAKING)
 
     def discard(self) -> None:
         """Remove the folder when it is left: the output says all that is worth keeping."""
@@ -268,18 +357,26 @@ class RunFolder:
         if self._records is not None:
             self._records.close()
             self._records = None
-        self._file.unlink(missing_ok=True)
+        for place in find_journals(self.path, RECORDS):
+            remove_file(place)
 
 
-def remove_output(output: Path) -> None:
-    """Delete an output store, for --overwrite."""
-    if output.is_dir():
-        # Renamed first: a crash half-way leaves no store that looks complete.
-        doomed = output.with_name(output.name + ".deleting")
-        if doomed.exists():
-            shutil.rmtree(doomed)
-        output.rename(doomed)
-        shutil.rmtree(doomed)
+class _JournalHandler(logging.Handler):
+    """Puts what is logged into a journal."""
+
+    def __init__(self, journal: Journal) -> None:
+        super().__init__()
+        self.journal = journal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.journal.add(self.format(record))
+        except Exception:  # noqa: BLE001 - as every handler: what cannot be logged must not stop what is done
+            self.handleError(record)
+
+    def close(self) -> None:
+        self.journal.close()
+        super().close()
 
 
 def _user() -> str:

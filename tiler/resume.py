@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BudgetError, OutputError, RasterError
+from .files import sizes_below
 from .fingerprint import find_differences
 from .memory import format_bytes
 from .places import place_of, scheme_of, url_of
 from .plan import TilePlan
 from .raster import Raster
 from .records import RunFolder, log
-from .store import chunks_of, find_chunk_fault, read_header
+from .store import ZarrFormat, chunks_of, find_chunk_fault, read_header
 
 RECENT_TILES = 64
 """Of a run that died, whose chunks are read before they are believed."""
@@ -58,6 +59,7 @@ def keep_tiles(
     plan: TilePlan,
     kind: str,
     folder: RunFolder,
+    zarr_format: ZarrFormat,
     *,
     retry_failed: bool,
     redo: Collection[tuple[int, int]] = (),
@@ -74,6 +76,7 @@ def keep_tiles(
     records = folder.read()
     died = folder.before is not None and not folder.before.ended
     recent = set(list(records)[-RECENT_TILES:]) if died else set()
+    sizes = sizes_below(out)
     kept: Records = {}
     for at, record in records.items():
         if at in redo:
@@ -83,8 +86,10 @@ def keep_tiles(
                 kept[at] = record
             continue
         chunks = record.get("chunks", {})
-        names = chunks_of(out, kind, plan, plan.tile(*at))
-        faults = [find_chunk_fault(out, name, tuple(chunks.get(name, (0, ""))), read=at in recent) for name in names]
+        names = chunks_of(kind, plan, plan.tile(*at), zarr_format)
+        faults = [
+            find_chunk_fault(out, name, tuple(chunks.get(name, (0, ""))), sizes, read=at in recent) for name in names
+        ]
         fault = next(filter(None, faults), "")
         if record.get("state") == "done" and not fault:
             kept[at] = record

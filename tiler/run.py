@@ -33,21 +33,22 @@ from .events import (
     TileFinished,
     TileRecord,
 )
+from .files import remove_store
 from .fingerprint import make_fingerprint
 from .geometry import Interval, Window
-from .jobs import JobPlugin
 from .memory import parse_bytes
 from .memory_probe import memory_lookup
 from .meter import MemoryMeter
 from .network import Network
+from .places import place_of
 from .plan import GDAL_CACHE_BYTES, TilePlan
 from .planner import plan_tiles
 from .raster import Raster, open_raster, require_apart
 from .raster_parts import reference_to
-from .records import RunFolder, log, remove_output, writing
+from .records import RunFolder, is_there, log, writing
 from .reference import Reference
 from .resume import Records, is_unfinished, keep_tiles, require_continuable, require_source
-from .schedule import Lost, count_threads, run_cells
+from .schedule import Lost, count_threads, job_on, run_cells
 from .store import (
     CONTEXT,
     DONE,
@@ -180,7 +181,7 @@ def predict(
     """
     called = time.perf_counter()
     tell: Listener = listener or _ignore
-    out = Path(out).absolute()
+    out = place_of(out).absolute()
     with MemoryMeter() as meter:
         raster = raster if isinstance(raster, Raster) else open_raster(raster)
         fill = fill if fill is not None else (0.0,) * raster.bands
@@ -202,20 +203,23 @@ def predict(
         )
         fingerprint = make_fingerprint(raster, network, description.kind, plan, fill, zarr_format)
         require_apart(raster, out)
-        if out.is_symlink():
-            raise OutputError(f"{out} is a link; name the store itself")
-        if out.exists():
-            read_header(out)  # a folder that is not ours is neither continued nor overwritten, nor given neighbours
+        with writing(out):
+            if out.is_symlink():
+                raise OutputError(f"{out} is a link; name the store itself")
+            if is_there(out):
+                read_header(out)  # a folder that is not ours is neither continued nor overwritten, nor given neighbours
         with writing(out), RunFolder(out) as folder:
             kept: Records = {}
             # An unfinished output of this very run is continued, also where a finished one would be replaced.
-            begins = not out.exists() or (overwrite and not is_unfinished(out, fingerprint))
+            begins = not is_there(out) or (overwrite and not is_unfinished(out, fingerprint))
             if begins:
                 require_space(out, plan.output_bytes, "the output", check=space_check)
             else:
                 budget = parse_bytes(memory)
                 plan = require_continuable(out, fingerprint, resume=resume, budget=budget, core=core)
-                kept = keep_tiles(out, plan, description.kind, folder, retry_failed=retry_failed, redo=redo)
+                kept = keep_tiles(
+                    out, plan, description.kind, folder, zarr_format, retry_failed=retry_failed, redo=redo
+                )
             todo = [at for at in plan.order() if at not in kept]
             resumed = len(kept)
             pixels = sum(plan.grid.window(*at).pixels for at in todo)
@@ -355,12 +359,10 @@ class _Run:
             fill=self.fill,
             out=str(self.out),
             array=self.description.kind,
+            zarr_format=self.zarr_format,
             generation=self.folder.generation,
         )
-        plugin = JobPlugin(spec)
-        client.wait_for_workers(1, timeout=120)
-        client.register_plugin(plugin)
-        try:
+        with job_on(client, spec):
             self.tell(ClusterReady(workers=len(count_threads(client)), dashboard=_dashboard(client)))
             self.began = time.perf_counter()
             self.check = run_start_check(client, spec, self.network)
@@ -369,20 +371,7 @@ class _Run:
             require_exact(self.check)
             if self.begins:
                 # Only now: an output that is replaced is lost to no run that could not start.
-                remove_output(self.out)
-                self.folder.clear()
-                create_output(
-                    self.out,
-                    plan=self.plan,
-                    description=self.description,
-                    place=self.raster.place,
-                    header={
-                        "fingerprint": self.fingerprint,
-                        "source": reference_to(self.raster),
-                        "versions": _versions(),
-                    },
-                    zarr_format=self.zarr_format,
-                )
+                self._create()
             update_header(self.out, {"start_check": self.check.to_json()})
             pixels_of = {at: self.plan.grid.window(*at).pixels for at in todo}
             pixels, synced = 0, time.monotonic()
@@ -412,9 +401,23 @@ class _Run:
                 )
             self.ended = time.perf_counter()
             self.folder.sync()
-        finally:
-            with contextlib.suppress(Exception):
-                client.unregister_worker_plugin(plugin.name)
+
+    def _create(self) -> None:
+        with self.folder.making():
+            remove_store(self.out)
+            self.folder.clear()
+            create_output(
+                self.out,
+                plan=self.plan,
+                description=self.description,
+                place=self.raster.place,
+                header={
+                    "fingerprint": self.fingerprint,
+                    "source": reference_to(self.raster),
+                    "versions": _versions(),
+                },
+                zarr_format=self.zarr_format,
+            )
 
     def failed(self, kept: Records) -> tuple[tuple[int, int, str], ...]:
         """(row, column, reason) of all tiles that hold nodata for want of a result, those of earlier calls too."""

@@ -16,7 +16,7 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from .cluster import ClusterError
-from .jobs import run_cell
+from .jobs import Job, JobPlugin, run_cell
 from .records import log
 
 QUEUED_PER_THREAD = 2
@@ -30,6 +30,10 @@ FETCH_S = 30.0
 RESTART_S = 30
 """What a worker gets to restart."""
 
+REGISTRATIONS = 5
+"""How often all workers are told of a job; one that dies just then fails it for all."""
+FIRST_WORKER_S = 120
+
 LOST = "the Dask scheduler was lost; when it is there again, the same command goes on"
 
 Cell = tuple[int, int]
@@ -40,6 +44,56 @@ class Lost:
     """In place of a record: alone on a worker, the cell killed it or did not come back."""
 
     reason: str
+
+
+@contextlib.contextmanager
+def job_on(client: Client, job: Job) -> Iterator[None]:
+    """All workers, and those to come, know the job while this is open.
+
+    Raises:
+        ClusterError: the scheduler is gone, or has no workers.
+    """
+    plugin = JobPlugin(job)
+    with _told_when_lost(client):
+        try:
+            client.wait_for_workers(1, timeout=FIRST_WORKER_S)
+        except TimeoutError as error:
+            raise ClusterError(f"the Dask scheduler has no workers after {FIRST_WORKER_S} s; start some") from error
+        _register(client, plugin)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(Exception):
+                client.unregister_worker_plugin(plugin.name)
+
+
+def _register(client: Client, plugin: JobPlugin) -> None:
+    for attempt in range(1, REGISTRATIONS + 1):
+        try:
+            client.register_plugin(plugin)
+        except CommClosedError as error:
+            # A worker died while it was told. Its successor will be told by the scheduler.
+            log.warning("a worker was lost as the run began: %s", error)
+            if attempt == REGISTRATIONS or client.status != "running":
+                raise
+            time.sleep(attempt)
+        else:
+            return
+
+
+@contextlib.contextmanager
+def _told_when_lost(client: Client) -> Iterator[None]:
+    """In place of what Dask raises of a scheduler or of workers that are gone, one line."""
+    try:
+        yield
+    except (ClosedClientError, CommClosedError) as error:
+        raise ClusterError(LOST) from error
+    except FutureCancelledError as error:
+        if client.status == "running" and not (error.reason or "").startswith("scheduler"):
+            raise
+        raise ClusterError(LOST) from error
+    except KilledWorker as error:
+        raise ClusterError(f"worker processes die over {error.task}; is there enough memory?") from error
 
 
 def run_cells(
@@ -57,7 +111,7 @@ def run_cells(
         patience: seconds before a worker that does not answer is restarted.
 
     Raises:
-        ClusterError: the scheduler is gone, or all workers are.
+        ClusterError: the scheduler is gone, or all workers are; within `job_on`, also where Dask raises it.
         whatever a cell raises that is no record: the run cannot go on.
     """
     flight = _Flight(client, run_id, label, patience)
@@ -78,8 +132,6 @@ def run_cells(
             flight.submit(cell, alone=True)
             while flight.cells:
                 yield from flight.wait()
-    except (ClosedClientError, CommClosedError) as error:
-        raise ClusterError(LOST) from error
     finally:
         flight.cancel()
 

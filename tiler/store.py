@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +19,7 @@ from zarr.codecs import ZstdCodec
 from zarr.errors import BaseZarrError
 
 from .errors import OutputError
+from .files import make_folder, read_files, remove_tree
 from .geometry import Grid, Window
 from .georeference import (
     Georeference,
@@ -27,6 +29,7 @@ from .georeference import (
     spatial_ref_attributes,
 )
 from .memory import format_bytes
+from .places import is_remote, place_of, store_at
 
 if TYPE_CHECKING:
     from .plan import Tile, TilePlan
@@ -100,7 +103,7 @@ def create_raster_group(
         dims: the array's dimensions; two of them are y and x.
         masked: with a validity mask beside the array.
     """
-    group = zarr.create_group(str(path), overwrite=False, zarr_format=zarr_format)
+    group = zarr.create_group(store_at(path), overwrite=False, zarr_format=zarr_format)
     y_axis, x_axis = dims.index("y"), dims.index("x")
     shape_yx = (shape[y_axis], shape[x_axis])
     spatial = geozarr_attributes(place, shape_yx)
@@ -169,7 +172,7 @@ def _create_array(
 
 def add_mask(path: Path, name: str, shape_yx: tuple[int, int], chunk: tuple[int, int]) -> zarr.Array[Any]:
     """Create the validity mask of the array `name`, all valid."""
-    group = zarr.open_group(str(path), mode="r+")
+    group = zarr.open_group(store_at(path), mode="r+")
     array = group[name]
     assert isinstance(array, zarr.Array)
     array.attrs["ancillary_variables"] = MASK
@@ -195,7 +198,7 @@ def add_mask(path: Path, name: str, shape_yx: tuple[int, int], chunk: tuple[int,
 
 def finish_metadata(path: Path) -> None:
     """Gather the metadata of a v2 store in one file, where its readers look first."""
-    group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
+    group = zarr.open_group(store_at(path), mode="r+", use_consolidated=False)
     if group.metadata.zarr_format == 2:
         zarr.consolidate_metadata(group.store)
 
@@ -212,7 +215,7 @@ def require_replaceable(path: Path, mark: str, maker: str) -> None:
     if not path.exists() and not path.is_symlink():
         return
     try:
-        ours = not path.is_symlink() and mark in dict(zarr.open_group(str(path), mode="r").attrs)
+        ours = not path.is_symlink() and mark in dict(zarr.open_group(store_at(path, read_only=True), mode="r").attrs)
     except (BaseZarrError, OSError, ValueError, KeyError):
         ours = False
     if not ours:
@@ -220,11 +223,13 @@ def require_replaceable(path: Path, mark: str, maker: str) -> None:
 
 
 def require_space(path: Path, needed: int, what: str, *, check: bool = True) -> None:
-    """Refuse what cannot fit on the disk, compression aside.
+    """Refuse what cannot fit on the disk, compression aside; object stores take anything.
 
     Raises:
         OutputError: `needed` bytes are more than are free.
     """
+    if is_remote(path):
+        return
     folder = next((parent for parent in (path, *path.parents) if parent.exists()), Path.cwd())
     free = shutil.disk_usage(folder).free
     if check and needed > free:
@@ -253,16 +258,16 @@ def create_output(
 ) -> None:
     """Create an output store for a plan; `header` goes into the group's `outsize` attribute.
 
-    It is made beside its place and moved there whole, so that a crash leaves no half-made store under the name.
+    It is made beside its place and moved there whole, so that a crash leaves no half-made store under the name; in an
+    object store, where nothing moves whole, at its place (`RunFolder.making` tells that it is not ready).
     """
     dtype = np.dtype(plan.output_dtype)
     channels, height, width = plan.output_shape
     is_class = description.kind == "class"
     scale = (Fraction(plan.scale[0]), Fraction(plan.scale[1]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".creating")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
+    make_folder(path.parent)
+    unfinished = path if is_remote(path) else path.with_name(path.name + ".creating")
+    remove_tree(unfinished)
     create_raster_group(
         unfinished,
         name=description.kind,
@@ -285,7 +290,7 @@ def create_output(
             }
         },
     )
-    group = zarr.open_group(str(unfinished), mode="r+")
+    group = zarr.open_group(store_at(unfinished), mode="r+")
     if plan.receptive is not None:
         mapping = dict(group[description.kind].attrs).get("grid_mapping")
         _create_array(
@@ -309,7 +314,8 @@ def create_output(
         )
         coordinate[:] = np.arange(channels)
     finish_metadata(unfinished)
-    unfinished.rename(path)
+    if unfinished != path:
+        unfinished.rename(path)
 
 
 def _flags(description: OutputDescription) -> dict[str, Any]:
@@ -334,7 +340,7 @@ def read_header(path: Path) -> dict[str, Any]:
         OutputError: not an output of format 1.
     """
     try:
-        header = dict(zarr.open_group(str(path), mode="r").attrs).get("outsize")
+        header = dict(zarr.open_group(store_at(path, read_only=True), mode="r").attrs).get("outsize")
     except (BaseZarrError, OSError, ValueError, KeyError) as error:
         raise OutputError(f"{path} is not an output of outsize: {(str(error).splitlines() or [''])[0]}") from error
     if not isinstance(header, dict) or "kind" not in header or "plan" not in header:
@@ -346,15 +352,19 @@ def read_header(path: Path) -> dict[str, Any]:
 
 def update_header(path: Path, values: dict[str, Any]) -> None:
     """Add values to the `outsize` attribute."""
-    group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
+    group = zarr.open_group(store_at(path), mode="r+", use_consolidated=False)
     header: Any = dict(group.attrs)["outsize"]
     group.attrs["outsize"] = {**header, **values}
     finish_metadata(path)
 
 
-def open_array(path: str | Path, name: str, mode: Literal["r", "r+"] = "r") -> zarr.Array[Any]:
-    """One array of a store."""
-    array = zarr.open_array(str(path), mode=mode, path=name)
+def open_array(
+    path: str | Path, name: str, mode: Literal["r", "r+"] = "r", zarr_format: ZarrFormat | None = None
+) -> zarr.Array[Any]:
+    """One array of a store; whose format is known is opened by fewer requests."""
+    array = zarr.open_array(
+        store_at(place_of(path), read_only=mode == "r"), mode=mode, path=name, zarr_format=zarr_format
+    )
     return writable(array) if mode == "r+" else array
 
 
@@ -367,21 +377,25 @@ def write_core(array: zarr.Array[Any], core: Window, result: npt.NDArray[Any]) -
         array[:, rows, columns] = result
 
 
-def chunks_of(path: Path, kind: str, plan: TilePlan, tile: Tile) -> list[str]:
-    """Paths in the store of the chunks that a tile owns."""
+def chunks_of(kind: str, plan: TilePlan, tile: Tile, zarr_format: ZarrFormat) -> list[str]:
+    """Names in the store of the chunks that a tile owns."""
     cells = Grid(shape=plan.output_shape[1:], cell=plan.chunk).cells_touching(tile.target)
     layers = [()] if kind == "class" else [(channel,) for channel in range(plan.output_shape[0])]
     wanted = [(kind, (*layer, *cell)) for layer in layers for cell in cells]
     wanted += [(CONTEXT, cell) for cell in cells] if plan.receptive is not None else []
-    return [chunk_file(path, array, index).relative_to(path).as_posix() for array, index in wanted]
+    return [chunk_name(array, index, zarr_format) for array, index in wanted]
 
 
 def seal_chunks(path: Path, names: list[str]) -> dict[str, tuple[int, str]]:
-    """Flush chunks to the disk, and say what they hold: a record made after this is true after a power cut too.
+    """Flush chunks to the disk, and say what they hold: a record made after this is true after a power cut too. An
+    object store answers when it has them; they are read back.
 
     Returns:
         bytes and hash of each.
     """
+    if is_remote(path):
+        values = read_files(path, names)
+        return {name: (len(value), hash_chunk(value)) for name, value in zip(names, values, strict=True)}
     found: dict[str, tuple[int, str]] = {}
     folders: set[Path] = set()
     for name in names:
@@ -405,27 +419,31 @@ def hash_chunk(value: bytes) -> str:
     return hashlib.blake2b(value, digest_size=8).hexdigest()
 
 
-def find_chunk_fault(path: Path, name: str, recorded: tuple[int, str], *, read: bool) -> str:
+def find_chunk_fault(
+    path: Path, name: str, recorded: tuple[int, str], sizes: Callable[[str], int | None], *, read: bool
+) -> str:
     """What is wrong with a chunk by its record: missing, of another size, or, if it is to be read, of another content;
-    empty where nothing is."""
-    file = path / name
+    empty where nothing is.
+
+    Args:
+        sizes: of the store's files (`sizes_below`).
+    """
     try:
-        size = file.stat().st_size
+        size = sizes(name)
+        if size is None:
+            return f"{name} is missing"
         if size != recorded[0]:
             return f"{name} has {size} bytes, was written with {recorded[0]}"
-        if read and hash_chunk(file.read_bytes()) != recorded[1]:
+        if read and hash_chunk((path / name).read_bytes()) != recorded[1]:
             return f"{name} has another content than was written"
-    except FileNotFoundError:
-        return f"{name} is missing"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
     return ""
 
 
-def chunk_file(path: Path, array: str, index: tuple[int, ...]) -> Path:
-    """Where a chunk of our own stores lies."""
-    folder = path / array
-    return folder.joinpath(*(["c"] if (folder / "zarr.json").is_file() else []), *map(str, index))
+def chunk_name(array: str, index: tuple[int, ...], zarr_format: ZarrFormat) -> str:
+    """Name in the store of a chunk of our own arrays."""
+    return "/".join((array, *(["c"] if zarr_format == 3 else []), *map(str, index)))
 
 
 def chunk_window(array: zarr.Array[Any], name: str) -> tuple[slice, ...]:
@@ -436,16 +454,15 @@ def chunk_window(array: zarr.Array[Any], name: str) -> tuple[slice, ...]:
 
 def write_status(path: Path, status: npt.NDArray[np.uint8]) -> None:
     """Write the tiles' states, one value a tile; by one process, at the end."""
-    group = zarr.open_group(str(path), mode="r+", use_consolidated=False)
-    if "status" in group:
-        del group["status"]
-    array = _create_array(
-        group,
-        "status",
-        shape=status.shape,
-        dtype=status.dtype,
-        dims=("tile_row", "tile_column"),
-        attributes={"flag_values": [0, 1, 2], "flag_meanings": "missing done failed"},
-    )
-    array[:] = status
+    group = zarr.open_group(store_at(path), mode="r+", use_consolidated=False)
+    if "status" not in group:
+        _create_array(
+            group,
+            "status",
+            shape=status.shape,
+            dtype=status.dtype,
+            dims=("tile_row", "tile_column"),
+            attributes={"flag_values": [0, 1, 2], "flag_meanings": "missing done failed"},
+        )
+    open_array(path, "status", "r+")[:] = status
     finish_metadata(path)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +17,30 @@ from distributed import Client
 
 from .cluster import ClusterOptions, open_client
 from .errors import BudgetError, OutputError, RasterError
+from .files import make_folder, remove_tree, replace_store, sizes_below
 from .fingerprint import fingerprint_raster
 from .geometry import Grid, Interval, Window
-from .jobs import JobPlugin
 from .machine import cpu_count
 from .memory import MB, format_bytes, parse_bytes
 from .meter import MemoryMeter
 from .nodata import Array, Mask
+from .places import place_of, store_at
 from .raster import Raster, RasterReader, require_apart
-from .records import RunFolder, writing
-from .schedule import Lost, run_cells
+from .records import RunFolder, is_there, require_owner, writing
+from .schedule import Lost, job_on, run_cells
 from .store import (
     MASK,
     VALID,
     ZarrFormat,
     add_mask,
-    chunk_file,
+    chunk_name,
     create_raster_group,
+    find_chunk_fault,
     finish_metadata,
     open_array,
     require_replaceable,
     require_space,
+    seal_chunks,
 )
 
 IMAGE = "image"
@@ -84,6 +87,8 @@ class CellRecord:
     state: str = "done"
     lost: bool = False
     """Its worker died over it."""
+    chunks: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Bytes and hash of its chunks, by their names in the store."""
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -213,23 +218,33 @@ class TransferJob:
     raster: Raster
     grid: Grid
     out: str
+    """Where the copy is made, before it gets its name."""
+    chunk: tuple[int, int]
+    zarr_format: ZarrFormat
+    owned: str
+    """The output's own name, beside which its run's folder is."""
+    generation: int
 
     def open(self) -> Copier:
         return Copier(self)
 
 
 class Copier:
-    """One process's reader and target arrays of a transfer."""
+    """One process's reader and target arrays of a transfer.
+
+    Several threads may call it: one reads while another writes.
+    """
 
     def __init__(self, job: TransferJob) -> None:
         self.job = job
+        self._read_lock = threading.RLock()
         self._reader: RasterReader | None = None
 
     def run(self, row: int, column: int) -> CellRecord:
         """Copy one cell; what cannot be read of it is left nodata and told.
 
         Raises:
-            OSError: the target cannot be written.
+            OutputError: the target cannot be written, or is another run's by now.
         """
         window = self.job.grid.window(row, column)
         raster = self.job.raster
@@ -249,31 +264,40 @@ class Copier:
                 else:
                     image[:, rows, columns] = pixels
                     missing[rows, columns] = False if where is None else where
-        rows, columns = window.slices()
-        open_array(self.job.out, IMAGE, "r+")[:, rows, columns] = image
-        if not raster.nodata_rule.is_plain:
-            valid = np.full(window.shape, VALID, np.uint8)
-            if missing is not None:
-                valid[missing] = 0
-            open_array(self.job.out, MASK, "r+")[rows, columns] = valid
         return CellRecord(
             row=row,
             column=column,
             pixels=window.pixels,
             unreadable=tuple((w.y, w.x, w.height, w.width, reason) for w, reason in _joined(unreadable)),
+            chunks=self._write(window, image, missing),
         )
 
+    def _write(self, window: Window, image: Array, missing: Mask | None) -> dict[str, tuple[int, str]]:
+        job, out, owned = self.job, place_of(self.job.out), place_of(self.job.owned)
+        rows, columns = window.slices()
+        with writing(owned):
+            require_owner(owned, job.generation)
+            open_array(out, IMAGE, "r+", job.zarr_format)[:, rows, columns] = image
+            if not job.raster.nodata_rule.is_plain:
+                valid = np.full(window.shape, VALID, np.uint8)
+                if missing is not None:
+                    valid[missing] = 0
+                open_array(out, MASK, "r+", job.zarr_format)[rows, columns] = valid
+            return seal_chunks(out, _chunks_of(job.raster, job.chunk, window, job.zarr_format))
+
     def _read(self, window: Window) -> tuple[Array, Mask | None]:
-        if self._reader is None:
-            self._reader = self.job.raster.open_reader()
-        try:
-            image = self._reader.read(window)
-            plain = self.job.raster.nodata_rule.is_plain
-            return image, None if plain else self._reader.read_missing(window, image)
-        except RasterError:
-            # What a reader says after it failed once is not to be believed.
-            self.close()
-            raise
+        # GDAL's datasets are for one thread at a time.
+        with self._read_lock:
+            if self._reader is None:
+                self._reader = self.job.raster.open_reader()
+            try:
+                image = self._reader.read(window)
+                plain = self.job.raster.nodata_rule.is_plain
+                return image, None if plain else self._reader.read_missing(window, image)
+            except RasterError:
+                # What a reader says after it failed once is not to be believed.
+                self.close()
+                raise
 
     def _read_pieces(self, window: Window) -> Iterator[tuple[Window, Array | str, Mask | None]]:
         """Halves of a window that cannot be read at once, and halves of those, down to the file's own blocks."""
@@ -288,9 +312,17 @@ class Copier:
                     yield half, str(error), None
 
     def close(self) -> None:
-        if self._reader is not None:
-            self._reader.close()
-        self._reader = None
+        with self._read_lock:
+            if self._reader is not None:
+                self._reader.close()
+            self._reader = None
+
+
+def _chunks_of(raster: Raster, chunk: tuple[int, int], window: Window, zarr_format: ZarrFormat) -> list[str]:
+    """Names of the chunks of a cell."""
+    cells = Grid(shape=raster.shape_yx, cell=chunk).cells_touching(window)
+    names = [chunk_name(IMAGE, (0, *cell), zarr_format) for cell in cells]
+    return names + ([] if raster.nodata_rule.is_plain else [chunk_name(MASK, cell, zarr_format) for cell in cells])
 
 
 def _halves(window: Window, block: tuple[int, int]) -> list[Window]:
@@ -357,7 +389,7 @@ def copy_raster(
         BudgetError: its blocks or bands are too large for the budget.
         OutputError: the target exists, is the source, or cannot be written.
     """
-    out = Path(out).absolute()
+    out = place_of(out).absolute()
     _require_target(out, overwrite=overwrite)
     require_apart(raster, out)
     plan = plan_transfer(raster, memory, workers)
@@ -369,9 +401,12 @@ def copy_raster(
 
 
 def _require_target(out: Path, *, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
+    with writing(out):
+        there = is_there(out)
+    if there and not overwrite:
         raise OutputError(f"{out} exists; choose another path, or --overwrite")
-    require_replaceable(out, MARK, "ingest")
+    if there:
+        require_replaceable(out, MARK, "ingest")
 
 
 class _Transfer:
@@ -408,7 +443,14 @@ class _Transfer:
         said = {"plan": self.plan, "pixels": pixels, "resumed_cells": resumed}
         tell(TransferProgress(**said, advanced=0, memory_bytes=self.meter.current_bytes))
         job = TransferJob(
-            run_id=uuid.uuid4().hex[:8], raster=self.raster, grid=self.plan.grid, out=str(self.unfinished)
+            run_id=uuid.uuid4().hex[:8],
+            raster=self.raster,
+            grid=self.plan.grid,
+            out=str(self.unfinished),
+            chunk=self.plan.chunk,
+            zarr_format=self.zarr_format,
+            owned=str(self.out),
+            generation=self.folder.generation,
         )
         synced = time.monotonic()
         for record in self._copy(job, todo, client, cluster):
@@ -447,13 +489,14 @@ class _Transfer:
     def _begin(self) -> list[tuple[int, int]]:
         """The cells still to do, of an interrupted copy that may be continued or of a new one."""
         if self._stored_fingerprint() == self.fingerprint:
-            done = {at: record for at, record in self.folder.read().items() if self._is_there(at)}
+            sizes = sizes_below(self.unfinished)
+            done = {at: record for at, record in self.folder.read().items() if self._is_kept(at, record, sizes)}
             self.records = list(done.values())
             return [cell for cell in self.plan.grid if cell not in done]
         probe_raster(self.raster)
-        shutil.rmtree(self.unfinished, ignore_errors=True)
+        remove_tree(self.unfinished)
         self.folder.clear()
-        self.unfinished.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.unfinished.parent)
         rule = self.raster.nodata_rule
         create_raster_group(
             self.unfinished,
@@ -479,13 +522,19 @@ class _Transfer:
 
     def _stored_fingerprint(self) -> Any:
         with suppress(Exception):
-            attributes: Any = dict(zarr.open_group(str(self.unfinished), mode="r").attrs)
+            attributes: Any = dict(zarr.open_group(store_at(self.unfinished, read_only=True), mode="r").attrs)
             return attributes[MARK]["fingerprint"]
         return None
 
-    def _is_there(self, cell: tuple[int, int]) -> bool:
-        chunks = Grid(shape=self.raster.shape_yx, cell=self.plan.chunk).cells_touching(self.plan.grid.window(*cell))
-        return all(chunk_file(self.unfinished, IMAGE, (0, *chunk)).is_file() for chunk in chunks)
+    def _is_kept(self, cell: tuple[int, int], record: dict[str, Any], sizes: Callable[[str], int | None]) -> bool:
+        """Whether a cell's chunks are there as they were flushed before their record was made."""
+        chunks = record.get("chunks", {})
+        names = _chunks_of(self.raster, self.plan.chunk, self.plan.grid.window(*cell), self.zarr_format)
+        faults = (
+            find_chunk_fault(self.unfinished, name, tuple(chunks.get(name, (0, ""))), sizes, read=False)
+            for name in names
+        )
+        return not any(faults)
 
     def _copy(
         self,
@@ -526,31 +575,23 @@ class _Transfer:
                 mask = open_array(self.unfinished, MASK, "r+")
                 for y, x, height, width, _ in unreadable:
                     mask[y : y + height, x : x + width] = 0
-            group = zarr.open_group(str(self.unfinished), mode="r+")
+            group = zarr.open_group(store_at(self.unfinished), mode="r+")
             told: Any = dict(group.attrs)[MARK]
             listed = [{"window": [y, x, h, w], "error": error} for y, x, h, w, error in unreadable]
             group.attrs[MARK] = {**told, "unreadable": listed}
         finish_metadata(self.unfinished)
-        doomed = self.out.with_name(self.out.name + ".deleting")
-        if self.out.exists():
-            shutil.rmtree(doomed, ignore_errors=True)
-            self.out.rename(doomed)
-        self.unfinished.rename(self.out)
-        # Also what an earlier call was killed with, between the two names.
-        shutil.rmtree(doomed, ignore_errors=True)
+        with self.folder.making():
+            replace_store(self.out, self.unfinished)
         self.folder.discard()
         return masked
 
     def _abandon(self) -> None:
-        shutil.rmtree(self.unfinished, ignore_errors=True)
+        remove_tree(self.unfinished)
         self.folder.discard()
 
 
 def _copy_on(client: Client, job: TransferJob, todo: list[tuple[int, int]]) -> Iterator[CellRecord]:
-    client.wait_for_workers(1, timeout=120)
-    plugin = JobPlugin(job)
-    client.register_plugin(plugin)
-    try:
+    with job_on(client, job):
         for (row, column), outcome in run_cells(client, job.run_id, todo, "ingest"):
             record = outcome
             if isinstance(outcome, Lost):
@@ -559,9 +600,6 @@ def _copy_on(client: Client, job: TransferJob, todo: list[tuple[int, int]]) -> I
                 lost = (w.y, w.x, w.height, w.width, f"{job.raster.path}: window {w}: {outcome.reason}")
                 record = CellRecord(row=row, column=column, pixels=w.pixels, unreadable=(lost,), lost=True)
             yield record
-    finally:
-        with suppress(Exception):
-            client.unregister_worker_plugin(plugin.name)
 
 
 def probe_raster(raster: Raster) -> None:

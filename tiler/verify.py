@@ -13,6 +13,7 @@ import numpy as np
 
 from .check import RELATIVE_TOLERANCE, sample_patches
 from .errors import OutputError, RasterError
+from .files import sizes_below
 from .geometry import Window
 from .machine import cpu_count
 from .nodata import Array
@@ -73,18 +74,19 @@ def verify_output(out: Path, listener: Callable[[int], None] | None = None) -> V
     owner = read_owner(run_folder(out))
     if owner is not None and not owner.ended and owner.seen < 3 * HEARTBEAT_S:
         raise OutputError(f"{out} is being written by {owner}; verify it when that has ended")
-    plan, kind = TilePlan.from_json(header["plan"]), header["kind"]
-    records = read_records(out)
+    plan, kind, zarr_format = TilePlan.from_json(header["plan"]), header["kind"], header["fingerprint"]["zarr_format"]
+    records, sizes = read_records(out), sizes_below(out)
     states = {at: record.get("state") for at, record in records.items()}
     if not records:
         states = _states_without_records(out, plan)
-    known = [at for at in plan.grid if states.get(at) in ("done", "failed")]
+    # What failed gets its nodata when the run ends.
+    known = [at for at in plan.grid if states.get(at) == "done" or (states.get(at) == "failed" and "run" in header)]
 
     def look(at: tuple[int, int]) -> tuple[Fault | None, int, int]:
-        names = chunks_of(out, kind, plan, plan.tile(*at))
+        names = chunks_of(kind, plan, plan.tile(*at), zarr_format)
         recorded = records.get(at, {}).get("chunks", {})
-        reason = next(filter(None, (_find_fault(out, name, recorded.get(name)) for name in names)), "")
-        size = sum((out / name).stat().st_size for name in names if (out / name).is_file())
+        reason = next(filter(None, (_find_fault(out, name, recorded.get(name), sizes) for name in names)), "")
+        size = sum(sizes(name) or 0 for name in names)
         return (Fault(row=at[0], column=at[1], reason=reason) if reason else None), len(names), size
 
     faults: list[Fault] = []
@@ -102,7 +104,7 @@ def verify_output(out: Path, listener: Callable[[int], None] | None = None) -> V
         has_records=bool(records),
         faults=tuple(faults),
         unfinished=tuple(at for at in plan.grid if at not in states),
-        failed=tuple(at for at in known if states[at] == "failed"),
+        failed=tuple(at for at in plan.grid if states.get(at) == "failed"),
     )
 
 
@@ -119,12 +121,12 @@ def _states_without_records(out: Path, plan: TilePlan) -> dict[tuple[int, int], 
     return {at: "failed" if status[at] == FAILED else "done" for at in plan.grid if status[at]}
 
 
-def _find_fault(out: Path, name: str, recorded: Any) -> str:
+def _find_fault(out: Path, name: str, recorded: Any, sizes: Callable[[str], int | None]) -> str:
     if recorded is not None:
-        fault = find_chunk_fault(out, name, tuple(recorded), read=True)
+        fault = find_chunk_fault(out, name, tuple(recorded), sizes, read=True)
         if fault:
             return fault
-    elif not (out / name).is_file():
+    elif sizes(name) is None:
         return f"{name} is missing"
     array = open_array(out, name.split("/", 1)[0])
     try:

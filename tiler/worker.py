@@ -7,7 +7,6 @@ import threading
 import time
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,11 +18,11 @@ from .errors import OutputError, RasterError
 from .events import TileRecord
 from .geometry import Interval, Window, footprint
 from .jobs import runner_of
-from .places import is_far
+from .places import is_far, place_of
 from .plan import Tile, TilePlan
 from .raster import Raster, RasterReader, read_filled
-from .records import read_generation, writing
-from .store import CONTEXT, NODATA, chunks_of, open_array, output_nodata, seal_chunks, write_core
+from .records import require_owner, writing
+from .store import CONTEXT, NODATA, ZarrFormat, chunks_of, open_array, output_nodata, seal_chunks, write_core
 
 if TYPE_CHECKING:
     from .check import CheckPatch
@@ -41,6 +40,7 @@ class RunSpec:
     out: str
     array: str
     """Name of the output array in the store."""
+    zarr_format: ZarrFormat
     generation: int
     """Of the run's owner: when another has taken over, this run's tiles write no more."""
 
@@ -192,20 +192,15 @@ class TileRunner:
         Raises:
             OutputError: the output cannot be written, or is another run's by now.
         """
-        out = Path(self.spec.out)
+        out, zarr_format = place_of(self.spec.out), self.spec.zarr_format
         with writing(out):
-            generation = read_generation(out)
-            if not generation:
-                raise OutputError(f"{out} or its run folder is gone; when it is back, the same command goes on")
-            if generation != self.spec.generation:
-                raise OutputError(
-                    f"{out} belongs to run {generation} by now, this is a tile of run {self.spec.generation}"
-                )
+            require_owner(out, self.spec.generation)
             try:
-                write_core(open_array(out, self.spec.array, "r+"), tile.target, result)
+                write_core(open_array(out, self.spec.array, "r+", zarr_format), tile.target, result)
                 if context is not None:
-                    write_core(open_array(out, CONTEXT, "r+"), tile.target, context[None])
-                return seal_chunks(out, chunks_of(out, self.spec.array, self.spec.plan, tile))
+                    write_core(open_array(out, CONTEXT, "r+", zarr_format), tile.target, context[None])
+                names = chunks_of(self.spec.array, self.spec.plan, tile, zarr_format)
+                return seal_chunks(out, names)
             except (BaseZarrError, FileNotFoundError) as error:
                 reason = (str(error).splitlines() or [""])[0]
                 raise OutputError(

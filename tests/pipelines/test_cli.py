@@ -379,7 +379,7 @@ def test_an_interrupt_ends_with_130_and_the_same_command_goes_on(tmp_path: Path)
         # Shells start background jobs with it ignored, and so this suite, perhaps.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    records = tmp_path / "map.zarr.run/records.jsonl"
+    records = tmp_path / "map.zarr.run/records-1.jsonl"
     deadline = time.monotonic() + 120
     while not (records.exists() and records.read_text().count("\n") >= 5) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -25,7 +25,7 @@ class Faults:
     cuts: int = 0
     """Every so many are cut in the middle of their answer."""
     slow: int = 0
-    """Every so many wait for a second."""
+    """Every so many wait for a moment."""
     done: dict[str, int] = field(default_factory=lambda: {"errors": 0, "cuts": 0, "slow": 0, "requests": 0})
     guard: threading.Lock = field(default_factory=threading.Lock)
 
@@ -109,7 +109,7 @@ def _handler(server: ObjectServer) -> type[BaseHTTPRequestHandler]:
                 self.end_headers()
                 return
             if fault == "slow":
-                time.sleep(1)
+                time.sleep(0.4)
             upstream = http.client.HTTPConnection(server.host, server.port, timeout=60)
             upstream.request(self.command, self.path, body=body, headers=dict(self.headers))
             answer = upstream.getresponse()

@@ -10,7 +10,7 @@ import numpy as np
 import rasterio
 from affine import Affine
 from outsize.tiler.plan import Tile, TilePlan
-from outsize.tiler.store import chunks_of
+from outsize.tiler.store import ZarrFormat, chunks_of
 from rasterio.errors import NotGeoreferencedWarning
 
 TRANSFORM = Affine(2.5, 0, 400_000, 0, -2.5, 5_600_000)
@@ -39,6 +39,6 @@ def write_geotiff(path: Path, image: np.ndarray, **options: Any) -> Path:
     return path
 
 
-def has_all_chunks(path: Path, kind: str, plan: TilePlan, tile: Tile) -> bool:
+def has_all_chunks(path: Path, kind: str, plan: TilePlan, tile: Tile, zarr_format: ZarrFormat = 3) -> bool:
     """Whether every chunk of a tile is there."""
-    return all((path / name).is_file() for name in chunks_of(path, kind, plan, tile))
+    return all((path / name).is_file() for name in chunks_of(kind, plan, tile, zarr_format))

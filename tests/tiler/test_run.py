@@ -201,7 +201,7 @@ def test_the_same_call_finishes_what_is_missing(tmp_path: Path, client: Client) 
     assert (again.tiles, again.resumed_tiles) == (0, 16)
     # A lost chunk, a lost record, and a record cut short by a crash.
     (out / "class/c/1/2").unlink()
-    records = tmp_path / "o.zarr.run/records.jsonl"
+    records = tmp_path / "o.zarr.run/records-1.jsonl"
     lines = [line for line in records.read_text().splitlines() if '"row": 3, "column": 3' not in line]
     records.write_text("\n".join(lines) + '\n{"row": 0, "col')
     resumed = run(source, class_network(), out, client)
@@ -349,7 +349,7 @@ def test_the_stored_header_says_what_was_done(tmp_path: Path, client: Client) ->
     assert header["plan"]["halo"]["top"] == class_network().halo.top
     assert {"torch", "zarr", "rasterio", "dask"} <= set(header["versions"])
     assert header["run"]["failed_tiles"] == 0
-    records = (tmp_path / "o.zarr.run/records.jsonl").read_text().splitlines()
+    records = (tmp_path / "o.zarr.run/records-1.jsonl").read_text().splitlines()
     assert {json.loads(line)["state"] for line in records} == {"done"}
 
 

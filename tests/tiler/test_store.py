@@ -22,7 +22,7 @@ from outsize.tiler.planner import plan_tiles
 from outsize.tiler.raster import open_raster
 from outsize.tiler.store import (
     OutputDescription,
-    chunk_file,
+    chunk_name,
     create_output,
     open_array,
     read_header,
@@ -138,22 +138,22 @@ def test_scaled_grids_keep_the_corner() -> None:
 
 
 @FORMATS
-def test_chunks_of_fill_value_are_written_too(tmp_path: Path, zarr_format: int) -> None:
+def test_chunks_of_fill_value_are_written_too(tmp_path: Path, zarr_format: Any) -> None:
     plan = make_output(tmp_path / "o.zarr", zarr_format=zarr_format)
     tile = plan.tile(2, 3)
-    assert not has_all_chunks(tmp_path / "o.zarr", "class", plan, tile)
+    assert not has_all_chunks(tmp_path / "o.zarr", "class", plan, tile, zarr_format)
     write_core(open_array(tmp_path / "o.zarr", "class", "r+"), tile.core, np.full((1, *tile.core.shape), 255, np.uint8))
-    assert has_all_chunks(tmp_path / "o.zarr", "class", plan, tile)
-    assert not has_all_chunks(tmp_path / "o.zarr", "class", plan, plan.tile(2, 2))
+    assert has_all_chunks(tmp_path / "o.zarr", "class", plan, tile, zarr_format)
+    assert not has_all_chunks(tmp_path / "o.zarr", "class", plan, plan.tile(2, 2), zarr_format)
 
 
 @FORMATS
-def test_a_flipped_byte_in_a_chunk_is_an_error(tmp_path: Path, zarr_format: int) -> None:
+def test_a_flipped_byte_in_a_chunk_is_an_error(tmp_path: Path, zarr_format: Any) -> None:
     plan = make_output(tmp_path / "o.zarr", zarr_format=zarr_format)
     core = plan.grid.window(0, 0)
     values = np.random.default_rng(0).integers(0, 2, (1, *core.shape)).astype(np.uint8)
     write_core(open_array(tmp_path / "o.zarr", "class", "r+"), core, values)
-    chunk = chunk_file(tmp_path / "o.zarr", "class", (0, 0))
+    chunk = tmp_path / "o.zarr" / chunk_name("class", (0, 0), zarr_format)
     damaged = bytearray(chunk.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     chunk.write_bytes(damaged)
@@ -188,9 +188,9 @@ def test_layers_of_a_core_land_in_their_place(tmp_path: Path, zarr_format: Any) 
     rows, columns = core.slices()
     assert np.array_equal(array[:, rows, columns], values)
     assert np.isnan(array[:, :64, :]).all()
-    assert has_all_chunks(tmp_path / "l.zarr", "logits", plan, plan.tile(1, 1))
+    assert has_all_chunks(tmp_path / "l.zarr", "logits", plan, plan.tile(1, 1), zarr_format)
     assert np.array_equal(open_array(tmp_path / "l.zarr", "class")[:], [0, 1])
     assert dict(open_array(tmp_path / "l.zarr", "class").attrs)["flag_meanings"] == "a b"
-    chunk_file(tmp_path / "l.zarr", "logits", (1, 1, 1)).unlink()
-    assert not has_all_chunks(tmp_path / "l.zarr", "logits", plan, plan.tile(1, 1))
+    (tmp_path / "l.zarr" / chunk_name("logits", (1, 1, 1), zarr_format)).unlink()
+    assert not has_all_chunks(tmp_path / "l.zarr", "logits", plan, plan.tile(1, 1), zarr_format)
     assert core == Window(y=64, x=64, height=6, width=26)

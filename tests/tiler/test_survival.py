@@ -21,8 +21,9 @@ from outsize.tests.tiler.deadly import make_deadly
 from outsize.tiler.cluster import ClusterError, ClusterOptions
 from outsize.tiler.errors import OutputError, RasterError
 from outsize.tiler.events import Event, TileFinished
+from outsize.tiler.journal import read_journal
 from outsize.tiler.raster import Raster
-from outsize.tiler.records import OWNER, RunFolder, read_generation, run_folder
+from outsize.tiler.records import RECORDS, RunFolder, find_runs, read_owner, run_folder
 from outsize.tiler.run import RunSummary, predict
 
 from .test_run import _passed, class_network, logit_network, run, scene, stored, whole
@@ -123,7 +124,7 @@ def test_chunks_are_flushed_before_their_record_is_made(
     monkeypatch.setattr(os, "fsync", fsync)
     run(scene(tmp_path, 150, 150), class_network(), out, client, listener=listen)
     assert not missing
-    lines = [json.loads(line) for line in (run_folder(out) / "records.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in read_journal(run_folder(out), RECORDS)]
     assert all(sum(size for size, _ in line["chunks"].values()) > 0 for line in lines)
 
 
@@ -132,9 +133,9 @@ def test_torn_files_of_a_run_that_died_are_done_again(tmp_path: Path, client: Cl
     source, out = scene(tmp_path, 200, 200), tmp_path / "o.zarr"
     run(source, class_network(), out, client)
     expected = hash_chunks(out)
-    owner = json.loads((run_folder(out) / OWNER).read_text())
-    (run_folder(out) / OWNER).write_text(json.dumps({**owner, "ended": "", "how": ""}))  # as a power cut leaves it
-    chunk, records_file = out / "class/c/2/1", run_folder(out) / "records.jsonl"
+    path = run_folder(out) / "run-1.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "ended": "", "how": ""}))  # as a power cut leaves it
+    chunk, records_file = out / "class/c/2/1", run_folder(out) / "records-1.jsonl"
     value = chunk.read_bytes()
     match damage:
         case "cut":
@@ -165,13 +166,11 @@ def test_the_owner_of_a_lock_is_named_and_a_dead_one_told(tmp_path: Path, client
     ):
         run(source, class_network(), out, client)
     run(source, class_network(), out, client)
-    assert [json.loads(line)["how"] for line in (run_folder(out) / "runs.jsonl").read_text().splitlines()] == [
-        "finished"
-    ]
+    assert [json.loads(path.read_text())["how"] for _, path in find_runs(run_folder(out))] == ["finished"]
     # On another machine, whose lock this one may not see, and which showed itself a moment ago.
-    path = run_folder(out) / OWNER
-    owner = json.loads(path.read_text())
-    path.write_text(json.dumps({**owner, "host": "elsewhere", "ended": ""}))
+    path = run_folder(out) / "run-1.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps({**before, "host": "elsewhere", "ended": ""}))
     with pytest.raises(OutputError, match=r"was being written \d+ s ago by process .* on elsewhere.*; if that is dead"):
         run(source, class_network(), out, client)
     os.utime(path, (time.time() - 100, time.time() - 100))
@@ -179,8 +178,9 @@ def test_the_owner_of_a_lock_is_named_and_a_dead_one_told(tmp_path: Path, client
     run(source, class_network(), out, client, listener=lambda event: died.append(getattr(event, "died", None)))
     assert died[0] is not None
     assert "on elsewhere" in died[0]
-    assert read_generation(out) == 2
-    assert json.loads(path.read_text())["host"] == socket.gethostname()
+    owner = read_owner(run_folder(out))
+    assert owner is not None
+    assert (owner.generation, owner.host) == (2, socket.gethostname())
 
 
 def test_tiles_of_a_run_that_was_replaced_write_nothing(tmp_path: Path, client: Client) -> None:
@@ -189,10 +189,9 @@ def test_tiles_of_a_run_that_was_replaced_write_nothing(tmp_path: Path, client: 
 
     def usurp(event: Event) -> None:
         if isinstance(event, TileFinished) and event.finished == 1:
-            path = run_folder(out) / OWNER
-            path.write_text(json.dumps({**json.loads(path.read_text()), "generation": 7}))
+            (run_folder(out) / "run-2.json").write_text("{}")
 
-    with pytest.raises(OutputError, match="belongs to run 7 by now, this is a tile of run 1"):
+    with pytest.raises(OutputError, match="belongs to a later run by now, this is a tile of run 1"):
         run(source, class_network(), out, client, listener=usurp)
 
 
@@ -296,7 +295,7 @@ def test_sigterm_is_an_interruption(tmp_path: Path) -> None:
     subprocess.run(outsize("sample", tmp_path, "--size", "1024"), check=True, capture_output=True)
     words = ["segment", str(tmp_path / "scene.zarr"), str(tmp_path / "o.zarr"), "--core", "128", "--no-dashboard"]
     process = subprocess.Popen(outsize(*words), stderr=subprocess.PIPE, text=True)
-    records_file = tmp_path / "o.zarr.run" / "records.jsonl"
+    records_file = tmp_path / "o.zarr.run" / "records-1.jsonl"
     while process.poll() is None and not records_file.exists():
         time.sleep(0.02)
     workers = psutil.Process(process.pid).children(recursive=True)
@@ -305,7 +304,7 @@ def test_sigterm_is_an_interruption(tmp_path: Path) -> None:
     assert process.returncode == 130, errors
     assert "interrupted; the same command goes on where it stopped" in errors
     assert not psutil.wait_procs(workers, timeout=10)[1]
-    runs = [json.loads(line) for line in (tmp_path / "o.zarr.run" / "runs.jsonl").read_text().splitlines()]
+    runs = [json.loads(path.read_text()) for _, path in find_runs(tmp_path / "o.zarr.run")]
     assert [entry["how"] for entry in runs] == ["KeyboardInterrupt"]
     assert runs[0]["command"][1:] == words
 

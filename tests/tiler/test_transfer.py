@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ import rioxarray
 import xarray
 import zarr
 from affine import Affine
+from distributed import Client, LocalCluster
 from outsize.tiler.cluster import ClusterOptions
 from outsize.tiler.errors import BudgetError, OutputError, RasterError, UsageError
 from outsize.tiler.geometry import Window
@@ -154,6 +156,18 @@ def damage(path: Path, window: tuple[int, int]) -> None:
         file.write(b"\xff" * 40)
 
 
+def test_threads_of_one_worker_copy_the_same(tmp_path: Path) -> None:
+    """A dataset of GDAL's serves one thread at a time."""
+    image = np.random.default_rng(4).integers(0, 256, (3, 1500, 1400), dtype=np.uint8)
+    source = write_geotiff(tmp_path / "s.tif", image, tiled=True, blockxsize=32, blockysize=48, compress="deflate")
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=4, processes=False, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+    ):
+        copy_raster(open_raster(source), tmp_path / "s.zarr", client=client, memory="450MB", workers=2)
+    assert np.array_equal(zarr.open_array(tmp_path / "s.zarr", path="image")[:], image)
+
+
 @pytest.mark.parametrize("nodata", [None, 77])
 def test_damaged_tiles_become_nodata_and_are_told(tmp_path: Path, nodata: float | None) -> None:
     image = np.random.default_rng(1).integers(80, 255, (2, 700, 800), dtype=np.uint8)
@@ -270,7 +284,7 @@ def test_a_killed_command_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "outsize", "--json", "ingest", str(source), str(tmp_path / "c.zarr")]
     command += ["--no-dashboard", "--memory", "900MB"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    records = tmp_path / "c.zarr.run/records.jsonl"
+    records = tmp_path / "c.zarr.run/records-1.jsonl"
     deadline = time.monotonic() + 60
     while not (records.exists() and records.read_text().count("\n") >= 2) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -337,8 +351,17 @@ def test_cells_cover_every_pixel_once(big: Path, tmp_path: Path) -> None:
     for cell in plan.grid:
         covered[plan.grid.window(*cell).slices()] += 1
     assert (covered == 1).all()
-    job = TransferJob(run_id="x", raster=raster, grid=plan.grid, out=str(tmp_path / "missing.zarr"))
-    with pytest.raises((OSError, ValueError, KeyError)):
+    job = TransferJob(
+        run_id="x",
+        raster=raster,
+        grid=plan.grid,
+        out=str(tmp_path / "missing.zarr"),
+        chunk=plan.chunk,
+        zarr_format=3,
+        owned=str(tmp_path / "missing.zarr"),
+        generation=1,
+    )
+    with pytest.raises(OutputError, match="or its run folder is gone"):
         Copier(job).run(0, 0)
 
 
@@ -426,19 +449,20 @@ def test_a_cell_whose_worker_died_is_nodata(
     options: dict[str, Any] = {"mask_band": 4, "mask_values": (1,)} if masked else {}
     raster = open_raster(big, nodata=() if nodata is None else nodata, **options)
 
-    def run(_client: Any, run_id: str, cells: Any, _label: str) -> Any:
-        copier = Copier(TransferJob(run_id=run_id, raster=raster, grid=plan.grid, out=f"{tmp_path}/c.zarr.creating"))
-        for cell in cells:
-            yield cell, Lost("its worker process died") if cell == (1, 0) else copier.run(*cell)
+    copiers: list[Copier] = []
 
-    class NoClient:
-        def wait_for_workers(self, *_: Any, **__: Any) -> None: ...
-        def register_plugin(self, _: Any) -> None: ...
-        def unregister_worker_plugin(self, _: Any) -> None: ...
+    def tell(_client: Any, job: TransferJob) -> Any:
+        copiers.append(Copier(job))
+        return contextlib.nullcontext()
+
+    def run(_client: Any, _run_id: str, cells: Any, _label: str) -> Any:
+        for cell in cells:
+            yield cell, Lost("its worker process died") if cell == (1, 0) else copiers[0].run(*cell)
 
     plan = plan_transfer(raster, "2GB")
+    monkeypatch.setattr(transfer, "job_on", tell)
     monkeypatch.setattr(transfer, "run_cells", run)
-    summary = copy_raster(raster, tmp_path / "c.zarr", client=NoClient())  # pyright: ignore[reportArgumentType]
+    summary = copy_raster(raster, tmp_path / "c.zarr", client=object())  # pyright: ignore[reportArgumentType]
     window = plan.grid.window(1, 0)
     assert summary.unreadable_pixels == window.pixels
     image, missing = read(open_raster(tmp_path / "c.zarr"))

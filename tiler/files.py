@@ -1,0 +1,178 @@
+"""Files: what a run does with those of this machine, or with the objects of a store, by the same calls."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from .places import is_remote, place_of, scheme_of
+
+REQUESTS = 16
+"""To a store at once."""
+
+
+def create_new(place: Path, value: bytes) -> bool:
+    """Write what nobody else has written there; returns False where somebody has."""
+    try:
+        if is_remote(place):
+            filesystem, name = _in_store(place)
+            filesystem.pipe_file(name, value, mode="create")
+        else:
+            with place.open("xb") as file:
+                file.write(value)
+    except FileExistsError:
+        # In a store it may be ours: the answer to a first try can be lost.
+        return is_remote(place) and place.read_bytes() == value
+    except OSError:
+        if not is_remote(place):
+            place.unlink(missing_ok=True)
+        raise
+    return True
+
+
+def write_whole(place: Path, value: bytes) -> None:
+    """Write or replace a file; readers find the one or the other content."""
+    if is_remote(place):
+        place.write_bytes(value)
+    else:
+        fresh = place.with_name(f"{place.name}.new")
+        fresh.write_bytes(value)
+        fresh.replace(place)
+
+
+def touch(place: Path, value: bytes) -> None:
+    """Show that a file's owner lives; its content is known to be `value`."""
+    if is_remote(place):
+        place.write_bytes(value)
+    else:
+        os.utime(place)
+
+
+def age_of(place: Path) -> float:
+    """Seconds since a file was written or touched; in a store, by that store's clock."""
+    return max(0.0, time.time() - place.stat().st_mtime)
+
+
+def sizes_below(place: Path) -> Callable[[str], int | None]:
+    """Sizes of files by their names below a place, None for those that are missing; of a store, from one listing."""
+    if not is_remote(place):
+
+        def look(name: str) -> int | None:
+            try:
+                return (place / name).stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+        return look
+    filesystem, root = _in_store(place)
+    listed = filesystem.find(root, detail=True)
+    return {name.removeprefix(f"{root}/"): int(entry["size"]) for name, entry in listed.items()}.get
+
+
+def read_files(place: Path, names: list[str]) -> list[bytes]:
+    """Contents of files below a place; those of a store are asked for at once."""
+    if not is_remote(place):
+        return [(place / name).read_bytes() for name in names]
+    filesystem, root = _in_store(place)
+    # Not `cat`, which takes brackets in a name for a pattern.
+    none: list[None] = [None] * len(names)
+    return filesystem.cat_ranges([f"{root}/{name}" for name in names], none, none, on_error="raise")
+
+
+def append_line(place: Path, line: str) -> None:
+    """Add a line to a small file; an object is written anew."""
+    if is_remote(place):
+        place.write_bytes((place.read_bytes() if place.exists() else b"") + line.encode() + b"\n")
+    else:
+        with place.open("a") as file:
+            file.write(line + "\n")
+
+
+def find_matching(pattern: str) -> list[str]:
+    """Files of a store that fit a pattern (* ? []), by name."""
+    filesystem, name = _in_store(place_of(pattern))
+    return sorted(f"{scheme_of(pattern)}://{found}" for found in filesystem.glob(name))
+
+
+def upload(file: Path, place: Path) -> None:
+    """Put a file of this machine into a store."""
+    filesystem, name = _in_store(place)
+    filesystem.put_file(str(file), name)
+
+
+def make_folder(place: Path) -> None:
+    """Make a folder and those above it; a store has none, and no bucket is made."""
+    if not is_remote(place):
+        place.mkdir(parents=True, exist_ok=True)
+
+
+def remove_file(place: Path) -> None:
+    """Delete a file, if it is there."""
+    if not is_remote(place):
+        place.unlink(missing_ok=True)
+        return
+    filesystem, name = _in_store(place)
+    with suppress(FileNotFoundError):
+        filesystem.rm_file(name)
+
+
+def remove_tree(place: Path) -> None:
+    """Delete a folder with all that is in it, if it is there."""
+    if not is_remote(place):
+        if place.exists():
+            shutil.rmtree(place)
+        return
+    filesystem, root = _in_store(place)
+    # Not `rm`, which takes brackets in a name for a pattern.
+    with ThreadPoolExecutor(REQUESTS, thread_name_prefix="remove") as pool:
+        list(pool.map(filesystem.rm_file, filesystem.find(root)))
+
+
+def remove_store(place: Path) -> None:
+    """Delete a store so that a crash half-way leaves none that looks complete; in an object store its owner sees to
+    that (`RunFolder.making`)."""
+    if is_remote(place) or not place.exists():
+        remove_tree(place)
+        return
+    doomed = _doomed(place)
+    remove_tree(doomed)
+    place.rename(doomed)
+    remove_tree(doomed)
+
+
+def replace_store(place: Path, made: Path) -> None:
+    """Give a store the name of another, which is deleted, if it is there. An object store has no names of folders: its
+    objects are copied, by the store itself, those of the top last, and then deleted."""
+    if not is_remote(place):
+        doomed = _doomed(place)
+        if place.exists():
+            remove_tree(doomed)
+            place.rename(doomed)
+        made.rename(place)
+        # Also what an earlier call was killed with, between the two names.
+        remove_tree(doomed)
+        return
+    remove_tree(place)
+    filesystem, source = _in_store(made)
+    _, target = _in_store(place)
+    names = [name.removeprefix(f"{source}/") for name in filesystem.find(source)]
+    for chosen in ([name for name in names if "/" in name], [name for name in names if "/" not in name]):
+        if chosen:
+            filesystem.copy([f"{source}/{name}" for name in chosen], [f"{target}/{name}" for name in chosen])
+    remove_tree(made)
+
+
+def _doomed(place: Path) -> Path:
+    return place.with_name(place.name + ".deleting")
+
+
+def _in_store(place: Path) -> tuple[Any, str]:
+    """A store's file system, and the name that the place has there."""
+    remote: Any = place
+    return remote.fs, str(remote.path).rstrip("/")
