@@ -105,7 +105,7 @@ def workers_of(client: psutil.Process) -> list[psutil.Process]:
 class Campaign:
     """Kills, counted."""
 
-    def __init__(self, folder: Path, seed: int, *, size: int = 1536, core: int = 128) -> None:
+    def __init__(self, folder: Path, seed: int, *, size: int = 1024, core: int = 128) -> None:
         self.folder, self.random = folder, random.Random(seed)
         self.kills: Counter[str] = Counter()
         self.early: Counter[str] = Counter()

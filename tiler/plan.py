@@ -15,6 +15,8 @@ from .geometry import Grid, Halo, Interval, Window
 from .memory import MB, MemoryPrediction, format_bytes
 
 GDAL_CACHE_BYTES = 64 * MB
+STORE_BYTES = 70 * MB
+"""Of the libraries that talk to an object store, in each process that does; measured, see docs/memory.md."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

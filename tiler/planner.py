@@ -17,7 +17,7 @@ from .machine import cpu_count
 from .memory import MB, MemoryPrediction, format_bytes, parse_bytes, predict_memory
 from .memory_probe import MemoryLookup, constant_memory
 from .network import Network
-from .plan import GDAL_CACHE_BYTES, Span, Tile, TilePlan, largest_window
+from .plan import GDAL_CACHE_BYTES, STORE_BYTES, Span, Tile, TilePlan, largest_window
 from .raster import Raster
 
 CORES = (4096, 3072, 2048, 1024, 512, 256, 128, 64)
@@ -123,6 +123,7 @@ def plan_tiles(
     region: Window | None = None,
     mark_nodata_context: bool = False,
     method: str | None = None,
+    to_store: bool = False,
     memory_of: MemoryLookup = constant_memory,
 ) -> TilePlan:
     """Decide how to run a network over a raster within a memory budget.
@@ -137,6 +138,7 @@ def plan_tiles(
         region: what is wanted, in pixels of the raster; None: all of it. Its result equals the whole image's there.
         mark_nodata_context: also write which pixels' receptive fields touch nodata.
         method: "window" or "program"; None: windows where they are exact.
+        to_store: the output is in an object store.
         memory_of: what (engine, method, threads) add to the network's tensors; `memory_lookup` measures it.
 
     Raises:
@@ -180,6 +182,7 @@ def plan_tiles(
         CLIENT_BYTES[engine_name, chosen] + CLIENT_WEIGHTS * network.weight_bytes + CHECK_FACTOR * check_near.live_bytes
     )
     engine_memory = memory_of(engine_name, chosen, threads)
+    store_bytes = STORE_BYTES if to_store or (isinstance(raster, Raster) and raster.is_far) else 0
     smallest: MemoryPrediction | None = None
     for side in [core] if core else CORES:
         if max(wanted.shape) > MOST_TILES * side:
@@ -207,12 +210,12 @@ def plan_tiles(
             engine=engine_memory,
             workers=workers,
             in_flight=min(IN_FLIGHT, tiles),
-            client_bytes=client_bytes,
+            client_bytes=client_bytes + store_bytes,
             activation_bytes=_largest_peak(network, by_row, by_column) if by_row else network.count_live_bytes(window),
             window_bytes=pixels * (shape[0] * itemsize + 1 + (8 if mark_nodata_context else 0)),
             result_bytes=network.channels * output_itemsize * core_pixels,
             chunk_bytes=2 * chunk[0] * chunk[1] * output_itemsize,
-            cache_bytes=_cache_bytes(raster) if isinstance(raster, Raster) else 0,
+            cache_bytes=store_bytes + (_cache_bytes(raster) if isinstance(raster, Raster) else 0),
         )
         smallest = prediction
         if prediction.total_bytes > budget:

@@ -15,7 +15,7 @@ from .errors import OutputError, RasterError, UsageError
 from .geometry import Window
 from .georeference import Georeference
 from .nodata import Array, Mask, NodataRule, can_hold
-from .places import gdal_name, is_remote, place_of, scheme_of, url_of
+from .places import gdal_name, is_far, is_remote, place_of, scheme_of, url_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +116,11 @@ class Raster:
     def pixel_bytes(self) -> int:
         """Of all bands."""
         return self.bands * self.dtype.itemsize
+
+    @property
+    def is_far(self) -> bool:
+        """Whether any of it is reached through a network."""
+        return any(is_far(name) for name in (self.path, *self.sources))
 
     @property
     def location(self) -> str:

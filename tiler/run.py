@@ -40,7 +40,7 @@ from .memory import parse_bytes
 from .memory_probe import memory_lookup
 from .meter import MemoryMeter
 from .network import Network
-from .places import place_of
+from .places import is_remote, place_of
 from .plan import GDAL_CACHE_BYTES, TilePlan
 from .planner import plan_tiles
 from .raster import Raster, open_raster, require_apart
@@ -199,6 +199,7 @@ def predict(
             region=region,
             mark_nodata_context=mark_nodata_context,
             method=method,
+            to_store=is_remote(out),
             memory_of=memory_lookup(network, raster.shape_yx, parse_bytes(memory), lambda: tell(MemoryProbed())),
         )
         fingerprint = make_fingerprint(raster, network, description.kind, plan, fill, zarr_format)

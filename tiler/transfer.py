@@ -24,7 +24,8 @@ from .machine import cpu_count
 from .memory import MB, format_bytes, parse_bytes
 from .meter import MemoryMeter
 from .nodata import Array, Mask
-from .places import place_of, store_at
+from .places import is_remote, place_of, store_at
+from .plan import STORE_BYTES
 from .raster import Raster, RasterReader, require_apart
 from .records import RunFolder, is_there, require_owner, writing
 from .schedule import Lost, job_on, run_cells
@@ -150,8 +151,13 @@ class TransferProgress:
     memory_bytes: int
 
 
-def plan_transfer(raster: Raster, memory: str | int = "2GB", workers: int | None = None) -> TransferPlan:
+def plan_transfer(
+    raster: Raster, memory: str | int = "2GB", workers: int | None = None, *, to_store: bool = False
+) -> TransferPlan:
     """Cut a raster into cells of whole chunks so that all processes together keep the budget.
+
+    Args:
+        to_store: the copy goes to an object store.
 
     Raises:
         BudgetError: one chunk of all bands, or one block of the file, is too large for it; names what would do.
@@ -162,16 +168,17 @@ def plan_transfer(raster: Raster, memory: str | int = "2GB", workers: int | None
     chunk_bytes = raster.pixel_bytes * chunk[0] * chunk[1]
     here = raster.pixel_bytes * height * width <= HERE_BYTES and workers is None
     # Row and column centres are written as arrays.
-    fixed = CLIENT_BYTES + 16 * (height + width)
+    store = STORE_BYTES if to_store or raster.is_far else 0
+    fixed = CLIENT_BYTES + store + 16 * (height + width)
     cache = CACHE_BYTES + (raster.block_bytes if raster.kind != "zarr" else 0)
-    each = WORKER_BYTES + cache + 2 * raster.block_bytes
+    each = (0 if here else WORKER_BYTES + store) + cache + 2 * raster.block_bytes
     wanted = 0 if here else (workers or cpu_count())
-    most = _cell_bytes_for(budget, fixed, each, max(1, wanted), here=here)
+    most = _cell_bytes_for(budget, fixed, each, max(1, wanted))
     while most < chunk_bytes and wanted > 1:
         wanted -= 1
-        most = _cell_bytes_for(budget, fixed, each, wanted, here=here)
+        most = _cell_bytes_for(budget, fixed, each, wanted)
     if most < chunk_bytes:
-        least = fixed + COPIES * chunk_bytes + (each - WORKER_BYTES if here else each)
+        least = fixed + COPIES * chunk_bytes + each
         centres = 16 * (height + width)
         _, what, remedy = max(
             (centres, f"the positions of {height} rows and {width} columns are {format_bytes(centres)}", "cut it"),
@@ -196,7 +203,7 @@ def plan_transfer(raster: Raster, memory: str | int = "2GB", workers: int | None
     down = max(1, min(fitting // across, -(-raster.block[0] // CHUNK), -(-height // CHUNK)))
     grid = Grid(shape=(height, width), cell=(down * CHUNK, across * CHUNK))
     cell_bytes = raster.pixel_bytes * min(down * CHUNK, height) * min(across * CHUNK, width)
-    process_bytes = each - WORKER_BYTES if here else min(wanted, len(grid)) * each
+    process_bytes = max(1, min(wanted, len(grid))) * each
     return TransferPlan(
         grid=grid,
         chunk=chunk,
@@ -206,8 +213,8 @@ def plan_transfer(raster: Raster, memory: str | int = "2GB", workers: int | None
     )
 
 
-def _cell_bytes_for(budget: int, fixed: int, each: int, workers: int, *, here: bool) -> float:
-    return (budget - fixed - workers * (each - (WORKER_BYTES if here else 0))) / workers / COPIES
+def _cell_bytes_for(budget: int, fixed: int, each: int, workers: int) -> float:
+    return (budget - fixed - workers * each) / workers / COPIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -392,7 +399,7 @@ def copy_raster(
     out = place_of(out).absolute()
     _require_target(out, overwrite=overwrite)
     require_apart(raster, out)
-    plan = plan_transfer(raster, memory, workers)
+    plan = plan_transfer(raster, memory, workers, to_store=is_remote(out))
     height, width = raster.shape_yx
     require_space(out, height * width * raster.pixel_bytes + 8 * (height + width), f"{raster.path}", check=space_check)
     with MemoryMeter() as meter, writing(out), RunFolder(out) as folder:

@@ -18,7 +18,7 @@ from .errors import OutputError, RasterError
 from .events import TileRecord
 from .geometry import Interval, Window, footprint
 from .jobs import runner_of
-from .places import is_far, place_of
+from .places import place_of
 from .plan import Tile, TilePlan
 from .raster import Raster, RasterReader, read_filled
 from .records import require_owner, writing
@@ -106,8 +106,7 @@ class TileRunner:
         self._engine: TileEngine | None = None
         self._scale = (Fraction(spec.plan.scale[0]), Fraction(spec.plan.scale[1]))
         # A disk fails once more or for good; a network may fail some times in a row.
-        far = any(is_far(name) for name in (spec.raster.path, *spec.raster.sources))
-        self._attempts, self._pause_s = (5, 0.2) if far else (2, 0.0)
+        self._attempts, self._pause_s = (5, 0.2) if spec.raster.is_far else (2, 0.0)
 
     def _read(self, tile: Tile) -> Any:
         with self._read_lock:
