@@ -499,6 +499,7 @@ def segment(console: Any, sources: tuple[str, ...], out_dir: Path | None, **opti
     outsize segment scene.zarr map.zarr --scheduler tcp://10.0.0.5:8786
     outsize segment 'scenes/*.tif' more/ --out-dir maps/ --dry-run
     outsize segment items.json --asset B04 --asset B03 --asset B02 --asset B08 --out-dir maps/
+    outsize segment s3://bucket/scene.tif s3://bucket/map.zarr
     """
     from .segment import WriteOptions, run_segment
 
