@@ -7,8 +7,10 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ import numpy as np
 import psutil
 import pytest
 from distributed import Client, LocalCluster
+from filelock import FileLock
 from outsize.tests.kill_campaign import Campaign, hash_chunks, outsize
 from outsize.tests.tiler.deadly import make_deadly
 from outsize.tiler.cluster import ClusterError, ClusterOptions
 from outsize.tiler.errors import OutputError, RasterError
 from outsize.tiler.events import Event, TileFinished
+from outsize.tiler.files import create_new
 from outsize.tiler.journal import read_journal
 from outsize.tiler.raster import Raster
 from outsize.tiler.records import RECORDS, RunFolder, find_runs, read_owner, run_folder
@@ -181,6 +185,33 @@ def test_the_owner_of_a_lock_is_named_and_a_dead_one_told(tmp_path: Path, client
     owner = read_owner(run_folder(out))
     assert owner is not None
     assert (owner.generation, owner.host) == (2, socket.gethostname())
+
+
+def test_without_locks_the_last_call_is_respected_while_its_process_lives(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    source, out = scene(tmp_path, 70, 70), tmp_path / "o.zarr"
+    run(source, class_network(), out, client)
+    path = run_folder(out) / "run-1.json"
+    before = {**json.loads(path.read_text()), "ended": "", "how": ""}
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as other:
+        time.sleep(1.1)
+        began = datetime.now().astimezone().isoformat(timespec="seconds")
+        path.write_text(json.dumps({**before, "pid": other.pid, "began": began}))
+        with pytest.raises(OutputError, match=rf"is being written by another run: process {other.pid} "):
+            run(source, class_network(), out, client)
+        # That number was another process's once.
+        path.write_text(json.dumps({**before, "pid": other.pid, "began": "2020-01-01T00:00:00+00:00"}))
+        assert run(source, class_network(), out, client).resumed_tiles == 4
+        other.kill()
+    assert find_runs(run_folder(out))[-1][0] == 2
+    # Of two calls at one moment one makes the file of the next generation.
+    assert create_new(run_folder(out) / "run-3.json", b"one")
+    assert not create_new(run_folder(out) / "run-3.json", b"two")
 
 
 def test_tiles_of_a_run_that_was_replaced_write_nothing(tmp_path: Path, client: Client) -> None:
