@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from distributed import Client
 
+from .backdrop import draw_backdrop
 from .check import StartCheck, compare_patches, require_exact, sample_patches
 from .cluster import ClusterKeeper, ClusterOptions, open_client
+from .dashboard import Watch
 from .engine import EngineProgram, compile_program
 from .engine_programs import pack_programs
 from .errors import OutputError, RasterError, UsageError
@@ -65,6 +67,7 @@ from .store import (
     write_core,
     write_status,
 )
+from .tile_map import backdrop_message, begin_message, kept_cells, tile_message
 from .worker import RunSpec, check_tiles
 
 Array = npt.NDArray[Any]
@@ -148,6 +151,7 @@ def predict(
     retry_failed: bool = False,
     redo: Collection[tuple[int, int]] = (),
     patience: float = 300.0,
+    tile_map: bool = True,
     listener: Listener | None = None,
 ) -> RunSummary:
     """Run a network over a whole raster, tile by tile on Dask, into a Zarr store of output format 1.
@@ -171,6 +175,7 @@ def predict(
         retry_failed: also do tiles again that failed in an earlier call; they hold nodata otherwise.
         redo: (row, column) of tiles to do again, done or not.
         patience: seconds before a worker that does not answer is restarted, and its tile set aside.
+        tile_map: show the run on the page /tilemap of the Dask dashboard.
         listener: called with every event.
 
     Returns:
@@ -246,6 +251,7 @@ def predict(
                 meter=meter,
                 tell=tell,
                 patience=patience,
+                tile_map=tile_map,
             )
             if todo:
                 run.convert()
@@ -309,10 +315,11 @@ class _Run:
         meter: MemoryMeter,
         tell: Listener,
         patience: float,
+        tile_map: bool,
     ) -> None:
         self.raster, self.network, self.plan, self.description = raster, network, plan, description
         self.fill, self.fingerprint, self.out, self.folder = fill, fingerprint, out, folder
-        self.meter, self.tell, self.patience = meter, tell, patience
+        self.meter, self.tell, self.patience, self.tile_map = meter, tell, patience, tile_map
         self.begins = begins
         self.zarr_format: ZarrFormat = zarr_format
         self.records: list[TileRecord] = []
@@ -363,7 +370,15 @@ class _Run:
             zarr_format=self.zarr_format,
             generation=self.folder.generation,
         )
-        with job_on(client, spec):
+        begin = begin_message(
+            run=run_id,
+            title=f"segment {self.out.name}",
+            shape=self.plan.output_shape[1:],
+            core=self.plan.core,
+            counts=self.plan.grid.counts,
+            kept=kept_cells(self.plan.grid.counts, todo),
+        )
+        with job_on(client, spec, begin if self.tile_map else None) as watch:
             self.tell(ClusterReady(workers=len(count_threads(client)), dashboard=_dashboard(client)))
             self.began = time.perf_counter()
             self.check = run_start_check(client, spec, self.network)
@@ -374,34 +389,47 @@ class _Run:
                 # Only now: an output that is replaced is lost to no run that could not start.
                 self._create()
             update_header(self.out, {"start_check": self.check.to_json()})
-            pixels_of = {at: self.plan.grid.window(*at).pixels for at in todo}
-            pixels, synced = 0, time.monotonic()
-            for (row, column), outcome in run_cells(client, run_id, todo, "tile", patience=self.patience):
-                record = outcome
-                if isinstance(outcome, Lost):
-                    record = TileRecord.failure(row, column, pixels_of[row, column], outcome.reason)
-                if record.state == "failed":
-                    require_source(self.raster)
-                self.folder.append(record)
-                self.records.append(record)
-                pixels += record.pixels
-                if record.state == "failed":
-                    log.error("tile %d,%d failed: %s", record.row, record.column, record.error)
-                if time.monotonic() - synced > 2:
-                    self.folder.sync()
-                    synced = time.monotonic()
-                self.tell(
-                    TileFinished(
-                        record=record,
-                        finished=len(self.records),
-                        total=len(todo),
-                        pixels=pixels,
-                        elapsed_s=time.perf_counter() - self.began,
-                        memory_bytes=self.meter.current_bytes,
-                    )
-                )
+            with self._backdrop(watch, run_id):
+                self._run_tiles(client, run_id, todo, watch)
             self.ended = time.perf_counter()
             self.folder.sync()
+
+    def _run_tiles(self, client: Client, run_id: str, todo: list[tuple[int, int]], watch: Watch) -> None:
+        assert self.began is not None
+        pixels, synced = 0, time.monotonic()
+        for (row, column), outcome in run_cells(client, run_id, todo, "tile", patience=self.patience):
+            record = outcome
+            if isinstance(outcome, Lost):
+                pixels_lost = self.plan.grid.window(row, column).pixels
+                record = TileRecord.failure(row, column, pixels_lost, outcome.reason)
+                watch.tell(tile_message(run_id, (row, column), "failed", error=outcome.reason))
+            if record.state == "failed":
+                require_source(self.raster)
+                log.error("tile %d,%d failed: %s", record.row, record.column, record.error)
+            self.folder.append(record)
+            self.records.append(record)
+            pixels += record.pixels
+            if time.monotonic() - synced > 2:
+                self.folder.sync()
+                synced = time.monotonic()
+            self.tell(
+                TileFinished(
+                    record=record,
+                    finished=len(self.records),
+                    total=len(todo),
+                    pixels=pixels,
+                    elapsed_s=time.perf_counter() - self.began,
+                    memory_bytes=self.meter.current_bytes,
+                )
+            )
+
+    def _backdrop(self, watch: Watch, run_id: str) -> contextlib.AbstractContextManager[None]:
+        """Draws the picture under the tile map while this is open; of a network that shrinks, none."""
+        if not watch.is_on or self.plan.scale != ("1", "1"):
+            return contextlib.nullcontext()
+        y, x, height, width = self.plan.region
+        area = Window(y=y, x=x, height=height, width=width)
+        return draw_backdrop(self.raster, area, lambda grey: watch.tell(backdrop_message(run_id, grey)))
 
     def _create(self) -> None:
         with self.folder.making():

@@ -16,8 +16,10 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from .cluster import ClusterError
+from .dashboard import Watch, watch_run
 from .jobs import Job, JobPlugin, run_cell
 from .records import log
+from .tile_map import Message
 
 QUEUED_PER_THREAD = 2
 """Cells known to the scheduler for each worker thread: enough that none waits for this process."""
@@ -47,24 +49,28 @@ class Lost:
 
 
 @contextlib.contextmanager
-def job_on(client: Client, job: Job) -> Iterator[None]:
-    """All workers, and those to come, know the job while this is open.
+def job_on(client: Client, job: Job, begin: Message | None = None) -> Iterator[Watch]:
+    """All workers, and those to come, know the job while this is open; gives the line to its tile map.
+
+    Args:
+        begin: what the map is told first; None: no map.
 
     Raises:
         ClusterError: the scheduler is gone, or has no workers.
     """
-    plugin = JobPlugin(job)
     with _told_when_lost(client):
         try:
             client.wait_for_workers(1, timeout=FIRST_WORKER_S)
         except TimeoutError as error:
             raise ClusterError(f"the Dask scheduler has no workers after {FIRST_WORKER_S} s; start some") from error
-        _register(client, plugin)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(Exception):
-                client.unregister_worker_plugin(plugin.name)
+        with watch_run(client, begin) as watch:
+            plugin = JobPlugin(job, watched=watch.is_on)
+            _register(client, plugin)
+            try:
+                yield watch
+            finally:
+                with contextlib.suppress(Exception):
+                    client.unregister_worker_plugin(plugin.name)
 
 
 def _register(client: Client, plugin: JobPlugin) -> None:

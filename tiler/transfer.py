@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ from .store import (
     require_space,
     seal_chunks,
 )
+from .tile_map import begin_message, kept_cells, make_sketch, tile_message
 
 IMAGE = "image"
 MARK = "outsize_copy"
@@ -90,6 +91,11 @@ class CellRecord:
     """Its worker died over it."""
     chunks: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Bytes and hash of its chunks, by their names in the store."""
+
+    @property
+    def error(self) -> str:
+        """Why something of it is nodata."""
+        return self.unreadable[0][4] if self.unreadable else ""
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -232,8 +238,8 @@ class TransferJob:
     """The output's own name, beside which its run's folder is."""
     generation: int
 
-    def open(self) -> Copier:
-        return Copier(self)
+    def open(self, *, watched: bool = False) -> Copier:
+        return Copier(self, watched=watched)
 
 
 class Copier:
@@ -242,8 +248,9 @@ class Copier:
     Several threads may call it: one reads while another writes.
     """
 
-    def __init__(self, job: TransferJob) -> None:
+    def __init__(self, job: TransferJob, *, watched: bool = False) -> None:
         self.job = job
+        self._sketches: dict[tuple[int, int], bytes] | None = {} if watched else None
         self._read_lock = threading.RLock()
         self._reader: RasterReader | None = None
 
@@ -271,6 +278,8 @@ class Copier:
                 else:
                     image[:, rows, columns] = pixels
                     missing[rows, columns] = False if where is None else where
+        if self._sketches is not None:
+            self._sketches[row, column] = make_sketch(image, self.job.grid.cell, self.job.grid.counts, missing)
         return CellRecord(
             row=row,
             column=column,
@@ -278,6 +287,10 @@ class Copier:
             unreadable=tuple((w.y, w.x, w.height, w.width, reason) for w, reason in _joined(unreadable)),
             chunks=self._write(window, image, missing),
         )
+
+    def take_sketch(self, row: int, column: int) -> bytes:
+        """The cell's part of the grey picture under the tile map; once."""
+        return b"" if self._sketches is None else self._sketches.pop((row, column), b"")
 
     def _write(self, window: Window, image: Array, missing: Mask | None) -> dict[str, tuple[int, str]]:
         job, out, owned = self.job, place_of(self.job.out), place_of(self.job.owned)
@@ -598,12 +611,21 @@ class _Transfer:
 
 
 def _copy_on(client: Client, job: TransferJob, todo: list[tuple[int, int]]) -> Iterator[CellRecord]:
-    with job_on(client, job):
+    begin = begin_message(
+        run=job.run_id,
+        title=f"ingest {PurePath(job.owned).name}",
+        shape=job.raster.shape_yx,
+        core=job.grid.cell,
+        counts=job.grid.counts,
+        kept=kept_cells(job.grid.counts, todo),
+    )
+    with job_on(client, job, begin) as watch:
         for (row, column), outcome in run_cells(client, job.run_id, todo, "ingest"):
             record = outcome
             if isinstance(outcome, Lost):
                 # Nothing is known of its pixels, so all of them are called unreadable.
                 w = job.grid.window(row, column)
+                watch.tell(tile_message(job.run_id, (row, column), "failed", error=outcome.reason))
                 lost = (w.y, w.x, w.height, w.width, f"{job.raster.path}: window {w}: {outcome.reason}")
                 record = CellRecord(row=row, column=column, pixels=w.pixels, unreadable=(lost,), lost=True)
             yield record

@@ -20,9 +20,10 @@ from .geometry import Interval, Window, footprint
 from .jobs import runner_of
 from .places import place_of
 from .plan import Tile, TilePlan
-from .raster import Raster, RasterReader, read_filled
+from .raster import FilledWindow, Raster, RasterReader, read_filled
 from .records import require_owner, writing
 from .store import CONTEXT, NODATA, ZarrFormat, chunks_of, open_array, output_nodata, seal_chunks, write_core
+from .tile_map import make_sketch
 
 if TYPE_CHECKING:
     from .check import CheckPatch
@@ -44,8 +45,8 @@ class RunSpec:
     generation: int
     """Of the run's owner: when another has taken over, this run's tiles write no more."""
 
-    def open(self) -> TileRunner:
-        return TileRunner(self)
+    def open(self, *, watched: bool = False) -> TileRunner:
+        return TileRunner(self, watched=watched)
 
 
 def missing_in_output(
@@ -99,8 +100,9 @@ class TileRunner:
     Several threads may call it: reading and writing go on beside the one computation.
     """
 
-    def __init__(self, spec: RunSpec) -> None:
+    def __init__(self, spec: RunSpec, *, watched: bool = False) -> None:
         self.spec = spec
+        self._sketches: dict[tuple[int, int], bytes] | None = {} if watched else None
         self._read_lock, self._compute_lock = threading.Lock(), threading.Lock()
         self._reader: RasterReader | None = None
         self._engine: TileEngine | None = None
@@ -148,6 +150,8 @@ class TileRunner:
         began = time.perf_counter()
         filled = self._read(tile)
         was_read = time.perf_counter()
+        if self._sketches is not None:
+            self._sketches[tile.row, tile.column] = self._sketch(tile, filled)
         missing = None
         if filled.missing is not None:
             missing = missing_in_output(filled.missing, tile.window, tile.core, self._scale)
@@ -182,6 +186,19 @@ class TileRunner:
             worker=_process_name(),
             chunks=chunks,
         )
+
+    def _sketch(self, tile: Tile, filled: FilledWindow) -> bytes:
+        """The tile's core in grey; of a network that shrinks, nothing: its cores are no parts of the window."""
+        if self._scale != (1, 1):
+            return b""
+        plan, core = self.spec.plan, tile.core
+        rows, columns = core.slices(tile.window)
+        missing = None if filled.missing is None else filled.missing[rows, columns]
+        return make_sketch(filled.image[:, rows, columns], plan.core, plan.grid.counts, missing)
+
+    def take_sketch(self, row: int, column: int) -> bytes:
+        """The tile's part of the grey picture under the tile map; once."""
+        return b"" if self._sketches is None else self._sketches.pop((row, column), b"")
 
     def _write(
         self, tile: Tile, result: npt.NDArray[Any], context: npt.NDArray[np.uint8] | None
