@@ -49,7 +49,7 @@ class SceneResult:
         }
 
 
-def run_dry(console: Console, scenes: list[Scene], options: SegmentOptions, folder: Path) -> bool:
+def run_dry(console: Console, scenes: list[Scene], options: SegmentOptions, folder: Path, *, dashboard: bool) -> bool:
     """List plan and cost of each scene, without reading a pixel; whether all can be planned."""
     preparation, speed = Preparation(options), measure_flops_per_s()
     rows: list[list[str]] = []
@@ -59,7 +59,7 @@ def run_dry(console: Console, scenes: list[Scene], options: SegmentOptions, fold
         said: dict[str, Any] = {"name": scene.name, "source": list(scene.paths), "out": str(_place(folder, scene))}
         try:
             raster, _, network = preparation.open(scene.paths)
-            plan = make_plan(console, options, raster, network)
+            plan = make_plan(console, options, raster, network, dashboard=dashboard)
         except TilerError as error:
             rows.append([scene.name, "cannot be planned", "", "", "", "", ""])
             values.append({**said, "error": str(error)})

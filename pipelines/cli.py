@@ -523,7 +523,7 @@ def segment(console: Any, sources: tuple[str, ...], out_dir: Path | None, **opti
     if options["dry_run"]:
         from .segment import run_plan
 
-        run_plan(console, known)
+        run_plan(console, known, dashboard=cluster.serves_dashboard)
         return
     if run_segment(console, known, _Place().convert(sources[1], None, None), cluster, writing).failed_tiles:
         raise SystemExit(EXIT_FAILED_TILES)
@@ -538,7 +538,7 @@ def _segment_batch(
     scenes = find_scenes(sources, options["lists"], options["assets"])
     known = _segment_options("", options)
     if options["dry_run"]:
-        if not run_dry(console, scenes, known, folder):
+        if not run_dry(console, scenes, known, folder, dashboard=cluster.serves_dashboard):
             raise SystemExit(EXIT_FAILED)
         return
     states = {result.state for result in run_batch(console, scenes, known, folder, cluster, writing)}

@@ -143,7 +143,9 @@ class Preparation:
 PROBING = "memory    measuring what the engine adds to this network, once on this machine"
 
 
-def make_plan(console: Console, options: SegmentOptions, raster: Raster, network: Network) -> TilePlan:
+def make_plan(
+    console: Console, options: SegmentOptions, raster: Raster, network: Network, *, dashboard: bool
+) -> TilePlan:
     budget = parse_bytes(options.memory)
     return plan_tiles(
         raster,
@@ -156,14 +158,15 @@ def make_plan(console: Console, options: SegmentOptions, raster: Raster, network
         region=_region(options, raster),
         method=options.method,
         mark_nodata_context=options.mark_nodata_context,
+        dashboard=dashboard,
         memory_of=memory_lookup(network, raster.shape_yx, budget, lambda: console.remark(PROBING)),
     )
 
 
-def run_plan(console: Console, options: SegmentOptions) -> None:
+def run_plan(console: Console, options: SegmentOptions, *, dashboard: bool = True) -> None:
     """Show every decision that `segment` would make, without reading a pixel."""
     raster, model, network = Preparation(options).open([options.source])
-    plan = make_plan(console, options, raster, network)
+    plan = make_plan(console, options, raster, network, dashboard=dashboard)
     speed = measure_flops_per_s()
     console.result(
         f"model     {model.name}\n{plan.explain(speed)}",

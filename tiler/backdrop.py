@@ -1,4 +1,4 @@
-"""The backdrop: a coarse grey picture of a raster, from small windows spread over it, in a second or three."""
+"""The backdrop: a coarse grey picture of a raster, from some of its rows, in a second or three."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .geometry import Window
 from .raster import Raster
 from .tile_map import shrink
 
-SIDE = 24
-"""Windows along the longer side."""
-WINDOW = 8
-"""Side of each, in pixels."""
+Grey = npt.NDArray[np.float32]
+
+ROWS, COLUMNS = 96, 256
+"""Of the picture, at most."""
 LIMIT_S = 3.0
-LARGEST_BLOCK = 8 << 20
-"""Bytes of a file's block; rasters of larger ones get no backdrop, since each window decodes one."""
+BLOCKS_BYTES = 16 << 20
+"""Of a file's blocks that one read touches, at most: what it holds meanwhile."""
 
 
 @contextlib.contextmanager
-def draw_backdrop(raster: Raster, area: Window, show: Callable[[npt.NDArray[np.float32]], None]) -> Iterator[None]:
+def draw_backdrop(raster: Raster, area: Window, show: Callable[[Grey], None]) -> Iterator[None]:
     """Make a backdrop in a thread of its own and show it; ended early when this is left."""
     stop = threading.Event()
 
@@ -44,34 +44,46 @@ def draw_backdrop(raster: Raster, area: Window, show: Callable[[npt.NDArray[np.f
         thread.join()
 
 
-def make_backdrop(raster: Raster, area: Window, stop: threading.Event | None = None) -> npt.NDArray[np.float32] | None:
-    """(rows, columns) of an area in grey; nan for what is nodata, unreadable, or was not reached in `LIMIT_S`. None
-    where there is nothing to show.
+def make_backdrop(raster: Raster, area: Window, stop: threading.Event | None = None) -> Grey | None:
+    """(rows, columns) of an area in grey; nan for nodata and what cannot be read. Rows that were not reached are like
+    their neighbours. None where there is nothing to show.
 
     Args:
         stop: ends it early.
     """
-    if raster.block_bytes > LARGEST_BLOCK:
+    if raster.block_bytes > BLOCKS_BYTES:
         return None
-    longer = max(area.shape)
-    down, across = (max(1, min(extent // WINDOW, round(SIDE * extent / longer))) for extent in area.shape)
-    grey = np.full((down, across), np.nan, np.float32)
+    down, across = min(ROWS, area.height), min(COLUMNS, area.width)
+    cell = -(-area.width // across)
+    # Whole cells, over as many blocks as may be held at once.
+    blocks = max(1, BLOCKS_BYTES // max(1, raster.block_bytes))
+    step = max(1, blocks * raster.block[1] // cell) * cell
+    grey = np.full((down, -(-area.width // cell)), np.nan, np.float32)
+    reached: list[int] = []
     deadline = time.monotonic() + LIMIT_S
     for row in _spread(down):
         # One reader a row: GDAL keeps the blocks of an open file.
         reader = raster.open_reader()
+        y = area.y + (2 * row + 1) * area.height // (2 * down)
         try:
-            for column in range(across):
+            for x in range(0, area.width, step):
                 if time.monotonic() > deadline or (stop is not None and stop.is_set()):
-                    return grey if np.isfinite(grey).any() else None
-                window = _at(area, (row, column), (down, across))
+                    break
+                window = Window(y=y, x=area.x + x, height=1, width=min(step, area.width - x))
                 with contextlib.suppress(RasterError):
                     image = reader.read(window)
-                    missing = reader.read_missing(window, image)
-                    grey[row, column] = shrink(image, window.shape, missing)[0, 0]
+                    part = shrink(image, (1, cell), reader.read_missing(window, image))
+                    grey[row, x // cell : x // cell + part.shape[1]] = part[0]
+            else:
+                reached.append(row)
+                continue
+            break
         finally:
             reader.close()
-    return grey if np.isfinite(grey).any() else None
+    if not np.isfinite(grey[reached]).any():
+        return None
+    near = np.abs(np.arange(down)[:, None] - np.array(reached)).argmin(1)
+    return grey[np.array(reached)[near]]
 
 
 def _spread(count: int) -> Iterator[int]:
@@ -81,13 +93,3 @@ def _spread(count: int) -> Iterator[int]:
         mirrored = int(f"{number:0{bits}b}"[::-1], 2)
         if mirrored < count:
             yield mirrored
-
-
-def _at(area: Window, place: tuple[int, int], counts: tuple[int, int]) -> Window:
-    """The window in the middle of one of the area's equal parts."""
-    starts, sizes = list[int](), list[int]()
-    for index, count, extent, origin in zip(place, counts, area.shape, (area.y, area.x), strict=True):
-        size = min(WINDOW, extent)
-        starts.append(origin + min(extent - size, (2 * index + 1) * extent // (2 * count) - size // 2))
-        sizes.append(size)
-    return Window(y=max(area.y, starts[0]), x=max(area.x, starts[1]), height=sizes[0], width=sizes[1])

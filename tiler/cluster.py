@@ -39,7 +39,7 @@ class ClusterOptions:
     tls_cert: str | None = None
     tls_key: str | None = None
     dashboard_address: str | None = "127.0.0.1:8787"
-    """Of a cluster on this machine; None: no dashboard. A taken port gives another one."""
+    """Of a cluster on this machine; None: no dashboard, and no tile map elsewhere. A taken port gives another one."""
     processes: bool = True
     """False: workers are threads of this process."""
 
@@ -52,6 +52,11 @@ class ClusterOptions:
     def connects(self) -> bool:
         """Whether a running scheduler is named, so that no workers are started here."""
         return bool(self.address or self.scheduler_file)
+
+    @property
+    def serves_dashboard(self) -> bool:
+        """Whether this process serves the dashboard."""
+        return self.dashboard_address is not None and not self.connects
 
 
 def worker_environment(gdal_cache_bytes: int) -> dict[str, str]:
@@ -124,7 +129,7 @@ class ClusterKeeper:
     each scene. To be closed at the end."""
 
     def __init__(self, options: ClusterOptions) -> None:
-        self._options = options
+        self.options = options
         self._open = ExitStack()
         self._client: Client | None = None
         self._shape: tuple[int, int] | None = None
@@ -135,7 +140,7 @@ class ClusterKeeper:
         shape = (workers, threads)
         if self._client is None or self._client.status != "running" or shape != self._shape:
             self.close()
-            opened = open_client(self._options, workers=workers, threads=threads, gdal_cache_bytes=gdal_cache_bytes)
+            opened = open_client(self.options, workers=workers, threads=threads, gdal_cache_bytes=gdal_cache_bytes)
             self._client, self._shape = self._open.enter_context(opened), shape
         yield self._client
 

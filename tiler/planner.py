@@ -40,6 +40,8 @@ CLIENT_BYTES = {
     ("torch", "program"): 390 * MB,
 }
 """The planning process with torch and Dask loaded, and the traced network; measured, see docs/memory.md."""
+DASHBOARD_BYTES = 60 * MB
+"""Of Dask's dashboard with the tile map and a visitor; measured."""
 CLIENT_WEIGHTS = 3
 """Copies of the weights that it holds: the module's, the engine's, and the one that goes to workers."""
 CHECK_FACTOR = 2
@@ -124,6 +126,7 @@ def plan_tiles(
     mark_nodata_context: bool = False,
     method: str | None = None,
     to_store: bool = False,
+    dashboard: bool = False,
     memory_of: MemoryLookup = constant_memory,
 ) -> TilePlan:
     """Decide how to run a network over a raster within a memory budget.
@@ -139,6 +142,7 @@ def plan_tiles(
         mark_nodata_context: also write which pixels' receptive fields touch nodata.
         method: "window" or "program"; None: windows where they are exact.
         to_store: the output is in an object store.
+        dashboard: the planning process serves Dask's dashboard too.
         memory_of: what (engine, method, threads) add to the network's tensors; `memory_lookup` measures it.
 
     Raises:
@@ -210,7 +214,7 @@ def plan_tiles(
             engine=engine_memory,
             workers=workers,
             in_flight=min(IN_FLIGHT, tiles),
-            client_bytes=client_bytes + store_bytes,
+            client_bytes=client_bytes + store_bytes + (DASHBOARD_BYTES if dashboard else 0),
             activation_bytes=_largest_peak(network, by_row, by_column) if by_row else network.count_live_bytes(window),
             window_bytes=pixels * (shape[0] * itemsize + 1 + (8 if mark_nodata_context else 0)),
             result_bytes=network.channels * output_itemsize * core_pixels,

@@ -185,6 +185,8 @@ def predict(
         TilerError: its subclasses say what: raster, budget, output, engine, start check.
     """
     called = time.perf_counter()
+    cluster = cluster or ClusterOptions()
+    options = cluster.options if isinstance(cluster, ClusterKeeper) else cluster
     tell: Listener = listener or _ignore
     out = place_of(out).absolute()
     with MemoryMeter() as meter:
@@ -205,6 +207,7 @@ def predict(
             mark_nodata_context=mark_nodata_context,
             method=method,
             to_store=is_remote(out),
+            dashboard=client is None and options.serves_dashboard,
             memory_of=memory_lookup(network, raster.shape_yx, parse_bytes(memory), lambda: tell(MemoryProbed())),
         )
         fingerprint = make_fingerprint(raster, network, description.kind, plan, fill, zarr_format)
@@ -251,11 +254,11 @@ def predict(
                 meter=meter,
                 tell=tell,
                 patience=patience,
-                tile_map=tile_map,
+                tile_map=tile_map and (client is not None or options.dashboard_address is not None),
             )
             if todo:
                 run.convert()
-                with _open(client, cluster or ClusterOptions(), plan) as connected:
+                with _open(client, cluster, plan) as connected:
                     run.execute(connected, todo)
             run.finish(kept)
             began = run.began or time.perf_counter()

@@ -573,7 +573,7 @@ class _Transfer:
             finally:
                 copier.close()
         elif client is not None:
-            yield from _copy_on(client, job, todo)
+            yield from _copy_on(client, job, todo, tile_map=True)
         else:
             with open_client(
                 cluster or ClusterOptions(),
@@ -581,7 +581,8 @@ class _Transfer:
                 threads=1,
                 gdal_cache_bytes=self.plan.cache_bytes,
             ) as connected:
-                yield from _copy_on(connected, job, todo)
+                tile_map = (cluster or ClusterOptions()).dashboard_address is not None
+                yield from _copy_on(connected, job, todo, tile_map=tile_map)
 
     def _finish(self, unreadable: tuple[Any, ...]) -> bool:
         """Mark what could not be read, and give the store its name; returns whether it has a mask."""
@@ -610,7 +611,7 @@ class _Transfer:
         self.folder.discard()
 
 
-def _copy_on(client: Client, job: TransferJob, todo: list[tuple[int, int]]) -> Iterator[CellRecord]:
+def _copy_on(client: Client, job: TransferJob, todo: list[tuple[int, int]], *, tile_map: bool) -> Iterator[CellRecord]:
     begin = begin_message(
         run=job.run_id,
         title=f"ingest {PurePath(job.owned).name}",
@@ -619,7 +620,7 @@ def _copy_on(client: Client, job: TransferJob, todo: list[tuple[int, int]]) -> I
         counts=job.grid.counts,
         kept=kept_cells(job.grid.counts, todo),
     )
-    with job_on(client, job, begin) as watch:
+    with job_on(client, job, begin if tile_map else None) as watch:
         for (row, column), outcome in run_cells(client, job.run_id, todo, "ingest"):
             record = outcome
             if isinstance(outcome, Lost):
