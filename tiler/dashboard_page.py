@@ -37,7 +37,7 @@ COLOURS = {
     RUNNING: ("#2f7de1", 0.80),
     DONE: ("#2ca25f", 0.45),
     FAILED: ("#d7301f", 0.95),
-    KEPT: ("#5e8f86", 0.45),
+    KEPT: ("#7b5ea7", 0.40),
 }
 """Of each state: colour, and how much of the picture beneath it hides."""
 TEXTS = {
@@ -297,7 +297,7 @@ class _Page:
 
     def _show_speed(self, tiles: TileMap) -> None:
         times, rates = tiles.history.rates(tiles.ended or time.time())
-        self.speed.data = {"t": times, "mpx": rates}
+        self.speed.data = {"t": [0.0, *times], "mpx": [rates[0] if rates else 0.0, *rates]}
         self._speed_ranges[0].end = max(10.0, *times) if times else 10.0
         self._speed_ranges[1].end = 1.15 * max(rates, default=1.0) or 1.0
 
