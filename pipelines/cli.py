@@ -473,6 +473,12 @@ def plan(console: Any, src: str, prove: bool, **options: Any) -> None:
 @_writing
 @_cluster
 @_option("--no-resume", is_flag=True, help="Refuse an existing output instead of continuing it.")
+@_option(
+    "--report",
+    type=_Place(),
+    metavar="FILE.html",
+    help="Also write a page on the run: pictures, areas, plan, checks, speed, failures; when it failed, too.",
+)
 @_option("--retry-failed", is_flag=True, help="Also try tiles again that failed in an earlier call.")
 @_option(
     "--tile-timeout",
@@ -510,9 +516,12 @@ def segment(console: Any, sources: tuple[str, ...], out_dir: Path | None, **opti
         patience=options["tile_timeout"],
         zarr_format=2 if options["zarr_format"] == "2" else 3,
         space_check=not options["no_space_check"],
+        report=options["report"],
     )
     cluster = _cluster_options(options)
     if out_dir is not None:
+        if options["report"]:
+            raise click.UsageError("--report is for one scene; of a batch, outsize report DIR/NAME.zarr for each")
         _segment_batch(console, sources, out_dir, options, cluster, writing)
         return
     if options["lists"] or options["assets"]:
@@ -672,6 +681,24 @@ def evaluate(console: Any, out: Path, labels: str) -> None:
     from .evaluate import run_evaluate
 
     run_evaluate(console, out, labels)
+
+
+@cli.command()
+@click.argument("out", type=_Place())
+@click.argument("file", type=_Place(), required=False)
+@_overwrite
+@click.pass_obj
+def report(console: Any, out: Path, file: Path | None, overwrite: bool) -> None:
+    """Write a page on an output, OUT.html where no FILE is named: pictures before and after, class areas, plan, start
+    check, throughput, memory, failed tiles, provenance. One file, which opens anywhere.
+
+    \b
+    outsize report map.zarr
+    outsize report map.zarr report.html --overwrite
+    """
+    from .report import run_report
+
+    run_report(console, out, file, overwrite=overwrite)
 
 
 @cli.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from .console import Console, Step
 
 SIDE = 900
 """Longest side of each picture, in pixels."""
-_ROWS = 1024
+_ROWS, _COLUMNS = 512, 2048
 _INK, _PAPER, _GREY = (30, 32, 36), (255, 255, 255), (225, 227, 230)
 
 Rgb = npt.NDArray[np.uint8]
@@ -40,31 +40,43 @@ def _read_small(
     small = np.empty((len(bands), height, width), np.float32 if average else raster.dtype)
     reader = raster.open_reader()
     try:
-        cell = (max(fy, _ROWS // fy * fy), max(fx, 4096 // fx * fx))
-        grid = Grid(shape=(height * fy, width * fx), cell=cell)
+        cell = (max(fy, _ROWS // fy * fy), max(fx, _COLUMNS // fx * fx))
+        grid, holes = Grid(shape=(height * fy, width * fx), cell=cell), 0
         for at in grid:
             inside = grid.window(*at).clamp(region.shape)
             window = replace(inside, y=inside.y + region.y, x=inside.x + region.x)
-            image = reader.read(window)
-            missing = reader.read_missing(window, image)
-            block = image[bands]
             y, x = inside.y // fy, inside.x // fx
-            if average:
-                values = block.astype(np.float32)
-                if missing is not None:
-                    values[:, missing] = np.nan
-                h, w = values.shape[1] // fy, values.shape[2] // fx
-                parts = values[:, : h * fy, : w * fx].reshape(len(bands), h, fy, w, fx)
-                with np.errstate(invalid="ignore"):
-                    # A block with any nodata pixel counts as nodata: no dark rims.
-                    reduced = parts.mean((2, 4))
+            part = small[:, y : y + max(1, inside.height // fy), x : x + max(1, inside.width // fx)]
+            try:
+                image = reader.read(window)
+                missing = reader.read_missing(window, image)
+            except RasterError:
+                if not average:
+                    raise
+                # A damaged block leaves a hole in the picture.
+                reader.close()
+                reader, holes, part[:] = raster.open_reader(), holes + 1, np.nan
             else:
-                reduced = block[:, ::fy, ::fx]
-            small[:, y : y + reduced.shape[1], x : x + reduced.shape[2]] = reduced
+                part[:] = _shrink(image[bands], missing, (fy, fx)) if average else image[bands][:, ::fy, ::fx]
             step.advance(window.pixels)
     finally:
         reader.close()
+    if holes == len(grid):
+        raise RasterError(f"{raster.path}: no part of it can be read")
     return small
+
+
+def _shrink(
+    block: npt.NDArray[Any], missing: npt.NDArray[np.bool_] | None, factor_yx: tuple[int, int]
+) -> npt.NDArray[np.float32]:
+    """Means of parts; one with any nodata pixel counts as nodata: no dark rims."""
+    fy, fx = factor_yx
+    values = block.astype(np.float32)
+    if missing is not None:
+        values[:, missing] = np.nan
+    h, w = values.shape[1] // fy, values.shape[2] // fx
+    with np.errstate(invalid="ignore"):
+        return values[:, : h * fy, : w * fx].reshape(len(block), h, fy, w, fx).mean((2, 4))
 
 
 def _display_bands(raster: Raster) -> list[int]:
@@ -92,42 +104,65 @@ def _colour_classes(classes: npt.NDArray[Any], header: dict[str, Any]) -> Rgb:
     return palette[classes]
 
 
-def save_quicklook(console: Console, out: Path, header: dict[str, Any], target: Path) -> None:
-    """Draw the input (where it is still at its place) and the result, with captions and the classes' shares."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quicklook:
+    """Small pictures of input and result, and what their colours mean."""
+
+    source: Image.Image | None
+    """None where the input is not at its place any more."""
+    source_name: str
+    result: Image.Image
+    result_name: str
+    legend: list[tuple[str, tuple[int, int, int], float]]
+    """Name, colour and share of each class; shares of what the small picture shows."""
+
+
+def make_quicklook(console: Console, out: Path, header: dict[str, Any]) -> Quicklook:
+    """Shrink the input (where it is still at its place) and the result."""
     kind = header["kind"]
     result = open_raster(out / kind)
     factor = _shrink_factor(result.shape_yx)
-    sources: list[tuple[str, Raster]] = []
+    source: Raster | None = None
     try:
         source = open_reference(header["source"])
-        sources.append((Path(source.path).name, source))
     except RasterError as error:
         console.remark(f"quicklook without the input: {error}")
-    panels: list[tuple[str, Image.Image]] = []
-    shares: npt.NDArray[np.int64] | None = None
+    picture = None
     whole = Window.whole(result.shape_yx)
     y, x, height, width = header["plan"]["region"]
     seen = Window(y=y, x=x, height=height, width=width)
-    total = whole.pixels + len(sources) * seen.pixels
-    with console.step("quicklook", total) as step:
-        for name, raster in sources:
+    with console.step("quicklook", whole.pixels + (seen.pixels if source else 0)) as step:
+        if source is not None:
             own = _shrink_factor(seen.shape)
             try:
-                small = _read_small(raster, _display_bands(raster), own, seen, average=True, step=step)
+                small = _read_small(source, _display_bands(source), own, seen, average=True, step=step)
+                picture = _enlarge(Image.fromarray(_stretch(small)))
             except RasterError as error:
                 console.remark(f"quicklook without the input: {error}")
-                continue
-            panels.append((f"input: {name}", _enlarge(Image.fromarray(_stretch(small)))))
         if kind == "logits":
             values = _read_small(result, list(range(result.bands)), factor, whole, average=True, step=step)
             classes = np.where(np.isfinite(values).all(0), np.argmax(values, 0), NODATA)
         else:
             values = _read_small(result, list(range(result.bands)), factor, whole, average=False, step=step)
             classes = values[0] if kind == "class" else np.where(values[0] == NODATA, NODATA, np.argmax(values, 0))
-        shares = np.bincount(classes.astype(np.uint8).ravel(), minlength=256)
-        caption = f"result: {header['model'] or kind}"
-        panels.append((caption, _enlarge(Image.fromarray(_colour_classes(classes.astype(np.uint8), header)))))
-    _compose(panels, header, shares).save(target, optimize=True)
+    shares = np.bincount(classes.astype(np.uint8).ravel(), minlength=256)
+    valid = max(1, int(shares[:NODATA].sum()))
+    known = header["classes"] or [
+        {"value": int(value), "name": f"class {value}", "colour": default_colour(int(value))}
+        for value in np.flatnonzero(shares[:NODATA])
+    ]
+    return Quicklook(
+        source=picture,
+        source_name=Path(source.path).name if source else "",
+        result=_enlarge(Image.fromarray(_colour_classes(classes.astype(np.uint8), header))),
+        result_name=header["model"] or kind,
+        legend=[(e["name"], tuple(e["colour"]), float(shares[e["value"]] / valid)) for e in known],
+    )
+
+
+def save_quicklook(console: Console, out: Path, header: dict[str, Any], target: Path) -> None:
+    """Draw input and result side by side, with captions and the classes' shares."""
+    _compose(make_quicklook(console, out, header)).save(target, optimize=True)
 
 
 def _enlarge(picture: Image.Image) -> Image.Image:
@@ -136,19 +171,14 @@ def _enlarge(picture: Image.Image) -> Image.Image:
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
-def _compose(
-    panels: list[tuple[str, Image.Image]], header: dict[str, Any], shares: npt.NDArray[np.int64]
-) -> Image.Image:
+def _compose(found: Quicklook) -> Image.Image:
     margin, caption = 16, 30
     font = ImageFont.load_default(size=16)
+    panels = [(f"input: {found.source_name}", found.source)] if found.source else []
+    panels.append((f"result: {found.result_name}", found.result))
     tallest = max(picture.height for _, picture in panels)
     width = max(sum(picture.width for _, picture in panels) + margin * (len(panels) + 1), 420)
-    valid = max(1, int(shares[:NODATA].sum()))
-    known = header["classes"] or [
-        {"value": int(value), "name": f"class {value}", "colour": default_colour(int(value))}
-        for value in np.flatnonzero(shares[:NODATA])
-    ]
-    entries = [(tuple(e["colour"]), f"{e['name']} {100 * shares[e['value']] / valid:.1f} %") for e in known]
+    entries: list[tuple[Any, str]] = [(colour, f"{name} {100 * share:.1f} %") for name, colour, share in found.legend]
     entries.append((_GREY, "nodata"))
     rows = _legend_rows(entries, font, width - 2 * margin)
     canvas = Image.new("RGB", (width, margin + caption + tallest + margin + 28 * len(rows) + margin), _PAPER)

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..models.segmentation.model import Output, SegmentationModel, as_tile_network, describe_output
 from ..models.segmentation.sources import load_model
 from ..tiler.cluster import ClusterKeeper, ClusterOptions
-from ..tiler.errors import UsageError
+from ..tiler.errors import TilerError, UsageError
 from ..tiler.events import (
     ClusterReady,
     Event,
@@ -89,6 +89,8 @@ class WriteOptions:
     space_check: bool = True
     redo: frozenset[tuple[int, int]] = frozenset()
     """Tiles to compute again, done or not."""
+    report: Path | None = None
+    """A page on the run; written also when the run failed."""
 
 
 class Preparation:
@@ -209,8 +211,31 @@ def run_segment(
     console: Console, options: SegmentOptions, out: Path, cluster: ClusterOptions, writing: WriteOptions
 ) -> RunSummary:
     """Segment a raster; returns what was done, start-up counted from here."""
-    began = time.perf_counter()
     refuse_picture_name("segment", out)
+    if writing.report is None:
+        return _segment(console, options, out, cluster, writing)
+    from .report import require_report_target, write_report
+
+    require_report_target(writing.report, overwrite=True)
+    try:
+        summary = _segment(console, options, out, cluster, writing)
+    except Exception as error:
+        reason = str(error) if isinstance(error, TilerError) else f"{type(error).__name__}: {error}"
+        try:
+            write_report(console, out, writing.report, error=reason, source=options.source)
+            console.remark(f"report    {writing.report}")
+        except Exception as other:  # noqa: BLE001 - what stopped the run is what is to be told
+            console.remark(f"report    cannot be written: {other}")
+        raise
+    write_report(console, out, writing.report)
+    console.remark(f"report    {writing.report}")
+    return summary
+
+
+def _segment(
+    console: Console, options: SegmentOptions, out: Path, cluster: ClusterOptions, writing: WriteOptions
+) -> RunSummary:
+    began = time.perf_counter()
     raster, model, network = Preparation(options).open([options.source])
     prepared_s = time.perf_counter() - began
     console.remark(f"model     {model.name}")

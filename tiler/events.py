@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ class TileRecord:
     write_s: float
     worker: str
     error: str = ""
+    at: float = 0.0
+    """When it ended, in seconds since 1970."""
     chunks: dict[str, tuple[int, str]] = field(default_factory=dict)
     """By path in the store: bytes and hash, as they were flushed to the disk before this record was made."""
 
@@ -41,6 +44,7 @@ class TileRecord:
             write_s=0,
             worker=worker,
             error=error,
+            at=round(time.time(), 3),
         )
 
     def to_json(self) -> dict[str, Any]:

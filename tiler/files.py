@@ -100,6 +100,12 @@ def find_matching(pattern: str) -> list[str]:
     return sorted(f"{scheme_of(pattern)}://{found}" for found in filesystem.glob(name))
 
 
+def upload_bytes(place: Path, value: bytes) -> None:
+    """Write a file whole, with the folders above it."""
+    make_folder(place.parent)
+    write_whole(place, value)
+
+
 def upload(file: Path, place: Path) -> None:
     """Put a file of this machine into a store."""
     filesystem, name = _in_store(place)

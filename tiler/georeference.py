@@ -106,6 +106,29 @@ def window_of_bounds(
     return window
 
 
+EARTH_A, EARTH_F = 6_378_137.0, 1 / 298.257223563
+"""WGS 84: half the longer axis in metres, flattening."""
+
+
+def pixel_areas(place: Georeference, rows: int) -> npt.NDArray[np.float64] | None:
+    """(rows,) square metres of one pixel of each row: on the ellipsoid WGS 84 where the CRS has degrees, else in the
+    CRS's own plane; None where the raster does not say where it lies, or lies turned in degrees."""
+    crs = place.crs
+    if crs is None or place.transform is None:
+        return None
+    transform = place.affine
+    if not crs.is_geographic:
+        metres = float(crs.linear_units_factor[1])
+        return np.full(rows, abs(transform.determinant) * metres**2)
+    if place.is_rotated:
+        return None
+    edges = np.radians(np.clip(transform.f + transform.e * np.arange(rows + 1), -90, 90))
+    sines, e = np.sin(edges), np.sqrt(EARTH_F * (2 - EARTH_F))
+    # Authalic q of Snyder, Map Projections (1987), 3-12: the area between two parallels is pi a^2 (q2 - q1).
+    q = (1 - e**2) * (sines / (1 - (e * sines) ** 2) - np.log((1 - e * sines) / (1 + e * sines)) / (2 * e))
+    return EARTH_A**2 / 2 * np.radians(abs(transform.a)) * np.abs(np.diff(q))
+
+
 def from_rasterio(crs: CRS | None, transform: Affine) -> Georeference:
     """The georeference of an open rasterio dataset; an identity transform without CRS counts as none."""
     known = bool(crs) or not transform.is_identity

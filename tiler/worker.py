@@ -184,6 +184,7 @@ class TileRunner:
             compute_s=round(computed - computing, 4),
             write_s=round(time.perf_counter() - computed, 4),
             worker=_process_name(),
+            at=round(time.time(), 3),
             chunks=chunks,
         )
 

@@ -1,0 +1,80 @@
+"""Areas of classes: every pixel of a class map counted, and the ground that it covers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..tiler.geometry import Grid
+from ..tiler.georeference import pixel_areas
+from ..tiler.raster import open_raster
+from ..tiler.store import NODATA, open_array
+from .console import Console
+
+_BLOCK = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassArea:
+    """What one class covers."""
+
+    name: str
+    colour: tuple[int, int, int]
+    pixels: int
+    share: float
+    """Of all pixels that have a class."""
+    hectares: float | None
+    """None where the map does not say where it lies."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Areas:
+    """Of a whole class map."""
+
+    classes: tuple[ClassArea, ...]
+    """Those that are there."""
+    nodata_pixels: int
+    hectares: float | None
+    on_ellipsoid: bool
+    """Whether areas are those on the Earth's ellipsoid; else in the plane of the map's CRS."""
+
+
+def count_areas(console: Console, out: Path, header: dict[str, Any]) -> Areas:
+    """Count a class map, block by block."""
+    array, place = open_array(out, "class"), open_raster(out / "class").place
+    height, width = array.shape
+    metres = pixel_areas(place, height)
+    counts, ground = np.zeros(256, np.int64), np.zeros(256)
+    grid = Grid(shape=(height, width), cell=(_BLOCK, _BLOCK))
+    with console.step("areas", height * width) as step:
+        for at in grid:
+            window = grid.window(*at)
+            rows, columns = window.slices()
+            # A histogram for each row: in degrees the rows' pixels differ in area.
+            keyed = np.asarray(array[rows, columns]).astype(np.int64) + 256 * np.arange(window.height)[:, None]
+            found = np.bincount(keyed.ravel(), minlength=256 * window.height).reshape(window.height, 256)
+            counts += found.sum(0)
+            if metres is not None:
+                ground += metres[rows] @ found
+            step.advance(window.pixels)
+    named = {entry["value"]: entry for entry in header["classes"]}
+    total = max(1, int(counts[:NODATA].sum()))
+    crs = place.crs
+    return Areas(
+        classes=tuple(
+            ClassArea(
+                name=named.get(value, {}).get("name", f"class {value}"),
+                colour=tuple(named.get(value, {}).get("colour", (120, 120, 120))),
+                pixels=int(counts[value]),
+                share=float(counts[value] / total),
+                hectares=float(ground[value] / 1e4) if metres is not None else None,
+            )
+            for value in map(int, np.flatnonzero(counts[:NODATA]))
+        ),
+        nodata_pixels=int(counts[NODATA]),
+        hectares=float(ground[:NODATA].sum() / 1e4) if metres is not None else None,
+        on_ellipsoid=metres is not None and crs is not None and crs.is_geographic,
+    )

@@ -1,0 +1,230 @@
+"""`outsize report`: a page on a run that opens anywhere: pictures, areas, plan, checks, speed, failures, provenance."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import statistics
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .. import __version__
+from ..tiler.check import StartCheck
+from ..tiler.errors import OutputError, UsageError
+from ..tiler.files import upload_bytes
+from ..tiler.memory import format_bytes
+from ..tiler.plan import TilePlan, format_seconds
+from ..tiler.records import find_runs, is_there, read_records, run_folder, writing
+from ..tiler.store import read_header
+from .areas import Areas, count_areas
+from .console import Console, count_of
+from .quicklook import Quicklook, make_quicklook
+
+BINS = 120
+"""Of the throughput's curve."""
+GAP_S = 30.0
+"""Between two tiles' ends: longer ones lie between two calls, and are cut out of the curve."""
+LISTED = 500
+"""Failed tiles in the table."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Throughput:
+    """Mpx/s over the time in which tiles ended, pauses between calls cut out."""
+
+    seconds: float
+    mpx_per_s: list[float]
+    breaks: list[float]
+    """Where a pause was cut out, in seconds."""
+
+
+def run_report(console: Console, out: Path, target: Path | None, *, overwrite: bool) -> None:
+    """Write the page on an output; beside it, OUT.html, where no other place is named."""
+    target = target if target is not None else out.with_name(f"{out.name.removesuffix('.zarr')}.html")
+    require_report_target(target, overwrite=overwrite)
+    read_header(out)
+    size = write_report(console, out, target)
+    console.result(f"{target}: {format_bytes(size)}", {"out": str(target), "bytes": size})
+
+
+def require_report_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse what is no name for a page, before the work begins.
+
+    Raises:
+        UsageError: another suffix.
+        OutputError: something is there.
+    """
+    if target.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"a report is a page, its name ends in .html, got {target.name}")
+    if target.is_dir():
+        raise OutputError(f"{target} is a folder; choose another path")
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target} exists; choose another path, or --overwrite")
+
+
+def write_report(console: Console, out: Path, target: Path, *, error: str = "", source: str = "") -> int:
+    """Write the page, also on a run that stopped; returns its bytes.
+
+    Args:
+        error: what stopped the run, if something did.
+        source: of a run that stopped before there was an output.
+    """
+    page = render_report(console, out, error=error, source=source).encode()
+    with writing(target):
+        upload_bytes(target, page)
+    return len(page)
+
+
+def render_report(console: Console, out: Path, *, error: str = "", source: str = "") -> str:
+    """The page's text."""
+    values: dict[str, Any] = {
+        "out": str(out),
+        "error": error,
+        "source": source,
+        "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "version": __version__,
+        "runs": [json.loads(place.read_bytes() or b"{}") for _, place in find_runs(run_folder(out))],
+        "header": None,
+    }
+    if is_there(out):
+        values.update(_describe_output(console, out))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters.update(bytes=format_bytes, seconds=format_seconds, moment=_format_moment)
+    text = resources.files("outsize.pipelines").joinpath("report.html").read_text(encoding="utf-8")
+    return environment.from_string(text).render(values)
+
+
+def _describe_output(console: Console, out: Path) -> dict[str, Any]:
+    header = read_header(out)
+    plan = TilePlan.from_json(header["plan"])
+    records = read_records(out)
+    failed = sorted((at, str(r.get("error", ""))) for at, r in records.items() if r.get("state") == "failed")
+    done = sum(record.get("state") == "done" for record in records.values())
+    run = header.get("run")
+    if run is not None and not records:
+        done = len(plan.grid) - run["failed_tiles"]
+        failed = [((tile["row"], tile["column"]), tile["error"]) for tile in run["failures"]]
+    quicklook = make_quicklook(console, out, header)
+    areas = count_areas(console, out, header) if header["kind"] == "class" else None
+    check = header.get("start_check")
+    return {
+        "header": header,
+        "plan": [line.split(maxsplit=1) for line in plan.explain().splitlines()],
+        "tiles": len(plan.grid),
+        "tiles_text": count_of(len(plan.grid), "tile"),
+        "done": done,
+        "failed": failed[:LISTED],
+        "failed_count": len(failed),
+        "waiting": len(plan.grid) - done - len(failed),
+        "run": run,
+        "check": StartCheck(**check).sentence() if check else None,
+        "check_passed": StartCheck(**check).passed if check else None,
+        "before": _as_data(quicklook.source) if quicklook.source else None,
+        "before_name": quicklook.source_name,
+        "after": _as_data(quicklook.result),
+        "legend": [(name, _css(colour), share) for name, colour, share in quicklook.legend],
+        "areas": areas,
+        "area_rows": _area_rows(areas),
+        "map": _as_data(draw_map(quicklook, plan, {at for at, _ in failed}, set(records))),
+        "throughput": measure_throughput(list(records.values())),
+        "curve": _curve(measure_throughput(list(records.values()))),
+    }
+
+
+def _area_rows(areas: Areas | None) -> list[tuple[str, str, int, float, float | None]]:
+    if areas is None:
+        return []
+    ordered = sorted(areas.classes, key=lambda entry: -entry.pixels)
+    return [(c.name, _css(c.colour), c.pixels, 100 * c.share, c.hectares) for c in ordered]
+
+
+def _format_moment(text: str) -> str:
+    """2026-11-24T23:05:01+00:00 -> 2026-11-24 23:05:01"""
+    return text[:19].replace("T", " ")
+
+
+def _css(colour: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def _as_data(picture: Image.Image) -> str:
+    """A picture inside a page."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def draw_map(
+    quicklook: Quicklook, plan: TilePlan, failed: set[tuple[int, int]], known: set[tuple[int, int]]
+) -> Image.Image:
+    """The grid of tiles over a grey picture: failed ones red, those that no call has done dimmed."""
+    grey = (quicklook.source or quicklook.result).convert("L").convert("RGB")
+    width, height = grey.size
+    canvas = Image.blend(grey, Image.new("RGB", grey.size, "white"), 0.35)
+    draw = ImageDraw.Draw(canvas, "RGBA")
+    rows, columns = plan.grid.counts
+    y_edges = [round(min(1.0, row * plan.core[0] / plan.output_shape[1]) * height) for row in range(rows + 1)]
+    x_edges = [round(min(1.0, column * plan.core[1] / plan.output_shape[2]) * width) for column in range(columns + 1)]
+    if known:
+        for row, column in (at for at in plan.grid if at not in known):
+            box = (x_edges[column], y_edges[row], x_edges[column + 1], y_edges[row + 1])
+            draw.rectangle(box, fill=(90, 100, 120, 170))
+    if max(rows, columns) <= 100:
+        for y in y_edges:
+            draw.line((0, y, width, y), fill=(40, 50, 70, 90))
+        for x in x_edges:
+            draw.line((x, 0, x, height), fill=(40, 50, 70, 90))
+    for row, column in failed:
+        # A tile of a million is smaller than a pixel, and still to be seen.
+        right, bottom = max(x_edges[column + 1], x_edges[column] + 3), max(y_edges[row + 1], y_edges[row] + 3)
+        draw.rectangle(
+            (x_edges[column], y_edges[row], right, bottom), fill=(215, 48, 31, 200), outline=(127, 0, 0, 255)
+        )
+    return canvas
+
+
+def measure_throughput(records: list[dict[str, Any]]) -> Throughput | None:
+    """Of tiles by the time of their end; None where too few have one."""
+    ended = sorted((float(r["at"]), int(r["pixels"])) for r in records if r.get("at") and r.get("state") == "done")
+    if len(ended) < 3:
+        return None
+    times = np.array([at for at, _ in ended])
+    steps = np.diff(times)
+    usual = max(GAP_S, 20 * statistics.median(steps.tolist()))
+    long = steps > usual
+    active = np.concatenate([[0.0], np.cumsum(np.where(long, 0, steps))])
+    if active[-1] <= 0:
+        return None
+    bins = int(min(BINS, max(4, len(ended) // 4)))
+    pixels, _ = np.histogram(active, bins, (0, active[-1]), weights=[pixels for _, pixels in ended])
+    return Throughput(
+        seconds=float(active[-1]),
+        mpx_per_s=(pixels / (active[-1] / bins) / 1e6).tolist(),
+        breaks=active[1:][long].tolist(),
+    )
+
+
+def _curve(throughput: Throughput | None) -> dict[str, Any] | None:
+    """Points of the curve in a drawing of 720 x 160."""
+    if throughput is None:
+        return None
+    top = max(throughput.mpx_per_s) * 1.1 or 1.0
+    width = 720 / len(throughput.mpx_per_s)
+    points: list[str] = []
+    for index, rate in enumerate(throughput.mpx_per_s):
+        y = 160 - 160 * rate / top
+        points += [f"{index * width:.1f},{y:.1f}", f"{(index + 1) * width:.1f},{y:.1f}"]
+    return {
+        "points": " ".join(points),
+        "top": top,
+        "breaks": [f"{720 * at / throughput.seconds:.1f}" for at in throughput.breaks],
+        "seconds": throughput.seconds,
+    }
