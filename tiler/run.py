@@ -229,6 +229,7 @@ def predict(
                 kept = keep_tiles(
                     out, plan, description.kind, folder, zarr_format, retry_failed=retry_failed, redo=redo
                 )
+            folder.result = {"versions": _versions(), "plan": plan.summarise()}
             todo = [at for at in plan.order() if at not in kept]
             resumed = len(kept)
             pixels = sum(plan.grid.window(*at).pixels for at in todo)
@@ -280,7 +281,7 @@ def predict(
                 read_amplification=plan.read_amplification,
                 engine=plan.engine,
             )
-            folder.result = {"versions": _versions(), "plan": plan.summarise(), "summary": summary.to_json()}
+            folder.result["summary"] = summary.to_json()
             if todo:
                 update_header(out, {"run": summary.to_json()})
             log.info("finished: %s", summary.to_json())

@@ -19,6 +19,7 @@ import psutil
 import pytest
 from distributed import Client, LocalCluster
 from filelock import FileLock
+from outsize import __version__
 from outsize.tests.kill_campaign import Campaign, hash_chunks, outsize
 from outsize.tests.tiler.deadly import make_deadly
 from outsize.tiler.cluster import ClusterError, ClusterOptions
@@ -337,6 +338,7 @@ def test_sigterm_is_an_interruption(tmp_path: Path) -> None:
     assert not psutil.wait_procs(workers, timeout=10)[1]
     runs = [json.loads(path.read_text()) for _, path in find_runs(tmp_path / "o.zarr.run")]
     assert [entry["how"] for entry in runs] == ["KeyboardInterrupt"]
+    assert (runs[0]["plan"]["tiles"], runs[0]["versions"]["outsize"]) == (64, __version__)
     assert runs[0]["command"][1:] == words
 
 
