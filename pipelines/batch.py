@@ -59,7 +59,7 @@ def run_dry(console: Console, scenes: list[Scene], options: SegmentOptions, fold
         said: dict[str, Any] = {"name": scene.name, "source": list(scene.paths), "out": str(_place(folder, scene))}
         try:
             raster, _, network = preparation.open(scene.paths)
-            plan = make_plan(console, options, raster, network, dashboard=dashboard)
+            plan = make_plan(console, options, raster, network, dashboard=dashboard, to_store=is_remote(folder))
         except TilerError as error:
             rows.append([scene.name, "cannot be planned", "", "", "", "", ""])
             values.append({**said, "error": str(error)})

@@ -532,7 +532,8 @@ def segment(console: Any, sources: tuple[str, ...], out_dir: Path | None, **opti
     if options["dry_run"]:
         from .segment import run_plan
 
-        run_plan(console, known, dashboard=cluster.serves_dashboard)
+        to_store = "://" in sources[1]
+        run_plan(console, known, dashboard=cluster.serves_dashboard, to_store=to_store)
         return
     if run_segment(console, known, _Place().convert(sources[1], None, None), cluster, writing).failed_tiles:
         raise SystemExit(EXIT_FAILED_TILES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import statistics
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,7 +21,7 @@ from ..tiler.errors import OutputError, UsageError
 from ..tiler.files import upload_bytes
 from ..tiler.memory import format_bytes
 from ..tiler.plan import TilePlan, format_seconds
-from ..tiler.records import find_runs, is_there, read_records, run_folder, writing
+from ..tiler.records import is_there, read_records, read_runs, run_folder, writing
 from ..tiler.store import read_header
 from .areas import Areas, count_areas
 from .console import Console, count_of
@@ -34,6 +33,19 @@ GAP_S = 30.0
 """Between two tiles' ends: longer ones lie between two calls, and are cut out of the curve."""
 LISTED = 500
 """Failed tiles in the table."""
+
+
+@dataclass(slots=True, kw_only=True)
+class StoppedRun:
+    """What is known of a run that stopped, which may have left nothing."""
+
+    source: str
+    error: str = ""
+    plan: TilePlan | None = None
+    check: StartCheck | None = None
+    peak_bytes: int = 0
+    is_brief: bool = False
+    """Whoever interrupts does not want to wait for pictures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,40 +82,44 @@ def require_report_target(target: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{target} exists; choose another path, or --overwrite")
 
 
-def write_report(console: Console, out: Path, target: Path, *, error: str = "", source: str = "") -> int:
-    """Write the page, also on a run that stopped; returns its bytes.
-
-    Args:
-        error: what stopped the run, if something did.
-        source: of a run that stopped before there was an output.
-    """
-    page = render_report(console, out, error=error, source=source).encode()
+def write_report(console: Console, out: Path, target: Path, stop: StoppedRun | None = None) -> int:
+    """Write the page, also on a run that stopped; returns its bytes."""
+    page = render_report(console, out, stop).encode()
     with writing(target):
         upload_bytes(target, page)
     return len(page)
 
 
-def render_report(console: Console, out: Path, *, error: str = "", source: str = "") -> str:
+def render_report(console: Console, out: Path, stop: StoppedRun | None = None) -> str:
     """The page's text."""
     values: dict[str, Any] = {
         "out": str(out),
-        "error": error,
-        "source": source,
+        "stop": stop,
+        "plan": _plan_lines(stop.plan) if stop and stop.plan else None,
+        "check": stop.check.sentence() if stop and stop.check else None,
+        "check_passed": stop.check.passed if stop and stop.check else None,
         "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
         "version": __version__,
-        "runs": [json.loads(place.read_bytes() or b"{}") for _, place in find_runs(run_folder(out))],
+        "runs": read_runs(run_folder(out)),
         "header": None,
     }
-    if is_there(out):
-        values.update(_describe_output(console, out))
+    try:
+        header = read_header(out) if is_there(out) else None
+    except OutputError:
+        header = None  # somebody else's, which is why the run stopped
+    if header is not None:
+        values.update(_describe_output(console, out, header, pictures=not (stop and stop.is_brief)))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters.update(bytes=format_bytes, seconds=format_seconds, moment=_format_moment)
     text = resources.files("outsize.pipelines").joinpath("report.html").read_text(encoding="utf-8")
     return environment.from_string(text).render(values)
 
 
-def _describe_output(console: Console, out: Path) -> dict[str, Any]:
-    header = read_header(out)
+def _plan_lines(plan: TilePlan) -> list[list[str]]:
+    return [line.split(maxsplit=1) for line in plan.explain().splitlines()]
+
+
+def _describe_output(console: Console, out: Path, header: dict[str, Any], *, pictures: bool) -> dict[str, Any]:
     plan = TilePlan.from_json(header["plan"])
     records = read_records(out)
     failed = sorted((at, str(r.get("error", ""))) for at, r in records.items() if r.get("state") == "failed")
@@ -112,12 +128,12 @@ def _describe_output(console: Console, out: Path) -> dict[str, Any]:
     if run is not None and not records:
         done = len(plan.grid) - run["failed_tiles"]
         failed = [((tile["row"], tile["column"]), tile["error"]) for tile in run["failures"]]
-    quicklook = make_quicklook(console, out, header)
-    areas = count_areas(console, out, header) if header["kind"] == "class" else None
+    quicklook = make_quicklook(console, out, header) if pictures else None
+    areas = count_areas(console, out, header) if pictures and header["kind"] == "class" else None
     check = header.get("start_check")
     return {
         "header": header,
-        "plan": [line.split(maxsplit=1) for line in plan.explain().splitlines()],
+        "plan": _plan_lines(plan),
         "tiles": len(plan.grid),
         "tiles_text": count_of(len(plan.grid), "tile"),
         "done": done,
@@ -127,14 +143,13 @@ def _describe_output(console: Console, out: Path) -> dict[str, Any]:
         "run": run,
         "check": StartCheck(**check).sentence() if check else None,
         "check_passed": StartCheck(**check).passed if check else None,
-        "before": _as_data(quicklook.source) if quicklook.source else None,
-        "before_name": quicklook.source_name,
-        "after": _as_data(quicklook.result),
-        "legend": [(name, _css(colour), share) for name, colour, share in quicklook.legend],
+        "before": _as_data(quicklook.source) if quicklook and quicklook.source else None,
+        "before_name": quicklook.source_name if quicklook else "",
+        "after": _as_data(quicklook.result) if quicklook else None,
+        "legend": [(name, _css(colour), share) for name, colour, share in quicklook.legend] if quicklook else [],
         "areas": areas,
         "area_rows": _area_rows(areas),
-        "map": _as_data(draw_map(quicklook, plan, {at for at, _ in failed}, set(records))),
-        "throughput": measure_throughput(list(records.values())),
+        "map": _as_data(draw_map(quicklook, plan, {at for at, _ in failed}, set(records))) if quicklook else None,
         "curve": _curve(measure_throughput(list(records.values()))),
     }
 

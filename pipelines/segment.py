@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..models.segmentation.model import Output, SegmentationModel, as_tile_network, describe_output
 from ..models.segmentation.sources import load_model
+from ..tiler.check import StartCheck
 from ..tiler.cluster import ClusterKeeper, ClusterOptions
 from ..tiler.errors import TilerError, UsageError
 from ..tiler.events import (
@@ -146,7 +147,7 @@ PROBING = "memory    measuring what the engine adds to this network, once on thi
 
 
 def make_plan(
-    console: Console, options: SegmentOptions, raster: Raster, network: Network, *, dashboard: bool
+    console: Console, options: SegmentOptions, raster: Raster, network: Network, *, dashboard: bool, to_store: bool
 ) -> TilePlan:
     budget = parse_bytes(options.memory)
     return plan_tiles(
@@ -161,14 +162,15 @@ def make_plan(
         method=options.method,
         mark_nodata_context=options.mark_nodata_context,
         dashboard=dashboard,
+        to_store=to_store,
         memory_of=memory_lookup(network, raster.shape_yx, budget, lambda: console.remark(PROBING)),
     )
 
 
-def run_plan(console: Console, options: SegmentOptions, *, dashboard: bool = True) -> None:
+def run_plan(console: Console, options: SegmentOptions, *, dashboard: bool = True, to_store: bool = False) -> None:
     """Show every decision that `segment` would make, without reading a pixel."""
     raster, model, network = Preparation(options).open([options.source])
-    plan = make_plan(console, options, raster, network, dashboard=dashboard)
+    plan = make_plan(console, options, raster, network, dashboard=dashboard, to_store=to_store)
     speed = measure_flops_per_s()
     console.result(
         f"model     {model.name}\n{plan.explain(speed)}",
@@ -213,33 +215,40 @@ def run_segment(
     """Segment a raster; returns what was done, start-up counted from here."""
     refuse_picture_name("segment", out)
     if writing.report is None:
-        return _segment(console, options, out, cluster, writing)
-    from .report import require_report_target, write_report
+        shown = RunListener(console, own_page=cluster.dashboard_address is not None)
+        return _segment(console, options, out, cluster, writing, shown)
+    from .report import StoppedRun, require_report_target, write_report
 
     require_report_target(writing.report, overwrite=True)
+    listener = RunListener(console, own_page=cluster.serves_dashboard)
+    stop = StoppedRun(source=options.source)
     try:
-        summary = _segment(console, options, out, cluster, writing)
-    except Exception as error:
-        reason = str(error) if isinstance(error, TilerError) else f"{type(error).__name__}: {error}"
-        try:
-            write_report(console, out, writing.report, error=reason, source=options.source)
-            console.remark(f"report    {writing.report}")
-        except Exception as other:  # noqa: BLE001 - what stopped the run is what is to be told
-            console.remark(f"report    cannot be written: {other}")
+        return _segment(console, options, out, cluster, writing, listener)
+    except BaseException as error:
+        stop.error = str(error) if isinstance(error, TilerError) else f"{type(error).__name__}: {error}".rstrip(": ")
+        stop.is_brief = not isinstance(error, Exception)
         raise
-    write_report(console, out, writing.report)
-    console.remark(f"report    {writing.report}")
-    return summary
+    finally:
+        stop.plan, stop.check, stop.peak_bytes = listener.plan, listener.check, listener.peak_bytes
+        try:
+            write_report(console, out, writing.report, stop if stop.error else None)
+            console.remark(f"report    {writing.report}")
+        except Exception as error:  # noqa: BLE001 - what became of the run is what is to be told
+            console.remark(f"report    cannot be written: {error}")
 
 
 def _segment(
-    console: Console, options: SegmentOptions, out: Path, cluster: ClusterOptions, writing: WriteOptions
+    console: Console,
+    options: SegmentOptions,
+    out: Path,
+    cluster: ClusterOptions,
+    writing: WriteOptions,
+    listener: RunListener,
 ) -> RunSummary:
     began = time.perf_counter()
     raster, model, network = Preparation(options).open([options.source])
     prepared_s = time.perf_counter() - began
     console.remark(f"model     {model.name}")
-    listener = RunListener(console, own_page=cluster.dashboard_address is not None)
     try:
         summary = segment_raster(raster, model, network, out, options, cluster, writing, listener)
     finally:
@@ -312,10 +321,15 @@ class RunListener:
         self._told = time.monotonic()
         self._open = ExitStack()
         self._step: Step | None = None
+        self.plan: TilePlan | None = None
+        self.check: StartCheck | None = None
+        self.peak_bytes = 0
+        """Of what was seen as tiles ended."""
 
     def __call__(self, event: Event) -> None:
         match event:
             case RunPlanned(plan=plan, resumed=resumed, pixels=pixels, died=died):
+                self.plan = plan
                 self._console.remark(plan.explain())
                 self._pixels = pixels
                 if died:
@@ -332,10 +346,12 @@ class RunListener:
             case ClusterReady(dashboard=dashboard):
                 self._console.remark(f"dashboard {(self._own_page and dashboard) or 'none'}")
             case StartChecked(check=check):
+                self.check = check
                 self._console.remark(f"check     {check.sentence()}")
                 if check.passed:
                     self._step = self._open.enter_context(self._console.step("segment", self._pixels))
             case TileFinished() if self._step is not None:
+                self.peak_bytes = max(self.peak_bytes, event.memory_bytes)
                 memory = format_bytes(event.memory_bytes)
                 self._step.advance(event.record.pixels, f"{event.finished}/{event.total} tiles, memory {memory}")
             case TileFinished():

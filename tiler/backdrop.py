@@ -1,4 +1,4 @@
-"""The backdrop: a coarse grey picture of a raster, from some of its rows, in a second or three."""
+"""The backdrop: a coarse grey picture of a raster, from some of its rows, within a second."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .tile_map import shrink
 
 Grey = npt.NDArray[np.float32]
 
-ROWS, COLUMNS = 96, 256
+ROWS, COLUMNS = 64, 256
 """Of the picture, at most."""
-LIMIT_S = 3.0
+LIMIT_S = 1.0
 BLOCKS_BYTES = 16 << 20
 """Of a file's blocks that one read touches, at most: what it holds meanwhile."""
 
@@ -41,7 +41,7 @@ def draw_backdrop(raster: Raster, area: Window, show: Callable[[Grey], None]) ->
         yield
     finally:
         stop.set()
-        thread.join()
+        thread.join(0.5)  # a raster that does not answer must not hold the run
 
 
 def make_backdrop(raster: Raster, area: Window, stop: threading.Event | None = None) -> Grey | None:

@@ -74,10 +74,9 @@ class TileMapPlugin(SchedulerPlugin):
         if self._scheduler is None:
             return []
         found: list[dict[str, Any]] = []
+        busy = tiles.count_running() if tiles is not None else {}
         for address, state in self._scheduler.workers.items():
-            running = 0
-            if tiles is not None and address in tiles.workers and tiles.ended is None:
-                running = int(((tiles.states == 1) & (tiles.worker == tiles.workers.index(address))).sum())
+            running = busy.get(address, 0)
             found.append(
                 {
                     "worker": address,

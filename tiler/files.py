@@ -15,31 +15,42 @@ from .places import is_remote, place_of, scheme_of
 
 REQUESTS = 16
 """To a store at once."""
+DEADLINE_S = 60.0
+"""For one request with all its retries; the wait before a body is sent has no limit of its own."""
 
 
 def create_new(place: Path, value: bytes) -> bool:
     """Write what nobody else has written there; returns False where somebody has."""
+    if is_remote(place):
+        filesystem, name = _in_store(place)
+        try:
+            filesystem.pipe_file(name, value, mode="create", timeout=DEADLINE_S)
+        except OSError:
+            # Refused, in whatever words this store has for that; or ours, when the answer to a first try was lost.
+            if not place.exists():
+                raise
+        return place.read_bytes() == value
     try:
-        if is_remote(place):
-            filesystem, name = _in_store(place)
-            filesystem.pipe_file(name, value, mode="create")
-        else:
-            with place.open("xb") as file:
-                file.write(value)
+        with place.open("xb") as file:
+            file.write(value)
     except FileExistsError:
-        # In a store it may be ours: the answer to a first try can be lost.
-        return is_remote(place) and place.read_bytes() == value
+        return False
     except OSError:
-        if not is_remote(place):
-            place.unlink(missing_ok=True)
+        place.unlink(missing_ok=True)
         raise
     return True
+
+
+def put(place: Path, value: bytes) -> None:
+    """Write an object, or fail in time."""
+    filesystem, name = _in_store(place)
+    filesystem.pipe_file(name, value, timeout=DEADLINE_S)
 
 
 def write_whole(place: Path, value: bytes) -> None:
     """Write or replace a file; readers find the one or the other content."""
     if is_remote(place):
-        place.write_bytes(value)
+        put(place, value)
     else:
         fresh = place.with_name(f"{place.name}.new")
         fresh.write_bytes(value)
@@ -49,7 +60,7 @@ def write_whole(place: Path, value: bytes) -> None:
 def touch(place: Path, value: bytes) -> None:
     """Show that a file's owner lives; its content is known to be `value`."""
     if is_remote(place):
-        place.write_bytes(value)
+        put(place, value)
     else:
         os.utime(place)
 
@@ -88,7 +99,7 @@ def read_files(place: Path, names: list[str]) -> list[bytes]:
 def append_line(place: Path, line: str) -> None:
     """Add a line to a small file; an object is written anew."""
     if is_remote(place):
-        place.write_bytes((place.read_bytes() if place.exists() else b"") + line.encode() + b"\n")
+        put(place, (place.read_bytes() if place.exists() else b"") + line.encode() + b"\n")
     else:
         with place.open("a") as file:
             file.write(line + "\n")
@@ -129,15 +140,19 @@ def remove_file(place: Path) -> None:
 
 
 def remove_tree(place: Path) -> None:
-    """Delete a folder with all that is in it, if it is there."""
+    """Delete a folder with all that is in it, if it is there; of a bucket what lies at the top first, so that
+    what a crash leaves is no store."""
     if not is_remote(place):
         if place.exists():
             shutil.rmtree(place)
         return
     filesystem, root = _in_store(place)
     # Not `rm`, which takes brackets in a name for a pattern.
+    names = filesystem.find(root)
+    top = [name for name in names if "/" not in name.removeprefix(f"{root}/")]
     with ThreadPoolExecutor(REQUESTS, thread_name_prefix="remove") as pool:
-        list(pool.map(filesystem.rm_file, filesystem.find(root)))
+        for chosen in (top, [name for name in names if name not in set(top)]):
+            list(pool.map(filesystem.rm_file, chosen))
 
 
 def remove_store(place: Path) -> None:
@@ -153,16 +168,17 @@ def remove_store(place: Path) -> None:
 
 
 def replace_store(place: Path, made: Path) -> None:
-    """Give a store the name of another, which is deleted, if it is there. An object store has no names of folders: its
-    objects are copied, by the store itself, those of the top last, and then deleted."""
+    """Give a store the name of another, which is deleted, if it is there. An object store has no names of folders: the
+    objects are copied, by the store itself, those of the top last; `made` is still there then, to be removed."""
     if not is_remote(place):
         doomed = _doomed(place)
         if place.exists():
             remove_tree(doomed)
             place.rename(doomed)
         made.rename(place)
-        # Also what an earlier call was killed with, between the two names.
-        remove_tree(doomed)
+        # Also what an earlier call was killed with, between the two names. Some file systems keep what is still read.
+        with suppress(OSError):
+            remove_tree(doomed)
         return
     remove_tree(place)
     filesystem, source = _in_store(made)
@@ -171,7 +187,6 @@ def replace_store(place: Path, made: Path) -> None:
     for chosen in ([name for name in names if "/" in name], [name for name in names if "/" not in name]):
         if chosen:
             filesystem.copy([f"{source}/{name}" for name in chosen], [f"{target}/{name}" for name in chosen])
-    remove_tree(made)
 
 
 def _doomed(place: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def make_fingerprint(
         "network": hash_network(network),
         "kind": kind,
         "engine": plan.engine,
+        # Another version may round otherwise: tiles of two do not belong into one output.
+        "engine_version": version(plan.engine),
         "method": plan.method,
         "fill": list(fill),
     }

@@ -118,7 +118,10 @@ def pixel_areas(place: Georeference, rows: int) -> npt.NDArray[np.float64] | Non
         return None
     transform = place.affine
     if not crs.is_geographic:
-        metres = float(crs.linear_units_factor[1])
+        try:
+            metres = float(crs.linear_units_factor[1])
+        except CRSError:  # a local grid, or geocentric coordinates
+            return None
         return np.full(rows, abs(transform.determinant) * metres**2)
     if place.is_rotated:
         return None

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Protocol
 
+from .files import put
 from .places import is_remote
 
 PART_BYTES = 1 << 18
@@ -84,7 +85,7 @@ class _ObjectJournal:
             if len(self._value) == self._written:
                 return
             value = bytes(self._value)
-            (self._folder / f"{self._stem}.{self._part}.{self._suffix}").write_bytes(value)
+            put(self._folder / f"{self._stem}.{self._part}.{self._suffix}", value)
             self._written = len(value)
             if self._written >= PART_BYTES:
                 self._part, self._written, self._value = self._part + 1, 0, bytearray()

@@ -22,6 +22,8 @@ _GDAL_FOLDERS = {
 """GDAL's own file systems, by the scheme of a URL."""
 OBJECT_STORES = ("s3", "gs", "az", "abfs")
 """Schemes of places that can be listed and written."""
+STORE_TIMEOUT_S = 600
+"""For one call of Zarr's on an object store, with all its requests and retries."""
 _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {
         # Others write beside us: what was listed a moment ago is no answer.
@@ -71,8 +73,11 @@ def store_at(place: Path, *, read_only: bool = False) -> str | Store:
     """What zarr opens: a folder's name, or a store of objects."""
     if not is_remote(place):
         return str(place)
+    import zarr
     from zarr.storage import FsspecStore
 
+    # Some waits of the libraries below have no limit of their own.
+    zarr.config.set({"async.timeout": STORE_TIMEOUT_S})
     options = _OPTIONS.get(scheme_of(str(place)), {})
     return FsspecStore.from_url(str(place), storage_options=options, read_only=read_only)
 

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import psutil
 from filelock import FileLock, Timeout
 
-from .errors import OutputError
+from .errors import OutputError, TilerError
 from .files import age_of, create_new, make_folder, remove_file, remove_tree, touch, write_whole
 from .journal import Journal, find_journals, open_journal, read_journal
 from .places import is_remote
@@ -44,6 +44,8 @@ def writing(out: Path) -> Iterator[None]:
     """Turn the refusals of a file system or an object store at the output into one line."""
     try:
         yield
+    except TilerError:
+        raise  # which says already what it is
     except OSError as error:
         if is_remote(out) and _is_of_store(out, error):
             raise _unwritable(out, error) from error
@@ -68,7 +70,9 @@ def writing(out: Path) -> Iterator[None]:
 def _is_of_store(out: Path, error: Exception) -> bool:
     """Whether an object store's library raised it, or it is about an object of the output."""
     made = {type(cause).__module__.partition(".")[0] for cause in (error, error.__cause__, error.__context__)}
-    return bool(made & {"botocore", "aiobotocore", "aiohttp", "s3fs"}) or out.name in str(error)
+    return bool(made & {"botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec"}) or str(out).split("://")[1] in str(
+        error
+    )
 
 
 def _unwritable(out: Path, error: Exception) -> OutputError:
@@ -86,6 +90,8 @@ RECORDS, LOG = "records.jsonl", "run.log"
 """Journals in a run's folder, beside `run-GENERATION.json`."""
 MAKING = "making"
 """There while an output in an object store is made, replaced or removed: what is there then is nothing yet."""
+RECENT_TILES = 64
+"""Of a run that died, whose chunks are read before they are believed."""
 HEARTBEAT_S = 5.0
 """How often a run's owner shows that it lives."""
 STALE_S = 60.0
@@ -145,6 +151,17 @@ def find_runs(folder: Path) -> list[tuple[int, Path]]:
             if match:
                 found.append((int(match[1]), place))
     return sorted(found, key=lambda run: run[0])
+
+
+def read_runs(folder: Path) -> list[dict[str, Any]]:
+    """What is known of every run that wrote into an output, in order; of damaged files the generation."""
+    found: list[dict[str, Any]] = []
+    for generation, place in find_runs(folder):
+        values: Any = None
+        with contextlib.suppress(ValueError, OSError):
+            values = json.loads(place.read_bytes())
+        found.append({**Owner(generation=generation).to_json(), **(values if isinstance(values, dict) else {})})
+    return found
 
 
 def read_owner(folder: Path) -> Owner | None:
@@ -298,7 +315,7 @@ class RunFolder:
             log.error("stopped: %s: %s", type(error).__name__, error)
         self._stop.set()
         if self._heart is not None:
-            self._heart.join()
+            self._heart.join(timeout=HEARTBEAT_S)  # a store may not answer it
         # A full or vanished disk, or a store that is out of reach, must not hide what stopped the run.
         with contextlib.suppress(Exception) if error is not None else contextlib.nullcontext():
             if self._records is not None:
@@ -308,6 +325,7 @@ class RunFolder:
             with contextlib.suppress(Exception):
                 self._log.close()
         with contextlib.suppress(Exception):
+            self.require()
             if self._discarded or not (self._output.exists() or find_journals(self.path, RECORDS)):
                 # Nothing was begun, or nothing is worth keeping: leave nothing behind.
                 remove_tree(self.path)
@@ -316,6 +334,14 @@ class RunFolder:
                 assert self.owner is not None
                 write_whole(self._run_file, self._described(replace(self.owner, ended=_now(), how=how)))
         self._lock.release()
+
+    def require(self) -> None:
+        """Whether the output is still this run's: asked before what other calls may have changed is written.
+
+        Raises:
+            OutputError: a later run owns it.
+        """
+        require_owner(self._output, self.generation)
 
     @property
     def generation(self) -> int:
@@ -326,6 +352,16 @@ class RunFolder:
     def read(self) -> dict[tuple[int, int], dict[str, Any]]:
         """The last record of each tile."""
         return read_records(self._output)
+
+    def doubted(self, records: dict[tuple[int, int], dict[str, Any]]) -> set[tuple[int, int]]:
+        """Those of the last records that are to be read before they are believed: their run died, or one since then
+        did, and no call has looked at them."""
+        journals = find_journals(self.path, RECORDS)
+        last = max((int(re.findall(r"\d+", place.name)[0]) for place in journals), default=0)
+        unended = any(
+            not entry["ended"] for entry in read_runs(self.path) if last <= entry["generation"] < self.generation
+        )
+        return set(list(records)[-RECENT_TILES:]) if unended else set()
 
     def append(self, record: Record) -> None:
         """Add a record; in a file it survives the death of this process, in an object store when it is synced."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,18 @@ from .raster import Raster
 from .records import RunFolder, log
 from .store import ZarrFormat, chunks_of, find_chunk_fault, read_header
 
-RECENT_TILES = 64
-"""Of a run that died, whose chunks are read before they are believed."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LostRecord:
+    """In place of a tile's record: its chunks are not what was recorded."""
+
+    row: int
+    column: int
+    error: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"row": self.row, "column": self.column, "state": "lost", "error": self.error}
+
 
 Records = dict[tuple[int, int], dict[str, Any]]
 
@@ -74,8 +85,7 @@ def keep_tiles(
         redo: tiles that are not believed whatever their record says.
     """
     records = folder.read()
-    died = folder.before is not None and not folder.before.ended
-    recent = set(list(records)[-RECENT_TILES:]) if died else set()
+    recent = folder.doubted(records)
     sizes = sizes_below(out)
     kept: Records = {}
     for at, record in records.items():
@@ -95,6 +105,8 @@ def keep_tiles(
             kept[at] = record
         else:
             log.warning("tile %d,%d is done again: %s", *at, fault)
+            # For the next call, should this one not come so far.
+            folder.append(LostRecord(row=at[0], column=at[1], error=fault))
     return kept
 
 

@@ -261,6 +261,7 @@ def predict(
                 run.convert()
                 with _open(client, cluster, plan) as connected:
                     run.execute(connected, todo)
+            folder.require()
             run.finish(kept)
             began = run.began or time.perf_counter()
             pixels = sum(record.pixels for record in run.records if record.state == "done")
@@ -436,6 +437,7 @@ class _Run:
         return draw_backdrop(self.raster, area, lambda grey: watch.tell(backdrop_message(run_id, grey)))
 
     def _create(self) -> None:
+        self.folder.require()
         with self.folder.making():
             remove_store(self.out)
             self.folder.clear()

@@ -231,14 +231,15 @@ class TileMap:
     def _set(self, message: Message, now: float) -> None:
         cell = int(message["row"]), int(message["column"])
         state = STATES.index(message["state"])
-        before = self.states[cell]
         self.states[cell] = state
         if message["worker"]:
             self.worker[cell] = self._number_of(message["worker"])
         if state not in (DONE, FAILED):
             return
+        fresh = np.isnan(self.seconds[cell])  # Dask may do a tile twice
         self.seconds[cell] = message["seconds"]
-        if before not in (DONE, FAILED):
+        self.failures.pop(cell, None)
+        if fresh:
             y, x = cell[0] * self.core[0], cell[1] * self.core[1]
             pixels = min(self.core[0], self.shape[0] - y) * min(self.core[1], self.shape[1] - x)
             self.pixels_done += pixels
@@ -287,6 +288,11 @@ class TileMap:
         """Tiles in each state."""
         found = np.bincount(self.states.ravel(), minlength=len(STATES))
         return {name: int(number) for name, number in zip(STATES, found, strict=True)}
+
+    def count_running(self) -> dict[str, int]:
+        """Tiles that each worker is at."""
+        found = np.bincount(self.worker[self.states == RUNNING] + 1, minlength=len(self.workers) + 1)
+        return {worker: int(number) for worker, number in zip(self.workers, found[1:], strict=True)}
 
     def rate(self, now: float | None = None) -> float:
         """Pixels a second: of the last seconds, or of the whole run once it has ended."""

@@ -509,8 +509,9 @@ class _Transfer:
     def _begin(self) -> list[tuple[int, int]]:
         """The cells still to do, of an interrupted copy that may be continued or of a new one."""
         if self._stored_fingerprint() == self.fingerprint:
-            sizes = sizes_below(self.unfinished)
-            done = {at: record for at, record in self.folder.read().items() if self._is_kept(at, record, sizes)}
+            sizes, records = sizes_below(self.unfinished), self.folder.read()
+            recent = self.folder.doubted(records)
+            done = {at: record for at, record in records.items() if self._is_kept(at, record, sizes, at in recent)}
             self.records = list(done.values())
             return [cell for cell in self.plan.grid if cell not in done]
         probe_raster(self.raster)
@@ -546,12 +547,14 @@ class _Transfer:
             return attributes[MARK]["fingerprint"]
         return None
 
-    def _is_kept(self, cell: tuple[int, int], record: dict[str, Any], sizes: Callable[[str], int | None]) -> bool:
+    def _is_kept(
+        self, cell: tuple[int, int], record: dict[str, Any], sizes: Callable[[str], int | None], read: bool
+    ) -> bool:
         """Whether a cell's chunks are there as they were flushed before their record was made."""
         chunks = record.get("chunks", {})
         names = _chunks_of(self.raster, self.plan.chunk, self.plan.grid.window(*cell), self.zarr_format)
         faults = (
-            find_chunk_fault(self.unfinished, name, tuple(chunks.get(name, (0, ""))), sizes, read=False)
+            find_chunk_fault(self.unfinished, name, tuple(chunks.get(name, (0, ""))), sizes, read=read)
             for name in names
         )
         return not any(faults)
@@ -601,8 +604,10 @@ class _Transfer:
             listed = [{"window": [y, x, h, w], "error": error} for y, x, h, w, error in unreadable]
             group.attrs[MARK] = {**told, "unreadable": listed}
         finish_metadata(self.unfinished)
+        self.folder.require()
         with self.folder.making():
             replace_store(self.out, self.unfinished)
+        remove_tree(self.unfinished)
         self.folder.discard()
         return masked
 

@@ -148,6 +148,7 @@ def test_a_run_that_failed_has_a_report(folder: Path, tmp_path: Path) -> None:
     page = Page((tmp_path / "o.html").read_text())
     assert "The run stopped: " in page.text
     assert "was begun with cores of 128, got 64" in page.text
+    assert "27 of 36" in page.text or "of 36 tiles are done" in page.text
     assert page.tags.count("img") == 3
 
 

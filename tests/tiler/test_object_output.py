@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -12,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from distributed import Client, LocalCluster
+from outsize.pipelines.cli import cli
 from outsize.tiler.errors import OutputError
 from outsize.tiler.events import Event, TileFinished
 from outsize.tiler.files import find_matching, sizes_below
@@ -221,9 +222,8 @@ def test_the_commands_take_buckets(tmp_path: Path, server: ObjectServer, monkeyp
     server.use(monkeypatch)
 
     def outsize(*words: str) -> str:
-        command = [sys.executable, "-W", "ignore", "-m", "outsize.pipelines.cli", *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ.copy())
-        assert done.returncode == 0, done.stderr
+        done = CliRunner().invoke(cli, words)
+        assert done.exit_code == 0, done.stderr
         return done.stdout
 
     outsize("sample", str(tmp_path / "demo"), "--size", "600")

@@ -22,6 +22,7 @@ import zarr
 from affine import Affine
 from distributed import Client, LocalCluster
 from outsize.tiler.cluster import ClusterOptions
+from outsize.tiler.dashboard import Watch
 from outsize.tiler.errors import BudgetError, OutputError, RasterError, UsageError
 from outsize.tiler.geometry import Window
 from outsize.tiler.raster import Raster, open_raster
@@ -451,9 +452,9 @@ def test_a_cell_whose_worker_died_is_nodata(
 
     copiers: list[Copier] = []
 
-    def tell(_client: Any, job: TransferJob) -> Any:
+    def tell(_client: Any, job: TransferJob, _begin: Any) -> Any:
         copiers.append(Copier(job))
-        return contextlib.nullcontext()
+        return contextlib.nullcontext(Watch(None))
 
     def run(_client: Any, _run_id: str, cells: Any, _label: str) -> Any:
         for cell in cells:
