@@ -78,10 +78,7 @@ class ObjectServer:
 def serve_objects() -> Iterator[ObjectServer]:
     """Serve an empty bucket."""
     from moto.server import ThreadedMotoServer
-    from s3fs import S3FileSystem
 
-    # Those of another server's time would go on asking there.
-    S3FileSystem.clear_instance_cache()
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -23,7 +23,7 @@ from outsize.tiler.records import RECORDS, RunFolder, find_runs, is_there, read_
 from outsize.tiler.transfer import copy_raster
 from outsize.tiler.verify import verify_output
 
-from .object_server import BUCKET, Faults, ObjectServer, serve_objects
+from .object_server import BUCKET, Faults, ObjectServer
 from .test_object_store import upload
 from .test_run import class_network, run, scene, stored, whole
 
@@ -35,12 +35,6 @@ def client() -> Iterator[Client]:
         Client(cluster) as client,
     ):
         yield client
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ObjectServer]:
-    with serve_objects() as server:
-        yield server
 
 
 def contents(out: Path) -> dict[str, bytes]:

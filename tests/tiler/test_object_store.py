@@ -16,7 +16,7 @@ from outsize.tiler.raster import open_raster
 from outsize.tiler.raster_parts import open_reference, open_stack, reference_to
 from outsize.tiler.transfer import copy_raster
 
-from .object_server import BUCKET, Faults, ObjectServer, serve_objects
+from .object_server import BUCKET, Faults, ObjectServer
 from .test_run import class_network, run, scene, stored, whole
 
 
@@ -27,12 +27,6 @@ def client() -> Iterator[Client]:
         Client(cluster) as client,
     ):
         yield client
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ObjectServer]:
-    with serve_objects() as server:
-        yield server
 
 
 def upload(server: ObjectServer, path: Path, name: str) -> str:
