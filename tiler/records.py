@@ -105,6 +105,8 @@ class Owner:
     generation: int
     """Counts the calls that wrote into this output."""
     host: str = "an unknown machine"
+    machine: str = ""
+    """Where its process number means something: one start of one machine, seen from one container."""
     pid: int = 0
     user: str = "an unknown user"
     began: str = "at an unknown time"
@@ -121,9 +123,8 @@ class Owner:
 
     @property
     def is_here(self) -> bool:
-        """Whether it was another process of this machine, whose end can be seen. A container may share this one's name
-        and number."""
-        return self.host == socket.gethostname() and self.pid != os.getpid()
+        """Whether it was another process of this machine, whose end can be seen from here."""
+        return self.machine == _machine() and self.pid != os.getpid()
 
     @property
     def may_live(self) -> bool:
@@ -173,7 +174,7 @@ def read_owner(folder: Path) -> Owner | None:
     generation, place = runs[-1]
     try:
         values = json.loads(place.read_bytes())
-        known = {name: values[name] for name in ("host", "pid", "user", "began", "ended", "how")}
+        known = {name: values[name] for name in ("host", "machine", "pid", "user", "began", "ended", "how")}
         return Owner(generation=generation, command=tuple(values["command"]), seen=age_of(place), **known)
     except (ValueError, TypeError, KeyError):
         return Owner(generation=generation, seen=age_of(place))
@@ -252,6 +253,7 @@ class RunFolder:
             self.owner = Owner(
                 generation=(other.generation if other else 0) + 1,
                 host=socket.gethostname(),
+                machine=_machine(),
                 pid=os.getpid(),
                 user=_user(),
                 began=_now(),
@@ -421,6 +423,13 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):
         return str(os.getuid())
+
+
+def _machine() -> str:
+    """Names of machines are shared by some, process numbers by containers of one."""
+    with contextlib.suppress(OSError):
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
+    return socket.gethostname()
 
 
 def _now() -> str:

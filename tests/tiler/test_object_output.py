@@ -131,7 +131,7 @@ def test_of_two_runs_one_gets_the_output(
         other.kill()
     assert run(source, class_network(), out, client).resumed_tiles == 4
     # A process of another machine, which showed itself a moment ago.
-    (run_folder(out) / "run-2.json").write_text(json.dumps({**before, "host": "elsewhere"}))
+    (run_folder(out) / "run-2.json").write_text(json.dumps({**before, "host": "elsewhere", "machine": "another"}))
     with pytest.raises(OutputError, match=r"was being written \d+ s ago by process .* on elsewhere.*; if that is dead"):
         run(source, class_network(), out, client)
     owner = read_owner(run_folder(out))

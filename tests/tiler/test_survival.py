@@ -175,7 +175,7 @@ def test_the_owner_of_a_lock_is_named_and_a_dead_one_told(tmp_path: Path, client
     # On another machine, whose lock this one may not see, and which showed itself a moment ago.
     path = run_folder(out) / "run-1.json"
     before = json.loads(path.read_text())
-    path.write_text(json.dumps({**before, "host": "elsewhere", "ended": ""}))
+    path.write_text(json.dumps({**before, "host": "elsewhere", "machine": "another", "ended": ""}))
     with pytest.raises(OutputError, match=r"was being written \d+ s ago by process .* on elsewhere.*; if that is dead"):
         run(source, class_network(), out, client)
     os.utime(path, (time.time() - 100, time.time() - 100))
