@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
-from outsize.tiler.errors import OutputError
+from outsize.tiler.errors import BudgetError, OutputError
 from outsize.tiler.events import Event, TileFinished
 from outsize.tiler.files import find_matching, sizes_below
 from outsize.tiler.geometry import Window
@@ -137,6 +137,20 @@ def test_of_two_runs_one_gets_the_output(
     owner = read_owner(run_folder(out))
     assert owner is not None
     assert (owner.generation, owner.host) == (2, "elsewhere")
+
+
+def test_refusals_keep_their_words(
+    tmp_path: Path, client: Client, server: ObjectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.use(monkeypatch)
+    source, out = scene(tmp_path, 100, 100), place_of(f"s3://{BUCKET}/words/o")
+    run(source, class_network(), out, client)
+    with pytest.raises(OutputError, match=rf"^{out} exists; choose another path, or --overwrite$"):
+        run(source, class_network(), out, client, resume=False)
+    with pytest.raises(OutputError, match=rf"^{out} was made by another run: .*; --overwrite replaces it$"):
+        run(source, class_network(), out, client, fill=(1, 2, 3))
+    with pytest.raises(BudgetError):
+        run(source, class_network(), out, client, memory="1MB")
 
 
 def test_a_run_that_lost_its_output_writes_no_more(

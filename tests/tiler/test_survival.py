@@ -24,7 +24,7 @@ from outsize.tests.kill_campaign import Campaign, hash_chunks, outsize
 from outsize.tests.tiler.deadly import make_deadly
 from outsize.tiler.cluster import ClusterError, ClusterOptions
 from outsize.tiler.errors import OutputError, RasterError
-from outsize.tiler.events import Event, TileFinished
+from outsize.tiler.events import Event, RunPlanned, TileFinished
 from outsize.tiler.files import create_new
 from outsize.tiler.journal import read_journal
 from outsize.tiler.raster import Raster
@@ -156,6 +156,29 @@ def test_torn_files_of_a_run_that_died_are_done_again(tmp_path: Path, client: Cl
         case _:
             kept = [line for line in records_file.read_text().splitlines() if '"row": 2, "column": 1,' not in line]
             records_file.write_text("\n".join(kept) + '\n{"row": 2, "column": 1, "st')
+    again = run(source, class_network(), out, client)
+    assert (again.tiles, again.resumed_tiles) == (1, 15)
+    assert hash_chunks(out) == expected
+
+
+def test_a_call_in_between_does_not_make_torn_files_believed(tmp_path: Path, client: Client) -> None:
+    source, out = scene(tmp_path, 200, 200), tmp_path / "o.zarr"
+    run(source, class_network(), out, client)
+    expected = hash_chunks(out)
+    path = run_folder(out) / "run-1.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "ended": "", "how": ""}))
+    chunk = out / "class/c/2/1"
+    value = chunk.read_bytes()
+    chunk.write_bytes(value[:-20] + bytes([value[-20] ^ 1]) + value[-19:])
+    with pytest.raises(OutputError, match="cores of 64, got 128"):
+        run(source, class_network(), out, client, core=128)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, RunPlanned):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # it has seen the fault, and mends nothing
+        run(source, class_network(), out, client, listener=stop)
     again = run(source, class_network(), out, client)
     assert (again.tiles, again.resumed_tiles) == (1, 15)
     assert hash_chunks(out) == expected
