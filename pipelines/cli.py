@@ -528,14 +528,14 @@ def segment(console: Any, sources: tuple[str, ...], out_dir: Path | None, **opti
         raise click.UsageError("--list and --asset are for batches; give --out-dir DIR")
     if len(sources) != 2:
         raise click.UsageError(f"one SRC and its OUT, or inputs and --out-dir DIR; got {len(sources)} arguments")
-    known = _segment_options(sources[0], options)
+    known, out = _segment_options(sources[0], options), _Place().convert(sources[1], None, None)
     if options["dry_run"]:
+        from ..tiler.places import is_remote
         from .segment import run_plan
 
-        to_store = "://" in sources[1]
-        run_plan(console, known, dashboard=cluster.serves_dashboard, to_store=to_store)
+        run_plan(console, known, dashboard=cluster.serves_dashboard, to_store=is_remote(out))
         return
-    if run_segment(console, known, _Place().convert(sources[1], None, None), cluster, writing).failed_tiles:
+    if run_segment(console, known, out, cluster, writing).failed_tiles:
         raise SystemExit(EXIT_FAILED_TILES)
 
 

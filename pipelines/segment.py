@@ -214,13 +214,12 @@ def run_segment(
 ) -> RunSummary:
     """Segment a raster; returns what was done, start-up counted from here."""
     refuse_picture_name("segment", out)
+    listener = RunListener(console, own_page=cluster.dashboard_address is not None)
     if writing.report is None:
-        shown = RunListener(console, own_page=cluster.dashboard_address is not None)
-        return _segment(console, options, out, cluster, writing, shown)
+        return _segment(console, options, out, cluster, writing, listener)
     from .report import StoppedRun, require_report_target, write_report
 
     require_report_target(writing.report, overwrite=True)
-    listener = RunListener(console, own_page=cluster.serves_dashboard)
     stop = StoppedRun(source=options.source)
     try:
         return _segment(console, options, out, cluster, writing, listener)

@@ -6,12 +6,11 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 from outsize.tiler.errors import BudgetError, OutputError
 from outsize.tiler.events import Event, TileFinished
 from outsize.tiler.files import find_matching, sizes_below
@@ -26,15 +25,6 @@ from outsize.tiler.verify import verify_output
 from .object_server import BUCKET, Faults, ObjectServer
 from .test_object_store import upload
 from .test_run import class_network, run, scene, stored, whole
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
 
 
 def contents(out: Path) -> dict[str, bytes]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 from outsize.tiler.errors import RasterError, UsageError
 from outsize.tiler.events import Event, TileFinished
 from outsize.tiler.geometry import Window
@@ -18,15 +17,6 @@ from outsize.tiler.transfer import copy_raster
 
 from .object_server import BUCKET, Faults, ObjectServer
 from .test_run import class_network, run, scene, stored, whole
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
 
 
 def upload(server: ObjectServer, path: Path, name: str) -> str:
