@@ -142,6 +142,7 @@ JOB = """
         number += 1
         head.rows.fill_(number % 1000)  # every row says which generation it is of
         save_checkpoint(head, sys.argv[1], number)
+        print(number, flush=True)
 """
 
 
@@ -158,12 +159,11 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_generation(tmp_path: Path
         )
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
+        promised = int(process.stdout.readline())  # however slow the disk is: each job saves at least once
         time.sleep(random.uniform(0.0, 0.5))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         generation = load_checkpoint(head, tmp_path)
-        assert generation.step >= newest
+        assert generation.step >= promised > newest
         newest = generation.step
-        if newest:
-            assert (head.dense_weight() == newest % 1000).all()
-    assert newest > 5
+        assert (head.dense_weight() == newest % 1000).all()
