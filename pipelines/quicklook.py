@@ -20,6 +20,8 @@ from .console import Console, Step
 
 SIDE = 900
 """Longest side of each picture, in pixels."""
+PATIENCE = 64
+"""Windows that cannot be read and are tried by halves: a source that is gone altogether must not take hours."""
 _ROWS, _COLUMNS = 512, 2048
 _INK, _PAPER, _GREY = (30, 32, 36), (255, 255, 255), (225, 227, 230)
 
@@ -41,9 +43,11 @@ def _read_small(
     reader = raster.open_reader()
     try:
         cell = (max(fy, _ROWS // fy * fy), max(fx, _COLUMNS // fx * fx))
-        grid, holes = Grid(shape=(height * fy, width * fx), cell=cell), 0
-        for at in grid:
-            inside = grid.window(*at).clamp(region.shape)
+        grid = Grid(shape=(height * fy, width * fx), cell=cell)
+        patience, is_empty = PATIENCE, True
+        windows = [grid.window(*at).clamp(region.shape) for at in reversed(list(grid))]
+        while windows:
+            inside = windows.pop()
             window = replace(inside, y=inside.y + region.y, x=inside.x + region.x)
             y, x = inside.y // fy, inside.x // fx
             part = small[:, y : y + max(1, inside.height // fy), x : x + max(1, inside.width // fx)]
@@ -53,17 +57,35 @@ def _read_small(
             except RasterError:
                 if not average:
                     raise
-                # A damaged block leaves a hole in the picture.
+                # A damaged block leaves a hole in the picture, no larger than need be.
                 reader.close()
-                reader, holes, part[:] = raster.open_reader(), holes + 1, np.nan
+                reader, part[:] = raster.open_reader(), np.nan
+                if patience > 0 and (halves := _halve(inside, raster.block, (fy, fx))):
+                    patience -= 1
+                    windows.extend(halves)
+                    continue
             else:
+                is_empty = False
                 part[:] = _shrink(image[bands], missing, (fy, fx)) if average else image[bands][:, ::fy, ::fx]
             step.advance(window.pixels)
     finally:
         reader.close()
-    if holes == len(grid):
+    if is_empty:
         raise RasterError(f"{raster.path}: no part of it can be read")
     return small
+
+
+def _halve(window: Window, block_yx: tuple[int, int], factor_yx: tuple[int, int]) -> list[Window]:
+    """Both halves along the side of more blocks, cut between means, at blocks if may be; none for a single one."""
+    units = [-(-block // factor) * factor for block, factor in zip(block_yx, factor_yx, strict=True)]
+    shares = [window.height / units[0], window.width / units[1]]
+    axis = int(shares[1] > shares[0])
+    side, cut = window.shape[axis], int(-(-shares[axis] // 2)) * units[axis]
+    if shares[axis] <= 1:
+        return []
+    if axis:
+        return [replace(window, x=window.x + cut, width=side - cut), replace(window, width=cut)]
+    return [replace(window, y=window.y + cut, height=side - cut), replace(window, height=cut)]
 
 
 def _shrink(

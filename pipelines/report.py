@@ -45,7 +45,7 @@ class StoppedRun:
     check: StartCheck | None = None
     peak_bytes: int = 0
     is_brief: bool = False
-    """Whoever interrupts does not want to wait for pictures."""
+    """It was interrupted; whoever does that does not want to wait for pictures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -370,9 +370,10 @@ def test_an_interrupt_ends_with_130_and_the_same_command_goes_on(tmp_path: Path)
     assert outsize("sample", scene, "--size", "1800").returncode == 0
     out = tmp_path / "map.zarr"
     command = [sys.executable, "-m", "outsize", "segment", scene / "scene.zarr", out, "--core", "256", "--no-dashboard"]
+    page = tmp_path / "map.html"
     # A session of its own: as in a terminal, Ctrl-C reaches workers too.
     process = subprocess.Popen(
-        list(map(str, command)),
+        list(map(str, [*command, "--report", page])),
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -388,6 +389,10 @@ def test_an_interrupt_ends_with_130_and_the_same_command_goes_on(tmp_path: Path)
     assert process.returncode == 130, errors
     assert "the same command goes on" in errors.splitlines()[-1]
     assert "Traceback" not in errors
+    told = page.read_text()
+    assert "The run was interrupted" in told
+    assert "of 64 tiles are done" in told
+    assert "<img" not in told  # whoever interrupts does not want to wait for pictures
     values = result_of(outsize("--json", *map(str, command[3:])))
     assert values["resumed_tiles"] >= 5
     assert values["tiles"] + values["resumed_tiles"] == 64

@@ -18,8 +18,12 @@ import zarr
 from affine import Affine
 from outsize.pipelines.areas import count_areas
 from outsize.pipelines.console import Console
-from outsize.pipelines.report import measure_throughput, render_report
+from outsize.pipelines.quicklook import make_quicklook
+from outsize.pipelines.report import StoppedRun, measure_throughput, render_report
+from outsize.tiler.check import StartCheck
 from outsize.tiler.georeference import Georeference, pixel_areas
+from outsize.tiler.memory import format_bytes
+from outsize.tiler.plan import TilePlan
 from outsize.tiler.records import run_folder
 from outsize.tiler.store import open_array, read_header, writable
 
@@ -150,6 +154,33 @@ def test_a_run_that_failed_has_a_report(folder: Path, tmp_path: Path) -> None:
     assert "was begun with cores of 128, got 64" in page.text
     assert "27 of 36" in page.text or "of 36 tiles are done" in page.text
     assert page.tags.count("img") == 3
+
+
+def test_a_damaged_block_leaves_a_hole_of_its_size_in_the_picture(folder: Path) -> None:
+    found = make_quicklook(Console(), folder / "m.zarr", read_header(folder / "m.zarr"))
+    assert found.source is not None
+    assert found.source.size == (700, 700)  # not shrunk
+    grey = (np.asarray(found.source) == 225).all(-1)
+    assert grey[192:256, 320:384].all()
+    for beside in (grey[184:192, 320:384], grey[256:264, 320:384], grey[192:256, 312:320], grey[192:256, 384:392]):
+        assert not beside.any()
+
+
+def test_a_start_check_that_fails_is_told_with_the_plan(folder: Path, tmp_path: Path) -> None:
+    plan = TilePlan.from_json(read_header(folder / "m.zarr")["plan"])
+    check = StartCheck(tiles=3, pixels=24_576, compared="logits", max_abs=0.75, largest=9.0, flipped=41, tolerance=1e-3)
+    stop = StoppedRun(source="a.tif", error="the tiles differ", plan=plan, check=check, peak_bytes=1_234_000_000)
+    page = Page(render_report(Console(), tmp_path / "nothing.zarr", stop))
+    assert "The run stopped: the tiles differ" in page.text
+    assert "Nothing was written. Source: a.tif" in page.text
+    assert (
+        f"Memory 1.23 GB at most as tiles ended, all processes; {format_bytes(plan.memory.total_bytes)} pred"
+        in page.text
+    )
+    assert "Start check FAILED: 3 tiles, 24576 px" in page.text
+    assert "largest difference of logits 0.75 (tolerance 0.001), 41 flipped pixels" in page.text
+    for line in plan.explain().splitlines():
+        assert " ".join(line.split()) in page.text
 
 
 def test_an_unfinished_run_is_told(folder: Path, tmp_path: Path) -> None:
