@@ -24,6 +24,8 @@ sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore[reportArgu
 
 import openvino as ov  # noqa: E402
 
+from .openvino_rewrite import rewrite_model  # noqa: E402
+
 if TYPE_CHECKING:
     from .network import Network
     from .plan import Tile
@@ -70,9 +72,13 @@ def _convertible(network: Network) -> Any:
     return trace(network.module, network.bands, getattr(torch, wider)).program
 
 
-def convert_exported(program: Any) -> tuple[bytes, bytes]:
-    """(graph, weights) of an exported program of torch, as OpenVINO's model files."""
-    return _serialise(ov.convert_model(program))
+def convert_exported(program: Any, shapes: list[tuple[int, ...]]) -> tuple[bytes, bytes]:
+    """(graph, weights) of an exported program of torch for inputs of those shapes, as OpenVINO's model files."""
+    model = ov.convert_model(program)
+    # The converter leaves the inputs' shapes open, and what is made for any shape is slow.
+    model.reshape({port: shape for port, shape in zip(model.inputs, shapes, strict=True)})
+    rewrite_model(model)
+    return _serialise(model)
 
 
 def _serialise(model: ov.Model) -> tuple[bytes, bytes]:
@@ -115,6 +121,7 @@ class OpenVinoEngine:
                 model.remove_result(result)
             try:
                 model.reshape([1, *shape])
+                rewrite_model(model)
                 self._request = self._core.compile_model(model, "CPU", self._options).create_infer_request()
             except RuntimeError as error:
                 raise EngineError(

@@ -94,7 +94,8 @@ def cache_name(network: Network) -> str:
 def _hash_sources() -> str:
     """Of the files that decide what a program computes."""
     digest = hashlib.sha256()
-    for name in ("axis_geometry", "engine_programs", "operations", "program", "program_ir", "receptive", "rules"):
+    names = ("axis_geometry", "engine_openvino", "engine_programs", "openvino_rewrite", "operations", "program")
+    for name in (*names, "program_ir", "receptive", "rules"):
         digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     return digest.hexdigest()
 
@@ -107,8 +108,9 @@ def _convert(program: Program) -> ModelParts:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(program, (example, *program.inputs()), strict=False)
-            return split_model(*convert_exported(exported))
+            examples = (example, *program.inputs())
+            exported = torch.export.export(program, examples, strict=False)
+            return split_model(*convert_exported(exported, [tuple(tensor.shape) for tensor in examples]))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EngineError(f"OpenVINO cannot run this network: {reason}; use --engine torch") from error

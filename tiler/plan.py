@@ -17,6 +17,8 @@ from .memory import MB, MemoryPrediction, format_bytes
 GDAL_CACHE_BYTES = 64 * MB
 STORE_BYTES = 70 * MB
 """Of the libraries that talk to an object store, in each process that does; measured, see docs/memory.md."""
+STRIP_ROWS = 4
+"""Rows of tiles that are done together, column by column: the next rows read a quarter of their blocks again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,10 +140,18 @@ class TilePlan:
         return Tile(row=row, column=column, core=core, target=target, window=window, crop=crop)
 
     def order(self) -> list[tuple[int, int]]:
-        """Tiles in the order of the run: those of one window shape together, so that few programs are built."""
-        heights = [(span.window[0] - span.window[1], span.kind) for span in self.rows]
-        widths = [(span.window[0] - span.window[1], span.kind) for span in self.columns]
-        return sorted(self.grid, key=lambda at: (heights[at[0]], widths[at[1]], at))
+        """Tiles in the order of the run: column by column through strips of a few rows.
+
+        Neighbours come soon after each other, so that the blocks that they share are still decoded; and the rows of a
+        strip are of one kind, so that another program is needed only at the first and the last column.
+        """
+        kinds = [(span.window[1] - span.window[0], span.kind) for span in self.rows]
+        strips: list[list[int]] = []
+        for row, kind in enumerate(kinds):
+            if not strips or len(strips[-1]) == STRIP_ROWS or kinds[strips[-1][0]] != kind:
+                strips.append([])
+            strips[-1].append(row)
+        return [(row, column) for strip in strips for column in range(len(self.columns)) for row in strip]
 
     @property
     def geometries(self) -> int:

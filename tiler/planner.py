@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import lcm
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from .check import PATCH, larger_core, larger_window
 from .cost import count_flops, count_peak_bytes, program_shapes
 from .engine import Method, choose_engine
 from .errors import BudgetError, UntileableError, UsageError
-from .geometry import Halo, Interval, Window
+from .geometry import Halo, Interval, Window, align_up
 from .machine import cpu_count
 from .memory import MB, MemoryPrediction, format_bytes, parse_bytes, predict_memory
 from .memory_probe import MemoryLookup, constant_memory
@@ -31,6 +32,8 @@ SMALLEST_SIDE = 64
 """Rasters with a shorter side go to torch by themselves."""
 MOST_TILES = 50_000
 """Along one side. A raster that declares more is a mistake or a trap."""
+PROGRAM_FLOPS = 4e12
+"""Work from which programs pay that each kind of tile has to be converted for: some ten seconds on two cores."""
 CORES_PER_WORKER = 8
 """CPU cores of one worker process; more are slower in one convolution than in two."""
 CLIENT_BYTES = {
@@ -62,7 +65,9 @@ def compute_spans(
         part = Interval(start=start, stop=min(start + core, wanted.stop))
         needed = network.needed_interval(axis, part).clamp(extent)
         window = network.align(axis, needed, extent)
-        spans.append(Span(core=(part.start, part.stop), window=(window.start, window.stop)))
+        # Ended on the stride too, every level of the network has whole pixels, and enlarged tensors need no crop.
+        stop = min(align_up(window.stop, lcm(network.stride[axis], network.size_multiple)), extent)
+        spans.append(Span(core=(part.start, part.stop), window=(window.start, stop)))
     longest = max(span.window[1] - span.window[0] for span in spans)
     return tuple(
         Span(core=span.core, window=(0, min(longest, extent))) if span.window[0] == 0 else span for span in spans
@@ -90,15 +95,8 @@ def compute_program_spans(
     return tuple(spans), geometries
 
 
-def choose_method(network: Network, method: str | None, shape_yx: tuple[int, int]) -> Method:
-    """Window runs where they are exact, else programs.
-
-    Raises:
-        UsageError: no such method.
-        UntileableError: windows were asked for, but they cannot be exact.
-    """
-    if method not in (None, "auto", "window", "program"):
-        raise UsageError(f"method must be auto, window or program, got {method!r}")
+def find_window_refusal(network: Network, shape_yx: tuple[int, int]) -> str:
+    """Why windows of a raster of that shape cannot be run through the module; empty: they can."""
     refusal = network.window_refusal
     if not refusal and network.largest_extent is not None and max(shape_yx) > network.largest_extent:
         refusal = (
@@ -106,11 +104,30 @@ def choose_method(network: Network, method: str | None, shape_yx: tuple[int, int
             f"{network.largest_extent} pixels a side (torch rounds its source coordinates), the raster has "
             f"{max(shape_yx)}; run programs"
         )
+    return refusal
+
+
+def choose_method(
+    network: Network, method: str | None, shape_yx: tuple[int, int], *, prefer: Method = "window"
+) -> Method:
+    """The method that is asked for, else the preferred one, else the one that is exact.
+
+    Raises:
+        UsageError: no such method.
+        UntileableError: windows were asked for, but they cannot be exact.
+    """
+    if method not in (None, "auto", "window", "program"):
+        raise UsageError(f"method must be auto, window or program, got {method!r}")
+    refusal = find_window_refusal(network, shape_yx)
     if method == "window" and refusal:
         raise UntileableError(refusal)
     if method == "program" and network.program_refusal:
         raise UsageError(network.program_refusal)
-    return "program" if method == "program" or refusal else "window"
+    if method in ("window", "program"):
+        return "program" if method == "program" else "window"
+    if refusal:
+        return "program"
+    return "window" if network.program_refusal else prefer
 
 
 def plan_tiles(
@@ -140,7 +157,7 @@ def plan_tiles(
         core: side of the cores in output pixels; None: the largest that the budget allows.
         region: what is wanted, in pixels of the raster; None: all of it. Its result equals the whole image's there.
         mark_nodata_context: also write which pixels' receptive fields touch nodata.
-        method: "window" or "program"; None: windows where they are exact.
+        method: "window" or "program"; None: what is faster and exact.
         to_store: the output is in an object store.
         dashboard: the planning process serves Dask's dashboard too.
         memory_of: what (engine, method, threads) add to the network's tensors; `memory_lookup` measures it.
@@ -166,7 +183,9 @@ def plan_tiles(
     # OpenVINO has no pixels of 64 bits without sign, and does not pool what is one pixel high or wide.
     is_odd = not network.is_known or dtype == "uint64" or min(shape[1:]) < SMALLEST_SIDE
     engine_name = choose_engine("torch" if engine in (None, "auto") and is_odd else engine)
-    chosen = choose_method(network, method, (shape[1], shape[2]))
+    is_long = network.count_flops(network.padded_shape((shape[1], shape[2]))) >= PROGRAM_FLOPS
+    does_pay = engine_name == "openvino" and is_long and not mark_nodata_context
+    chosen = choose_method(network, method, (shape[1], shape[2]), prefer="program" if does_pay else "window")
     if mark_nodata_context and network.window_refusal:
         raise UsageError("--mark-nodata-context is for networks that windows can run; leave it out")
     cpus = cpu_count()
@@ -181,7 +200,7 @@ def plan_tiles(
     output_dtype = str(network.output_dtype).removeprefix("torch.")
     itemsize, output_itemsize = np.dtype(dtype).itemsize, np.dtype(output_dtype).itemsize
 
-    check_near, check_far = _check_margins(network, chosen, shape_yx)
+    check_near, check_far = _check_margins(network, choose_method(network, None, shape_yx), shape_yx)
     client_bytes = (
         CLIENT_BYTES[engine_name, chosen] + CLIENT_WEIGHTS * network.weight_bytes + CHECK_FACTOR * check_near.live_bytes
     )

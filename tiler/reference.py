@@ -12,6 +12,7 @@ from .geometry import Window
 from .network import Network
 from .nodata import Array, Mask
 from .plan import TilePlan
+from .planner import choose_method
 from .program import make_program
 from .raster import Raster, RasterReader, read_filled
 from .worker import missing_in_output
@@ -33,9 +34,9 @@ class Reference:
         Raises:
             RasterError: the window cannot be read.
         """
-        if self.plan.method == "program":
-            return self._run_program(reader, patch)
         network = self.network
+        if choose_method(network, None, self.raster.shape_yx) == "program":
+            return self._run_program(reader, patch)
         window = larger_window(
             network, patch, self.raster.shape_yx, self.plan.check_margin + further * max(network.stride)
         )
