@@ -76,7 +76,7 @@ def convert_exported(program: Any, shapes: list[tuple[int, ...]]) -> tuple[bytes
     """(graph, weights) of an exported program of torch for inputs of those shapes, as OpenVINO's model files."""
     model = ov.convert_model(program)
     # The converter leaves the inputs' shapes open, and what is made for any shape is slow.
-    model.reshape({port: shape for port, shape in zip(model.inputs, shapes, strict=True)})
+    model.reshape(dict(zip(model.inputs, shapes, strict=True)))
     rewrite_model(model)
     return _serialise(model)
 

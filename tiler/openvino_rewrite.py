@@ -210,7 +210,8 @@ def _spread_upsampled(node: Any) -> tuple[Any, Any] | None:
 def _compare_classes(node: Any) -> tuple[Any, Any] | None:
     """The position of the largest of a few channels, first of equals, by comparing them one after the other."""
     largest, positions = node.output(0), node.output(1)
-    if largest.get_target_inputs() or _constant(node, 1) is None or int(_constant(node, 1)) != 1:
+    count = _constant(node, 1)
+    if largest.get_target_inputs() or count is None or int(count) != 1:
         return None
     attributes, shape = node.get_attributes(), list(node.input(0).get_shape())
     if attributes["mode"] != "max" or attributes["axis"] not in (1, -3) or len(shape) != 4 or shape[1] > MOST_CLASSES:

@@ -17,8 +17,6 @@ from .memory import MB, MemoryPrediction, format_bytes
 GDAL_CACHE_BYTES = 64 * MB
 STORE_BYTES = 70 * MB
 """Of the libraries that talk to an object store, in each process that does; measured, see docs/memory.md."""
-STRIP_ROWS = 4
-"""Rows of tiles that are done together, column by column: the next rows read a quarter of their blocks again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +84,11 @@ class TilePlan:
     flops_bare: int
     """Of one pass over the raster without overlap."""
     read_amplification: float
-    """Pixels decoded for each wanted pixel, if no block is kept from one tile to the next."""
+    """Pixels decoded for each wanted pixel, by one worker that keeps as many blocks as the plan allows."""
+    strip_rows: int = 1
+    """Rows of tiles that are done together, column by column, so that neighbours find their blocks decoded."""
+    cache_bytes: int = 0
+    """Of decoded blocks that a worker keeps; GDAL's cache apart."""
     is_known: bool = True
     """Whether the halo was derived from the traced graph; else the user stated it."""
     check_margin: int = 1
@@ -140,18 +142,16 @@ class TilePlan:
         return Tile(row=row, column=column, core=core, target=target, window=window, crop=crop)
 
     def order(self) -> list[tuple[int, int]]:
-        """Tiles in the order of the run: column by column through strips of a few rows.
+        """Tiles in the order of the run: those of one program or window shape together, so that few are compiled; and
+        of those column by column through strips of some rows, so that blocks are decoded once for neighbours."""
+        heights = [(span.window[0] - span.window[1], span.kind) for span in self.rows]
+        widths = [(span.window[0] - span.window[1], span.kind) for span in self.columns]
 
-        Neighbours come soon after each other, so that the blocks that they share are still decoded; and the rows of a
-        strip are of one kind, so that another program is needed only at the first and the last column.
-        """
-        kinds = [(span.window[1] - span.window[0], span.kind) for span in self.rows]
-        strips: list[list[int]] = []
-        for row, kind in enumerate(kinds):
-            if not strips or len(strips[-1]) == STRIP_ROWS or kinds[strips[-1][0]] != kind:
-                strips.append([])
-            strips[-1].append(row)
-        return [(row, column) for strip in strips for column in range(len(self.columns)) for row in strip]
+        def key(at: tuple[int, int]) -> tuple[Any, ...]:
+            row, column = at
+            return (heights[row], widths[column], row // self.strip_rows, column, row)
+
+        return sorted(self.grid, key=key)
 
     @property
     def geometries(self) -> int:

@@ -34,6 +34,11 @@ MOST_TILES = 50_000
 """Along one side. A raster that declares more is a mistake or a trap."""
 PROGRAM_FLOPS = 4e12
 """Work from which programs pay that each kind of tile has to be converted for: some ten seconds on two cores."""
+LARGEST_CACHE_BYTES = 128 * MB
+STRIP_BLOCKS = (8, 4, 2, 1)
+"""Heights of a strip of tiles, in blocks of the raster: the strips' borders are decoded twice."""
+CACHE_SHARE = 16
+"""Of the budget, at most, goes to decoded blocks that a worker keeps."""
 CORES_PER_WORKER = 8
 """CPU cores of one worker process; more are slower in one convolution than in two."""
 CLIENT_BYTES = {
@@ -229,6 +234,7 @@ def plan_tiles(
             raise UsageError(
                 f"a core above {LARGEST_CHUNK} must be a multiple of it, so that a tile owns whole chunks, got {side}"
             )
+        reading = _plan_reading(raster, side, network, budget) if isinstance(raster, Raster) else None
         prediction = predict_memory(
             engine=engine_memory,
             workers=workers,
@@ -238,7 +244,7 @@ def plan_tiles(
             window_bytes=pixels * (shape[0] * itemsize + 1 + (8 if mark_nodata_context else 0)),
             result_bytes=network.channels * output_itemsize * core_pixels,
             chunk_bytes=2 * chunk[0] * chunk[1] * output_itemsize,
-            cache_bytes=store_bytes + (_cache_bytes(raster) if isinstance(raster, Raster) else 0),
+            cache_bytes=store_bytes + (reading.held_bytes if reading else 0),
         )
         smallest = prediction
         if prediction.total_bytes > budget:
@@ -249,6 +255,8 @@ def plan_tiles(
         if check is check_far:
             prediction = replace(prediction, client_bytes=prediction.client_bytes + further)
         block = raster.block if isinstance(raster, Raster) else chunk
+        strip_rows = reading.strip_rows if reading else 1
+        keeps = reading.is_enough if reading else False
         return TilePlan(
             raster_shape=(shape[0], shape[1], shape[2]),
             raster_dtype=dtype,
@@ -277,7 +285,9 @@ def plan_tiles(
             flops_bare=round(
                 network.count_flops(network.padded_shape(shape_yx)) * region.pixels / (shape[1] * shape[2])
             ),
-            read_amplification=_read_amplification(rows, columns, shape_yx, block, region),
+            read_amplification=_read_amplification(rows, columns, shape_yx, block, region, strip_rows if keeps else 0),
+            strip_rows=strip_rows,
+            cache_bytes=reading.cache_bytes if reading else 0,
             is_known=network.is_known,
             check_margin=check.margin,
             receptive=(_receptive_period(network, 0), _receptive_period(network, 1)) if mark_nodata_context else None,
@@ -380,11 +390,39 @@ def _span_halo(network: Network, rows: Sequence[Span], columns: Sequence[Span]) 
     return Halo(top=sides[0], bottom=sides[1], left=sides[2], right=sides[3])
 
 
-def _cache_bytes(raster: Raster) -> int:
-    """What reading holds beside the window: GDAL's block cache, the block that is being decoded."""
-    if raster.kind == "zarr":
-        return 2 * raster.block_bytes
-    return GDAL_CACHE_BYTES + raster.block_bytes
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reading:
+    """How a worker reads."""
+
+    strip_rows: int
+    cache_bytes: int
+    """Of decoded blocks that it keeps itself; 0 for GDAL, which has a cache of its own."""
+    held_bytes: int
+    """Beside the windows: caches, and what is being decoded."""
+    is_enough: bool
+    """Whether the cache keeps all blocks until the next tiles of the strip need them."""
+
+
+def _plan_reading(raster: Raster, core: int, network: Network, budget: int) -> _Reading:
+    """Strips as high as a cache can hold, of the blocks that two neighbouring columns of tiles share in them."""
+    side = max(1, int(core / float(min(network.scale))))
+    limit = GDAL_CACHE_BYTES if raster.kind != "zarr" else min(LARGEST_CACHE_BYTES, budget // CACHE_SHARE)
+    block_bytes = raster.block[0] * raster.block[1] * raster.bands * raster.dtype.itemsize
+    counts = [-(-extent // block) for extent, block in zip(raster.shape_yx, raster.block, strict=True)]
+    width = min(-(-side // raster.block[1]) + 2, counts[1])
+    strip_rows = needed = 1
+    for blocks in STRIP_BLOCKS:
+        strip_rows = max(1, blocks * raster.block[0] // side)
+        needed = min(-(-strip_rows * side // raster.block[0]) + 2, counts[0]) * width * block_bytes
+        if needed <= limit:
+            break
+    if raster.kind != "zarr":
+        held = GDAL_CACHE_BYTES + raster.block_bytes
+        return _Reading(strip_rows=strip_rows, cache_bytes=0, held_bytes=held, is_enough=needed <= limit)
+    kept = min(needed, limit)
+    # While a row of blocks is read it is there twice.
+    held = kept + (width + 1) * max(block_bytes, raster.block_bytes)
+    return _Reading(strip_rows=strip_rows, cache_bytes=kept, held_bytes=held, is_enough=kept == needed)
 
 
 def _scaled(network: Network, region: Window, shape_yx: tuple[int, int]) -> Window:
@@ -415,14 +453,31 @@ def _total_flops(network: Network, rows: Sequence[Span], columns: Sequence[Span]
 
 
 def _read_amplification(
-    rows: Sequence[Span], columns: Sequence[Span], shape_yx: tuple[int, int], block: tuple[int, int], region: Window
+    rows: Sequence[Span],
+    columns: Sequence[Span],
+    shape_yx: tuple[int, int],
+    block: tuple[int, int],
+    region: Window,
+    strip_rows: int,
 ) -> float:
-    """Pixels of all blocks that windows touch, relative to those wanted; separable along the axes."""
+    """Pixels of all blocks that are decoded, relative to those wanted; separable along the axes.
+
+    Args:
+        strip_rows: of the strips within which blocks are decoded once; 0: nothing is kept from tile to tile.
+    """
     product = 1.0
-    for spans, extent, size, wanted in zip((rows, columns), shape_yx, block, region.shape, strict=True):
-        read = 0
-        for span in spans:
+    for axis, (spans, extent, size, wanted) in enumerate(
+        zip((rows, columns), shape_yx, block, region.shape, strict=True)
+    ):
+        read, before = 0, None
+        for index, span in enumerate(spans):
             start, stop = span.window[0], min(span.window[1], extent)
-            read += min(-(-stop // size) * size, extent) - start // size * size
+            first, last = start // size * size, min(-(-stop // size) * size, extent)
+            # Tiles of one strip and kind find what the one before has decoded.
+            run = (span.window[1] - start, span.kind, index // strip_rows if strip_rows and axis == 0 else 0)
+            if strip_rows and before is not None and before[0] == run:
+                first = max(first, before[1])
+            read += max(0, last - first)
+            before = (run, last)
         product *= read / wanted
     return product

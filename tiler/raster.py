@@ -131,12 +131,16 @@ class Raster:
             return self.path
         return str(Path(self.path).absolute() / self.array_path)
 
-    def open_reader(self) -> RasterReader:
-        """A reader for one thread at a time."""
+    def open_reader(self, cache_bytes: int = 0) -> RasterReader:
+        """A reader for one thread at a time.
+
+        Args:
+            cache_bytes: of decoded blocks that a reader of Zarr keeps between windows; GDAL has a cache of its own.
+        """
         if self.kind == "zarr":
             from .raster_zarr import ZarrReader
 
-            return ZarrReader(self)
+            return ZarrReader(self, cache_bytes)
         if self.kind == "gdal":
             from .raster_gdal import GdalReader
 

@@ -15,6 +15,7 @@ import numpy as np
 import zarr
 from zarr.errors import BaseZarrError
 
+from .block_cache import BlockCache
 from .errors import RasterError, TilerError
 from .geometry import Window
 from .georeference import Georeference, from_attributes, from_centres
@@ -287,10 +288,24 @@ def _identity(store: Path, inner: str) -> str:
 
 
 class ZarrReader:
-    """Reads windows of one Zarr array, whatever the order of its axes."""
+    """Reads windows of one Zarr array, whatever the order of its axes.
 
-    def __init__(self, raster: Raster) -> None:
+    Args:
+        cache_bytes: of decoded blocks that are kept from window to window.
+    """
+
+    def __init__(self, raster: Raster, cache_bytes: int = 0) -> None:
         self._raster = raster
+        self._cache = (
+            BlockCache(
+                shape_yx=raster.shape_yx,
+                block=raster.block,
+                limit_bytes=cache_bytes,
+                read=lambda window: self._read(window, raster.indexes),
+            )
+            if cache_bytes
+            else None
+        )
         store = store_at(place_of(raster.path), read_only=True)
         array = zarr.open(store, mode="r", path=raster.array_path or None)
         assert isinstance(array, zarr.Array)
@@ -318,7 +333,7 @@ class ZarrReader:
         return np.ascontiguousarray(block.transpose([order.index(letter) for letter in "byx"]))
 
     def read(self, window: Window) -> Array:
-        return self._read(window, self._raster.indexes)
+        return self._cache.read(window) if self._cache else self._read(window, self._raster.indexes)
 
     def read_missing(self, window: Window, image: Array) -> Mask | None:
         rule = self._raster.nodata_rule

@@ -113,7 +113,7 @@ class TileRunner:
     def _read(self, tile: Tile) -> Any:
         with self._read_lock:
             if self._reader is None:
-                self._reader = self.spec.raster.open_reader()
+                self._reader = self.spec.raster.open_reader(self.spec.plan.cache_bytes)
             return read_filled(self._reader, self.spec.raster, tile.window, self.spec.fill)
 
     def _reopen(self) -> None:
