@@ -38,6 +38,7 @@ from .events import (
 from .files import remove_store
 from .fingerprint import make_fingerprint
 from .geometry import Interval, Window
+from .machine import release_freed_memory
 from .memory import parse_bytes
 from .memory_probe import memory_lookup
 from .meter import MemoryMeter
@@ -86,7 +87,7 @@ class RunSummary:
     """First read to last chunk."""
     mpx_per_s: float
     peak_bytes: int
-    """Sum of the PSS of all processes on this machine, sampled five times a second."""
+    """Sum of the PSS of all processes on this machine, sampled."""
     predicted_peak_bytes: int
     tiles: int
     resumed_tiles: int
@@ -388,6 +389,7 @@ class _Run:
             self.began = time.perf_counter()
             self.check = run_start_check(client, spec, self.network)
             log.info("start check: %s", self.check.sentence())
+            release_freed_memory()
             self.tell(StartChecked(check=self.check))
             require_exact(self.check)
             if self.begins:

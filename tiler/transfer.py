@@ -112,7 +112,7 @@ class TransferSummary:
     seconds: float
     mpx_per_s: float
     peak_bytes: int
-    """Sum of the PSS of all processes on this machine, sampled five times a second."""
+    """Sum of the PSS of all processes on this machine, sampled."""
     predicted_peak_bytes: int
     cells: int
     resumed_cells: int

@@ -1,0 +1,60 @@
+"""The memory meter: what it sees of this process and of its children."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from outsize.tiler.meter import INTERVAL_S, MemoryMeter, process_bytes
+
+MB = 1_000_000
+CHILD = """
+import time
+block = bytearray(150_000_000)
+print("ready", flush=True)
+time.sleep(3)
+"""
+
+
+def test_a_short_peak_of_this_process_is_seen() -> None:
+    before = process_bytes()
+    with MemoryMeter() as meter:
+        block = np.ones(200 * MB, np.uint8)
+        time.sleep(4 * INTERVAL_S)
+        del block
+        time.sleep(2 * INTERVAL_S)
+    assert 190 * MB < meter.peak_bytes - before < 260 * MB
+
+
+def test_children_count_from_when_they_are_known() -> None:
+    with MemoryMeter() as meter:
+        before = meter.current_bytes
+        with subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            child.wait()
+    assert meter.peak_bytes - before > 140 * MB
+
+
+def test_the_longer_a_look_takes_the_fewer_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[float] = []
+
+    def slow(process: object) -> int:
+        looks.append(time.perf_counter())
+        time.sleep(0.03)
+        return 100 * MB
+
+    monkeypatch.setattr("outsize.tiler.meter.process_bytes", slow)
+    monkeypatch.setattr("outsize.tiler.meter._own_bytes", lambda pids: 50 * MB)
+    with MemoryMeter():
+        time.sleep(10 * INTERVAL_S)
+    assert len(looks) <= 3  # at the beginning, at the end, and once where this machine is slow
+    looks.clear()
+    grown = iter(range(10**9))
+    monkeypatch.setattr("outsize.tiler.meter._own_bytes", lambda pids: next(grown) ** 2 * MB)
+    with MemoryMeter():
+        time.sleep(10 * INTERVAL_S)
+    assert len(looks) >= 4  # of memory that grows
