@@ -42,19 +42,19 @@ def test_children_count_from_when_they_are_known() -> None:
 def test_the_longer_a_look_takes_the_fewer_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[float] = []
 
-    def slow(process: object) -> int:
+    def slow(_: object) -> int:
         looks.append(time.perf_counter())
         time.sleep(0.03)
         return 100 * MB
 
     monkeypatch.setattr("outsize.tiler.meter.process_bytes", slow)
-    monkeypatch.setattr("outsize.tiler.meter._own_bytes", lambda pids: 50 * MB)
+    monkeypatch.setattr("outsize.tiler.meter._own_bytes", lambda _: 50 * MB)
     with MemoryMeter():
         time.sleep(10 * INTERVAL_S)
     assert len(looks) <= 3  # at the beginning, at the end, and once where this machine is slow
     looks.clear()
     grown = iter(range(10**9))
-    monkeypatch.setattr("outsize.tiler.meter._own_bytes", lambda pids: next(grown) ** 2 * MB)
+    monkeypatch.setattr("outsize.tiler.meter._own_bytes", lambda _: next(grown) ** 2 * MB)
     with MemoryMeter():
         time.sleep(10 * INTERVAL_S)
     assert len(looks) >= 4  # of memory that grows
