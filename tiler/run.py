@@ -232,7 +232,8 @@ def predict(
                 )
             folder.result = {"versions": _versions(), "plan": plan.summarise()}
             todo = [at for at in plan.order() if at not in kept]
-            resumed = len(kept)
+            states, resumed = _States(plan, kept), len(kept)
+            del kept
             pixels = sum(plan.grid.window(*at).pixels for at in todo)
             tell(
                 RunPlanned(
@@ -253,6 +254,7 @@ def predict(
                 begins=begins,
                 zarr_format=zarr_format,
                 folder=folder,
+                states=states,
                 meter=meter,
                 tell=tell,
                 patience=patience,
@@ -263,9 +265,8 @@ def predict(
                 with _open(client, cluster, plan) as connected:
                     run.execute(connected, todo)
             folder.require()
-            run.finish(kept)
-            began = run.began or time.perf_counter()
-            pixels = sum(record.pixels for record in run.records if record.state == "done")
+            run.finish()
+            began, pixels = run.began or time.perf_counter(), states.pixels
             seconds = (run.ended or began) - began
             peak = max(meter.peak_bytes, meter.current_bytes)
             summary = RunSummary(
@@ -278,7 +279,7 @@ def predict(
                 predicted_peak_bytes=plan.memory.total_bytes,
                 tiles=len(todo),
                 resumed_tiles=resumed,
-                failed_tiles=run.failed(kept),
+                failed_tiles=states.failed,
                 start_check=run.check,
                 read_amplification=plan.read_amplification,
                 engine=plan.engine,
@@ -302,8 +303,38 @@ def _open(
     return open_client(cluster, workers=workers, threads=threads, gdal_cache_bytes=GDAL_CACHE_BYTES)
 
 
+class _States:
+    """What became of every tile, in this call and before: a byte each, and the reasons of those that failed."""
+
+    def __init__(self, plan: TilePlan, kept: Records) -> None:
+        self.status = np.zeros(plan.grid.counts, np.uint8)
+        self.ended = 0
+        """Tiles that ended in this call."""
+        self.pixels = 0
+        """Of those that were done in this call."""
+        self._reasons: dict[tuple[int, int], str] = {}
+        for at, record in kept.items():
+            self._set(at, record["state"], str(record.get("error", "")))
+
+    def _set(self, at: tuple[int, int], state: str, reason: str) -> None:
+        self.status[at] = DONE if state == "done" else FAILED
+        self._reasons.pop(at, None)
+        if state != "done":
+            self._reasons[at] = reason
+
+    def add(self, record: TileRecord) -> None:
+        self._set((record.row, record.column), record.state, record.error)
+        self.ended += 1
+        self.pixels += record.pixels if record.state == "done" else 0
+
+    @property
+    def failed(self) -> tuple[tuple[int, int, str], ...]:
+        """(row, column, reason) of all tiles that hold nodata for want of a result."""
+        return tuple((*at, reason) for at, reason in sorted(self._reasons.items()))
+
+
 class _Run:
-    """One call's run: its records, its clock."""
+    """One call's run: the states of its tiles, its clock."""
 
     def __init__(
         self,
@@ -318,6 +349,7 @@ class _Run:
         begins: bool,
         zarr_format: ZarrFormat,
         folder: RunFolder,
+        states: _States,
         meter: MemoryMeter,
         tell: Listener,
         patience: float,
@@ -328,7 +360,7 @@ class _Run:
         self.meter, self.tell, self.patience, self.tile_map = meter, tell, patience, tile_map
         self.begins = begins
         self.zarr_format: ZarrFormat = zarr_format
-        self.records: list[TileRecord] = []
+        self.states = states
         self.check: StartCheck | None = None
         self.began: float | None = None
         self.ended: float | None = None
@@ -414,7 +446,7 @@ class _Run:
                 require_source(self.raster)
                 log.error("tile %d,%d failed: %s", record.row, record.column, record.error)
             self.folder.append(record)
-            self.records.append(record)
+            self.states.add(record)
             pixels += record.pixels
             if time.monotonic() - synced > 2:
                 self.folder.sync()
@@ -422,7 +454,7 @@ class _Run:
             self.tell(
                 TileFinished(
                     record=record,
-                    finished=len(self.records),
+                    finished=self.states.ended,
                     total=len(todo),
                     pixels=pixels,
                     elapsed_s=time.perf_counter() - self.began,
@@ -456,19 +488,9 @@ class _Run:
                 zarr_format=self.zarr_format,
             )
 
-    def failed(self, kept: Records) -> tuple[tuple[int, int, str], ...]:
-        """(row, column, reason) of all tiles that hold nodata for want of a result, those of earlier calls too."""
-        now = {(r.row, r.column): r.error for r in self.records if r.state == "failed"}
-        before = {at: str(record.get("error", "")) for at, record in kept.items() if record["state"] == "failed"}
-        return tuple((*at, error) for at, error in sorted({**before, **now}.items()))
-
-    def finish(self, kept: Records) -> None:
+    def finish(self) -> None:
         """Give failed tiles their nodata, and write the tiles' states."""
-        status = np.zeros(self.plan.grid.counts, np.uint8)
-        for (row, column), record in kept.items():
-            status[row, column] = DONE if record["state"] == "done" else FAILED
-        for record in self.records:
-            status[record.row, record.column] = DONE if record.state == "done" else FAILED
+        status = self.states.status
         array = open_array(self.out, self.description.kind, "r+")
         dtype = np.dtype(self.plan.output_dtype)
         for row, column in np.argwhere(status == FAILED):
