@@ -100,9 +100,14 @@ def compile_options(threads: int) -> dict[str, Any]:
 
 
 class OpenVinoEngine:
-    """Runs a network at fixed shapes, one compiled program alive at a time."""
+    """Runs a network at fixed shapes, one compiled program alive at a time.
 
-    def __init__(self, program: EngineProgram) -> None:
+    Args:
+        rewrite: run fewer operations of the same result; False: the graph as it is, for comparison.
+    """
+
+    def __init__(self, program: EngineProgram, *, rewrite: bool = True) -> None:
+        self._rewrite = rewrite
         self._core = ov.Core()
         graph, weights = program.payload
         self._model = self._core.read_model(graph, ov.Tensor(np.frombuffer(weights, np.uint8)))
@@ -121,7 +126,8 @@ class OpenVinoEngine:
                 model.remove_result(result)
             try:
                 model.reshape([1, *shape])
-                rewrite_model(model)
+                if self._rewrite:
+                    rewrite_model(model)
                 self._request = self._core.compile_model(model, "CPU", self._options).create_infer_request()
             except RuntimeError as error:
                 raise EngineError(

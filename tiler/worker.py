@@ -53,6 +53,8 @@ def missing_in_output(
     missing: npt.NDArray[np.bool_], window: Window, core: Window, scale: tuple[Fraction, Fraction]
 ) -> npt.NDArray[np.bool_]:
     """Nodata of a core's pixels: an output pixel is nodata where every input pixel under it is."""
+    if scale == (1, 1):
+        return missing[core.slices(window)]
     under = [
         [footprint(Interval(start=i, stop=i + 1), ratio) for i in range(interval.start, interval.stop)]
         for interval, ratio in ((core.rows, scale[0]), (core.columns, scale[1]))

@@ -1,9 +1,11 @@
-"""Disk to disk against the bare engine: the same network, weights, pixels and threads, in alternating runs.
+"""Disk to disk against the bare engine and against other ways of tiling: one network, one scene, alternating runs.
 
     python -m outsize.tests.benchmarks.segment --size 8192 --rounds 3
+    python -m outsize.tests.benchmarks.segment --size 2048 --peers --json peers.json
 
-"bare" is the engine on 1024 x 1024 windows that lie in memory, without overlap, scheduling or disk; "outsize" is
-`outsize segment` from Zarr to Zarr, first read to last chunk, start check included. Prints a table and one JSON line.
+"bare" is OpenVINO on 1024 x 1024 windows that lie in memory, without overlap, scheduling or disk; "bare rewritten" the
+same on the graph as outsize runs it; the others go from disk to disk. Each run is a process of its own. Prints a table,
+and with --json writes every run.
 """
 
 from __future__ import annotations
@@ -20,88 +22,132 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from outsize.models import as_tile_network, load_model
-from outsize.pipelines.console import format_table
-from outsize.sample_data.scene import Scene
-from outsize.sample_data.write import write_scene
-from outsize.tiler.engine import choose_engine, compile_program
-from outsize.tiler.geometry import Grid
-from outsize.tiler.machine import cpu_count
-from outsize.tiler.network import analyze_network
-from outsize.tiler.raster import open_raster
+import psutil
+import zarr
 
-WINDOW = 1024
+from ...pipelines.console import format_table
+from ...sample_data.scene import Scene
+from ...sample_data.write import write_scene
+from ...tiler.machine import cpu_count
+from ...tiler.meter import process_bytes
+from .contestant import NAMES
 
-
-class BareEngine:
-    """The engine on windows in memory."""
-
-    def __init__(self, scene: Path, engine: str | None) -> None:
-        raster = open_raster(scene)
-        network = analyze_network(as_tile_network(load_model()), raster.bands, torch.uint8)
-        self._engine = compile_program(network, choose_engine(engine), cpu_count()).load()
-        grid = Grid(shape=raster.shape_yx, cell=(WINDOW, WINDOW))
-        reader = raster.open_reader()
-        # Few windows, used again and again: the same work for the engine, and no more memory than it needs.
-        whole = [w for at in grid if (w := grid.window(*at)).shape == (WINDOW, WINDOW)]
-        self._windows = [np.ascontiguousarray(reader.read(window)) for window in whole[:16]]
-        self._repeats = -(-raster.shape_yx[0] * raster.shape_yx[1] // WINDOW**2)
-        self._engine.run(self._windows[0])
-
-    def measure(self) -> float:
-        """Mpx/s."""
-        began = time.perf_counter()
-        for index in range(self._repeats):
-            self._engine.run(self._windows[index % len(self._windows)])
-        return self._repeats * WINDOW**2 / (time.perf_counter() - began) / 1e6
+PEERS = ("monai 0.25", "monai 0.5", "map_overlap", "window loop")
+LARGEST_WHOLE = 2048
+"""Side up to which the whole image is run at once."""
 
 
-def measure_outsize(scene: Path, out: Path, engine: str | None) -> dict[str, Any]:
-    """The JSON summary of one `outsize segment`."""
-    command = [sys.executable, "-m", "outsize", "--json", "segment", str(scene), str(out), "--overwrite"]
-    command += ["--no-dashboard", "--engine", engine or "auto"]
-    completed = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(completed.stdout.splitlines()[-1])
+def run(name: str, scene: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """One run: seconds, Mpx/s, peak bytes of all its processes."""
+    command = [sys.executable, "-W", "ignore", "-m", "outsize.tests.benchmarks.contestant", name, str(scene), str(out)]
+    command += ["--network", options.network, "--memory", options.memory]
+    peak = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        me = psutil.Process(process.pid)
+        while process.poll() is None:
+            try:
+                peak = max(peak, sum(map(process_bytes, [me, *me.children(recursive=True)])))
+            except psutil.NoSuchProcess:
+                break
+            time.sleep(1)
+        answer, errors = process.communicate()
+    if process.returncode:
+        return {"name": name, "error": (errors.strip().splitlines() or ["killed"])[-1]}
+    found = json.loads(answer.splitlines()[-1])
+    return {"name": name, "mpx_per_s": options.size**2 / found["seconds"] / 1e6, "peak_bytes": peak, **found}
+
+
+def count_flipped(out: Path, expected: Path) -> int:
+    """Pixels whose class differs, nodata apart."""
+    ours, theirs = (
+        zarr.open_array(path / "class" if (path / "class").exists() else path, mode="r") for path in (out, expected)
+    )
+    flipped = 0
+    for y in range(0, ours.shape[0], 1024):
+        a, b = np.asarray(ours[y : y + 1024]), np.asarray(theirs[y : y + 1024])
+        flipped += int(((a != b) & (a != 255) & (b != 255)).sum())
+    return flipped
+
+
+def write_geotiff(scene: Path) -> None:
+    """The scene beside itself as a tiled GeoTIFF, for rasterio."""
+    import rasterio
+
+    image = zarr.open_array(scene, path="image", mode="r")
+    bands, height, width = image.shape
+    options = {"count": bands, "height": height, "width": width, "dtype": "uint8", "tiled": True}
+    with rasterio.open(
+        scene.parent / "image.tif", "w", driver="GTiff", compress="zstd", blockxsize=512, blockysize=512, **options
+    ) as dataset:
+        for y in range(0, height, 512):
+            window = rasterio.windows.Window(0, y, width, min(512, height - y))
+            dataset.write(np.asarray(image[:, y : y + 512]), window=window)
 
 
 def main() -> None:
+    """Print a row for each contestant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--engine", choices=["openvino", "torch"])
+    parser.add_argument("--network", default="small", choices=["small", "medium", "large"])
+    parser.add_argument("--memory", default="2GB")
+    parser.add_argument("--peers", action="store_true", help="other ways of tiling too; MONAI comes with .[bench]")
+    parser.add_argument("--only", action="append", choices=NAMES, help="these alone, in this order")
+    parser.add_argument("--scene", type=Path, help="a folder where the scene is made, or is; default: a temporary one")
+    parser.add_argument("--json", type=Path, help="write every run here")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        write_scene(Path(folder), Scene(height=options.size, width=options.size, seed=1))
-        scene = Path(folder, "scene.zarr")
-        bare = BareEngine(scene, options.engine)
-        rounds: list[dict[str, Any]] = []
+    names = options.only or ["bare", "bare rewritten", "outsize", *(PEERS if options.peers else ())]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.scene or Path(temporary)
+        scene = folder / "scene.zarr"
+        if not scene.exists():
+            write_scene(folder, Scene(height=options.size, width=options.size, seed=1))
+        if "window loop" in names and not (folder / "image.tif").exists():
+            write_geotiff(scene)
+        reference = Path(temporary, "outsize.zarr")
+        if options.size <= LARGEST_WHOLE:
+            reference = Path(temporary, "whole.zarr")
+            run("whole", scene, reference, options)
+        runs: list[dict[str, Any]] = []
         for number in range(options.rounds):
-            speed = bare.measure()
-            summary = measure_outsize(scene, Path(folder, "map.zarr"), options.engine)
-            rounds.append({"bare_mpx_per_s": speed, **summary, "ratio": summary["mpx_per_s"] / speed})
-            print(f"round {number + 1} of {options.rounds}: ratio {rounds[-1]['ratio']:.3f}", file=sys.stderr)
-    rows = [
-        [
-            str(number),
-            f"{r['bare_mpx_per_s']:.2f}",
-            f"{r['mpx_per_s']:.2f}",
-            f"{r['ratio']:.3f}",
-            f"{r['peak_bytes'] / 1e9:.2f}",
-            f"{r['start_check_max_abs']:.1e}",
-        ]
-        for number, r in enumerate(rounds, start=1)
-    ]
-    header = ["round", "bare Mpx/s", "outsize Mpx/s", "ratio", "peak GB", "start check"]
-    print(format_table(header, rows))
-    values = {
-        "size": options.size,
-        "cpus": cpu_count(),
-        "machine": platform.processor() or platform.machine(),
-        "median_ratio": statistics.median(r["ratio"] for r in rounds),
-        "rounds": rounds,
-    }
-    print(json.dumps(values))
+            for name in names:
+                out = Path(temporary, f"{name}.zarr")
+                found = run(name, scene, out, options)
+                if out.exists() and reference.exists() and out != reference:
+                    found["flipped"] = count_flipped(out, reference)
+                runs.append({"round": number + 1, **found})
+                print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+    rows: list[list[str]] = []
+    bare = [r.get("mpx_per_s", float("nan")) for r in runs if r["name"] == "bare"]
+    for name in names:
+        mine = [r for r in runs if r["name"] == name and "error" not in r]
+        if not mine:
+            rows.append([name, next(r["error"] for r in runs if r["name"] == name), "", "", ""])
+            continue
+        speeds = [r["mpx_per_s"] for r in mine]
+        ratios = [speed / b for speed, b in zip(speeds, bare, strict=False)]
+        flipped = [r["flipped"] for r in mine if "flipped" in r]
+        rows.append(
+            [
+                name,
+                f"{statistics.median(speeds):.2f}",
+                f"{statistics.median(ratios):.3f}" if ratios else "",
+                f"{max(r['peak_bytes'] for r in mine) / 1e9:.2f}",
+                f"{max(flipped):,}" if flipped else "",
+            ]
+        )
+    print(format_table(["", "Mpx/s", "ratio to bare", "peak GB", "flipped px"], rows))
+    if options.json:
+        values = {
+            "command": " ".join(["python -m outsize.tests.benchmarks.segment", *sys.argv[1:]]),
+            "size": options.size,
+            "network": options.network,
+            "memory": options.memory,
+            "cpus": cpu_count(),
+            "machine": platform.processor() or platform.machine(),
+            "runs": runs,
+        }
+        options.json.write_text(json.dumps(values, indent=1) + "\n")
 
 
 if __name__ == "__main__":
