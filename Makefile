@@ -44,7 +44,9 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python -m outsize.tests.benchmarks.segment
+	$(BIN)/python -m outsize.tests.benchmarks.segment --size 2048 --peers
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info $(DEMO)
