@@ -6,12 +6,13 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import RasterError
-from .geometry import Window
+from .geometry import Window, halve
 from .raster import Raster
 from .tile_map import shrink
 
@@ -26,7 +27,7 @@ BLOCKS_BYTES = 16 << 20
 
 @contextlib.contextmanager
 def draw_backdrop(raster: Raster, area: Window, show: Callable[[Grey], None]) -> Iterator[None]:
-    """Make a backdrop in a thread of its own and show it; ended early when this is left."""
+    """Make a backdrop in a thread of its own and show it, at the latest when this is left; not after an exception."""
     stop = threading.Event()
 
     def draw() -> None:
@@ -39,9 +40,13 @@ def draw_backdrop(raster: Raster, area: Window, show: Callable[[Grey], None]) ->
     thread.start()
     try:
         yield
-    finally:
+    except BaseException:
         stop.set()
-        thread.join(0.5)  # a raster that does not answer must not hold the run
+        raise
+    finally:
+        # It ends by itself; a raster that does not answer must not hold the run.
+        thread.join(0.5 if stop.is_set() else LIMIT_S + 0.5)
+        stop.set()
 
 
 def make_backdrop(raster: Raster, area: Window, stop: threading.Event | None = None) -> Grey | None:
@@ -61,29 +66,51 @@ def make_backdrop(raster: Raster, area: Window, stop: threading.Event | None = N
     grey = np.full((down, -(-area.width // cell)), np.nan, np.float32)
     reached: list[int] = []
     deadline = time.monotonic() + LIMIT_S
+
+    def is_late() -> bool:
+        return time.monotonic() > deadline or (stop is not None and stop.is_set())
+
     for row in _spread(down):
-        # One reader a row: GDAL keeps the blocks of an open file.
-        reader = raster.open_reader()
         y = area.y + (2 * row + 1) * area.height // (2 * down)
-        try:
-            for x in range(0, area.width, step):
-                if time.monotonic() > deadline or (stop is not None and stop.is_set()):
-                    break
-                window = Window(y=y, x=area.x + x, height=1, width=min(step, area.width - x))
-                with contextlib.suppress(RasterError):
-                    image = reader.read(window)
-                    part = shrink(image, (1, cell), reader.read_missing(window, image))
-                    grey[row, x // cell : x // cell + part.shape[1]] = part[0]
-            else:
-                reached.append(row)
-                continue
+        if _draw_row(raster, replace(area, y=y, height=1), grey[row], (cell, step), is_late):
+            reached.append(row)
+        if is_late():
             break
-        finally:
-            reader.close()
     if not np.isfinite(grey[reached]).any():
         return None
     near = np.abs(np.arange(down)[:, None] - np.array(reached)).argmin(1)
     return grey[np.array(reached)[near]]
+
+
+def _draw_row(
+    raster: Raster, line: Window, grey: Grey, cell_and_step: tuple[int, int], is_late: Callable[[], bool]
+) -> bool:
+    """Fill a row of the picture from one line of the raster; returns whether its end was reached. What cannot be read
+    is tried by halves: a damaged block leaves a gap of its own width."""
+    cell, step = cell_and_step
+    windows = [
+        replace(line, x=x, width=min(step, line.x + line.width - x)) for x in range(line.x, line.x + line.width, step)
+    ]
+    windows.reverse()
+    # One reader a row: GDAL keeps the blocks of an open file.
+    reader = raster.open_reader()
+    try:
+        while windows and not is_late():
+            window = windows.pop()
+            try:
+                image = reader.read(window)
+                part = shrink(image, (1, cell), reader.read_missing(window, image))
+            except RasterError:
+                # What was open may answer with zeros after a failure.
+                reader.close()
+                reader = raster.open_reader()
+                windows += halve(window, raster.block, (1, cell))
+            else:
+                start = (window.x - line.x) // cell
+                grey[start : start + part.shape[1]] = part[0]
+    finally:
+        reader.close()
+    return not windows
 
 
 def _spread(count: int) -> Iterator[int]:
