@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..models.segmentation.model import Output, SegmentationModel, as_tile_network, describe_output
@@ -246,13 +246,11 @@ def _segment(
 ) -> RunSummary:
     began = time.perf_counter()
     raster, model, network = Preparation(options).open([options.source])
-    prepared_s = time.perf_counter() - began
     console.remark(f"model     {model.name}")
     try:
-        summary = segment_raster(raster, model, network, out, options, cluster, writing, listener)
+        summary = segment_raster(raster, model, network, out, options, cluster, writing, listener, since=began)
     finally:
         listener.close()
-    summary = replace(summary, startup_s=summary.startup_s + prepared_s)
     for row, column, reason in summary.failed_tiles[:20]:
         console.remark(f"failed    tile {row},{column}: {reason}")
     if len(summary.failed_tiles) > 20:
@@ -270,8 +268,10 @@ def segment_raster(
     cluster: ClusterOptions | ClusterKeeper,
     writing: WriteOptions,
     listener: Listener,
+    *,
+    since: float | None = None,
 ) -> RunSummary:
-    """One raster, as the options say."""
+    """One raster, as the options say; start-up counted from `since`, as `predict` has it."""
     return predict(
         raster,
         network,
@@ -295,6 +295,7 @@ def segment_raster(
         redo=writing.redo,
         patience=writing.patience,
         listener=listener,
+        since=since,
     )
 
 

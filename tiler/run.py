@@ -81,7 +81,7 @@ class RunSummary:
     pixels: int
     """Output pixels of the tiles done in this call."""
     startup_s: float
-    """Until the first read."""
+    """Until the first read; from the caller's beginning, where it was given."""
     seconds: float
     """First read to last chunk."""
     mpx_per_s: float
@@ -153,6 +153,7 @@ def predict(
     patience: float = 300.0,
     tile_map: bool = True,
     listener: Listener | None = None,
+    since: float | None = None,
 ) -> RunSummary:
     """Run a network over a whole raster, tile by tile on Dask, into a Zarr store of output format 1.
 
@@ -177,6 +178,7 @@ def predict(
         patience: seconds before a worker that does not answer is restarted, and its tile set aside.
         tile_map: show the run on the page /tilemap of the Dask dashboard.
         listener: called with every event.
+        since: `time.perf_counter()` from which start-up is counted; None: this call.
 
     Returns:
         What was done, with failed tiles listed. Failed tiles hold nodata.
@@ -184,7 +186,7 @@ def predict(
     Raises:
         TilerError: its subclasses say what: raster, budget, output, engine, start check.
     """
-    called = time.perf_counter()
+    called = time.perf_counter() if since is None else since
     cluster = cluster or ClusterOptions()
     options = cluster.options if isinstance(cluster, ClusterKeeper) else cluster
     tell: Listener = listener or _ignore
@@ -384,20 +386,21 @@ class _Run:
             kept=kept_cells(self.plan.grid.counts, todo),
         )
         with job_on(client, spec, begin if self.tile_map else None) as watch:
-            self.tell(ClusterReady(workers=len(count_threads(client)), dashboard=_dashboard(client)))
+            link = _dashboard(client, with_map=watch.is_on)
+            self.tell(ClusterReady(workers=len(count_threads(client)), dashboard=link))
             self.began = time.perf_counter()
-            self.check = run_start_check(client, spec, self.network)
-            log.info("start check: %s", self.check.sentence())
-            self.tell(StartChecked(check=self.check))
-            require_exact(self.check)
-            if self.begins:
-                # Only now: an output that is replaced is lost to no run that could not start.
-                self._create()
-            update_header(self.out, {"start_check": self.check.to_json()})
             with self._backdrop(watch, run_id):
+                self.check = run_start_check(client, spec, self.network)
+                log.info("start check: %s", self.check.sentence())
+                self.tell(StartChecked(check=self.check))
+                require_exact(self.check)
+                if self.begins:
+                    # Only now: an output that is replaced is lost to no run that could not start.
+                    self._create()
+                update_header(self.out, {"start_check": self.check.to_json()})
                 self._run_tiles(client, run_id, todo, watch)
-            self.ended = time.perf_counter()
-            self.folder.sync()
+                self.ended = time.perf_counter()
+                self.folder.sync()
 
     def _run_tiles(self, client: Client, run_id: str, todo: list[tuple[int, int]], watch: Watch) -> None:
         assert self.began is not None
@@ -522,10 +525,14 @@ def _ignore(event: Event) -> None:
     del event
 
 
-def _dashboard(client: Client) -> str | None:
+def _dashboard(client: Client, *, with_map: bool) -> str | None:
+    """Where to look: at the tile map, where there is one."""
+    if "dashboard" not in client.scheduler_info().get("services", {}):
+        return None
     link = client.dashboard_link
-    services = client.scheduler_info().get("services", {})
-    return link if "dashboard" in services else None
+    if link is None or not with_map or not link.endswith("/status"):
+        return link
+    return f"{link.removesuffix('status')}tilemap"
 
 
 def _versions() -> dict[str, str]:
