@@ -27,7 +27,7 @@ from bokeh.plotting import figure
 
 from .memory import format_bytes
 from .plan import format_seconds
-from .tile_map import DONE, FAILED, KEPT, RUNNING, STATES, WAITING, TileMap, shrink_map
+from .tile_map import DONE, FAILED, KEPT, RUNNING, STATES, WAITING, TileMap, group_failures, shrink_map
 
 if TYPE_CHECKING:
     from .dashboard import TileMapPlugin
@@ -43,7 +43,7 @@ MARK = 8
 GRID_TILES = 64
 """Along the longer side, at most, where lines are drawn between tiles."""
 UPDATE_MS = 1000
-LOST_MS = 5000
+LOST_MS = 4000
 """Without an update for so long, a page says that it knows no more."""
 SIDE_WIDTH = 500
 COLOURS = {
@@ -61,9 +61,12 @@ TEXTS = {
     FAILED: "failed",
     KEPT: "done by an earlier call",
 }
-SHOWN_FAILURES, SHOWN_WORKERS = 200, 100
+SHOWN_REASONS, SHOWN_WORKERS = 100, 100
+SHOWN_TILES = 50
+"""Of one reason."""
 LOST = "<b>connection lost</b>: the scheduler has ended or does not answer; this is the last that it told"
-TOOLTIP = """<div style="max-width:340px;overflow-wrap:anywhere;font-size:12px"><b>row $y{custom}, column $x{custom}</b>
+TOOLTIP = """<div class="tile" style="max-width:340px;overflow-wrap:anywhere;font-size:12px">
+<b>row $y{custom}, column $x{custom}</b>
 <div>@state{custom}@seconds{custom}@worker{custom}</div><div style="color:#b3261e">@failure{custom}</div></div>"""
 
 Image = npt.NDArray[np.uint32]
@@ -133,8 +136,8 @@ class _Page:
             x_axis_location="above",
             background_fill_color="#eceff3",
             output_backend="canvas",
-            width=None,
-            height=None,
+            width_policy="min",
+            height_policy="min",
             frame_width=FRAME,
             frame_height=FRAME,
         )
@@ -163,7 +166,7 @@ class _Page:
         self._places = [CustomJSHover(args={"core": 1, "factor": 1}, code=_NAME_PLACE) for _ in range(2)]
         self._took = CustomJSHover(
             args={"factor": 1},
-            code="return isFinite(value) ? ', ' + value.toFixed(2) + (factor > 1 ? ' s a tile' : ' s') : '';",
+            code="return value >= 0 ? ', ' + value.toFixed(2) + (factor > 1 ? ' s a tile' : ' s') : '';",
         )
         texts = CustomJSHover(args={"names": [TEXTS[i] for i in range(len(STATES))]}, code="return names[value];")
         formatters = {"@state": texts, "@seconds": self._took, "@worker": self._names, "@failure": self._errors}
@@ -174,6 +177,7 @@ class _Page:
 
     def _lay_out(self) -> Any:
         speed = figure(
+            name="throughput",
             title="Throughput",
             height=210,
             width=SIDE_WIDTH,
@@ -257,7 +261,8 @@ class _Page:
         reach = round(MARK / 2 / max(1e-9, scale * min(tiles.core) * factor))
         self.tiles.data = {
             "image": [paint_states(blocks.states)],
-            "seconds": [blocks.seconds],
+            # Bokeh writes "NaN" for nan, whatever the formatter.
+            "seconds": [np.nan_to_num(blocks.seconds, nan=-1)],
             "worker": [blocks.worker if factor == 1 else np.full_like(blocks.worker, -1)],
             "state": [blocks.states],
             "failure": [_near_failures([cell for cell, _ in shown], blocks.states.shape, factor, reach)],
@@ -292,8 +297,8 @@ class _Page:
             }
             self.failures.text = _table(
                 f"Failed tiles ({tiles.count()['failed']:,})",
-                ("row", "column", "why"),
-                [(str(y), str(x), error) for (y, x), error in shown[:SHOWN_FAILURES]],
+                ("tiles (row, column)", "why"),
+                [(_list_cells(cells), reason) for reason, cells in group_failures(shown)[:SHOWN_REASONS]],
             )
 
     def _name_of(self, address: str) -> str:
@@ -382,6 +387,11 @@ def _near_failures(
             row, column = y // factor, x // factor
             near[max(0, row - blocks) : row + blocks + 1, max(0, column - blocks) : column + blocks + 1] = number
     return near
+
+
+def _list_cells(cells: list[tuple[int, int]]) -> str:
+    more = f"; and {len(cells) - SHOWN_TILES:,} more" if len(cells) > SHOWN_TILES else ""
+    return "; ".join(f"{y},{x}" for y, x in cells[:SHOWN_TILES]) + more
 
 
 def _count(number: int, noun: str) -> str:

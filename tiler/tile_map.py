@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +34,8 @@ NOW_S = 15.0
 """What "now" means for throughput."""
 LISTED = 1000
 """Failed tiles whose reasons are kept."""
+_WINDOW = re.compile(r"\bwindow \d+,\d+,\d+,\d+ ")
+"""In the reason of a tile that cannot be read."""
 
 
 def begin_message(
@@ -144,6 +148,14 @@ def shrink(
 
     with np.errstate(invalid="ignore", divide="ignore"):
         return (total(np.where(known, grey, 0)) / total(known.astype(np.float32))).astype(np.float32)
+
+
+def group_failures(failures: Iterable[tuple[Cell, str]]) -> list[tuple[str, list[Cell]]]:
+    """Tiles by their reason, that of most tiles first; without the window, which is the tile's own."""
+    found: dict[str, list[Cell]] = {}
+    for cell, reason in failures:
+        found.setdefault(_WINDOW.sub("", reason), []).append(cell)
+    return sorted(found.items(), key=lambda entry: -len(entry[1]))
 
 
 @dataclass
