@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -220,7 +221,7 @@ def run_segment(
     from .report import StoppedRun, require_report_target, write_report
 
     require_report_target(writing.report, overwrite=True)
-    stop = StoppedRun(source=options.source)
+    stop = StoppedRun(source=options.source, command=tuple(sys.argv), model=options.model or "the shipped one")
     try:
         return _segment(console, options, out, cluster, writing, listener)
     except BaseException as error:
@@ -229,6 +230,7 @@ def run_segment(
         raise
     finally:
         stop.plan, stop.check, stop.peak_bytes = listener.plan, listener.check, listener.peak_bytes
+        stop.model = listener.model or stop.model
         try:
             write_report(console, out, writing.report, stop if stop.error else None)
             console.remark(f"report    {writing.report}")
@@ -247,6 +249,7 @@ def _segment(
     began = time.perf_counter()
     raster, model, network = Preparation(options).open([options.source])
     console.remark(f"model     {model.name}")
+    listener.model = model.name
     try:
         summary = segment_raster(raster, model, network, out, options, cluster, writing, listener, since=began)
     finally:
@@ -323,6 +326,7 @@ class RunListener:
         self._step: Step | None = None
         self.plan: TilePlan | None = None
         self.check: StartCheck | None = None
+        self.model = ""
         self.peak_bytes = 0
         """Of what was seen as tiles ended."""
 

@@ -143,7 +143,7 @@ class _Page:
         )
         plot.grid.level = "overlay"
         plot.grid.grid_line_color = "#2a3344"
-        plot.grid.grid_line_alpha = 0.25
+        plot.grid.grid_line_alpha = 0.4
         plot.toolbar.logo = None
         plot.xaxis.formatter.use_scientific = False
         plot.yaxis.formatter.use_scientific = False
@@ -238,6 +238,8 @@ class _Page:
         """The raster's true aspect."""
         height, width = tiles.shape
         self.plot.frame_width, self.plot.frame_height = frame_size(tiles.shape)
+        # Where there is room for it.
+        self.plot.toolbar_location = "right" if height > width else "below"
         for axis, side in ((self.plot.xaxis, self.plot.frame_width), (self.plot.yaxis, self.plot.frame_height)):
             axis.ticker.desired_num_ticks = max(1, side // 90)
         # Old bounds would clamp the new ranges.

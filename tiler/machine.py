@@ -1,8 +1,11 @@
-"""What this machine offers: cores and speed."""
+"""What this machine offers: cores, speed, versions of what results depend on."""
 
 from __future__ import annotations
 
+import contextlib
+import platform
 import time
+from importlib.metadata import PackageNotFoundError, version
 
 from dask.system import CPU_COUNT
 
@@ -26,3 +29,12 @@ def measure_flops_per_s(seconds: float = 0.25) -> float:
         torch.mm(a, b)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def find_versions() -> dict[str, str]:
+    """Of what results depend on, by name; what is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for name in ("outsize", "torch", "openvino", "zarr", "rasterio", "dask", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

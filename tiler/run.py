@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 import time
 import uuid
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ from .events import (
 from .files import remove_store
 from .fingerprint import make_fingerprint
 from .geometry import Interval, Window
+from .machine import find_versions
 from .memory import parse_bytes
 from .memory_probe import memory_lookup
 from .meter import MemoryMeter
@@ -231,7 +230,7 @@ def predict(
                 kept = keep_tiles(
                     out, plan, description.kind, folder, zarr_format, retry_failed=retry_failed, redo=redo
                 )
-            folder.result = {"versions": _versions(), "plan": plan.summarise()}
+            folder.result = {"versions": find_versions(), "plan": plan.summarise()}
             todo = [at for at in plan.order() if at not in kept]
             resumed = len(kept)
             pixels = sum(plan.grid.window(*at).pixels for at in todo)
@@ -452,7 +451,7 @@ class _Run:
                 header={
                     "fingerprint": self.fingerprint,
                     "source": reference_to(self.raster),
-                    "versions": _versions(),
+                    "versions": find_versions(),
                 },
                 zarr_format=self.zarr_format,
             )
@@ -533,12 +532,3 @@ def _dashboard(client: Client, *, with_map: bool) -> str | None:
     if link is None or not with_map or not link.endswith("/status"):
         return link
     return f"{link.removesuffix('status')}tilemap"
-
-
-def _versions() -> dict[str, str]:
-    names = ("outsize", "torch", "openvino", "zarr", "rasterio", "dask", "numpy")
-    found = {"python": platform.python_version()}
-    for name in names:
-        with contextlib.suppress(ModuleNotFoundError):
-            found[name] = version(name)
-    return found
