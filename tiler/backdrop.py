@@ -1,4 +1,4 @@
-"""The backdrop: a coarse grey picture of a raster, from some of its rows, within a second."""
+"""The backdrop: a coarse grey picture of a raster, from some of its rows, within seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ Grey = npt.NDArray[np.float32]
 
 ROWS, COLUMNS = 64, 256
 """Of the picture, at most."""
-LIMIT_S = 1.0
+LIMIT_S, LIMIT_CPU_S = 3.0, 1.0
+"""Of the clock and of one core: the start check beside it takes most of all cores."""
+LEAST_S = 1.0
+"""What it gets where the run is over before."""
 BLOCKS_BYTES = 16 << 20
 """Of a file's blocks that one read touches, at most: what it holds meanwhile."""
 
@@ -28,12 +31,12 @@ BLOCKS_BYTES = 16 << 20
 @contextlib.contextmanager
 def draw_backdrop(raster: Raster, area: Window, show: Callable[[Grey], None]) -> Iterator[None]:
     """Make a backdrop in a thread of its own and show it, at the latest when this is left; not after an exception."""
-    stop = threading.Event()
+    stop, failed = threading.Event(), threading.Event()
 
     def draw() -> None:
         with contextlib.suppress(Exception):  # a picture is worth no run
             grey = make_backdrop(raster, area, stop)
-            if grey is not None and not stop.is_set():
+            if grey is not None and not failed.is_set():
                 show(grey)
 
     thread = threading.Thread(target=draw, name="backdrop", daemon=True)
@@ -41,12 +44,13 @@ def draw_backdrop(raster: Raster, area: Window, show: Callable[[Grey], None]) ->
     try:
         yield
     except BaseException:
-        stop.set()
+        failed.set()
         raise
     finally:
-        # It ends by itself; a raster that does not answer must not hold the run.
-        thread.join(0.5 if stop.is_set() else LIMIT_S + 0.5)
+        if not failed.is_set():
+            thread.join(LEAST_S)
         stop.set()
+        thread.join(0.5)  # a raster that does not answer must not hold the run
 
 
 def make_backdrop(raster: Raster, area: Window, stop: threading.Event | None = None) -> Grey | None:
@@ -65,10 +69,11 @@ def make_backdrop(raster: Raster, area: Window, stop: threading.Event | None = N
     step = max(1, blocks * raster.block[1] // cell) * cell
     grey = np.full((down, -(-area.width // cell)), np.nan, np.float32)
     reached: list[int] = []
-    deadline = time.monotonic() + LIMIT_S
+    deadline, deadline_cpu = time.monotonic() + LIMIT_S, time.thread_time() + LIMIT_CPU_S
 
     def is_late() -> bool:
-        return time.monotonic() > deadline or (stop is not None and stop.is_set())
+        at_end = time.monotonic() > deadline or time.thread_time() > deadline_cpu
+        return at_end or (stop is not None and stop.is_set())
 
     for row in _spread(down):
         y = area.y + (2 * row + 1) * area.height // (2 * down)

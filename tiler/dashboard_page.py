@@ -299,8 +299,8 @@ class _Page:
             }
             self.failures.text = _table(
                 f"Failed tiles ({tiles.count()['failed']:,})",
-                ("tiles (row, column)", "why"),
-                [(_list_cells(cells), reason) for reason, cells in group_failures(shown)[:SHOWN_REASONS]],
+                ("why", "tiles (row, column)"),
+                [(reason, _list_cells(cells)) for reason, cells in group_failures(shown)[:SHOWN_REASONS]],
             )
 
     def _name_of(self, address: str) -> str:
@@ -409,7 +409,7 @@ def _table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> 
     if not rows:
         return f"<b>{title}</b>"
     style = "text-align:left;padding:2px 14px 2px 0;vertical-align:top;font-variant-numeric:tabular-nums"
-    short, long = "white-space:nowrap", "overflow-wrap:anywhere"
+    short, long = "white-space:nowrap", "overflow-wrap:anywhere;min-width:170px"
     head = "".join(f'<th style="{style};{short};font-weight:normal;color:#667">{escape(name)}</th>' for name in header)
     lines = [
         "".join(f'<td style="{style};{short if len(cell) < 30 else long}">{escape(cell)}</td>' for cell in cells)
