@@ -119,9 +119,12 @@ def run_batch(
         for number, (scene, pixels) in enumerate(zip(scenes, sizes, strict=True), 1):
             listener = _SceneListener(console, step, f"scene {number}/{len(scenes)} {scene.name}", own_page=dashboard)
             out = _place(folder, scene)
+            scene_began = time.perf_counter()
             try:
                 raster, model, network = preparation.open(scene.paths)
-                summary = segment_raster(raster, model, network, out, options, keeper, writing, listener)
+                summary = segment_raster(
+                    raster, model, network, out, options, keeper, writing, listener, since=scene_began
+                )
                 state = "partial" if summary.failed_tiles else "done"
                 result = SceneResult(scene=scene, out=out, state=state, summary=summary)
             except ClusterError:

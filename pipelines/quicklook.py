@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..models.segmentation.palette import default_colour
 from ..tiler.errors import RasterError
-from ..tiler.geometry import Grid, Window
+from ..tiler.geometry import Grid, Window, halve
 from ..tiler.raster import Raster, open_raster
 from ..tiler.raster_parts import open_reference
 from ..tiler.store import NODATA
@@ -60,7 +60,7 @@ def _read_small(
                 # A damaged block leaves a hole in the picture, no larger than need be.
                 reader.close()
                 reader, part[:] = raster.open_reader(), np.nan
-                if patience > 0 and (halves := _halve(inside, raster.block, (fy, fx))):
+                if patience > 0 and (halves := halve(inside, raster.block, (fy, fx))):
                     patience -= 1
                     windows.extend(halves)
                     continue
@@ -73,19 +73,6 @@ def _read_small(
     if is_empty:
         raise RasterError(f"{raster.path}: no part of it can be read")
     return small
-
-
-def _halve(window: Window, block_yx: tuple[int, int], factor_yx: tuple[int, int]) -> list[Window]:
-    """Both halves along the side of more blocks, cut between means, at blocks if may be; none for a single one."""
-    units = [-(-block // factor) * factor for block, factor in zip(block_yx, factor_yx, strict=True)]
-    shares = [window.height / units[0], window.width / units[1]]
-    axis = int(shares[1] > shares[0])
-    side, cut = window.shape[axis], int(-(-shares[axis] // 2)) * units[axis]
-    if shares[axis] <= 1:
-        return []
-    if axis:
-        return [replace(window, x=window.x + cut, width=side - cut), replace(window, width=cut)]
-    return [replace(window, y=window.y + cut, height=side - cut), replace(window, height=cut)]
 
 
 def _shrink(

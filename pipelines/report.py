@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shlex
 import statistics
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,10 +20,12 @@ from .. import __version__
 from ..tiler.check import StartCheck
 from ..tiler.errors import OutputError, UsageError
 from ..tiler.files import upload_bytes
+from ..tiler.machine import find_versions
 from ..tiler.memory import format_bytes
 from ..tiler.plan import TilePlan, format_seconds
 from ..tiler.records import is_there, read_records, read_runs, run_folder, writing
 from ..tiler.store import read_header
+from ..tiler.tile_map import group_failures
 from .areas import Areas, count_areas
 from .console import Console, count_of
 from .quicklook import Quicklook, make_quicklook
@@ -32,7 +35,7 @@ BINS = 120
 GAP_S = 30.0
 """Between two tiles' ends: longer ones lie between two calls, and are cut out of the curve."""
 LISTED = 500
-"""Failed tiles in the table."""
+"""Reasons of failed tiles in the table, and tiles of each."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,6 +43,8 @@ class StoppedRun:
     """What is known of a run that stopped, which may have left nothing."""
 
     source: str
+    command: tuple[str, ...] = ()
+    model: str = ""
     error: str = ""
     plan: TilePlan | None = None
     check: StartCheck | None = None
@@ -92,6 +97,7 @@ def write_report(console: Console, out: Path, target: Path, stop: StoppedRun | N
 
 def render_report(console: Console, out: Path, stop: StoppedRun | None = None) -> str:
     """The page's text."""
+    runs = read_runs(run_folder(out))
     values: dict[str, Any] = {
         "out": str(out),
         "stop": stop,
@@ -100,7 +106,9 @@ def render_report(console: Console, out: Path, stop: StoppedRun | None = None) -
         "check_passed": stop.check.passed if stop and stop.check else None,
         "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
         "version": __version__,
-        "runs": read_runs(run_folder(out)),
+        "runs": runs,
+        "commands": {tuple(run.get("command", ())) for run in runs},
+        "versions": find_versions(),
         "header": None,
     }
     try:
@@ -110,7 +118,7 @@ def render_report(console: Console, out: Path, stop: StoppedRun | None = None) -
     if header is not None:
         values.update(_describe_output(console, out, header, pictures=not (stop and stop.is_brief)))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters.update(bytes=format_bytes, seconds=format_seconds, moment=_format_moment)
+    environment.filters.update(bytes=format_bytes, seconds=format_seconds, moment=_format_moment, shell=shlex.join)
     text = resources.files("outsize.pipelines").joinpath("report.html").read_text(encoding="utf-8")
     return environment.from_string(text).render(values)
 
@@ -137,7 +145,7 @@ def _describe_output(console: Console, out: Path, header: dict[str, Any], *, pic
         "tiles": len(plan.grid),
         "tiles_text": count_of(len(plan.grid), "tile"),
         "done": done,
-        "failed": failed[:LISTED],
+        "failed": [(reason, _list_tiles(cells)) for reason, cells in group_failures(failed)[:LISTED]],
         "failed_count": len(failed),
         "waiting": len(plan.grid) - done - len(failed),
         "run": run,
@@ -152,6 +160,11 @@ def _describe_output(console: Console, out: Path, header: dict[str, Any], *, pic
         "map": _as_data(draw_map(quicklook, plan, {at for at, _ in failed}, set(records))) if quicklook else None,
         "curve": _curve(measure_throughput(list(records.values()))),
     }
+
+
+def _list_tiles(cells: list[tuple[int, int]]) -> str:
+    more = f"; and {len(cells) - LISTED:,} more, in the run's folder" if len(cells) > LISTED else ""
+    return "; ".join(f"{row},{column}" for row, column in cells[:LISTED]) + more
 
 
 def _area_rows(areas: Areas | None) -> list[tuple[str, str, int, float, float | None]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..models.segmentation.model import Output, SegmentationModel, as_tile_network, describe_output
@@ -220,7 +221,7 @@ def run_segment(
     from .report import StoppedRun, require_report_target, write_report
 
     require_report_target(writing.report, overwrite=True)
-    stop = StoppedRun(source=options.source)
+    stop = StoppedRun(source=options.source, command=tuple(sys.argv), model=options.model or "the shipped one")
     try:
         return _segment(console, options, out, cluster, writing, listener)
     except BaseException as error:
@@ -229,6 +230,7 @@ def run_segment(
         raise
     finally:
         stop.plan, stop.check, stop.peak_bytes = listener.plan, listener.check, listener.peak_bytes
+        stop.model = listener.model or stop.model
         try:
             write_report(console, out, writing.report, stop if stop.error else None)
             console.remark(f"report    {writing.report}")
@@ -246,13 +248,12 @@ def _segment(
 ) -> RunSummary:
     began = time.perf_counter()
     raster, model, network = Preparation(options).open([options.source])
-    prepared_s = time.perf_counter() - began
     console.remark(f"model     {model.name}")
+    listener.model = model.name
     try:
-        summary = segment_raster(raster, model, network, out, options, cluster, writing, listener)
+        summary = segment_raster(raster, model, network, out, options, cluster, writing, listener, since=began)
     finally:
         listener.close()
-    summary = replace(summary, startup_s=summary.startup_s + prepared_s)
     for row, column, reason in summary.failed_tiles[:20]:
         console.remark(f"failed    tile {row},{column}: {reason}")
     if len(summary.failed_tiles) > 20:
@@ -270,8 +271,10 @@ def segment_raster(
     cluster: ClusterOptions | ClusterKeeper,
     writing: WriteOptions,
     listener: Listener,
+    *,
+    since: float | None = None,
 ) -> RunSummary:
-    """One raster, as the options say."""
+    """One raster, as the options say; start-up counted from `since`, as `predict` has it."""
     return predict(
         raster,
         network,
@@ -295,6 +298,7 @@ def segment_raster(
         redo=writing.redo,
         patience=writing.patience,
         listener=listener,
+        since=since,
     )
 
 
@@ -322,6 +326,7 @@ class RunListener:
         self._step: Step | None = None
         self.plan: TilePlan | None = None
         self.check: StartCheck | None = None
+        self.model = ""
         self.peak_bytes = 0
         """Of what was seen as tiles ended."""
 

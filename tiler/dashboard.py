@@ -5,10 +5,11 @@ Installed by every run; or with the scheduler: dask scheduler --preload outsize.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from distributed import Client
@@ -24,6 +25,10 @@ NAME = "outsize-tilemap"
 RUNS = 8
 """Maps that are kept, the last ones."""
 PAGE = "tilemap"
+LAST_LOOK_S = 1.0
+"""What open pages get, at most, to show how a run ended, before its cluster may close."""
+SENDING_S = 0.2
+"""Of that, for what the server has written to reach the browser."""
 
 log = logging.getLogger("outsize.run")
 
@@ -36,6 +41,8 @@ class TileMapPlugin(SchedulerPlugin):
 
     def __init__(self) -> None:
         self.maps: dict[str, TileMap] = {}
+        self.pages: set[Callable[[], Awaitable[None]]] = set()
+        """Of each page that is open now: brings it up to date."""
         self._scheduler: Scheduler | None = None
 
     async def start(self, scheduler: Scheduler) -> None:
@@ -68,6 +75,12 @@ class TileMapPlugin(SchedulerPlugin):
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:  # noqa: ARG002 - Dask's signature
         for tiles in self.maps.values():
             tiles.lose(worker)
+
+    async def bring_up_to_date(self) -> None:
+        """What is known is on its way to all open pages; at once where none is open."""
+        if self.pages:
+            await asyncio.gather(*(refresh() for refresh in self.pages), return_exceptions=True)
+            await asyncio.sleep(SENDING_S)
 
     def describe_workers(self, tiles: TileMap | None) -> list[dict[str, Any]]:
         """Name, memory and tiles of every worker there is."""
@@ -194,8 +207,18 @@ def watch_run(client: Client, begin: Message | None) -> Iterator[Watch]:
     except BaseException as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         watch.tell(end_message(begin["run"], f"{type(error).__name__}: {reason}".rstrip(": ")))
+        _let_pages_see(client)
         raise
     watch.tell(end_message(begin["run"], "finished"))
+    _let_pages_see(client)
+
+
+def _let_pages_see(client: Client) -> None:
+    """Give open pages a moment where the scheduler is in this process: it may close with the run."""
+    with contextlib.suppress(Exception):  # such as a cluster of another kind
+        cluster: Any = client.cluster
+        plugin: TileMapPlugin = cluster.scheduler.plugins[NAME]
+        cluster.sync(plugin.bring_up_to_date, callback_timeout=LAST_LOOK_S)
 
 
 def _install(client: Client) -> bool:

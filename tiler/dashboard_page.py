@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,10 @@ import numpy.typing as npt
 from bokeh.layouts import column, row
 from bokeh.models import (
     ColumnDataSource,
+    CustomJS,
     CustomJSHover,
     Div,
+    FixedTicker,
     HoverTool,
     Range1d,
     Select,
@@ -24,14 +27,25 @@ from bokeh.plotting import figure
 
 from .memory import format_bytes
 from .plan import format_seconds
-from .tile_map import DONE, FAILED, KEPT, RUNNING, STATES, WAITING, TileMap, shrink_map
+from .tile_map import DONE, FAILED, KEPT, RUNNING, STATES, WAITING, TileMap, group_failures, shrink_map
 
 if TYPE_CHECKING:
     from .dashboard import TileMapPlugin
 
 SIDE = 400
 """Blocks of the map along its longer side, at most: a screen shows no more."""
+FRAME = 640
+"""Of the map's longer side, in pixels of the screen."""
+FRAME_LEAST = 20
+"""Of its shorter side: a raster narrower than 1 : 32 is shown wider than it is."""
+MARK = 8
+"""Of a failed tile, at least: smaller ones are marked."""
+GRID_TILES = 64
+"""Along the longer side, at most, where lines are drawn between tiles."""
 UPDATE_MS = 1000
+LOST_MS = 4000
+"""Without an update for so long, a page says that it knows no more."""
+SIDE_WIDTH = 500
 COLOURS = {
     WAITING: ("#b8bec8", 0.45),
     RUNNING: ("#2f7de1", 0.80),
@@ -47,7 +61,13 @@ TEXTS = {
     FAILED: "failed",
     KEPT: "done by an earlier call",
 }
-SHOWN_FAILURES, SHOWN_WORKERS = 200, 100
+SHOWN_REASONS, SHOWN_WORKERS = 100, 100
+SHOWN_TILES = 50
+"""Of one reason."""
+LOST = "<b>connection lost</b>: the scheduler has ended or does not answer; this is the last that it told"
+TOOLTIP = """<div class="tile" style="max-width:340px;overflow-wrap:anywhere;font-size:12px">
+<b>row $y{custom}, column $x{custom}</b>
+<div>@state{custom}@seconds{custom}@worker{custom}</div><div style="color:#b3261e">@failure{custom}</div></div>"""
 
 Image = npt.NDArray[np.uint32]
 
@@ -85,25 +105,28 @@ class _Page:
         self._shown: tuple[str, int] = ("", -1)
         self._known: list[str] = []
         self._failed_of: tuple[str, int] = ("", -1)
+        self._sped: tuple[str, int] | None = None
         self.sketch = ColumnDataSource({"image": [], "dw": [], "dh": []})
         self.tiles = ColumnDataSource(
-            {name: [] for name in ("image", "row", "column", "seconds", "worker", "state", "dw", "dh")}
+            {name: [] for name in ("image", "seconds", "worker", "state", "failure", "dw", "dh")}
         )
-        self.failed = ColumnDataSource({name: [] for name in ("x", "y", "w", "h", "row", "column", "error")})
+        self.failed = ColumnDataSource({name: [] for name in ("x", "y", "w", "h", "size")})
         self.speed = ColumnDataSource({"t": [], "mpx": []})
-        self.workers = Div(text="", width=520)
-        self.failures = Div(text="", width=520)
+        self.workers = Div(text="", width=SIDE_WIDTH)
+        self.failures = Div(text="", width=SIDE_WIDTH)
         self.select = Select(title="Run", options=[], width=420)
         self.select.on_change("value", lambda _attr, _old, _new: self.update())
-        self.head = Div(text="", sizing_mode="stretch_width", styles={"font-size": "14px"})
+        self.head = Div(text="", styles={"font-size": "14px"})
         self.legend = Div(text="", sizing_mode="stretch_width")
+        self.lost = Div(text=LOST, visible=False, styles={"color": "#b3261e", "font-size": "14px"})
+        self.beat = Div(text="", visible=False)
+        self.beat.js_on_change("text", CustomJS(args={"lost": self.lost, "after": LOST_MS}, code=_WATCH_BEAT))
         self.plot = self._make_plot()
         self.root = self._lay_out()
 
     def _make_plot(self) -> Any:
         plot = figure(
             name="tilemap",
-            match_aspect=False,
             x_range=Range1d(start=0, end=1),
             y_range=Range1d(start=1, end=0),
             tools="pan,wheel_zoom,box_zoom,reset",
@@ -113,43 +136,51 @@ class _Page:
             x_axis_location="above",
             background_fill_color="#eceff3",
             output_backend="canvas",
-            width=720,
-            height=720,
+            width_policy="min",
+            height_policy="min",
+            frame_width=FRAME,
+            frame_height=FRAME,
         )
-        plot.grid.visible = False
+        plot.grid.level = "overlay"
+        plot.grid.grid_line_color = "#2a3344"
+        plot.grid.grid_line_alpha = 0.4
         plot.toolbar.logo = None
         plot.xaxis.formatter.use_scientific = False
         plot.yaxis.formatter.use_scientific = False
         plot.image_rgba("image", x=0, y=0, dw="dw", dh="dh", source=self.sketch)
         tiles = plot.image_rgba("image", x=0, y=0, dw="dw", dh="dh", source=self.tiles)
-        failed = plot.rect(
+        plot.rect(
             x="x", y="y", width="w", height="h", source=self.failed, fill_alpha=0, line_color="#7f0000", line_width=1
         )
-        self._names = CustomJSHover(
-            args={"names": []}, code="const n = names[Math.round(value)]; return n === undefined ? '' : n;"
+        plot.scatter(
+            x="x",
+            y="y",
+            size="size",
+            marker="square",
+            source=self.failed,
+            color=COLOURS[FAILED][0],
+            line_color="#7f0000",
+        )
+        self._names = CustomJSHover(args={"names": []}, code="return names[value] ? ' on ' + names[value] : '';")
+        self._errors = CustomJSHover(args={"errors": []}, code="return errors[value] ?? '';")
+        self._places = [CustomJSHover(args={"core": 1, "factor": 1}, code=_NAME_PLACE) for _ in range(2)]
+        self._took = CustomJSHover(
+            args={"factor": 1},
+            code="return value >= 0 ? ', ' + value.toFixed(2) + (factor > 1 ? ' s a tile' : ' s') : '';",
         )
         texts = CustomJSHover(args={"names": [TEXTS[i] for i in range(len(STATES))]}, code="return names[value];")
-        number = CustomJSHover(code="return isFinite(value) ? value.toFixed(2) + ' s' : '';")
-        plot.add_tools(
-            HoverTool(
-                renderers=[tiles],
-                tooltips=[
-                    ("tile", "row @row, column @column"),
-                    ("state", "@state{custom}"),
-                    ("took", "@seconds{custom}"),
-                    ("worker", "@worker{custom}"),
-                ],
-                formatters={"@state": texts, "@seconds": number, "@worker": self._names},
-            ),
-            HoverTool(renderers=[failed], tooltips=[("failed", "row @row, column @column"), ("error", "@error")]),
-        )
+        formatters = {"@state": texts, "@seconds": self._took, "@worker": self._names, "@failure": self._errors}
+        formatters |= {"$y": self._places[0], "$x": self._places[1]}
+        # One tool: two would cover each other.
+        plot.add_tools(HoverTool(renderers=[tiles], tooltips=TOOLTIP, formatters=formatters))
         return plot
 
     def _lay_out(self) -> Any:
         speed = figure(
+            name="throughput",
             title="Throughput",
             height=210,
-            width=520,
+            width=SIDE_WIDTH,
             x_axis_label="seconds since the run began",
             y_axis_label="Mpx/s",
             tools="",
@@ -159,16 +190,20 @@ class _Page:
         speed.toolbar_location = None
         speed.step(x="t", y="mpx", source=self.speed, mode="before", line_width=2)
         self._speed_ranges = speed.x_range, speed.y_range
+        wrap = {"flex-wrap": "wrap"}
         return column(
-            row(self.select, self.head, sizing_mode="stretch_width"),
+            row(self.select, self.head, sizing_mode="stretch_width", styles=wrap),
+            self.lost,
             self.legend,
-            row(self.plot, column(speed, self.workers, self.failures)),
+            row(self.plot, column(speed, self.workers, self.failures), sizing_mode="stretch_width", styles=wrap),
+            self.beat,
             sizing_mode="stretch_width",
             name="tilemap_page",
         )
 
     def update(self) -> None:
         """Show what is known now; what has not changed is not sent again."""
+        self.beat.text = str(time.monotonic())
         maps = self._plugin.maps
         self._offer(list(maps.values()))
         tiles = maps.get(self.select.value)
@@ -193,7 +228,7 @@ class _Page:
         followed = not self._known or self.select.value == self._known[-1]
         self._known = names
         self.select.options = [
-            (tiles.run, f"{tiles.title} ({time.strftime('%H:%M:%S', time.localtime(tiles.began))})")
+            (tiles.run, f"{tiles.title} ({time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(tiles.began))})")
             for tiles in reversed(maps)
         ]
         if followed or self.select.value not in names:
@@ -202,28 +237,40 @@ class _Page:
     def _frame(self, tiles: TileMap) -> None:
         """The raster's true aspect."""
         height, width = tiles.shape
-        scale = min(780 / width, 700 / height)
-        self.plot.width, self.plot.height = round(max(240, width * scale) + 80), round(max(200, height * scale) + 60)
+        self.plot.frame_width, self.plot.frame_height = frame_size(tiles.shape)
+        # Where there is room for it.
+        self.plot.toolbar_location = "right" if height > width else "below"
+        for axis, side in ((self.plot.xaxis, self.plot.frame_width), (self.plot.yaxis, self.plot.frame_height)):
+            axis.ticker.desired_num_ticks = max(1, side // 90)
+        # Old bounds would clamp the new ranges.
+        for shown in (self.plot.x_range, self.plot.y_range):
+            shown.bounds = None
         self.plot.x_range.update(start=0, end=width, bounds=(0, width), reset_start=0, reset_end=width)
         self.plot.y_range.update(start=height, end=0, bounds=(0, height), reset_start=height, reset_end=0)
+        has_lines = max(tiles.counts) <= GRID_TILES
+        self.plot.grid.visible = has_lines
+        if has_lines:
+            for grid, extent, side in zip((self.plot.ygrid, self.plot.xgrid), tiles.shape, tiles.core, strict=True):
+                grid.ticker = FixedTicker(ticks=list(range(side, extent, side)))
 
     def _show_map(self, tiles: TileMap) -> None:
         blocks = shrink_map(tiles, SIDE)
         down, across = blocks.states.shape
-        # The last row and column of tiles may be narrower than the others: the image is drawn over whole ones.
-        whole = {
-            "dw": [across * blocks.factor * tiles.core[1]],
-            "dh": [down * blocks.factor * tiles.core[0]],
-        }
-        rows, columns = np.indices(blocks.states.shape, np.int32) * blocks.factor
+        factor = blocks.factor
+        shown = sorted(tiles.failures.items())
+        scale = min(side / extent for side, extent in zip(frame_size(tiles.shape), tiles.shape, strict=True))
+        # As far around as its mark hides.
+        reach = round(MARK / 2 / max(1e-9, scale * min(tiles.core) * factor))
         self.tiles.data = {
             "image": [paint_states(blocks.states)],
-            "row": [rows],
-            "column": [columns],
-            "seconds": [blocks.seconds],
-            "worker": [blocks.worker.astype(np.int32)],
+            # Bokeh writes "NaN" for nan, whatever the formatter.
+            "seconds": [np.nan_to_num(blocks.seconds, nan=-1)],
+            "worker": [blocks.worker if factor == 1 else np.full_like(blocks.worker, -1)],
             "state": [blocks.states],
-            **whole,
+            "failure": [_near_failures([cell for cell, _ in shown], blocks.states.shape, factor, reach)],
+            # The last row and column of tiles may be narrower than the others: the image is drawn over whole ones.
+            "dw": [across * factor * tiles.core[1]],
+            "dh": [down * factor * tiles.core[0]],
         }
         height, width = tiles.sketch.shape
         self.sketch.data = {
@@ -232,23 +279,28 @@ class _Page:
             "dh": [height * tiles.cell[0]],
         }
         self._names.args = {"names": [self._name_of(address) for address in tiles.workers]}
+        self._took.args = {"factor": factor}
+        for place, core in zip(self._places, tiles.core, strict=True):
+            place.args = {"core": core, "factor": factor}
         if self._failed_of != (tiles.run, len(tiles.failures)):
             self._failed_of = tiles.run, len(tiles.failures)
-            shown = sorted(tiles.failures.items())[:SHOWN_FAILURES]
+            named = factor > 1 or reach > 0
+            self._errors.args = {
+                "errors": [f"failed at {y}, {x}: {error}" if named else error for (y, x), error in shown]
+            }
             high, wide = tiles.core
+            mark = MARK if scale * min(tiles.core) < MARK else 0
             self.failed.data = {
                 "x": [(x + 0.5) * wide for (_, x), _ in shown],
                 "y": [(y + 0.5) * high for (y, _), _ in shown],
                 "w": [wide] * len(shown),
                 "h": [high] * len(shown),
-                "row": [y for (y, _), _ in shown],
-                "column": [x for (_, x), _ in shown],
-                "error": [error for _, error in shown],
+                "size": [mark] * len(shown),
             }
             self.failures.text = _table(
                 f"Failed tiles ({tiles.count()['failed']:,})",
-                ("row", "column", "why"),
-                [(str(y), str(x), error) for (y, x), error in shown],
+                ("why", "tiles (row, column)"),
+                [(reason, _list_cells(cells)) for reason, cells in group_failures(shown)[:SHOWN_REASONS]],
             )
 
     def _name_of(self, address: str) -> str:
@@ -258,18 +310,21 @@ class _Page:
         counts, now = tiles.count(), time.time()
         eta = tiles.eta_s(now)
         elapsed = (tiles.ended or now) - tiles.began
+        finished = counts["done"] + counts["kept"] + counts["failed"]
+        total = tiles.counts[0] * tiles.counts[1]
         parts = [f"{tiles.rate(now) / 1e6:.2f} Mpx/s {'in all' if tiles.ended else 'now'}"]
         if tiles.how:
             verb = "finished" if tiles.how == "finished" else f"stopped: {escape(tiles.how)}"
             parts.append(f"{verb} after {format_seconds(elapsed)}")
         else:
             parts.append(f"{format_seconds(elapsed)} so far")
-            parts.append(f"about {format_seconds(eta)} to go" if eta is not None else "time to go unknown yet")
-        finished = counts["done"] + counts["kept"] + counts["failed"]
-        total = tiles.counts[0] * tiles.counts[1]
+            if eta is not None:
+                parts.append(f"about {format_seconds(eta)} to go")
+            elif finished < total:
+                parts.append("time to go unknown yet")
         self.head.text = (
-            f"<b>{100 * finished / total:.1f} %</b> of {total:,} tiles ({tiles.counts[0]} x {tiles.counts[1]}), "
-            f"{tiles.shape[0]:,} x {tiles.shape[1]:,} px<br>{', '.join(parts)}"
+            f"<b>{100 * finished / total:.1f} %</b> of {total:,} tiles ({_rows_columns(tiles.counts)}), "
+            f"pixels: {_rows_columns(tiles.shape)}<br>{', '.join(parts)}"
         )
         chips = [
             f'<span style="white-space:nowrap;margin-right:18px"><span style="display:inline-block;width:12px;'
@@ -296,10 +351,57 @@ class _Page:
         )
 
     def _show_speed(self, tiles: TileMap) -> None:
+        state = (tiles.run, tiles.version)
+        if tiles.ended is not None and self._sped == state:
+            return
+        self._sped = state
         times, rates = tiles.history.rates(tiles.ended or time.time())
         self.speed.data = {"t": [0.0, *times], "mpx": [rates[0] if rates else 0.0, *rates]}
         self._speed_ranges[0].end = max(10.0, *times) if times else 10.0
         self._speed_ranges[1].end = 1.15 * max(rates, default=1.0) or 1.0
+
+
+_WATCH_BEAT = """
+lost.setv({visible: false}, {sync: false});
+clearTimeout(window.outsize_beat);
+window.outsize_beat = setTimeout(() => lost.setv({visible: true}, {sync: false}), after);
+"""
+_NAME_PLACE = """
+const first = Math.floor(value / core / factor) * factor;
+return factor > 1 ? first + ' to ' + (first + factor - 1) : String(first);
+"""
+
+
+def frame_size(shape: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) on the screen of a raster of (height, width): square pixels, as far as it is not too narrow."""
+    height, width = shape
+    scale = FRAME / max(shape)
+    return max(FRAME_LEAST, round(width * scale)), max(FRAME_LEAST, round(height * scale))
+
+
+def _near_failures(
+    cells: list[tuple[int, int]], shape: tuple[int, int], factor: int, reach: int
+) -> npt.NDArray[np.int16]:
+    """For each block the number of a failed tile in it, else of one within `reach` blocks; -1 where there is none."""
+    near = np.full(shape, -1, np.int16)
+    for blocks in (reach, 0):
+        for number, (y, x) in enumerate(cells):
+            row, column = y // factor, x // factor
+            near[max(0, row - blocks) : row + blocks + 1, max(0, column - blocks) : column + blocks + 1] = number
+    return near
+
+
+def _list_cells(cells: list[tuple[int, int]]) -> str:
+    more = f"; and {len(cells) - SHOWN_TILES:,} more" if len(cells) > SHOWN_TILES else ""
+    return "; ".join(f"{y},{x}" for y, x in cells[:SHOWN_TILES]) + more
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _rows_columns(counts: tuple[int, int]) -> str:
+    return f"{_count(counts[0], 'row')} x {_count(counts[1], 'column')}"
 
 
 def _table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -307,8 +409,12 @@ def _table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> 
     if not rows:
         return f"<b>{title}</b>"
     style = "text-align:left;padding:2px 14px 2px 0;vertical-align:top;font-variant-numeric:tabular-nums"
-    head = "".join(f'<th style="{style};font-weight:normal;color:#667">{escape(name)}</th>' for name in header)
-    lines = ["".join(f'<td style="{style}">{escape(cell)}</td>' for cell in cells) for cells in rows]
+    short, long = "white-space:nowrap", "overflow-wrap:anywhere;min-width:170px"
+    head = "".join(f'<th style="{style};{short};font-weight:normal;color:#667">{escape(name)}</th>' for name in header)
+    lines = [
+        "".join(f'<td style="{style};{short if len(cell) < 30 else long}">{escape(cell)}</td>' for cell in cells)
+        for cells in rows
+    ]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return (
         f'<b>{title}</b><div style="max-height:230px;overflow:auto"><table style="border-collapse:collapse">'
@@ -322,6 +428,19 @@ def open_page(plugin: TileMapPlugin, extra: dict[str, Any], document: Any) -> No
 
     page = _Page(plugin)
     page.update()
+
+    async def refresh() -> None:
+        shown = asyncio.get_running_loop().create_future()
+
+        def show() -> None:
+            page.update()
+            shown.set_result(None)
+
+        document.add_next_tick_callback(show)
+        await shown
+
+    plugin.pages.add(refresh)
+    document.on_session_destroyed(lambda _: plugin.pages.discard(refresh))
     document.title = "Dask: Tile map"
     document.add_root(page.root)
     document.add_periodic_callback(page.update, UPDATE_MS)

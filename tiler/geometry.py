@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from .errors import UsageError
@@ -84,6 +84,20 @@ class Window:
 
     def __str__(self) -> str:
         return f"{self.y},{self.x},{self.height},{self.width}"
+
+
+def halve(window: Window, block_yx: tuple[int, int], unit_yx: tuple[int, int]) -> list[Window]:
+    """Both halves of a window along its side of more blocks, the first one last; none for a single block. The cut lies
+    between units, counted from the window's corner, and as near blocks as they allow."""
+    sides = [align_up(block, unit) for block, unit in zip(block_yx, unit_yx, strict=True)]
+    shares = [extent / side for extent, side in zip(window.shape, sides, strict=True)]
+    axis = int(shares[1] > shares[0])
+    if shares[axis] <= 1:
+        return []
+    length, cut = window.shape[axis], int(-(-shares[axis] // 2)) * sides[axis]
+    if axis:
+        return [replace(window, x=window.x + cut, width=length - cut), replace(window, width=cut)]
+    return [replace(window, y=window.y + cut, height=length - cut), replace(window, height=cut)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

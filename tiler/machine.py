@@ -1,11 +1,14 @@
-"""What this machine offers: cores, speed, memory back."""
+"""What this machine offers: cores, speed, versions of what results depend on, memory back."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
+import platform
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 
 from dask.system import CPU_COUNT
 
@@ -38,3 +41,12 @@ def release_freed_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def find_versions() -> dict[str, str]:
+    """Of what results depend on, by name; what is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for name in ("outsize", "torch", "openvino", "zarr", "rasterio", "dask", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 import time
 import uuid
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,7 @@ from .events import (
 from .files import remove_store
 from .fingerprint import make_fingerprint
 from .geometry import Interval, Window
-from .machine import release_freed_memory
+from .machine import find_versions, release_freed_memory
 from .memory import parse_bytes
 from .memory_probe import memory_lookup
 from .meter import MemoryMeter
@@ -82,7 +80,7 @@ class RunSummary:
     pixels: int
     """Output pixels of the tiles done in this call."""
     startup_s: float
-    """Until the first read."""
+    """Until the first read; from the caller's beginning, where it was given."""
     seconds: float
     """First read to last chunk."""
     mpx_per_s: float
@@ -154,6 +152,7 @@ def predict(
     patience: float = 300.0,
     tile_map: bool = True,
     listener: Listener | None = None,
+    since: float | None = None,
 ) -> RunSummary:
     """Run a network over a whole raster, tile by tile on Dask, into a Zarr store of output format 1.
 
@@ -178,6 +177,7 @@ def predict(
         patience: seconds before a worker that does not answer is restarted, and its tile set aside.
         tile_map: show the run on the page /tilemap of the Dask dashboard.
         listener: called with every event.
+        since: `time.perf_counter()` from which start-up is counted; None: this call.
 
     Returns:
         What was done, with failed tiles listed. Failed tiles hold nodata.
@@ -185,7 +185,7 @@ def predict(
     Raises:
         TilerError: its subclasses say what: raster, budget, output, engine, start check.
     """
-    called = time.perf_counter()
+    called = time.perf_counter() if since is None else since
     cluster = cluster or ClusterOptions()
     options = cluster.options if isinstance(cluster, ClusterKeeper) else cluster
     tell: Listener = listener or _ignore
@@ -230,7 +230,7 @@ def predict(
                 kept = keep_tiles(
                     out, plan, description.kind, folder, zarr_format, retry_failed=retry_failed, redo=redo
                 )
-            folder.result = {"versions": _versions(), "plan": plan.summarise()}
+            folder.result = {"versions": find_versions(), "plan": plan.summarise()}
             todo = [at for at in plan.order() if at not in kept]
             states, resumed = _States(plan, kept), len(kept)
             del kept
@@ -417,21 +417,22 @@ class _Run:
             kept=kept_cells(self.plan.grid.counts, todo),
         )
         with job_on(client, spec, begin if self.tile_map else None) as watch:
-            self.tell(ClusterReady(workers=len(count_threads(client)), dashboard=_dashboard(client)))
+            link = _dashboard(client, with_map=watch.is_on)
+            self.tell(ClusterReady(workers=len(count_threads(client)), dashboard=link))
             self.began = time.perf_counter()
-            self.check = run_start_check(client, spec, self.network)
-            log.info("start check: %s", self.check.sentence())
-            release_freed_memory()
-            self.tell(StartChecked(check=self.check))
-            require_exact(self.check)
-            if self.begins:
-                # Only now: an output that is replaced is lost to no run that could not start.
-                self._create()
-            update_header(self.out, {"start_check": self.check.to_json()})
             with self._backdrop(watch, run_id):
+                self.check = run_start_check(client, spec, self.network)
+                log.info("start check: %s", self.check.sentence())
+                release_freed_memory()
+                self.tell(StartChecked(check=self.check))
+                require_exact(self.check)
+                if self.begins:
+                    # Only now: an output that is replaced is lost to no run that could not start.
+                    self._create()
+                update_header(self.out, {"start_check": self.check.to_json()})
                 self._run_tiles(client, run_id, todo, watch)
-            self.ended = time.perf_counter()
-            self.folder.sync()
+                self.ended = time.perf_counter()
+                self.folder.sync()
 
     def _run_tiles(self, client: Client, run_id: str, todo: list[tuple[int, int]], watch: Watch) -> None:
         assert self.began is not None
@@ -483,7 +484,7 @@ class _Run:
                 header={
                     "fingerprint": self.fingerprint,
                     "source": reference_to(self.raster),
-                    "versions": _versions(),
+                    "versions": find_versions(),
                 },
                 zarr_format=self.zarr_format,
             )
@@ -546,16 +547,11 @@ def _ignore(event: Event) -> None:
     del event
 
 
-def _dashboard(client: Client) -> str | None:
+def _dashboard(client: Client, *, with_map: bool) -> str | None:
+    """Where to look: at the tile map, where there is one."""
+    if "dashboard" not in client.scheduler_info().get("services", {}):
+        return None
     link = client.dashboard_link
-    services = client.scheduler_info().get("services", {})
-    return link if "dashboard" in services else None
-
-
-def _versions() -> dict[str, str]:
-    names = ("outsize", "torch", "openvino", "zarr", "rasterio", "dask", "numpy")
-    found = {"python": platform.python_version()}
-    for name in names:
-        with contextlib.suppress(ModuleNotFoundError):
-            found[name] = version(name)
-    return found
+    if link is None or not with_map or not link.endswith("/status"):
+        return link
+    return f"{link.removesuffix('status')}tilemap"

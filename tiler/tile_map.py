@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +34,8 @@ NOW_S = 15.0
 """What "now" means for throughput."""
 LISTED = 1000
 """Failed tiles whose reasons are kept."""
+_WINDOW = re.compile(r"\bwindow \d+,\d+,\d+,\d+ ")
+"""In the reason of a tile that cannot be read."""
 
 
 def begin_message(
@@ -146,6 +150,14 @@ def shrink(
         return (total(np.where(known, grey, 0)) / total(known.astype(np.float32))).astype(np.float32)
 
 
+def group_failures(failures: Iterable[tuple[Cell, str]]) -> list[tuple[str, list[Cell]]]:
+    """Tiles by their reason, that of most tiles first; without the window, which is the tile's own."""
+    found: dict[str, list[Cell]] = {}
+    for cell, reason in failures:
+        found.setdefault(_WINDOW.sub("", reason), []).append(cell)
+    return sorted(found.items(), key=lambda entry: -len(entry[1]))
+
+
 @dataclass
 class History:
     """Pixels done over time, in a bounded number of buckets."""
@@ -155,6 +167,11 @@ class History:
     buckets: list[int] = field(default_factory=lambda: [0])
 
     def add(self, at: float, pixels: int) -> None:
+        index = self._reach(at)
+        self.buckets[index] += pixels
+
+    def _reach(self, at: float) -> int:
+        """The bucket of a time; there is one afterwards."""
         index = max(0, int((at - self.began) / self.width_s))
         while index >= BUCKETS:
             paired = [*self.buckets, *([0] if len(self.buckets) % 2 else [])]
@@ -162,10 +179,11 @@ class History:
             self.width_s *= 2
             index = max(0, int((at - self.began) / self.width_s))
         self.buckets += [0] * (index + 1 - len(self.buckets))
-        self.buckets[index] += pixels
+        return index
 
     def rates(self, now: float) -> tuple[list[float], list[float]]:
-        """(seconds since the beginning, Mpx/s) of each bucket; the last one only as far as it has come."""
+        """(seconds since the beginning, Mpx/s) of each bucket until now; the last one only as far as it has come."""
+        self._reach(now)
         times, rates = list[float](), list[float]()
         for index, pixels in enumerate(self.buckets):
             start = index * self.width_s
@@ -185,6 +203,8 @@ class TileMap:
         self.core: tuple[int, int] = (int(begin["core"][0]), int(begin["core"][1]))
         self.counts: tuple[int, int] = (int(begin["counts"][0]), int(begin["counts"][1]))
         self.began = float(begin["at"])
+        self.worked: float | None = None
+        """When the first tile began: until then the engine is set up and checked, which no tile's time tells of."""
         self.ended: float | None = None
         self.how = ""
         self.states = np.zeros(self.counts, np.uint8)
@@ -202,7 +222,7 @@ class TileMap:
         size = (-(-extent // side) for extent, side in zip(self.shape, self.cell, strict=True))
         self.sketch = np.full(tuple(size), np.nan, np.float32)
         self.history = History(self.began)
-        self.pixels_done = 0
+        self.pixels_done = self.pixels_failed = 0
         self.pixels = int(self._pixels_of(self.states != KEPT))
         self.recent: list[tuple[float, int]] = []
         """(time, pixels done until then), a little more than `NOW_S` of them."""
@@ -215,6 +235,10 @@ class TileMap:
             for side, extent, count in zip(self.core, self.shape, self.counts, strict=True)
         ]
         return int(sides[0] @ chosen.astype(np.int64) @ sides[1])
+
+    def _pixels_at(self, cell: Cell) -> int:
+        sides = [min(c, extent - at * c) for c, extent, at in zip(self.core, self.shape, cell, strict=True)]
+        return sides[0] * sides[1]
 
     def apply(self, message: Message, at: float | None = None) -> None:
         """Take a message of this run."""
@@ -232,16 +256,20 @@ class TileMap:
         cell = int(message["row"]), int(message["column"])
         state = STATES.index(message["state"])
         self.states[cell] = state
+        if self.worked is None:
+            self.worked = now - float(message["seconds"])
         if message["worker"]:
             self.worker[cell] = self._number_of(message["worker"])
         if state not in (DONE, FAILED):
             return
         fresh = np.isnan(self.seconds[cell])  # Dask may do a tile twice
         self.seconds[cell] = message["seconds"]
-        self.failures.pop(cell, None)
-        if fresh:
-            y, x = cell[0] * self.core[0], cell[1] * self.core[1]
-            pixels = min(self.core[0], self.shape[0] - y) * min(self.core[1], self.shape[1] - x)
+        failed_before = self.failures.pop(cell, None) is not None
+        pixels = self._pixels_at(cell)
+        if fresh and state == FAILED:
+            self.pixels_failed += pixels
+        elif state == DONE and (fresh or failed_before):
+            self.pixels_failed -= pixels if failed_before else 0
             self.pixels_done += pixels
             self.done_by[message["worker"]] += 1
             self.history.add(now, pixels)
@@ -295,22 +323,24 @@ class TileMap:
         return {worker: int(number) for worker, number in zip(self.workers, found[1:], strict=True)}
 
     def rate(self, now: float | None = None) -> float:
-        """Pixels a second: of the last seconds, or of the whole run once it has ended."""
+        """Pixels done a second: of the last seconds, or since the first tile began once the run has ended."""
         now = self.ended or (time.time() if now is None else now)
-        if self.ended is not None or now - self.began <= NOW_S:
-            return self.pixels_done / max(1e-3, now - self.began)
+        since = self.began if self.worked is None else self.worked
+        if self.ended is not None or now - since <= NOW_S:
+            return self.pixels_done / max(1e-3, now - since)
         before = next((pixels for when, pixels in reversed(self.recent) if when < now - NOW_S), None)
         if before is None:
             before = self.recent[0][1] if self.recent and len(self.recent) > 1 else 0
         return (self.pixels_done - before) / NOW_S
 
     def eta_s(self, now: float | None = None) -> float | None:
-        """Seconds to go at the speed so far; None where nothing is known, or nothing is left."""
+        """Seconds to go at the pace since the first tile began; None where nothing is known, or nothing is left."""
         now = time.time() if now is None else now
-        left = self.pixels - self.pixels_done
-        if self.ended is not None or not self.pixels_done or left <= 0:
+        over = self.pixels_done + self.pixels_failed
+        left = self.pixels - over
+        if self.ended is not None or self.worked is None or not over or left <= 0:
             return None
-        return left * (now - self.began) / self.pixels_done
+        return left * (now - self.worked) / over
 
     def to_json(self, now: float | None = None) -> dict[str, Any]:
         now = time.time() if now is None else now

@@ -18,7 +18,7 @@ from outsize.sample_data.scene import Scene
 from outsize.sample_data.write import write_scene
 from outsize.tiler.cluster import ClusterOptions
 from outsize.tiler.dashboard import NAME, TileMapPlugin
-from outsize.tiler.tile_map import DONE, FAILED, KEPT, RUNNING, TileMap, begin_message
+from outsize.tiler.tile_map import TileMap, begin_message, tile_message
 
 
 def compare(folder: Path, pairs: int, size: int) -> None:
@@ -47,24 +47,51 @@ def compare(folder: Path, pairs: int, size: int) -> None:
     print(f"{pairs} pairs of {summary.tiles} tiles: ratio {statistics.median(ratios):.3f} (median), {sorted(ratios)}")
 
 
+def simulate_million() -> TileMap:
+    """An hour of a run over 64 x 64 tiles of a raster of 64,000 x 64,000 pixels, told by its messages."""
+    side, core, hour, now = 1000, 64, 3600.0, time.time()
+    kept = np.zeros((side, side), np.bool_)
+    kept[: side // 10] = True
+    extent = side * core
+    begin = begin_message(
+        run="million",
+        title="segment million.zarr",
+        shape=(extent, extent),
+        core=(core, core),
+        counts=(side, side),
+        kept=kept,
+        at=now - hour,
+    )
+    tiles, rng = TileMap(begin), np.random.default_rng(0)
+    first, last = side * side // 10, side * side * 6 // 10
+    failed = set(rng.integers(first, last, 40).tolist())
+    seconds = rng.gamma(8, 0.05, last).round(3).tolist()
+    for number in range(first, last):
+        cell, worker = divmod(number, side), f"tcp://10.0.0.{number % 64 + 1}:40000"
+        # Faster in the middle of the hour.
+        share = (number - first) / (last - first)
+        at = now - hour + 20 + (hour - 20) * (share + 0.1 * np.sin(2 * np.pi * share))
+        error = "RasterError: /data/scene.tif: cannot be read: ZIPDecode" if number in failed else ""
+        state = "failed" if error else "done"
+        tiles.apply(tile_message("million", cell, state, seconds=seconds[number], worker=worker, error=error), at=at)
+    for column in range(128):
+        worker = f"tcp://10.0.0.{column % 64 + 1}:40000"
+        tiles.apply(tile_message("million", (side * 6 // 10, column), "running", worker=worker), at=now)
+    # As if all that had taken no time.
+    late = time.time() - now
+    tiles.began, tiles.history.began = tiles.began + late, tiles.history.began + late
+    tiles.worked = None if tiles.worked is None else tiles.worked + late
+    tiles.recent = [(at + late, pixels) for at, pixels in tiles.recent]
+    y, x = np.indices(tiles.sketch.shape) / 40
+    tiles.sketch[:] = np.sin(y) * np.cos(x * 1.3) + 0.3 * np.sin(x * y / 9)
+    return tiles
+
+
 def show_million(folder: Path) -> None:
     """A page with a million tiles, most of them done, and how long it takes to draw."""
     from playwright.sync_api import sync_playwright
 
-    side = 1000
-    tiles = TileMap(
-        begin_message(run="million", title="a million tiles", shape=(side, side), core=(1, 1), counts=(side, side))
-    )
-    rng = np.random.default_rng(0)
-    tiles.states[: side * 6 // 10] = DONE
-    tiles.states[: side // 10] = KEPT
-    tiles.states[side * 6 // 10, :8] = RUNNING
-    for row, column in rng.integers(0, side * 6 // 10, (40, 2)):
-        tiles.states[row, column] = FAILED
-        tiles.failures[int(row), int(column)] = "cannot be read"
-    tiles.seconds[: side * 6 // 10] = rng.random((side * 6 // 10, side))
-    y, x = np.indices(tiles.sketch.shape) / 40
-    tiles.sketch[:] = np.sin(y) * np.cos(x * 1.3) + 0.3 * np.sin(x * y / 9)
+    tiles = simulate_million()
     with (
         LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -79,8 +81,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     damage(source, (3, 5))
     words = ("--core", "128", "--engine", "torch", "--no-dashboard")
-    done = outsize("segment", source, place / "m.zarr", *words, "--report", place / "pages" / "m.html")
+    done = outsize("segment", source, place / "m.zarr", *words, "--report", place / "pages" / "m.html", "--json")
     assert done.returncode == 3, done.stderr
+    # What is told of a run is what is kept of it.
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert read_header(place / "m.zarr")["run"]["startup_s"] == told["startup_s"]
     assert f"report    {place / 'pages' / 'm.html'}" in done.stderr
     return place
 
@@ -100,7 +105,10 @@ def test_a_report_says_what_is_there(folder: Path) -> None:
         name = next(entry["name"] for entry in header["classes"] if entry["value"] == value)
         share = 100 * count / (classes != 255).sum()
         assert f"{name} {share:.2f} {count * 4 / 1e4:,.1f} {count:,}" in page.text
-    assert page.text.count("ZIPDecode") == failed
+    reasons = {re.sub(r"window \S+ ", "", tile["error"]) for tile in header["run"]["failures"]}
+    assert page.text.count("ZIPDecode") == len(reasons) < failed
+    for tile in header["run"]["failures"]:
+        assert f"{tile['row']},{tile['column']}" in page.text
     assert f"{36 - failed} done, {failed} failed (red)" in page.text
     for word in ("halo", "derived from the traced graph", "Mpx/s", "sample-unet", header["model_sha256"], "segment "):
         assert word in page.text
@@ -145,6 +153,9 @@ def test_a_run_that_failed_has_a_report(folder: Path, tmp_path: Path) -> None:
     page = Page((tmp_path / "n.html").read_text())
     assert "The run stopped: no such raster" in page.text
     assert "Nothing was written." in page.text
+    command = f"outsize segment {tmp_path / 'none.tif'} {tmp_path / 'n.zarr'} --report {tmp_path / 'n.html'}"
+    assert f"source {tmp_path / 'none.tif'} model the shipped one versions python 3." in page.text
+    assert f"command {command}" in page.text
     # One that stops with an output that it may not continue.
     source, out = folder / "s & <b>.tif", folder / "m.zarr"
     other = outsize("segment", source, out, "--core", "64", "--engine", "torch", "--report", tmp_path / "o.html")
@@ -195,6 +206,10 @@ def test_an_unfinished_run_is_told(folder: Path, tmp_path: Path) -> None:
     page = Page(render_report(Console(), tmp_path / "m.zarr"))
     assert "Not finished: 26 of 36 tiles are still to do" in page.text
     assert "10 done, 26 still to do (dark)" in page.text
+    # Who interrupts a run waits for no pictures.
+    brief = Page(render_report(Console(), tmp_path / "m.zarr", StoppedRun(source="a", is_brief=True)))
+    assert "10 done, 26 still to do; no picture of an interrupted run" in brief.text
+    assert "img" not in brief.tags
 
 
 @pytest.mark.parametrize("west", [-3.0, 177.0])
@@ -270,6 +285,8 @@ def test_throughput_cuts_pauses_out_and_loses_no_pixel() -> None:
 
 def test_a_browser_opens_the_page_offline(folder: Path) -> None:
     if CHROMIUM is None:
+        if os.environ.get("CI"):
+            pytest.fail("Chromium is not installed; .ci/run installs it")
         pytest.skip("no Chromium here")
     from playwright.sync_api import sync_playwright
 
@@ -282,7 +299,14 @@ def test_a_browser_opens_the_page_offline(folder: Path) -> None:
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.goto((folder / "pages" / "m.html").as_uri())
         assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
-        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        for width in (1150, 420):
+            page.set_viewport_size({"width": width, "height": 900})
+            assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+            # Nothing but what scrolls by itself is wider than its section.
+            assert page.evaluate(
+                "[...document.querySelectorAll('section > *')].every(e => e.scrollWidth <= e.clientWidth + 1 ||"
+                " e.classList.contains('wide') || !e.clientWidth)"
+            )
         browser.close()
     assert wrong == []
     assert re.search(r"report of 20\d\d-", (folder / "pages" / "m.html").read_text())

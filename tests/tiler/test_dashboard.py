@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,12 +18,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from distributed import Client, LocalCluster
-from outsize.tiler import dashboard
-from outsize.tiler.dashboard import NAME, TileMapPlugin
-from outsize.tiler.events import Event, TileFinished, TileRecord
+from outsize.tiler import dashboard, dashboard_page
+from outsize.tiler.dashboard import NAME, TileMapPlugin, watch_run
+from outsize.tiler.events import ClusterReady, Event, TileFinished, TileRecord
+from outsize.tiler.network import analyze_network
 from outsize.tiler.raster import open_raster
-from outsize.tiler.tile_map import TOPIC, begin_message, tile_message
+from outsize.tiler.tile_map import DONE, TOPIC, TileMap, begin_message, tile_message
 from outsize.tiler.transfer import copy_raster
 from outsize.tiler.worker import TileRunner
 
@@ -80,7 +84,7 @@ def test_a_run_is_on_the_map(tmp_path: Path, client: Client) -> None:
     assert [(tile["row"], tile["column"]) for tile in last["failed"]] == [entry[:2] for entry in summary.failed_tiles]
     assert "cannot be read" in last["failed"][0]["error"]
     (worker,) = last["workers"]
-    assert (worker["done"], worker["running"]) == (16, 0)
+    assert (worker["done"], worker["running"]) == (16 - len(summary.failed_tiles), 0)
     # Continued: what is there is shown as such, and both runs can be chosen.
     run(source, class_network(), tmp_path / "o.zarr", client, redo=[(0, 0)])
     runs = fetch_runs(client)
@@ -150,40 +154,66 @@ def test_wrong_messages_do_no_harm(tmp_path: Path, client: Client) -> None:
     assert fetch_runs(client)[0]["tiles"]["done"] == 4
 
 
-@pytest.mark.parametrize("prefix", ["", "some/where"])
-def test_a_scheduler_brings_the_map_by_preload(tmp_path: Path, prefix: str) -> None:
-    file = tmp_path / "scheduler.json"
-    words = [
-        "-m",
-        "distributed.cli.dask_scheduler",
-        "--scheduler-file",
-        str(file),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        "0",
-    ]
-    words += ["--dashboard-address", "127.0.0.1:0", "--preload", "outsize.tiler.dashboard"]
-    words += ["--dashboard-prefix", prefix] if prefix else []
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([sys.executable, "-W", "ignore", *words], stderr=log, stdout=log)
+@contextlib.contextmanager
+def dask(place: Path, *words: str) -> Iterator[None]:
+    """One of Dask's commands in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", *words]
+    with (place / f"{words[0]}.log").open("w") as log:
+        process = subprocess.Popen(command, stderr=log, stdout=log)
     try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def own_scheduler(place: Path, *words: str) -> Iterator[Client]:
+    file = place / "scheduler.json"
+    command = ["distributed.cli.dask_scheduler", "--scheduler-file", str(file), "--host", "127.0.0.1", "--port", "0"]
+    with dask(place, *command, "--dashboard-address", "127.0.0.1:0", *words):
         deadline = time.monotonic() + 60
         while not file.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         with Client(scheduler_file=str(file)) as client:
-            port = client.scheduler_info()["services"]["dashboard"]
-            base = f"http://127.0.0.1:{port}/" + (f"{prefix}/" if prefix else "")
-            with urllib.request.urlopen(base + "tilemap.json", timeout=10) as answer:
-                assert json.loads(answer.read())["runs"] == []
-            with urllib.request.urlopen(base + "tilemap", timeout=10) as answer:
-                assert 'href="tilemap"' in answer.read().decode()
-            # A run that connects finds it there.
-            client.register_plugin(TileMapPlugin())
-            assert client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.plugins)).count(NAME) == 1
-    finally:
-        process.kill()
-        process.wait()
+            yield client
+
+
+@pytest.mark.parametrize("prefix", ["", "some/where"])
+def test_a_scheduler_brings_the_map_by_preload(tmp_path: Path, prefix: str) -> None:
+    words = ["--preload", "outsize.tiler.dashboard", *(["--dashboard-prefix", prefix] if prefix else [])]
+    with own_scheduler(tmp_path, *words) as client:
+        inside = f"{prefix}/" if prefix else ""
+        assert json.loads(fetch(client, f"{inside}tilemap.json"))["runs"] == []
+        assert 'href="tilemap"' in fetch(client, f"{inside}tilemap")
+        # A run that connects finds it there.
+        client.register_plugin(TileMapPlugin())
+        assert client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.plugins)).count(NAME) == 1
+
+
+def test_a_scheduler_in_another_process_gets_the_map_from_the_run(tmp_path: Path) -> None:
+    source, told = scene(tmp_path, 150, 150), list[str | None]()
+    with own_scheduler(tmp_path) as client:
+        address = client.scheduler_info()["address"]
+        with dask(tmp_path, "distributed.cli.dask_worker", address, "--no-nanny", "--nthreads", "2", "--no-dashboard"):
+            # Of torch's parts only: tests have no name that another process could import.
+            module = torch.nn.Conv2d(3, 4, 3, padding=1).eval()
+            summary = run(
+                source,
+                analyze_network(module, bands=3),
+                tmp_path / "o.zarr",
+                client,
+                listener=lambda event: told.append(event.dashboard) if isinstance(event, ClusterReady) else None,
+            )
+            (shown,) = fetch_runs(client)
+            assert told == [page_of(client, "tilemap")]
+            assert 'href="tilemap"' in fetch(client, "tilemap")
+    assert summary.failed_tiles == ()
+    assert (shown["state"], shown["tiles"]["done"]) == ("finished", 9)
+    (worker,) = shown["workers"]
+    assert worker["worker"].startswith("tcp://")
+    assert (worker["done"], worker["state"], worker["threads"]) == (9, "idle", 2)
+    assert worker["memory_bytes"] > 30e6
 
 
 @pytest.fixture
@@ -200,9 +230,23 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-def test_states_change_on_the_page(
-    tmp_path: Path, client: Client, chromium: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def page(chromium: Any) -> Iterator[Any]:
+    """A page, on which nothing may go wrong."""
+    page = chromium.new_page(viewport={"width": 1280, "height": 900})
+    wrong: list[str] = []
+    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    yield page
+    assert wrong == []
+
+
+def plugin_of(client: Client) -> TileMapPlugin:
+    cluster: Any = client.cluster
+    return cluster.scheduler.plugins[NAME]
+
+
+def test_states_change_on_the_page(tmp_path: Path, client: Client, page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     image = np.random.default_rng(0).random((3, 500, 900), np.float32)
     source = write_geotiff(tmp_path / "s.tif", image, tiled=True, blockxsize=64, blockysize=64, compress="deflate")
     damage(source, (3, 4))
@@ -213,10 +257,6 @@ def test_states_change_on_the_page(
         return truth(runner, row, column)
 
     monkeypatch.setattr(TileRunner, "run", wait)
-    page = chromium.new_page(viewport={"width": 1400, "height": 950})
-    wrong: list[str] = []
-    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
     out = tmp_path / "o.zarr"
     working = threading.Thread(target=run, args=(source, class_network(), out, client))
     working.start()
@@ -226,29 +266,117 @@ def test_states_change_on_the_page(
         page.goto(page_of(client, "tilemap"))
         page.wait_for_function(_counts("running") + " > 0")
         early = page.evaluate(_counts("done"))
+        assert re.search(r"2 running\s+\d+\s+\d+ MB", page.evaluate(_text()))  # the worker's state, tiles, memory
         _shoot(page, "early")
         for _ in range(60):
             gate.release()
         page.wait_for_function(_counts("done") + f" > {early} + 40")
+        (said,) = fetch_runs(client)
+        assert said["eta_s"] > 0
+        assert said["mpx_per_s"] > 0
+        page.wait_for_function(_text() + ".match(/Mpx\\/s now, .* so far, about .* to go/)")
+        assert page.evaluate("Math.max(..." + _curve() + ")") > 0
         _shoot(page, "middle")
         for _ in range(200):
             gate.release()
         working.join(60)
-        page.wait_for_function("document.querySelector('body') && " + _text() + ".includes('finished after')")
-        assert page.evaluate(_counts("waiting")) == 0
-        assert page.evaluate(_counts("failed")) >= 1
-        assert "cannot be read" in page.evaluate(_text())
-        _shoot(page, "end")
+        page.wait_for_function(_text() + ".includes('finished after')")
+        tiles = next(iter(plugin_of(client).maps.values()))
+        counts, text = tiles.count(), page.evaluate(_text())
+        assert [page.evaluate(_counts(state)) for state in ("waiting", "done")] == [0, counts["done"]]
+        assert page.evaluate(_counts("failed")) == counts["failed"] == 9
+        assert "to go" not in text
+        assert re.search(rf"idle\s+{counts['done']}\s+\d+ MB", text)
+        assert "2,3; 2,4; 2,5; 3,3; 3,4; 3,5; 4,3; 4,4; 4,5" in text
+        # The curve holds what was done, and lasts as long as the run.
+        times, rates = page.evaluate(_curve("t")), page.evaluate(_curve())
+        assert tiles.ended is not None
+        assert times[-1] == pytest.approx(tiles.ended - tiles.began, abs=1)
+        done = sum(rate * (end - start) for rate, start, end in zip(rates[1:], times, times[1:], strict=False))
+        assert done * 1e6 == pytest.approx(tiles.pixels_done, rel=0.2)
         # The pixel under the mouse says which tile it is.
-        box = page.locator(".bk-Figure").first.bounding_box()
-        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-        page.wait_for_function(_text() + ".includes('row ')")
-        _shoot(page, "hover")
+        (worker,) = fetch_runs(client)[0]["workers"]
+        expected = f"row 6, column 12\ndone, {tiles.seconds[6, 12]:.2f} s on {worker['worker']}"
+        assert hover(page, (6.5 * 64, 12.5 * 64)) == expected
+        failed = hover(page, (3.5 * 64, 4.5 * 64))
+        assert failed.startswith("row 3, column 4\nfailed, ")
+        assert failed.endswith(tiles.failures[3, 4])
+        assert page.locator("div.tile").bounding_box()["width"] < 400
+        _shoot(page, "failed")
     finally:
         for _ in range(500):
             gate.release()
         working.join(60)
-    assert wrong == []
+
+
+def simulated(name: str, shape: tuple[int, int], core: int, failed: tuple[int, int] | None = None) -> TileMap:
+    """A run whose upper half is done."""
+    counts = (-(-shape[0] // core), -(-shape[1] // core))
+    tiles = TileMap(begin_message(run=name, title=name, shape=shape, core=(core, core), counts=counts))
+    tiles.states[: counts[0] // 2] = DONE
+    if failed is not None:
+        tiles.apply(tile_message(name, failed, "failed", error=f"/{'long' * 99}/s.tif: <b>no</b>"))
+    return tiles
+
+
+def test_each_run_is_shown_whole_and_in_its_aspect(client: Client, page: Any) -> None:
+    client.register_plugin(TileMapPlugin())
+    maps = plugin_of(client).maps
+    maps["small"] = simulated("small", (500, 500), 64)
+    page.goto(page_of(client, "tilemap"))
+    page.wait_for_function(_text() + ".includes('8 rows x 8 columns')")
+    assert frame(page) == {"width": 640, "height": 640, "x": [0, 500], "y": [500, 0]}
+    # A larger run begins while the page is open; the newest is followed.
+    maps["long"] = simulated("long", (1000, 8000), 100, failed=(2, 30))
+    page.wait_for_function(_text() + ".includes('1,000 rows x 8,000 columns')")
+    page.wait_for_function(f"({_FRAME})().width === 640")
+    assert frame(page) == {"width": 640, "height": 80, "x": [0, 8000], "y": [1000, 0]}
+    maps["high"] = simulated("high", (8000, 1000), 10, failed=(500, 70))
+    page.wait_for_function(_text() + ".includes('8,000 rows x 1,000 columns')")
+    assert frame(page) == {"width": 80, "height": 640, "x": [0, 1000], "y": [8000, 0]}
+    # 2 x 2 tiles are one block there, which is smaller than its mark.
+    told = hover(page, (5005 + 20, 705))
+    assert told.startswith("row 502 to 503, column 70 to 71\nwaiting\nfailed at 500, 70: /long")
+    assert told.endswith("<b>no</b>")
+    # Chosen in the list, the first is shown again, and kept when another begins.
+    page.locator("select").select_option(label=page.evaluate(_options())[-1])
+    page.wait_for_function(_text() + ".includes('8 rows x 8 columns')")
+    assert frame(page) == {"width": 640, "height": 640, "x": [0, 500], "y": [500, 0]}
+    maps["last"] = simulated("last", (640, 64), 64)
+    page.wait_for_function("document.querySelector('body') && " + _options() + ".length === 4")
+    assert re.fullmatch(r"last \(20\d\d-\d\d-\d\d \d\d:\d\d:\d\d\)", page.evaluate(_options())[0])
+    assert "8 rows x 8 columns" in page.evaluate(_text())
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_an_open_page_shows_the_end_before_the_cluster_may_close(
+    tmp_path: Path, client: Client, page: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dashboard_page, "UPDATE_MS", 3_600_000)
+    client.register_plugin(TileMapPlugin())
+    page.goto(page_of(client, "tilemap"))
+    page.wait_for_function(_text() + ".includes('No run of outsize has been here yet.')")
+    run(scene(tmp_path, 150, 150), class_network(), tmp_path / "o.zarr", client)
+    page.wait_for_function(_counts("done") + " === 9", timeout=1000)
+    assert "finished after" in page.evaluate(_text())
+    # Without pages nobody is waited for.
+    plugin_of(client).pages.clear()
+    began = time.monotonic()
+    dashboard._let_pages_see(client)
+    assert time.monotonic() - began < 0.1
+
+
+def test_a_page_without_its_scheduler_says_so(tmp_path: Path, chromium: Any) -> None:
+    page = chromium.new_page()
+    with own_scheduler(tmp_path, "--preload", "outsize.tiler.dashboard") as client:
+        begin = begin_message(run="r", title="r", shape=(64, 128), core=(64, 64), counts=(1, 2))
+        with watch_run(client, begin) as watch:
+            watch.tell(tile_message("r", (0, 1), "done"))
+            page.goto(page_of(client, "tilemap"))
+            page.wait_for_function(_counts("done") + " === 1")
+        assert not page.get_by_text("connection lost").is_visible()
+    page.get_by_text("connection lost").wait_for(timeout=10_000)
+    assert page.evaluate(_counts("done")) == 1
 
 
 def _text() -> str:
@@ -271,3 +399,45 @@ def _shoot(page: Any, name: str) -> None:
     folder = os.environ.get("SCREENSHOTS")
     if folder:
         page.screenshot(path=str(Path(folder) / f"tilemap-{name}.png"))
+
+
+_FRAME = """() => {
+    const find = view => view.model.name === "tilemap" ? view : (view.child_views ?? []).map(find).find(v => v);
+    const view = Object.values(Bokeh.index).map(find).find(v => v);
+    const { width, height, left, top } = view.frame.bbox, { x_range, y_range } = view.model;
+    const x = [x_range.start, x_range.end], y = [y_range.start, y_range.end];
+    return { width, height, left, top, x, y };
+}"""
+
+
+def frame(page: Any) -> dict[str, Any]:
+    """The map's frame on the screen, and the pixels of the raster that it shows."""
+    found = page.evaluate(_FRAME)
+    return {name: found[name] for name in ("width", "height", "x", "y")}
+
+
+def hover(page: Any, at: tuple[float, float]) -> str:
+    """All that tooltips tell of a pixel (y, x) of the raster."""
+    found, box = page.evaluate(_FRAME), page.locator(".bk-Figure").first.bounding_box()
+    x = box["x"] + found["left"] + found["width"] * at[1] / found["x"][1]
+    y = box["y"] + found["top"] + found["height"] * at[0] / found["y"][0]
+    page.mouse.move(x - 1, y)
+    page.mouse.move(x, y)
+    page.wait_for_timeout(300)
+    seen = [text for text in page.locator("div.tile").all_inner_texts() if text.strip()]
+    assert len(seen) == 1
+    return "\n".join(line for line in seen[0].splitlines() if line)
+
+
+def _curve(name: str = "mpx") -> str:
+    """A column of the throughput's curve."""
+    return f"Array.from(Bokeh.documents[0].get_model_by_name('throughput').renderers[0].data_source.data['{name}'])"
+
+
+def _options() -> str:
+    """Names of the runs to choose from."""
+    return (
+        "(function all(node) { const roots = [...node.querySelectorAll('*')].filter(e => e.shadowRoot);"
+        " return [...node.querySelectorAll('option')].map(o => o.text)"
+        ".concat(...roots.map(e => all(e.shadowRoot))); })(document)"
+    )

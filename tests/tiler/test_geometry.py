@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from outsize.tiler.errors import UsageError
-from outsize.tiler.geometry import Grid, Interval, Window, align_down, align_up
+from outsize.tiler.geometry import Grid, Interval, Window, align_down, align_up, halve
 
 extents = st.integers(1, 97)
 positions = st.integers(-200, 200)
@@ -56,6 +56,22 @@ def test_clamping_keeps_exactly_the_inner_part(a: int, b: int, size: int) -> Non
     inside = set(range(interval.start, interval.stop)) & set(range(size))
     clamped = interval.clamp(size)
     assert set(range(clamped.start, clamped.stop)) == inside
+
+
+@given(extents, extents, extents, extents, extents, extents)
+def test_halves_are_the_whole_and_end_at_single_blocks(h: int, w: int, by: int, bx: int, uy: int, ux: int) -> None:
+    whole = Window(y=3, x=5, height=h, width=w)
+    found = halve(whole, (by, bx), (uy, ux))
+    sides = align_up(by, uy), align_up(bx, ux)
+    if not found:
+        assert h <= sides[0]
+        assert w <= sides[1]
+        return
+    second, first = found
+    assert first.pixels + second.pixels == whole.pixels
+    assert (first.y, first.x) == (whole.y, whole.x)
+    assert (second.y - whole.y) % uy == (second.x - whole.x) % ux == 0
+    assert min(first.pixels, second.pixels) > 0
 
 
 def test_slices_are_relative_to_the_origin() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
 import pytest
+from outsize.tiler import backdrop
 from outsize.tiler.backdrop import make_backdrop
 from outsize.tiler.geometry import Window
 from outsize.tiler.raster import open_raster
@@ -31,6 +33,7 @@ from outsize.tiler.tile_map import (
 )
 
 from .rasters import write_geotiff
+from .test_transfer import damage
 
 
 def make_map(shape: tuple[int, int], core: int, todo: list[tuple[int, int]] | None = None) -> TileMap:
@@ -57,18 +60,39 @@ def test_states_are_counted_and_pixels_are_those_of_the_cores() -> None:
     assert tiles.states[0, 0] == WAITING
     tiles.apply(tile_message("r", (1, 1), "failed", seconds=2, worker="b", error="no such band"), at=103)
     tiles.apply(tile_message("r", (0, 0), "running", worker="b"), at=103)
+    assert (tiles.pixels_done, tiles.pixels_failed, tiles.done_by["b"]) == (22 * 13, 64 * 64, 0)
     said = tiles.to_json(now=104)
     assert said["failed"] == [{"row": 1, "column": 1, "error": "no such band"}]
-    assert said["eta_s"] == pytest.approx((tiles.pixels - tiles.pixels_done) * 4 / tiles.pixels_done, abs=0.1)
+    assert said["mpx_per_s"] == pytest.approx(22 * 13 / 3 / 1e6, abs=1e-4)
+    # Since the first tile began, at 101; a failed tile is over, too.
+    over = 22 * 13 + 64 * 64
+    assert said["eta_s"] == pytest.approx((tiles.pixels - over) * 3 / over, abs=0.1)
     tiles.apply(end_message("r", "KeyboardInterrupt"), at=105)
     assert tiles.count() == {"waiting": 2, "running": 0, "done": 1, "failed": 1, "kept": 8}
     assert (tiles.to_json()["state"], tiles.to_json()["seconds"]) == ("KeyboardInterrupt", 5)
 
 
+def test_a_failed_tile_that_is_done_after_all_counts_once() -> None:
+    tiles = make_map((64, 128), 64)
+    for state in ("failed", "done", "done"):
+        tiles.apply(tile_message("r", (0, 0), state, seconds=1, worker="a", error="x" * (state == "failed")), at=110)
+    assert (tiles.pixels_done, tiles.pixels_failed, tiles.done_by["a"], tiles.failures) == (64 * 64, 0, 1, {})
+
+
+def test_set_up_is_no_time_of_tiles() -> None:
+    tiles = make_map((64, 64 * 4), 64)
+    assert tiles.eta_s(now=130) is None
+    tiles.apply(tile_message("r", (0, 0), "running", worker="a"), at=130)
+    tiles.apply(tile_message("r", (0, 0), "done", seconds=2, worker="a"), at=132)
+    assert tiles.eta_s(now=132) == pytest.approx(3 * 2)
+    assert tiles.rate(now=132) == pytest.approx(64 * 64 / 2)
+
+
 def test_a_bounded_number_of_failures_and_buckets_is_kept() -> None:
-    tiles = make_map((64, 64 * 3000), 64)
-    for column in range(3000):
-        tiles.apply(tile_message("r", (0, column), "failed", error="x"), at=100 + column)
+    tiles = make_map((64, 64 * 6000), 64)
+    for column in range(6000):
+        state, error = ("failed", "x") if column % 2 else ("done", "")
+        tiles.apply(tile_message("r", (0, column), state, error=error), at=100 + column / 2)
     assert len(tiles.failures) == LISTED
     assert tiles.count()["failed"] == 3000
     assert len(tiles.history.buckets) <= BUCKETS
@@ -87,6 +111,18 @@ def test_throughput_now_is_that_of_the_last_seconds() -> None:
     assert tiles.rate(now=161) == pytest.approx(3 * 64 * 64 / 15)
     tiles.apply(end_message("r", "finished"), at=160)
     assert tiles.rate() == pytest.approx(110 * 64 * 64 / 60)
+
+
+def test_the_curve_goes_on_where_no_tile_ends() -> None:
+    history = History(0.0)
+    history.add(5, 3_000_000)
+    times, rates = history.rates(60.4)
+    assert (times[-1], len(rates), rates[5]) == (60, 60, 3)
+    assert rates[6:] == [0.0] * 54
+    times, rates = history.rates(1e6)
+    assert 1e6 - times[-1] < history.width_s
+    assert len(rates) <= BUCKETS
+    assert rates[0] * history.width_s == 3
 
 
 def test_history_folds_without_losing_a_pixel() -> None:
@@ -143,6 +179,36 @@ def test_a_backdrop_shows_the_rows_of_a_raster(tmp_path: Any) -> None:
     y, x = np.array([100 + (2 * i + 1) * 300 // 128 for i in range(64)])[:, None], 200 + np.arange(256)
     expected = np.where((y < 250) & (x < 350), np.nan, y + x)
     assert np.array_equal(grey, expected, equal_nan=True)
+
+
+def test_a_damaged_block_leaves_a_gap_of_its_width(tmp_path: Any) -> None:
+    image = np.random.default_rng(0).random((1, 512, 900), np.float32)
+    path = write_geotiff(tmp_path / "a.tif", image, tiled=True, blockxsize=64, blockysize=64, compress="deflate")
+    damage(path, (4, 3))
+    grey = make_backdrop(open_raster(path), Window.whole((512, 900)))
+    assert grey is not None
+    cell = 4  # 900 px on at most 256 columns
+    rows = np.array([(2 * row + 1) * 512 // 128 for row in range(64)]) // 64 == 4
+    gap = np.zeros(grey.shape, np.bool_)
+    gap[np.ix_(rows, np.arange(grey.shape[1]) * cell // 64 == 3)] = True
+    assert np.array_equal(np.isnan(grey), gap)
+
+
+def test_a_late_backdrop_is_shown(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    raster = open_raster(write_geotiff(tmp_path / "a.tif", np.ones((1, 64, 64), np.float32)))
+    truth, shown = backdrop.make_backdrop, list[Any]()
+
+    def draw_slowly(*words: Any) -> Any:
+        time.sleep(0.4)
+        return truth(*words)
+
+    monkeypatch.setattr(backdrop, "make_backdrop", draw_slowly)
+    with backdrop.draw_backdrop(raster, Window.whole((64, 64)), shown.append):
+        assert not shown
+    assert len(shown) == 1
+    with pytest.raises(KeyboardInterrupt), backdrop.draw_backdrop(raster, Window.whole((64, 64)), shown.append):
+        raise KeyboardInterrupt
+    assert len(shown) == 1
 
 
 @pytest.mark.parametrize("side", [400, 7, 1])
