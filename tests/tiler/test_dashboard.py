@@ -90,6 +90,8 @@ def test_a_run_is_on_the_map(tmp_path: Path, client: Client) -> None:
     runs = fetch_runs(client)
     assert [entry["tiles"]["kept"] for entry in runs] == [15, 0]
     assert runs[0]["tiles"]["done"] == 1
+    # One tile only, and all of the picture but the damaged block.
+    assert np.isfinite(plugin_of(client).maps[runs[0]["run"]].sketch).mean() > 0.85
     # Both pages know each other.
     assert 'href="tilemap"' in fetch(client, "status")
     assert 'href="workers"' in fetch(client, "tilemap")
