@@ -377,7 +377,7 @@ def test_a_page_without_its_scheduler_says_so(tmp_path: Path, chromium: Any) -> 
             page.goto(page_of(client, "tilemap"))
             page.wait_for_function(_counts("done") + " === 1")
         assert not page.get_by_text("connection lost").is_visible()
-    page.get_by_text("connection lost").wait_for(timeout=10_000)
+    page.get_by_text("connection lost").wait_for(timeout=60_000)
     assert page.evaluate(_counts("done")) == 1
 
 
