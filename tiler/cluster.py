@@ -165,7 +165,8 @@ def _start_local(options: ClusterOptions, workers: int, threads: int) -> LocalCl
     Raises:
         ClusterError: they do not stay alive.
     """
-    of_processes: dict[str, Any] = {"death_timeout": WORKER_DEATH_TIMEOUT} if options.processes else {}
+    # Threads of this process talk by no address at all.
+    of_processes = {"death_timeout": WORKER_DEATH_TIMEOUT, "host": "127.0.0.1"} if options.processes else {}
     reason = ""
     for _ in range(STARTS):
         try:
@@ -174,7 +175,6 @@ def _start_local(options: ClusterOptions, workers: int, threads: int) -> LocalCl
                     n_workers=workers if options.processes else 1,
                     threads_per_worker=threads,
                     processes=options.processes,
-                    host="127.0.0.1",
                     # Dask's health page is served in any case: without a dashboard on whatever port is free.
                     dashboard_address=options.dashboard_address or "127.0.0.1:0",
                     scheduler_kwargs={"dashboard": options.dashboard_address is not None},

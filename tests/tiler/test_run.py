@@ -14,6 +14,7 @@ import pytest
 import torch
 from distributed import Client, LocalCluster
 from outsize.models.segmentation.unet import UNet
+from outsize.tiler.cluster import ClusterOptions
 from outsize.tiler.errors import BudgetError, ExactnessError, OutputError, RasterError, TilerError, UsageError
 from outsize.tiler.events import ClusterReady, Event, RunPlanned, StartChecked, TileFinished
 from outsize.tiler.geometry import Window
@@ -166,6 +167,13 @@ def test_two_plans_give_the_same_output(tmp_path: Path, client: Client) -> None:
         run(source, class_network(), tmp_path / f"{core}.zarr", client, core=core)
     assert np.array_equal(stored(tmp_path / "64.zarr"), stored(tmp_path / "128.zarr"))
     assert np.array_equal(stored(tmp_path / "64.zarr"), stored(tmp_path / "512.zarr"))
+
+
+def test_workers_may_be_threads_of_the_calling_process(tmp_path: Path) -> None:
+    network, source = class_network(), scene(tmp_path, 150, 170)
+    options = ClusterOptions(processes=False, dashboard_address=None)
+    predict(source, network, tmp_path / "out.zarr", cluster=options, engine="torch", core=64, memory="4GB")
+    assert np.array_equal(open_array(tmp_path / "out.zarr", "class", "r")[:], whole(network, source)[0])
 
 
 def test_windows_and_lazy_arrays_equal_the_run(tmp_path: Path, client: Client) -> None:
