@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dask import config
 from distributed import Client, LocalCluster
@@ -166,7 +165,9 @@ def _start_local(options: ClusterOptions, workers: int, threads: int) -> LocalCl
         ClusterError: they do not stay alive.
     """
     # Threads of this process talk by no address at all.
-    of_processes = {"death_timeout": WORKER_DEATH_TIMEOUT, "host": "127.0.0.1"} if options.processes else {}
+    of_processes: dict[str, Any] = (
+        {"death_timeout": WORKER_DEATH_TIMEOUT, "host": "127.0.0.1"} if options.processes else {}
+    )
     reason = ""
     for _ in range(STARTS):
         try:
