@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import lcm
@@ -220,11 +221,22 @@ def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype
         UntileableError: an operation without an exact rule, named with its module and source line; a module that fixes
             the image's size; an output that is not on the image's grid times a constant scale.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _one_thread():
         # What torch remarks on while it is tried out is not what the user asked; made errors, remarks would look like
         # sizes that the module refuses.
         warnings.simplefilter("ignore")
         return _analyze(module, bands, dtype)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The analysis runs many tiny images, which threads only wait for each other over."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _analyze(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype[Any] | str | None) -> Network:
