@@ -654,7 +654,8 @@ def face_train(console: Any, **options: Any) -> None:
 @click.pass_obj
 def verify(console: Any, out: Path, **options: Any) -> None:
     """Read every chunk of an output: present, decodable, of the content that was written; and compute sampled pixels
-    again in larger windows. Exit code 1 where something is wrong.
+    again in larger windows. Exit code 1 where something is damaged or the run never came to its end, 3 where all is
+    well but for failed tiles.
 
     \b
     outsize verify map.zarr
@@ -665,8 +666,9 @@ def verify(console: Any, out: Path, **options: Any) -> None:
 
     names = ("samples", "repair", "model", "weights", "trust_model", "sha256", "memory")
     known = VerifyOptions(**{name: options[name] for name in names})
-    if not run_verify(console, out, known, _cluster_options(options)):
-        raise SystemExit(EXIT_FAILED)
+    state = run_verify(console, out, known, _cluster_options(options))
+    if state != "sound":
+        raise SystemExit(EXIT_FAILED_TILES if state == "partial" else EXIT_FAILED)
 
 
 @cli.command()

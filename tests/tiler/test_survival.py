@@ -31,8 +31,11 @@ from outsize.tiler.journal import read_journal
 from outsize.tiler.raster import Raster
 from outsize.tiler.records import RECORDS, RunFolder, find_runs, read_owner, run_folder
 from outsize.tiler.run import RunSummary, predict
+from outsize.tiler.store import read_header
+from outsize.tiler.verify import verify_output
 
-from .test_run import _passed, class_network, logit_network, run, scene, stored, whole
+from .rasters import write_geotiff
+from .test_run import _passed, class_network, logit_network, random_image, run, scene, stored, whole
 
 HERE = ClusterOptions(dashboard_address=None)
 
@@ -185,6 +188,31 @@ def test_a_call_in_between_does_not_make_torn_files_believed(tmp_path: Path, cli
     assert hash_chunks(out) == expected
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '"state": "done", "chunks": null',
+        '"state": "done", "chunks": {"class/c/2/1": 5}',
+        '"state": "done", "chunks": {"class/c/2/1": ["5", 7]}',
+        '"state": ["done"], "chunks": {}',
+        '"chunks": {}',
+    ],
+)
+def test_a_damaged_record_is_disbelieved_and_its_tile_done_again(tmp_path: Path, client: Client, line: str) -> None:
+    source, out = scene(tmp_path, 200, 200), tmp_path / "o.zarr"
+    run(source, class_network(), out, client)
+    with (run_folder(out) / "records-1.jsonl").open("a") as file:
+        file.write(f'{{"row": 2, "column": 1, {line}}}\n')
+        file.write("[1]\n" + "[" * 100_000 + "\n" + '{"row": "2", "column": 1}\n')
+        file.write(
+            '{"row": 99, "column": 0, "state": "done", "chunks": {}}\n{"row": -1, "column": 0, "state": "failed"}\n'
+        )
+    assert verify_output(out).unfinished == ((2, 1),)
+    again = run(source, class_network(), out, client)
+    assert (again.tiles, again.resumed_tiles, again.failed_tiles) == (1, 15, ())
+    assert verify_output(out).unfinished == ()
+
+
 def test_the_owner_of_a_lock_is_named_and_a_dead_one_told(tmp_path: Path, client: Client) -> None:
     source, out = scene(tmp_path, 70, 70), tmp_path / "o.zarr"
     with (
@@ -267,6 +295,54 @@ def test_a_source_that_is_gone_stops_the_run_and_fails_no_tile(tmp_path: Path, c
     assert summary.resumed_tiles >= 2
     assert summary.failed_tiles == ()
     assert np.array_equal(stored(out), whole(class_network(), source))
+
+
+@pytest.mark.parametrize("put_back", [False, True])
+def test_a_source_that_is_changed_makes_no_mixed_map(tmp_path: Path, client: Client, put_back: bool) -> None:
+    source, out, kept = scene(tmp_path, 300, 300), tmp_path / "o.zarr", tmp_path / "kept.tif"
+    other = write_geotiff(tmp_path / "other.tif", random_image(300, 300, seed=1))
+    shutil.copy2(source, kept)
+
+    def change(event: Event) -> None:
+        if isinstance(event, TileFinished) and event.finished == 3:
+            source.write_bytes(other.read_bytes())  # as `cat other.tif > scene.tif`
+
+    with pytest.raises(RasterError, match=r"was changed while it was read; segment --overwrite begins anew"):
+        run(source, class_network(), out, client, listener=change)
+    assert "run" not in read_header(out)
+    if put_back:
+        shutil.copy2(kept, source)
+    with pytest.raises(OutputError, match="the input was changed while that run read it; --overwrite replaces it"):
+        run(source, class_network(), out, client)
+    assert run(source, class_network(), out, client, overwrite=True).resumed_tiles == 0
+    assert np.array_equal(stored(out), whole(class_network(), source))
+
+
+def test_a_changed_source_is_found_before_the_end(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("outsize.tiler.resume.GUARD_EVERY_S", 0.0)
+    monkeypatch.setattr("outsize.tiler.resume.GUARD_SHARE", 0)
+    source, out, seen = scene(tmp_path, 300, 300), tmp_path / "o.zarr", list[int]()
+
+    def change(event: Event) -> None:
+        if isinstance(event, TileFinished):
+            seen.append(event.finished)
+            os.utime(source)
+
+    with pytest.raises(RasterError, match="was changed while it was read"):
+        run(source, class_network(), out, client, listener=change)
+    assert seen == [1]
+
+
+def test_what_viewers_leave_beside_a_source_is_no_change(tmp_path: Path, client: Client) -> None:
+    source, out = scene(tmp_path, 150, 150), tmp_path / "o.zarr"
+
+    def look(event: Event) -> None:
+        if isinstance(event, TileFinished):
+            source.with_name(f"{source.name}.aux.xml").write_text("<PAMDataset></PAMDataset>")
+
+    assert run(source, class_network(), out, client, listener=look).failed_tiles == ()
 
 
 def _close_readers() -> None:
