@@ -206,7 +206,7 @@ def test_an_array_that_cannot_be_opened_is_one_line_for_a_run(tmp_path: Path, cl
             call()
     (out / "zarr.json").write_text('{"zarr_format": 3, "node_')
     for call in (lambda: verify_output(out), lambda: run(source, class_network(), out, client)):
-        with pytest.raises(OutputError, match="is not an output of outsize: .*; remove it, or choose another path"):
+        with pytest.raises(OutputError, match=r"is not an output of outsize: .*; remove it, or choose another path"):
             call()
 
 
