@@ -420,23 +420,61 @@ def test_a_disk_that_turns_read_only_can_be_gone_on_with(tmp_path: Path, client:
     assert np.array_equal(stored(out), whole(class_network(), source))
 
 
-def test_sigterm_is_an_interruption(tmp_path: Path) -> None:
-    subprocess.run(outsize("sample", tmp_path, "--size", "1024"), check=True, capture_output=True)
-    words = ["segment", str(tmp_path / "scene.zarr"), str(tmp_path / "o.zarr"), "--core", "128", "--no-dashboard"]
-    process = subprocess.Popen(outsize(*words), stderr=subprocess.PIPE, text=True)
-    records_file = tmp_path / "o.zarr.run" / "records-1.jsonl"
-    while process.poll() is None and not records_file.exists():
-        time.sleep(0.02)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+class Segmenting:
+    """`outsize segment` in a process of its own, from its first tile on."""
+
+    def __init__(self, folder: Path, **how: Any) -> None:
+        subprocess.run(outsize("sample", folder, "--size", "1024"), check=True, capture_output=True)
+        out = folder / "o.zarr"
+        self.words = ["segment", str(folder / "scene.zarr"), str(out), "--core", "128", "--no-dashboard"]
+        self.folder = run_folder(out)
+        self.process = subprocess.Popen(outsize(*self.words), **{"stderr": subprocess.PIPE, "text": True, **how})
+        while self.process.poll() is None and not (self.folder / "records-1.jsonl").exists():
+            time.sleep(0.02)
+        self.workers = psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self) -> str:
+        """What it said on stderr, after it has ended, its workers with it."""
+        _, errors = self.process.communicate(timeout=60)
+        assert not psutil.wait_procs(self.workers, timeout=10)[1]
+        return errors
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_and_sighup_are_interruptions(tmp_path: Path, sign: signal.Signals) -> None:
+    segmenting = Segmenting(tmp_path)
+    segmenting.process.send_signal(sign)
+    segmenting.process.send_signal(sign)  # as batch systems and shells do
+    errors = segmenting.end()
+    assert segmenting.process.returncode == 130, errors
     assert "interrupted; the same command goes on where it stopped" in errors
-    assert not psutil.wait_procs(workers, timeout=10)[1]
-    runs = [json.loads(path.read_text()) for _, path in find_runs(tmp_path / "o.zarr.run")]
+    assert "Traceback" not in errors
+    runs = [json.loads(path.read_text()) for _, path in find_runs(segmenting.folder)]
     assert [entry["how"] for entry in runs] == ["KeyboardInterrupt"]
     assert (runs[0]["plan"]["tiles"], runs[0]["versions"]["outsize"]) == (64, __version__)
-    assert runs[0]["command"][1:] == words
+    assert runs[0]["command"][1:] == segmenting.words
+
+
+def test_a_second_ctrl_c_ends_at_once_with_one_line(tmp_path: Path) -> None:
+    segmenting = Segmenting(tmp_path)
+    segmenting.process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    segmenting.process.send_signal(signal.SIGINT)
+    errors = segmenting.end()
+    assert segmenting.process.returncode == 130, errors
+    assert errors.splitlines()[-1] == "outsize: interrupted; the same command goes on where it stopped"
+    assert "Traceback" not in errors
+
+
+def test_a_lost_terminal_is_an_interruption_too(tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    segmenting = Segmenting(tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    os.close(ours)  # as the end of an ssh connection does
+    segmenting.process.send_signal(signal.SIGHUP)
+    segmenting.end()
+    assert segmenting.process.returncode == 130
+    assert json.loads((segmenting.folder / "run-1.json").read_text())["how"] == "KeyboardInterrupt"
 
 
 def test_a_scheduler_that_is_gone_is_said(tmp_path: Path, client: Client) -> None:
