@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -157,11 +158,24 @@ def test_a_batch_goes_past_what_fails_and_on_where_it_stopped(folder: Path, tmp_
     assert dry.returncode == 1
     planned = json.loads(dry.stdout.splitlines()[-1])["scenes"]
     assert sum("error" in scene for scene in planned) == 2
+    (plain,) = (scene for scene in planned if scene["name"] == "plain")
+    alone = result_of(outsize("--json", "plan", folder / "plain.tif"))["plan"]
+    grid = [-(-side // core) for side, core in zip(alone["raster_shape"][1:], alone["core"], strict=True)]
+    assert plain["tiles"] == grid[0] * grid[1]
+    assert (plain["flops"], plain["core"]) == (alone["flops"], list(alone["core"]))
+    assert plain["output_bytes"] == 70 * 70
+    assert plain["estimated_s"] >= 0
+    total = json.loads(dry.stdout.splitlines()[-1])["output_bytes"]
+    assert total == sum(70 * (70 + seed) for seed in range(len(NAMES)))
     assert not out.exists()
     done = outsize("--json", "segment", folder, "--out-dir", out, "--no-dashboard", "--engine", "torch")
     assert done.returncode == 1
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["scenes"], result["done"], result["partial"], result["failed"]) == (8, 6, 0, 2)
+    # One display over all.
+    shown = [line for line in done.stderr.splitlines() if re.match(r"\w+: \d+ %", line)]
+    assert {line.split(":")[0] for line in shown} == {"batch"}
+    assert shown[-1].startswith("batch: 100 %")
     failed = {scene["name"]: scene["error"] for scene in result["results"] if scene["state"] == "failed"}
     assert "has 3 bands, model" in failed["three bands"]
     assert "broken.tif" in failed["broken"]

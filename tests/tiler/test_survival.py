@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,17 @@ import pytest
 from distributed import Client, LocalCluster
 from filelock import FileLock
 from outsize import __version__
-from outsize.tests.kill_campaign import Campaign, hash_chunks, outsize
+from outsize.tests.kill_campaign import SHORT, Campaign, hash_chunks, outsize
 from outsize.tests.tiler.deadly import make_deadly
-from outsize.tiler.cluster import ClusterError, ClusterOptions
+from outsize.tiler.cluster import ClusterError, ClusterOptions, open_client
 from outsize.tiler.errors import OutputError, RasterError
 from outsize.tiler.events import Event, RunPlanned, TileFinished
-from outsize.tiler.files import create_new
+from outsize.tiler.files import create_new, write_whole
 from outsize.tiler.journal import read_journal
 from outsize.tiler.raster import Raster
 from outsize.tiler.records import RECORDS, RunFolder, find_runs, read_owner, run_folder
 from outsize.tiler.run import RunSummary, predict
-from outsize.tiler.store import read_header
+from outsize.tiler.store import read_header, write_core
 from outsize.tiler.verify import verify_output
 
 from .rasters import write_geotiff
@@ -94,6 +96,22 @@ def test_a_worker_that_dies_once_costs_nothing(tmp_path: Path) -> None:
     assert run_here(make_deadly(source, (100, 100), "once"), out).failed_tiles == ()
     assert (tmp_path / "killed-once").exists()
     assert np.array_equal(stored(out), whole(class_network(), source))
+
+
+def test_workers_end_without_a_scheduler_in_time() -> None:
+    with open_client(HERE, workers=1, threads=1, gdal_cache_bytes=1 << 20) as client:
+        timeouts: Any = client.run(lambda dask_worker: dask_worker.death_timeout)
+        assert list(timeouts.values()) == [60]
+
+
+def test_another_version_of_the_engine_is_refused(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = scene(tmp_path, 100, 100), tmp_path / "o.zarr"
+    run(source, class_network(), out, client)
+    monkeypatch.setattr("outsize.tiler.fingerprint.version", lambda _: "0.1.2")
+    with pytest.raises(OutputError, match=r"engine version \S+ there, 0\.1\.2 now; --overwrite replaces it"):
+        run(source, class_network(), out, client)
 
 
 @pytest.mark.usefixtures("_no_start_check")
@@ -401,6 +419,32 @@ def test_a_full_disk_stops_the_run_which_goes_on_with_room(tmp_path: Path, clien
     assert hash_chunks(out) == hash_chunks(tmp_path / "calm.zarr")
 
 
+def test_a_quota_stops_the_run_as_a_full_disk_does(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out, writes = scene(tmp_path, 300, 300), tmp_path / "o.zarr", count()
+
+    def write(*arguments: Any) -> None:
+        if next(writes) == 3:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded", str(out / "class"))
+        write_core(*arguments)
+
+    monkeypatch.setattr("outsize.tiler.worker.write_core", write)
+    with pytest.raises(OutputError, match=r"no space left for .*; free some and run the same command again"):
+        run(source, class_network(), out, client)
+    summary = run(source, class_network(), out, client)
+    assert summary.failed_tiles == ()
+    assert summary.resumed_tiles >= 1
+    assert np.array_equal(stored(out), whole(class_network(), source))
+
+
+def test_a_file_that_a_full_disk_cut_short_is_not_left(small_disk: Path) -> None:
+    (small_disk / "run-1.json").write_bytes(b"{}")
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(small_disk / "run-1.json", bytes(1_000_000))
+    assert [path.name for path in small_disk.iterdir()] == ["run-1.json"]
+
+
 def test_a_disk_that_turns_read_only_can_be_gone_on_with(tmp_path: Path, client: Client, small_disk: Path) -> None:
     source, out = scene(tmp_path, 300, 300), small_disk / "o.zarr"
 
@@ -493,7 +537,7 @@ def test_a_scheduler_that_is_gone_is_said(tmp_path: Path, client: Client) -> Non
 
 def test_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     """A short campaign; tests/kill_campaign.py has the long one."""
-    campaign = Campaign(tmp_path, seed=5, size=512)
-    campaign.run(2)
+    campaign = Campaign(tmp_path, seed=5, size=384, victims=SHORT, latest=0.7, calm_share=0.0)
+    campaign.run(len(SHORT))
     assert campaign.finished >= 1
-    assert sum(campaign.kills.values()) >= 2
+    assert {victim for victim, count in campaign.kills.items() if count} == set(SHORT)
