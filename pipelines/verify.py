@@ -233,7 +233,7 @@ def _sentence(
     if bad or found.parts:
         parts = [count_of(len(bad), "tile")] if bad else []
         parts += [count_of(len(found.parts), "array") + " beside the pixels"] if found.parts else []
-        return f"{out}: {' and '.join(parts)} DAMAGED (--repair makes {'them' if bad else 'that'} again)"
+        return f"{out}: {' and '.join(parts)} DAMAGED (--repair {'computes' if bad else 'writes'} them again)"
     written = "as written" if found.has_records else "decodable"
     checked = f", {count_of(sampled.pixels, 'pixel')} computed again and equal" if sampled is not None else ""
     chunks = f"{count_of(found.chunks, 'chunk')} {written}{checked}"

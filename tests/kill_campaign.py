@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from outsize.sample_data.scene import Scene
+from outsize.sample_data.write import write_scene
 
 SHORT = ("worker", "client", "all", "scheduler")
 VICTIMS = (*SHORT, "worker of a cluster", "scheduler and client")
@@ -133,7 +135,7 @@ class Campaign:
         self.finished = 0
         self.size, self.core = size, core
         folder.mkdir(parents=True, exist_ok=True)
-        self._call("sample", folder / "scene", "--size", str(size))
+        write_scene(folder / "scene", Scene(height=size, width=size))
         began = time.monotonic()
         self._call(*self._segment(folder / "calm.zarr"))
         self.usual_s = time.monotonic() - began

@@ -75,7 +75,7 @@ def test_what_was_segmented_by_a_relative_path_is_repaired_from_anywhere(folder:
     found = outsize("verify", folder / "map.zarr", "--samples", "0")
     assert (found.returncode, found.stdout.split(": ", 1)[1]) == (
         1,
-        "1 array beside the pixels DAMAGED (--repair makes that again)\n",
+        "1 array beside the pixels DAMAGED (--repair writes them again)\n",
     )
     assert "damaged   x/c/0 is missing" in found.stderr
     mended = result_of(outsize("--json", "verify", folder / "map.zarr", "--repair", "--samples", "0"))
