@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import threading
 import tomllib
@@ -17,6 +16,7 @@ import click
 
 from .. import __version__
 from ..tiler.errors import TilerError
+from .interrupts import heed_interrupts
 
 EXIT_FAILED, EXIT_USAGE, EXIT_FAILED_TILES, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -654,7 +654,8 @@ def face_train(console: Any, **options: Any) -> None:
 @click.pass_obj
 def verify(console: Any, out: Path, **options: Any) -> None:
     """Read every chunk of an output: present, decodable, of the content that was written; and compute sampled pixels
-    again in larger windows. Exit code 1 where something is wrong.
+    again in larger windows. Exit code 1 where something is damaged or the run never came to its end, 3 where all is
+    well but for failed tiles.
 
     \b
     outsize verify map.zarr
@@ -665,8 +666,9 @@ def verify(console: Any, out: Path, **options: Any) -> None:
 
     names = ("samples", "repair", "model", "weights", "trust_model", "sha256", "memory")
     known = VerifyOptions(**{name: options[name] for name in names})
-    if not run_verify(console, out, known, _cluster_options(options)):
-        raise SystemExit(EXIT_FAILED)
+    state = run_verify(console, out, known, _cluster_options(options))
+    if state != "sound":
+        raise SystemExit(EXIT_FAILED_TILES if state == "partial" else EXIT_FAILED)
 
 
 @cli.command()
@@ -853,8 +855,8 @@ def main(arguments: list[str] | None = None) -> None:
     """The `outsize` command."""
     words = _global_first(sys.argv[1:] if arguments is None else arguments)
     if threading.current_thread() is threading.main_thread():
-        # What batch systems and shutting down send first: as Ctrl-C, so that the run says how to go on.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # SIGTERM is what batch systems send first, SIGHUP what is left of a lost connection.
+        heed_interrupts(lambda: _end_at_once(words))
     debug = "--debug" in words or bool(os.environ.get("OUTSIZE_DEBUG"))
     try:
         cli.main(words, prog_name="outsize", standalone_mode=False)
@@ -862,28 +864,45 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         _end(words, error.exit_code, error.format_message())
     except (KeyboardInterrupt, click.Abort):
-        resumes = "segment" in words or "ingest" in words
-        how = "the same command goes on where it stopped" if resumes else "the same command begins anew"
-        print(f"outsize: interrupted; {how}", file=sys.stderr)
-        _end(words, EXIT_INTERRUPTED, f"interrupted; {how}")
+        print(f"outsize: {_interrupted(words)}", file=sys.stderr)
+        _end(words, EXIT_INTERRUPTED, _interrupted(words))
     except BrokenPipeError:
         # The reader of our output has gone: nothing more to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(EXIT_FAILED) from None
     except Exception as error:  # noqa: BLE001 - the last line of defence
+        from .console import printable
+
         if debug:
             traceback.print_exc()
         if isinstance(error, TilerError):
-            print(f"outsize: error: {error}", file=sys.stderr)
+            print(printable(f"outsize: error: {error}"), file=sys.stderr)
             _end(words, error.exit_code, str(error))
         reason = (str(error).strip().splitlines() or [""])[0]
-        print(f"outsize: unexpected {type(error).__name__}: {reason} (--debug shows where)", file=sys.stderr)
+        print(printable(f"outsize: unexpected {type(error).__name__}: {reason} (--debug shows where)"), file=sys.stderr)
         _end(words, EXIT_FAILED, f"{type(error).__name__}: {reason}")
+
+
+def _interrupted(words: list[str]) -> str:
+    resumes = "segment" in words or "ingest" in words
+    return f"interrupted; {'the same command goes on where it stopped' if resumes else 'the same command begins anew'}"
+
+
+def _end_at_once(words: list[str]) -> NoReturn:
+    """As after an interruption, without winding up; workers that were started here die with this process."""
+    os.write(2, f"outsize: {_interrupted(words)}\n".encode())
+    if _wants_json(words):
+        os.write(1, json.dumps({"error": _interrupted(words), "exit_code": EXIT_INTERRUPTED}).encode() + b"\n")
+    os._exit(EXIT_INTERRUPTED)
+
+
+def _wants_json(words: list[str]) -> bool:
+    return "--json" in words or os.environ.get("OUTSIZE_JSON", "") not in ("", "0", "false")
 
 
 def _end(words: list[str], code: int, error: str) -> NoReturn:
     """End with a code; with --json the last line of stdout says why."""
-    if "--json" in words or os.environ.get("OUTSIZE_JSON", "") not in ("", "0", "false"):
+    if _wants_json(words):
         print(json.dumps({"error": error, "exit_code": code}), flush=True)
     raise SystemExit(code) from None
 

@@ -31,11 +31,11 @@ class Console:
 
     def remark(self, text: str) -> None:
         """A line for people, on stderr."""
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
     def result(self, text: str, values: dict[str, Any]) -> None:
         """The command's result: text for people, or its values as JSON."""
-        print(json.dumps(values) if self.as_json else text, flush=True)
+        print(json.dumps(values) if self.as_json else printable(text), flush=True)
 
     @contextmanager
     def step(self, label: str, pixels: int) -> Iterator[Step]:
@@ -47,6 +47,11 @@ class Console:
             lines = _Lines(label, pixels)
             yield lines
             lines.close()
+
+
+def printable(text: str) -> str:
+    """A text that moves no cursor and paints nothing: names of files and of STAC items may hold anything."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def _rate(pixels: int, seconds: float) -> str:
@@ -67,7 +72,7 @@ def _bar(label: str, pixels: int) -> Iterator[Step]:
         def advance(self, pixels: int, detail: str = "") -> None:
             self.done += pixels
             rate = _rate(self.done, time.monotonic() - self.began)
-            self.progress.update(self.task, completed=self.done, rate=rate, detail=detail)
+            self.progress.update(self.task, completed=self.done, rate=rate, detail=printable(detail))
 
     columns = (
         TextColumn("{task.description}"),
@@ -76,7 +81,7 @@ def _bar(label: str, pixels: int) -> Iterator[Step]:
         TextColumn("{task.fields[rate]}"),
         TextColumn("ETA"),
         TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),  # names may hold brackets
     )
     with Progress(*columns, console=RichConsole(stderr=True), refresh_per_second=5) as progress:
         yield Bar(progress)
@@ -102,7 +107,8 @@ class _Lines:
     def _print(self, end: str) -> None:
         share = 100 * self.done / self.pixels if self.pixels else 100
         parts = [f"{share:.0f} %", _rate(self.done, time.monotonic() - self.began), end, self.detail]
-        print(f"{self.label}: {', '.join(part for part in parts if part)}", file=sys.stderr, flush=True)
+        line = f"{self.label}: {', '.join(part for part in parts if part)}"
+        print(printable(line), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.done:

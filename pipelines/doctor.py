@@ -37,7 +37,9 @@ from ..tiler.store import NODATA, open_array
 from ..tiler.verify import verify_output
 from .console import Console, count_of
 
-PACKAGES = ("outsize", "torch", "openvino", "numpy", "zarr", "rasterio", "dask", "distributed", "bokeh", "obstore")
+PACKAGES = (
+    "outsize", "torch", "openvino", "numpy", "zarr", "rasterio", "dask", "distributed", "bokeh", "s3fs", "fsspec"
+)  # fmt: skip
 DRIVERS = ("GTiff", "COG", "VRT", "JP2OpenJPEG", "Zarr", "HDF5", "netCDF")
 SIZE = 384
 """Height and width of the self-test's scene."""

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from ..tiler.errors import UsageError
 from ..tiler.files import find_matching
 from ..tiler.places import OBJECT_STORES, place_of, scheme_of
 from ..tiler.raster_zarr import split_zarr_path
+from .console import count_of
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img")
 """Of rasters that are looked for in a folder, beside Zarr stores."""
@@ -29,7 +31,7 @@ class Scene:
 
     @property
     def label(self) -> str:
-        return self.paths[0] if len(self.paths) == 1 else f"{self.name} ({len(self.paths)} files)"
+        return _on_one_line(self.paths[0] if len(self.paths) == 1 else f"{self.name} ({len(self.paths)} files)")
 
 
 def find_scenes(sources: Sequence[str], lists: Sequence[Path] = (), assets: Sequence[str] = ()) -> list[Scene]:
@@ -49,6 +51,10 @@ def find_scenes(sources: Sequence[str], lists: Sequence[Path] = (), assets: Sequ
         raise UsageError("a batch needs an input, got none")
     by_name: dict[str, Scene] = {}
     for scene in scenes:
+        if scene.name in ("", ".", "..") or "/" in scene.name or not scene.name.isprintable():
+            raise UsageError(
+                f"{scene.label} must be written to a name in --out-dir, got {scene.name!r}; give a name without a slash"
+            )
         other = by_name.setdefault(scene.name, scene)
         if other is not scene:
             raise UsageError(
@@ -89,7 +95,7 @@ def _scene_of(source: str, name: str | None = None) -> Scene:
 
 def _read_list(file: Path) -> Iterator[Scene]:
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_bytes().decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} is no list of paths: {error}") from error
     for line in lines:
@@ -101,33 +107,45 @@ def _read_list(file: Path) -> Iterator[Scene]:
 
 def _read_stac(file: Path, assets: Sequence[str]) -> Iterator[Scene]:
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_bytes().decode("utf-8-sig"))
         features = found["features"] if found["type"] == "FeatureCollection" else [found]
         items = [(str(item["id"]), dict(item["assets"])) for item in features]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{file} is neither a STAC item nor an ItemCollection: {error!r}") from error
     if not items:
         raise UsageError(f"{file} has no items")
     for name, known in items:
-        chosen = assets or [key for key, asset in known.items() if "data" in asset.get("roles", ())]
+        item = f"STAC item {_on_one_line(name)}"
+        for key, asset in known.items():
+            if not isinstance(asset, dict):
+                raise UsageError(f"{item}: asset {key!r} must be an object with a href, got {asset!r:.40}")
+        there = _on_one_line(", ".join(known)) or "none"
+        chosen = assets or [key for key, asset in known.items() if "data" in (asset.get("roles") or ())]
         if not assets and len(chosen) != 1:
             raise UsageError(
-                f"STAC item {name} has {len(chosen)} assets of role data; choose with --asset, once for each band "
-                f"file: {', '.join(known)}"
+                f"{item} has {count_of(len(chosen), 'asset')} of role data; choose with --asset, once for each "
+                f"band file; it has: {there}"
             )
         for key in chosen:
             if key not in known or "href" not in known[key]:
-                raise UsageError(f"STAC item {name} has no asset {key}, it has: {', '.join(known)}")
+                raise UsageError(f"{item} has no asset {key}, it has: {there}")
         yield Scene(name=_as_file_name(name), paths=tuple(_resolve(file, known[key]) for key in chosen))
 
 
 def _resolve(file: Path, asset: dict[str, Any]) -> str:
     href = str(asset["href"])
+    if href.startswith("file:"):
+        place = href.removeprefix("file:")
+        return unquote("/" + place[2:].partition("/")[2] if place.startswith("//") else place)
     if "://" in href:
-        return href.removeprefix("file://")
+        return href
     return href if href.startswith("/") else str(file.parent / href)
 
 
+def _on_one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def _as_file_name(name: str) -> str:
-    """An id as a name in one folder."""
-    return name.replace("/", "_").lstrip(".") or "item"
+    """An id as a name in one folder, and on one line of a terminal."""
+    return "".join(c if c.isprintable() and c != "/" else "_" for c in name).lstrip(".") or "item"

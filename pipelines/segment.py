@@ -91,6 +91,8 @@ class WriteOptions:
     space_check: bool = True
     redo: frozenset[tuple[int, int]] = frozenset()
     """Tiles to compute again, done or not."""
+    rest: bool = True
+    """Also what no call has done yet."""
     report: Path | None = None
     """A page on the run; written also when the run failed."""
 
@@ -296,6 +298,7 @@ def segment_raster(
         overwrite=writing.overwrite,
         retry_failed=writing.retry_failed,
         redo=writing.redo,
+        rest=writing.rest,
         patience=writing.patience,
         listener=listener,
         since=since,

@@ -9,15 +9,17 @@ from typing import Any
 from ..models.segmentation.model import SegmentationModel
 from ..tiler.cluster import ClusterOptions
 from ..tiler.errors import OutputError, TilerError, UsageError
-from ..tiler.fingerprint import hash_network
+from ..tiler.fingerprint import find_differences, fingerprint_raster, hash_network
 from ..tiler.memory import format_bytes
 from ..tiler.network import Network
 from ..tiler.plan import TilePlan
 from ..tiler.raster import Raster, ReadOptions
-from ..tiler.raster_parts import open_reference
+from ..tiler.raster_parts import open_reference, reference_to
 from ..tiler.reference import Reference
-from ..tiler.store import read_header
-from ..tiler.verify import Fault, Recomputation, Verification, recompute_samples, verify_output
+from ..tiler.resume import source_paths
+from ..tiler.small_parts import mend_parts
+from ..tiler.store import plan_of, read_header
+from ..tiler.verify import Fault, Recomputation, Verification, recompute_samples, tile_states, verify_output
 from .console import Console, count_of
 from .segment import Preparation, RunListener, SegmentOptions, WriteOptions, segment_raster
 
@@ -48,16 +50,37 @@ class _Maker:
     options: SegmentOptions
 
 
-def run_verify(console: Console, out: Path, options: VerifyOptions, cluster: ClusterOptions) -> bool:
-    """Verify an output, and repair it where asked; whether it is sound now."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Repair:
+    """What a repair did."""
+
+    parts: int
+    """Arrays whose metadata or values were written again."""
+    done: frozenset[tuple[int, int]]
+    failed: tuple[tuple[int, int, str], ...]
+    """(row, column, reason) of damaged tiles that could not be computed again, and are nodata now."""
+
+
+def run_verify(console: Console, out: Path, options: VerifyOptions, cluster: ClusterOptions) -> str:
+    """Verify an output, and repair it where asked; its state now: "sound", "partial" (with failed tiles), "unfinished",
+    or "damaged"."""
     header = read_header(out)
-    plan = TilePlan.from_json(header["plan"])
+    plan = plan_of(out, header)
     with console.step("verify", plan.output_shape[1] * plan.output_shape[2]) as step:
         found = verify_output(out, step.advance)
     _show(console, found)
-    maker, reason = _find_maker(header, plan, options)
+    mended = len(found.parts) if options.repair else 0
+    if mended:
+        mend_parts(out, found.parts, tile_states(out, header))
+        # With its metadata an array's chunks can be decoded, too.
+        found = verify_output(out)
+        if found.parts:
+            raise OutputError(f"{out} is damaged after the repair too: {found.parts[0].reason}; is the disk sound?")
+    maker, why = _find_maker(out, header, plan, options)
     sampled = None
-    if maker is not None and options.samples:
+    if options.samples and any(part.array == header["kind"] for part in found.parts):
+        console.remark(f"samples   not recomputed: {found.parts[0].reason}")
+    elif maker is not None and options.samples:
         sampled = recompute_samples(
             out,
             Reference(raster=maker.raster, plan=plan, network=maker.network, fill=maker.model.fill),
@@ -68,21 +91,24 @@ def run_verify(console: Console, out: Path, options: VerifyOptions, cluster: Clu
         console.remark(f"samples   {sampled.sentence()}")
         _list(console, sampled.wrong)
     elif options.samples:
-        console.remark(f"samples   not recomputed: {reason}")
+        console.remark(f"samples   not recomputed: {why}")
     bad = found.damaged | frozenset((fault.row, fault.column) for fault in (sampled.wrong if sampled else ()))
-    repaired = None
-    if options.repair and bad:
-        if maker is None:
-            raise UsageError(f"a repair runs the network again: {reason}")
-        if not found.has_records:
-            raise OutputError(f"{out}.run is not there, which says what is done; repair needs it")
-        repaired = _repair(console, out, header, maker, cluster, bad)
-    sound = not bad or repaired is not None
-    console.result(_sentence(out, found, sampled, bad, repaired), _values(found, sampled, bad, repaired, sound))
-    return sound
+    state, repair = ("damaged" if bad else found.state), None
+    if options.repair and (bad or mended):
+        repair = _Repair(parts=mended, done=frozenset(), failed=())
+        if bad:
+            if maker is None:
+                raise type(why)(f"a repair runs the network again: {why}")
+            if not found.has_records:
+                raise OutputError(f"{out}.run is not there, which says what is done; repair needs it")
+            repair, state = _repair(console, out, header, maker, cluster, bad, mended)
+    console.result(_sentence(out, found, sampled, bad, state, repair), _values(found, sampled, bad, state, repair))
+    return state
 
 
-def _find_maker(header: dict[str, Any], plan: TilePlan, options: VerifyOptions) -> tuple[_Maker | None, str]:
+def _find_maker(
+    out: Path, header: dict[str, Any], plan: TilePlan, options: VerifyOptions
+) -> tuple[_Maker | None, TilerError]:
     """The raster and the network of an output; or why they are not at hand."""
     reference = header["source"]
     known = SegmentOptions(
@@ -110,16 +136,22 @@ def _find_maker(header: dict[str, Any], plan: TilePlan, options: VerifyOptions) 
     except TilerError as error:
         if options.model is not None:
             raise
-        return None, str(error)
-    fingerprint = header.get("fingerprint", {})
+        return None, error
+    fingerprint = header["fingerprint"]
+    now = fingerprint_raster(raster)
+    differences = find_differences(
+        {name: fingerprint.get(name) for name in now}, now, (source_paths(header), reference_to(raster)["paths"])
+    )
+    if differences:
+        return None, OutputError(f"{'; '.join(differences)}; segment --overwrite makes {out} anew")
     if hash_network(network) != fingerprint.get("network"):
         why = f"it was made by model {header.get('model') or 'of another name'}, this is {model.name}; give its --model"
         if options.model is not None:
             raise UsageError(why)
-        return None, why
+        return None, UsageError(why)
     # The run's own fill: its caller may have chosen another than the model's.
     filled = replace(model, fill=tuple(fingerprint["fill"]))
-    return _Maker(raster=raster, model=filled, network=network, options=known), ""
+    return _Maker(raster=raster, model=filled, network=network, options=known), UsageError("")
 
 
 def _repair(
@@ -129,9 +161,14 @@ def _repair(
     maker: _Maker,
     cluster: ClusterOptions,
     bad: frozenset[tuple[int, int]],
-) -> int:
-    """Compute damaged tiles again, exactly those; how many were done."""
-    writing = WriteOptions(redo=bad, zarr_format=header["fingerprint"]["zarr_format"])
+    mended: int,
+) -> tuple[_Repair, str]:
+    """Compute damaged tiles again, exactly those; the output's state then.
+
+    Raises:
+        OutputError: they are damaged after that too.
+    """
+    writing = WriteOptions(redo=bad, rest=False, zarr_format=header["fingerprint"].get("zarr_format", 3))
     listener = RunListener(console, own_page=cluster.dashboard_address is not None)
     try:
         summary = segment_raster(
@@ -139,10 +176,15 @@ def _repair(
         )
     finally:
         listener.close()
+    failed = tuple(entry for entry in summary.failed_tiles if entry[:2] in bad)
+    for row, column, reason in failed[:SHOWN]:
+        console.remark(f"failed    tile {row},{column}: {reason}")
+    if len(failed) > SHOWN:
+        console.remark(f"failed    and {len(failed) - SHOWN} more, in {out}.run")
     again = verify_output(out)
     if again.faults:
         raise OutputError(f"{out} is damaged after the repair too: {again.faults[0].reason}; is the disk sound?")
-    return summary.tiles
+    return _Repair(parts=mended, done=bad - {entry[:2] for entry in failed}, failed=failed), again.state
 
 
 def _show(console: Console, found: Verification) -> None:
@@ -154,10 +196,13 @@ def _show(console: Console, found: Verification) -> None:
         console.remark("records   the run's folder is not there: contents could only be decoded, not compared")
     if found.unfinished:
         console.remark(f"missing   {count_of(len(found.unfinished), 'tile')} not done yet; the same segment goes on")
-    if found.failed:
+    if found.failed and found.is_finished:
+        hold = "holds" if len(found.failed) == 1 else "hold"
         console.remark(
-            f"failed    {count_of(len(found.failed), 'tile')} hold nodata; segment --retry-failed tries them"
+            f"failed    {count_of(len(found.failed), 'tile')} {hold} nodata; segment --retry-failed tries again"
         )
+    for part in found.parts:
+        console.remark(f"damaged   {part.reason}")
     _list(console, found.faults)
 
 
@@ -173,36 +218,57 @@ def _sentence(
     found: Verification,
     sampled: Recomputation | None,
     bad: frozenset[tuple[int, int]],
-    repaired: int | None,
+    state: str,
+    repair: _Repair | None,
 ) -> str:
-    if repaired is not None:
-        return f"{out}: {count_of(repaired, 'damaged tile')} computed again, every chunk is as it was written"
-    if bad:
-        return f"{out}: {count_of(len(bad), 'tile')} DAMAGED (--repair computes them again)"
+    unfinished = f"UNFINISHED, {count_of(len(found.unfinished), 'tile')} not done; the same segment goes on"
+    if repair is not None:
+        said = [f"{count_of(repair.parts, 'array')} of metadata or coordinates written again"] if repair.parts else []
+        said += [f"{count_of(len(repair.done), 'damaged tile')} computed again"] if repair.done else []
+        if repair.failed:
+            tiles = " ".join(f"{row},{column}" for row, column, _ in repair.failed[:SHOWN])
+            said += [f"{count_of(len(repair.failed), 'tile')} FAILED, nodata now: {tiles}"]
+        end = unfinished if state == "unfinished" else "every chunk is as it was written"
+        return f"{out}: {', '.join([*said, *([] if repair.failed else [end])])}"
+    if bad or found.parts:
+        parts = [count_of(len(bad), "tile")] if bad else []
+        parts += [count_of(len(found.parts), "array") + " beside the pixels"] if found.parts else []
+        return f"{out}: {' and '.join(parts)} DAMAGED (--repair {'computes' if bad else 'writes'} them again)"
+    written = "as written" if found.has_records else "decodable"
     checked = f", {count_of(sampled.pixels, 'pixel')} computed again and equal" if sampled is not None else ""
-    return f"{out}: sound, {count_of(found.chunks, 'chunk')} as written{checked}"
+    chunks = f"{count_of(found.chunks, 'chunk')} {written}{checked}"
+    if state == "unfinished":
+        return f"{out}: {unfinished}; {chunks}"
+    failed = f", {count_of(len(found.failed), 'tile')} FAILED" if found.failed else ""
+    return f"{out}: sound, {chunks}{failed}"
 
 
 def _values(
     found: Verification,
     sampled: Recomputation | None,
     bad: frozenset[tuple[int, int]],
-    repaired: int | None,
-    sound: bool,
+    state: str,
+    repair: _Repair | None,
 ) -> dict[str, Any]:
     faults = [*found.faults, *(sampled.wrong if sampled else ())]
     return {
-        "sound": sound,
+        "state": state,
+        "sound": state == "sound",
         "tiles": found.tiles,
         "chunks": found.chunks,
         "stored_bytes": found.stored_bytes,
         "compared_with_records": found.has_records,
         "damaged_tiles": len(bad),
         "faults": [{"row": f.row, "column": f.column, "reason": f.reason} for f in faults],
+        "damaged_arrays": [{"array": part.array, "reason": part.reason} for part in found.parts],
         "unfinished_tiles": len(found.unfinished),
         "failed_tiles": len(found.failed),
         "sampled_tiles": sampled.tiles if sampled else 0,
         "sampled_pixels": sampled.pixels if sampled else 0,
         "ties": sampled.ties if sampled else 0,
-        "repaired_tiles": repaired or 0,
+        "repaired_arrays": repair.parts if repair else 0,
+        "repaired_tiles": len(repair.done) if repair else 0,
+        "repair_failures": [
+            {"row": row, "column": column, "error": error} for row, column, error in (repair.failed if repair else ())
+        ],
     }

@@ -2,8 +2,8 @@
 
 python -m outsize.tests.kill_campaign FOLDER [--kills 200] [--seed 0]
 
-Victims: a worker (the run itself goes on), the client (its workers must not outlive it), the client and its workers at
-once, and the scheduler of a cluster that the run only connects to.
+Victims, in turn: a worker (the run itself goes on), the client (its workers must not outlive it), the client and its
+workers at once; of a cluster that the run only connects to, the scheduler, a worker, and the scheduler with the client.
 """
 
 from __future__ import annotations
@@ -23,8 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from outsize.sample_data.scene import Scene
+from outsize.sample_data.write import write_scene
 
-VICTIMS = ("worker", "client", "all", "scheduler")
+SHORT = ("worker", "client", "all", "scheduler")
+VICTIMS = (*SHORT, "worker of a cluster", "scheduler and client")
+OF_CLUSTERS = VICTIMS[3:]
 CALM_S = 240.0
 """Within which an undisturbed run has to end."""
 
@@ -78,6 +82,9 @@ class Cluster:
     def kill_scheduler(self) -> None:
         self.processes[0].kill()
 
+    def workers(self) -> list[psutil.Process]:
+        return workers_of(psutil.Process(self.processes[1].pid))
+
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -105,15 +112,30 @@ def workers_of(client: psutil.Process) -> list[psutil.Process]:
 class Campaign:
     """Kills, counted."""
 
-    def __init__(self, folder: Path, seed: int, *, size: int = 1024, core: int = 128) -> None:
-        self.folder, self.random = folder, random.Random(seed)
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        *,
+        size: int = 1024,
+        core: int = 128,
+        victims: tuple[str, ...] = VICTIMS,
+        latest: float = 1.1,
+        calm_share: float = 0.4,
+    ) -> None:
+        """Args:
+        latest: moment of a kill, in times of a calm run.
+        calm_share: of runs after a kill that are left in peace.
+        """
+        self.folder, self.random, self.victims = folder, random.Random(seed), victims
+        self.latest, self.calm_share = latest, calm_share
         self.kills: Counter[str] = Counter()
         self.early: Counter[str] = Counter()
         """Kills before the first tile was recorded."""
         self.finished = 0
         self.size, self.core = size, core
         folder.mkdir(parents=True, exist_ok=True)
-        self._call("sample", folder / "scene", "--size", str(size))
+        write_scene(folder / "scene", Scene(height=size, width=size))
         began = time.monotonic()
         self._call(*self._segment(folder / "calm.zarr"))
         self.usual_s = time.monotonic() - began
@@ -147,10 +169,10 @@ class Campaign:
             for path in (out, out.with_name("out.zarr.run")):
                 shutil.rmtree(path, ignore_errors=True)
             while True:
-                victim = self.random.choice(VICTIMS)
+                victim = self.victims[sum(self.kills.values()) % len(self.victims)]
                 if self._disturb(out, victim):
                     break
-                if self.random.random() < 0.4:
+                if sum(self.kills.values()) >= kills or self.random.random() < self.calm_share:
                     self._call(*self._segment(out))
                     break
             self._compare(out)
@@ -158,29 +180,33 @@ class Campaign:
     def _disturb(self, out: Path, victim: str) -> bool:
         """One run with one kill; whether it finished all the same."""
         with contextlib.ExitStack() as stack:
-            cluster = stack.enter_context(Cluster(self.folder)) if victim == "scheduler" else None
+            cluster = stack.enter_context(Cluster(self.folder)) if victim in OF_CLUSTERS else None
             more = ["--scheduler-file", cluster.file] if cluster else []
             log = stack.enter_context(tempfile.TemporaryFile("w+"))
             process = subprocess.Popen(outsize(*self._segment(out, *more)), stderr=log, stdout=subprocess.DEVNULL)
             client = psutil.Process(process.pid)
-            moment = self.random.uniform(0.2, 1.1) * self.usual_s
+            moment = self.random.uniform(0.2, self.latest) * self.usual_s
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=moment)
+            workers = workers_of(client)
+            while victim == "worker" and not workers and process.poll() is None:
+                time.sleep(0.05)
+                workers = workers_of(client)
             if process.poll() is not None:  # it was faster than the kill
                 self._require(process.returncode == 0, victim, log)
                 return True
-            workers = workers_of(client)
             if victim == "worker":
-                if not workers:
-                    victim = "client"
-                else:
-                    kill_all([self.random.choice(workers)])
-            if victim == "client":
+                kill_all([self.random.choice(workers)])
+            elif victim == "client":
                 process.kill()
             elif victim == "all":
                 kill_all([*workers, client])
+            elif cluster is not None and victim == "worker of a cluster":
+                kill_all([self.random.choice(cluster.workers())])
             elif cluster is not None:
                 cluster.kill_scheduler()
+                if victim == "scheduler and client":
+                    process.kill()
             self.kills[victim] += 1
             records = out.with_name(out.name + ".run").glob("records-*.jsonl")
             self.early[victim] += not any(path.stat().st_size for path in records)
@@ -191,7 +217,7 @@ class Campaign:
             if victim == "scheduler":
                 # Its client must notice, say so, and be resumable; it may just have finished.
                 self._require(code in (0, 1), victim, log)
-            elif victim == "worker":
+            elif victim in ("worker", "worker of a cluster"):
                 self._require(code == 0, victim, log)
             return code == 0
 
@@ -208,7 +234,9 @@ class Campaign:
         self.finished += 1
 
     def sentence(self) -> str:
-        parts = ", ".join(f"{victim} {self.kills[victim]} ({self.early[victim]} before a tile)" for victim in VICTIMS)
+        parts = ", ".join(
+            f"{victim} {self.kills[victim]} ({self.early[victim]} before a tile)" for victim in self.victims
+        )
         return (
             f"{sum(self.kills.values())} kills: {parts}; {self.finished} outputs of {len(self.expected)} chunks "
             "finished, all byte-identical to the undisturbed one, 0 tiles lost or wrong"

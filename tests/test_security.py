@@ -14,7 +14,9 @@ from distributed import LocalCluster
 from distributed.security import Security
 from outsize.tiler.cluster import ClusterError, ClusterOptions
 from outsize.tiler.events import Event, TileFinished
+from outsize.tiler.raster import open_raster
 from outsize.tiler.run import predict
+from outsize.tiler.transfer import copy_raster
 
 from .tiler.test_run import class_network, scene, stored, whole
 
@@ -91,6 +93,22 @@ def test_a_run_listens_on_loopback_only(tmp_path: Path, dashboard: str | None) -
     source = scene(tmp_path, 100, 100)
     predict(source, class_network(), tmp_path / "o.zarr", cluster=options, workers=2, core=64, listener=look)
     assert len(during) >= 4  # scheduler, dashboard, each worker
+    assert {address for address, _ in during} == {"127.0.0.1"}
+    assert not listening() - before
+
+
+@pytest.mark.parametrize("dashboard", ["127.0.0.1:0", None])
+def test_a_copy_listens_on_loopback_only(tmp_path: Path, dashboard: str | None) -> None:
+    before, during = listening(), set[tuple[str, int]]()
+    options = ClusterOptions(dashboard_address=dashboard)
+    copy_raster(
+        open_raster(scene(tmp_path, 600, 600)),
+        tmp_path / "o.zarr",
+        workers=2,
+        cluster=options,
+        listener=lambda progress: during.update(listening() - before) if progress.advanced else None,
+    )
+    assert len(during) >= 4  # scheduler, dashboard or health page, each worker
     assert {address for address, _ in during} == {"127.0.0.1"}
     assert not listening() - before
 

@@ -53,8 +53,13 @@ def write_whole(place: Path, value: bytes) -> None:
         put(place, value)
     else:
         fresh = place.with_name(f"{place.name}.new")
-        fresh.write_bytes(value)
-        fresh.replace(place)
+        try:
+            fresh.write_bytes(value)
+            fresh.replace(place)
+        except OSError:  # of a full disk, where what was begun would stay
+            with suppress(OSError):
+                fresh.unlink(missing_ok=True)
+            raise
 
 
 def touch(place: Path, value: bytes) -> None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .places import scheme_of
 
 if TYPE_CHECKING:
     from .network import Network
     from .plan import TilePlan
     from .raster import Raster
+
+
+MIXED = "changed while it was read"
+"""In place of an input's identity: no raster has it, so that nothing continues such an output."""
 
 
 def hash_network(network: Network) -> str:
@@ -62,16 +70,34 @@ def fingerprint_raster(raster: Raster) -> dict[str, Any]:
     }
 
 
-def find_differences(stored: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """One phrase for each part that differs."""
+def find_differences(
+    stored: dict[str, Any], ours: dict[str, Any], paths: tuple[Sequence[str], Sequence[str]] = ((), ())
+) -> list[str]:
+    """One phrase for each part that differs.
+
+    Args:
+        paths: of the input, there and now.
+    """
     phrases: list[str] = []
-    if stored.get("input") != ours.get("input"):
-        phrases.append("the input's size or time of change is another")
+    if stored.get("input") == MIXED:
+        phrases.append("the input was changed while that run read it")
+    elif stored.get("input") != ours.get("input"):
+        there, now = (", ".join(map(_resolve, side)) for side in paths)
+        phrases.append(
+            f"the input is another file: {there} there, {now} now"
+            if there and there != now
+            else "the input's size or time of change is another"
+        )
     return phrases + [
         f"{name.replace('_', ' ')} {_short(stored.get(name))} there, {_short(ours.get(name))} now"
         for name in sorted({*stored, *ours})
         if name != "input" and stored.get(name) != ours.get(name)
     ]
+
+
+def _resolve(path: str) -> str:
+    """As `file_identity` sees it, so that two spellings are no difference; URLs as they are."""
+    return path if scheme_of(path) else str(Path(path).resolve())
 
 
 def _short(value: Any) -> str:

@@ -149,6 +149,10 @@ class Grid:
         """(rows, columns) of cells."""
         return (-(-self.shape[0] // self.cell[0]), -(-self.shape[1] // self.cell[1]))
 
+    def has(self, row: int, column: int) -> bool:
+        """Whether the grid has that cell."""
+        return 0 <= row < self.counts[0] and 0 <= column < self.counts[1]
+
     def window(self, row: int, column: int) -> Window:
         """The cell at (row, column)."""
         rows, columns = self.counts

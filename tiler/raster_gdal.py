@@ -111,14 +111,30 @@ def _find_mask(dataset: rasterio.DatasetReader, *, alpha: bool) -> dict[str, Any
 
 
 def _identity(path: str, files: list[str]) -> str:
-    """Of the file, its sidecars and, for a VRT, its sources."""
+    """Of the file, its sidecars and, for a VRT, its sources; the same however its path is spelled."""
     paths = [_inside(path), *(_inside(file) for file in files)]
-    found = [file_identity(file) for file in dict.fromkeys(paths) if file.is_file()]
+    # What viewers leave beside a file changes no pixel; the nodata value that it may name is in the fingerprint.
+    kept = [file for file in dict.fromkeys(paths) if file.is_file() and not file.name.endswith(_OF_VIEWERS)]
+    found = list(dict.fromkeys(file_identity(file) for file in kept))
     for url in filter(None, map(url_of, (path, *files))):
         # What GDAL reads without credentials of ours may not be asked here: then its name must do.
         with suppress(Exception):
             found.append(identify(place_of(url)))
-    return hashlib.sha256(";".join([path, *found]).encode()).hexdigest()[:32]
+    return hashlib.sha256(";".join([_resolved(path, files), *found]).encode()).hexdigest()[:32]
+
+
+_OF_VIEWERS = (".aux.xml", ".ovr")
+"""Statistics and overviews, which QGIS writes as soon as it shows a file."""
+
+
+def _resolved(path: str, files: list[str]) -> str:
+    """One of GDAL's names with the file in it by its resolved path: of GTIFF_DIR:2:a.tif, GTIFF_DIR:2:/there/a.tif."""
+    if Path(path).exists():
+        return str(Path(path).resolve())
+    for name in (str(_inside(path)), *files):
+        if name in path and Path(name).is_file():
+            return path.replace(name, str(Path(name).resolve()), 1)
+    return path
 
 
 def _inside(name: str) -> Path:

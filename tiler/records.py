@@ -132,9 +132,11 @@ class Owner:
         if self.ended or not self.is_here:
             return not self.ended and self.seen < STALE_S
         try:
-            # Numbers of processes are used again.
-            return psutil.Process(self.pid).create_time() < datetime.fromisoformat(self.began).timestamp() + 1
-        except (psutil.Error, ValueError):
+            process = psutil.Process(self.pid)
+            # Numbers of processes are used again; of some that are dead nobody has taken notice.
+            begun = process.create_time() < datetime.fromisoformat(self.began).timestamp() + 1
+            return begun and process.status() != psutil.STATUS_ZOMBIE
+        except (psutil.Error, ValueError, TypeError, OverflowError):
             return False
 
     def to_json(self) -> dict[str, Any]:
@@ -195,16 +197,41 @@ def require_owner(output: Path, generation: int) -> None:
 
 
 def read_records(output: Path) -> dict[tuple[int, int], dict[str, Any]]:
-    """The last record of each tile of an output; lines that a crash cut short are passed over."""
+    """The last record of each tile of an output, its chunks' sizes and hashes among it; lines that a crash cut short
+    are passed over, and what is damaged otherwise is "lost", so that its tile is done again."""
     found: dict[tuple[int, int], dict[str, Any]] = {}
     for line in read_journal(run_folder(output), RECORDS):
-        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             record = json.loads(line)
             at = record["row"], record["column"]
+            if not all(type(number) is int for number in at):
+                continue
+            record = {"chunks": {}, **record}
+            if not _is_sound(record):
+                record = {
+                    "row": at[0],
+                    "column": at[1],
+                    "state": "lost",
+                    "error": "its record is damaged",
+                    "chunks": {},
+                }
             # In the order of what was done last: the records of a run that died end with those that need a look.
             found.pop(at, None)
             found[at] = record
     return found
+
+
+def _is_sound(record: dict[str, Any]) -> bool:
+    """Whether a record has the types that those who write records give it."""
+    chunks = record["chunks"]
+    return (
+        isinstance(record.get("state"), str)
+        and isinstance(chunks, dict)
+        and all(
+            isinstance(value, list) and len(value) == 2 and type(value[0]) is int and isinstance(value[1], str)
+            for value in chunks.values()
+        )
+    )
 
 
 class RunFolder:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import BudgetError, OutputError, RasterError
 from .files import sizes_below
-from .fingerprint import find_differences
+from .fingerprint import find_differences, fingerprint_raster
 from .memory import format_bytes
 from .places import place_of, scheme_of, url_of
 from .plan import TilePlan
 from .raster import Raster
+from .raster_parts import open_reference, reference_to
 from .records import RunFolder, log
-from .store import ZarrFormat, chunks_of, find_chunk_fault, read_header
+from .store import ZarrFormat, chunks_of, find_chunk_fault, plan_of, read_header
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,13 +38,25 @@ Records = dict[tuple[int, int], dict[str, Any]]
 def is_unfinished(out: Path, fingerprint: dict[str, Any]) -> bool:
     """Whether an output is this run's, and not done."""
     header = read_header(out)
-    return "run" not in header and not find_differences(header.get("fingerprint", {}), fingerprint)
+    stored = header.get("fingerprint")
+    return "run" not in header and isinstance(stored, dict) and not find_differences(stored, fingerprint)
 
 
 def require_continuable(
-    out: Path, fingerprint: dict[str, Any], *, resume: bool, budget: int, core: int | None
+    out: Path,
+    fingerprint: dict[str, Any],
+    *,
+    paths: Sequence[str],
+    resume: bool,
+    budget: int,
+    core: int | None,
+    remedy: str = "--overwrite",
 ) -> TilePlan:
     """The plan of an existing output that this run may continue.
+
+    Args:
+        paths: of the raster.
+        remedy: what replaces the output.
 
     Raises:
         OutputError: it is foreign, another run's, or resuming was switched off.
@@ -50,17 +64,17 @@ def require_continuable(
     """
     header = read_header(out)
     if not resume:
-        raise OutputError(f"{out} exists; choose another path, or --overwrite")
-    differences = find_differences(header.get("fingerprint", {}), fingerprint)
+        raise OutputError(f"{out} exists; choose another path, or {remedy}")
+    plan = plan_of(out, header)
+    differences = find_differences(header["fingerprint"], fingerprint, (source_paths(header), paths))
     if differences:
-        raise OutputError(f"{out} was made by another run: {'; '.join(differences)}; --overwrite replaces it")
-    plan = TilePlan.from_json(header["plan"])
+        raise OutputError(f"{out} was made by another run: {'; '.join(differences)}; {remedy} replaces it")
     if core is not None and plan.core != (core, core):
-        raise OutputError(f"{out} was begun with cores of {plan.core[0]}, got {core}; leave --core out, or --overwrite")
+        raise OutputError(f"{out} was begun with cores of {plan.core[0]}, got {core}; leave --core out, or {remedy}")
     if plan.memory.total_bytes > budget:
         raise BudgetError(
             f"memory must be at least {format_bytes(plan.memory.total_bytes)} to continue {out} with its own plan, "
-            f"got {format_bytes(budget)}; raise --memory, or --overwrite"
+            f"got {format_bytes(budget)}; raise --memory, or {remedy}"
         )
     return plan
 
@@ -91,6 +105,9 @@ def keep_tiles(
     for at, record in records.items():
         if at in redo:
             continue
+        if not plan.grid.has(*at):
+            log.warning("a record of tile %d,%d, which there is not, is passed over", *at)
+            continue
         if record.get("state") == "failed":
             if not retry_failed:
                 kept[at] = record
@@ -104,10 +121,68 @@ def keep_tiles(
         if record.get("state") == "done" and not fault:
             kept[at] = record
         else:
+            fault = fault or str(record.get("error", ""))
             log.warning("tile %d,%d is done again: %s", *at, fault)
             # For the next call, should this one not come so far.
             folder.append(LostRecord(row=at[0], column=at[1], error=fault))
     return kept
+
+
+def source_paths(header: dict[str, Any]) -> list[str]:
+    """What an output was made from."""
+    return list(header.get("source", {}).get("paths", ()))
+
+
+class SourceChangedError(RasterError):
+    """What was read so far is of two contents."""
+
+
+class SourceGuard:
+    """Sees to it that what is read is one raster from the first tile to the last: its files may be replaced meanwhile,
+    and tiles of two contents make no map."""
+
+    def __init__(self, raster: Raster, remedy: str) -> None:
+        self._raster, self._remedy = raster, remedy
+        self._known = fingerprint_raster(raster)
+        self._next = 0.0
+
+    def require(self) -> None:
+        """Describe the raster anew.
+
+        Raises:
+            SourceChangedError: it is another than it was.
+            RasterError: it is gone, or out of reach.
+        """
+        began = time.monotonic()
+        require_source(self._raster)
+        try:
+            now = fingerprint_raster(open_reference(reference_to(self._raster)))
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RasterError(
+                f"{self._raster.path} cannot be described again: {reason}; when it can, the same command goes on"
+            ) from error
+        if now != self._known:
+            raise SourceChangedError(f"{self._raster.path} was changed while it was read; {self._remedy}")
+        ended = time.monotonic()
+        self._next = ended + max(GUARD_EVERY_S, GUARD_SHARE * (ended - began))
+
+    def look(self) -> None:
+        """`require` now and then, so that it costs next to nothing; what is only out of reach is left to the tiles."""
+        if self._raster.is_far or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + GUARD_EVERY_S
+        try:
+            self.require()
+        except SourceChangedError:
+            raise
+        except RasterError as error:
+            log.warning("%s", error)
+
+
+GUARD_EVERY_S = 5.0
+GUARD_SHARE = 50
+"""A description of the raster is followed by this many times its own time without one."""
 
 
 def require_source(raster: Raster) -> None:

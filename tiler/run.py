@@ -34,7 +34,7 @@ from .events import (
     TileRecord,
 )
 from .files import remove_store
-from .fingerprint import make_fingerprint
+from .fingerprint import MIXED, make_fingerprint
 from .geometry import Interval, Window
 from .machine import find_versions, release_freed_memory
 from .memory import parse_bytes
@@ -48,7 +48,7 @@ from .raster import Raster, open_raster, require_apart
 from .raster_parts import reference_to
 from .records import RunFolder, is_there, log, writing
 from .reference import Reference
-from .resume import Records, is_unfinished, keep_tiles, require_continuable, require_source
+from .resume import Records, SourceChangedError, SourceGuard, is_unfinished, keep_tiles, require_continuable
 from .schedule import Lost, count_threads, job_on, run_cells
 from .store import (
     CONTEXT,
@@ -149,6 +149,7 @@ def predict(
     overwrite: bool = False,
     retry_failed: bool = False,
     redo: Collection[tuple[int, int]] = (),
+    rest: bool = True,
     patience: float = 300.0,
     tile_map: bool = True,
     listener: Listener | None = None,
@@ -174,6 +175,7 @@ def predict(
         overwrite: replace an existing output.
         retry_failed: also do tiles again that failed in an earlier call; they hold nodata otherwise.
         redo: (row, column) of tiles to do again, done or not.
+        rest: also do what no call has done yet; False: only `redo`, and an unfinished output stays so.
         patience: seconds before a worker that does not answer is restarted, and its tile set aside.
         tile_map: show the run on the page /tilemap of the Dask dashboard.
         listener: called with every event.
@@ -226,12 +228,16 @@ def predict(
                 require_space(out, plan.output_bytes, "the output", check=space_check)
             else:
                 budget = parse_bytes(memory)
-                plan = require_continuable(out, fingerprint, resume=resume, budget=budget, core=core)
+                paths = reference_to(raster)["paths"]
+                remedy = "--overwrite" if rest else "segment --overwrite"
+                plan = require_continuable(
+                    out, fingerprint, paths=paths, resume=resume, budget=budget, core=core, remedy=remedy
+                )
                 kept = keep_tiles(
                     out, plan, description.kind, folder, zarr_format, retry_failed=retry_failed, redo=redo
                 )
             folder.result = {"versions": find_versions(), "plan": plan.summarise()}
-            todo = [at for at in plan.order() if at not in kept]
+            todo = [at for at in plan.order() if at not in kept and (rest or at in redo)]
             states, resumed = _States(plan, kept), len(kept)
             del kept
             pixels = sum(plan.grid.window(*at).pixels for at in todo)
@@ -265,7 +271,9 @@ def predict(
                 with _open(client, cluster, plan) as connected:
                     run.execute(connected, todo)
             folder.require()
-            run.finish()
+            is_whole = resumed + states.ended == len(plan.grid)
+            if is_whole:
+                run.finish()
             began, pixels = run.began or time.perf_counter(), states.pixels
             seconds = (run.ended or began) - began
             peak = max(meter.peak_bytes, meter.current_bytes)
@@ -285,7 +293,7 @@ def predict(
                 engine=plan.engine,
             )
             folder.result["summary"] = summary.to_json()
-            if todo:
+            if todo and is_whole:
                 update_header(out, {"run": summary.to_json()})
             log.info("finished: %s", summary.to_json())
     return summary
@@ -359,6 +367,7 @@ class _Run:
         self.fill, self.fingerprint, self.out, self.folder = fill, fingerprint, out, folder
         self.meter, self.tell, self.patience, self.tile_map = meter, tell, patience, tile_map
         self.begins = begins
+        self.guard = SourceGuard(raster, "segment --overwrite begins anew")
         self.zarr_format: ZarrFormat = zarr_format
         self.states = states
         self.check: StartCheck | None = None
@@ -420,19 +429,25 @@ class _Run:
             link = _dashboard(client, with_map=watch.is_on)
             self.tell(ClusterReady(workers=len(count_threads(client)), dashboard=link))
             self.began = time.perf_counter()
-            with self._backdrop(watch, run_id):
-                self.check = run_start_check(client, spec, self.network)
-                log.info("start check: %s", self.check.sentence())
-                release_freed_memory()
-                self.tell(StartChecked(check=self.check))
-                require_exact(self.check)
-                if self.begins:
-                    # Only now: an output that is replaced is lost to no run that could not start.
-                    self._create()
-                update_header(self.out, {"start_check": self.check.to_json()})
-                self._run_tiles(client, run_id, todo, watch)
-                self.ended = time.perf_counter()
-                self.folder.sync()
+            try:
+                with self._backdrop(watch, run_id):
+                    self.check = run_start_check(client, spec, self.network)
+                    log.info("start check: %s", self.check.sentence())
+                    release_freed_memory()
+                    self.tell(StartChecked(check=self.check))
+                    require_exact(self.check)
+                    if self.begins:
+                        # Only now: an output that is replaced is lost to no run that could not start.
+                        self._create()
+                    update_header(self.out, {"start_check": self.check.to_json()})
+                    self._run_tiles(client, run_id, todo, watch)
+                    self.ended = time.perf_counter()
+                    self.folder.sync()
+                    self.guard.require()
+            except SourceChangedError:
+                # Nor may the output be continued when the old file is put back.
+                update_header(self.out, {"fingerprint": {**self.fingerprint, "input": MIXED}})
+                raise
 
     def _run_tiles(self, client: Client, run_id: str, todo: list[tuple[int, int]], watch: Watch) -> None:
         assert self.began is not None
@@ -443,8 +458,9 @@ class _Run:
                 pixels_lost = self.plan.grid.window(row, column).pixels
                 record = TileRecord.failure(row, column, pixels_lost, outcome.reason)
                 watch.tell(tile_message(run_id, (row, column), "failed", error=outcome.reason))
+            self.guard.look()
             if record.state == "failed":
-                require_source(self.raster)
+                self.guard.require()
                 log.error("tile %d,%d failed: %s", record.row, record.column, record.error)
             self.folder.append(record)
             self.states.add(record)

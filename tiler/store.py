@@ -18,7 +18,7 @@ from numcodecs import Zstd
 from zarr.codecs import ZstdCodec
 from zarr.errors import BaseZarrError
 
-from .errors import OutputError
+from .errors import OutputError, TilerError
 from .files import make_folder, read_files, remove_tree
 from .geometry import Grid, Window
 from .georeference import (
@@ -41,6 +41,8 @@ LEVELS = 254
 """A probability p is written as round(254 p)."""
 MISSING, DONE, FAILED = 0, 1, 2
 """Values of `status`."""
+STATUS = "status"
+"""Name of the array of tiles' states."""
 CONTEXT = "nodata_context"
 """Name of the array that marks pixels whose receptive fields touch nodata."""
 MASK = "mask"
@@ -71,6 +73,18 @@ class OutputDescription:
                 for value, (name, colour) in enumerate(zip(self.classes, self.colours, strict=True))
             ],
         }
+
+    @classmethod
+    def from_json(cls, header: dict[str, Any]) -> OutputDescription:
+        """Of an output's header."""
+        classes = header["classes"]
+        return cls(
+            kind=header["kind"],
+            model=header["model"],
+            model_sha256=header["model_sha256"],
+            classes=tuple(entry["name"] for entry in classes),
+            colours=tuple((entry["colour"][0], entry["colour"][1], entry["colour"][2]) for entry in classes),
+        )
 
 
 def output_nodata(dtype: np.dtype[Any]) -> float:
@@ -261,10 +275,30 @@ def create_output(
     It is made beside its place and moved there whole, so that a crash leaves no half-made store under the name; in an
     object store, where nothing moves whole, at its place (`RunFolder.making` tells that it is not ready).
     """
+    scale = (Fraction(plan.scale[0]), Fraction(plan.scale[1]))
+    create_placed_output(
+        path,
+        plan=plan,
+        description=description,
+        place=place.at_scale(scale).moved(*plan.output_origin),
+        header=header,
+        zarr_format=zarr_format,
+    )
+
+
+def create_placed_output(
+    path: Path,
+    *,
+    plan: TilePlan,
+    description: OutputDescription,
+    place: Georeference,
+    header: dict[str, Any],
+    zarr_format: ZarrFormat,
+) -> None:
+    """`create_output` with the place of the output, not that of its raster."""
     dtype = np.dtype(plan.output_dtype)
     channels, height, width = plan.output_shape
     is_class = description.kind == "class"
-    scale = (Fraction(plan.scale[0]), Fraction(plan.scale[1]))
     make_folder(path.parent)
     unfinished = path if is_remote(path) else path.with_name(path.name + ".creating")
     remove_tree(unfinished)
@@ -275,7 +309,7 @@ def create_output(
         dims=("y", "x") if is_class else ("class", "y", "x"),
         dtype=dtype,
         chunks=plan.chunk if is_class else (1, *plan.chunk),
-        place=place.at_scale(scale).moved(*plan.output_origin),
+        place=place,
         zarr_format=zarr_format,
         fill=output_nodata(dtype),
         nodata=output_nodata(dtype),
@@ -337,17 +371,50 @@ def read_header(path: Path) -> dict[str, Any]:
     """The `outsize` attribute of an output.
 
     Raises:
-        OutputError: not an output of format 1.
+        OutputError: not an output of format 1, or its metadata are damaged.
     """
     try:
-        header = dict(zarr.open_group(store_at(path, read_only=True), mode="r").attrs).get("outsize")
-    except (BaseZarrError, OSError, ValueError, KeyError) as error:
-        raise OutputError(f"{path} is not an output of outsize: {(str(error).splitlines() or [''])[0]}") from error
+        header = dict(_open_group(path).attrs).get("outsize")
+    except Exception as error:
+        # Whatever stands in damaged metadata must not look like a fault of this program.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OutputError(f"{path} is not an output of outsize: {reason}; remove it, or choose another path") from error
     if not isinstance(header, dict) or "kind" not in header or "plan" not in header:
         raise OutputError(f"{path} is not an output of outsize; choose another path")
     if header.get("format") != FORMAT:
         raise OutputError(f"{path} has output format {header.get('format')}, this version reads {FORMAT}")
     return header
+
+
+def _open_group(path: Path) -> zarr.Group:
+    """A v2 store by its gathered metadata, or where those are damaged by each file's own."""
+    try:
+        return zarr.open_group(store_at(path, read_only=True), mode="r")
+    except ValueError:
+        return zarr.open_group(store_at(path, read_only=True), mode="r", use_consolidated=False)
+
+
+def read_attributes(path: Path) -> dict[str, Any]:
+    """All attributes of an output's group."""
+    return dict(_open_group(path).attrs)
+
+
+def plan_of(path: Path, header: dict[str, Any]) -> TilePlan:
+    """The frozen plan in an output's header.
+
+    Raises:
+        OutputError: it is damaged.
+    """
+    from .plan import TilePlan
+
+    try:
+        if not isinstance(header["fingerprint"], dict) or not isinstance(header["source"], dict):
+            raise TypeError("fingerprint or source")
+        return TilePlan.from_json(header["plan"])
+    except (KeyError, TypeError, ValueError, AttributeError, TilerError) as error:
+        raise OutputError(
+            f"{path} has damaged metadata ({type(error).__name__}: {error}); segment --overwrite makes it anew"
+        ) from error
 
 
 def update_header(path: Path, values: dict[str, Any]) -> None:
@@ -361,10 +428,22 @@ def update_header(path: Path, values: dict[str, Any]) -> None:
 def open_array(
     path: str | Path, name: str, mode: Literal["r", "r+"] = "r", zarr_format: ZarrFormat | None = None
 ) -> zarr.Array[Any]:
-    """One array of a store; whose format is known is opened by fewer requests."""
-    array = zarr.open_array(
-        store_at(place_of(path), read_only=mode == "r"), mode=mode, path=name, zarr_format=zarr_format
-    )
+    """One array of a store; whose format is known is opened by fewer requests.
+
+    Raises:
+        OutputError: its metadata are missing or damaged.
+    """
+    try:
+        array = zarr.open_array(
+            store_at(place_of(path), read_only=mode == "r"), mode=mode, path=name, zarr_format=zarr_format
+        )
+    except (BaseZarrError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        if isinstance(error, (BaseZarrError, FileNotFoundError)) and not place_of(path).exists():
+            raise  # it is gone as a whole, which who writes tells in his own words
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OutputError(
+            f"{path} has no usable metadata of its array {name}: {reason}; outsize verify --repair writes them again"
+        ) from error
     return writable(array) if mode == "r+" else array
 
 
@@ -455,14 +534,14 @@ def chunk_window(array: zarr.Array[Any], name: str) -> tuple[slice, ...]:
 def write_status(path: Path, status: npt.NDArray[np.uint8]) -> None:
     """Write the tiles' states, one value a tile; by one process, at the end."""
     group = zarr.open_group(store_at(path), mode="r+", use_consolidated=False)
-    if "status" not in group:
+    if STATUS not in group:
         _create_array(
             group,
-            "status",
+            STATUS,
             shape=status.shape,
             dtype=status.dtype,
             dims=("tile_row", "tile_column"),
             attributes={"flag_values": [0, 1, 2], "flag_meanings": "missing done failed"},
         )
-    open_array(path, "status", "r+")[:] = status
+    open_array(path, STATUS, "r+")[:] = status
     finish_metadata(path)

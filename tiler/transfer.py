@@ -28,6 +28,7 @@ from .places import is_remote, place_of, store_at
 from .plan import STORE_BYTES
 from .raster import Raster, RasterReader, require_apart
 from .records import RunFolder, is_there, require_owner, writing
+from .resume import SourceChangedError, SourceGuard
 from .schedule import Lost, job_on, run_cells
 from .store import (
     MASK,
@@ -444,7 +445,8 @@ class _Transfer:
     ) -> None:
         self.raster, self.out, self.plan = raster, out, plan
         self.zarr_format: ZarrFormat = zarr_format
-        self.folder, self.meter, self.listener = folder, meter, listener
+        self.folder, self.meter = folder, meter
+        self._tell = listener or _ignore
         self.unfinished = out.with_name(out.name + ".creating")
         self.records: list[dict[str, Any]] = []
         self.fingerprint = {
@@ -459,9 +461,8 @@ class _Transfer:
         todo = self._begin()
         resumed = len(self.plan.grid) - len(todo)
         pixels = sum(self.plan.grid.window(*cell).pixels for cell in todo)
-        tell = self.listener or _ignore
         said = {"plan": self.plan, "pixels": pixels, "resumed_cells": resumed}
-        tell(TransferProgress(**said, advanced=0, memory_bytes=self.meter.current_bytes))
+        self._tell(TransferProgress(**said, advanced=0, memory_bytes=self.meter.current_bytes))
         job = TransferJob(
             run_id=uuid.uuid4().hex[:8],
             raster=self.raster,
@@ -472,19 +473,12 @@ class _Transfer:
             owned=str(self.out),
             generation=self.folder.generation,
         )
-        synced = time.monotonic()
-        for record in self._copy(job, todo, client, cluster):
-            if record.lost:
-                # Some of its chunks may be there; what nobody vouches for is nodata.
-                rows, columns = self.plan.grid.window(record.row, record.column).slices()
-                nodata = self.raster.nodata if self.raster.nodata is not None else 0
-                open_array(self.unfinished, IMAGE, "r+")[:, rows, columns] = nodata
-            self.folder.append(record)
-            self.records.append(record.to_json())
-            if time.monotonic() - synced > 2:
-                self.folder.sync()
-                synced = time.monotonic()
-            tell(TransferProgress(**said, advanced=record.pixels, memory_bytes=self.meter.current_bytes))
+        guard = SourceGuard(self.raster, "the same command begins anew")
+        try:
+            self._copy_all(job, todo, client, cluster, guard, said)
+        except SourceChangedError:
+            self._abandon()
+            raise
         unreadable = tuple(tuple(entry) for record in self.records for entry in record["unreadable"])
         if sum(h * w for _, _, h, w, _ in unreadable) == self.raster.shape_yx[0] * self.raster.shape_yx[1]:
             self._abandon()
@@ -505,6 +499,39 @@ class _Transfer:
             unreadable=unreadable,
             masked=masked,
         )
+
+    def _copy_all(
+        self,
+        job: TransferJob,
+        todo: list[tuple[int, int]],
+        client: Client | None,
+        cluster: ClusterOptions | None,
+        guard: SourceGuard,
+        said: dict[str, Any],
+    ) -> None:
+        """Copy cells, keep their records, tell of them; the raster is still the same at the end.
+
+        Raises:
+            SourceChangedError: it is not.
+        """
+        synced = time.monotonic()
+        for record in self._copy(job, todo, client, cluster):
+            if record.unreadable:
+                guard.require()
+            guard.look()
+            if record.lost:
+                # Some of its chunks may be there; what nobody vouches for is nodata.
+                rows, columns = self.plan.grid.window(record.row, record.column).slices()
+                nodata = self.raster.nodata if self.raster.nodata is not None else 0
+                open_array(self.unfinished, IMAGE, "r+")[:, rows, columns] = nodata
+            self.folder.append(record)
+            self.records.append(record.to_json())
+            if time.monotonic() - synced > 2:
+                self.folder.sync()
+                synced = time.monotonic()
+            self._tell(TransferProgress(**said, advanced=record.pixels, memory_bytes=self.meter.current_bytes))
+        if todo:
+            guard.require()
 
     def _begin(self) -> list[tuple[int, int]]:
         """The cells still to do, of an interrupted copy that may be continued or of a new one."""
@@ -544,6 +571,7 @@ class _Transfer:
     def _stored_fingerprint(self) -> Any:
         with suppress(Exception):
             attributes: Any = dict(zarr.open_group(store_at(self.unfinished, read_only=True), mode="r").attrs)
+            open_array(self.unfinished, IMAGE)  # what cannot be opened is made anew
             return attributes[MARK]["fingerprint"]
         return None
 
@@ -551,7 +579,9 @@ class _Transfer:
         self, cell: tuple[int, int], record: dict[str, Any], sizes: Callable[[str], int | None], read: bool
     ) -> bool:
         """Whether a cell's chunks are there as they were flushed before their record was made."""
-        chunks = record.get("chunks", {})
+        if not self.plan.grid.has(*cell) or not _is_list_of_windows(record.get("unreadable")):
+            return False
+        chunks = record["chunks"]
         names = _chunks_of(self.raster, self.plan.chunk, self.plan.grid.window(*cell), self.zarr_format)
         faults = (
             find_chunk_fault(self.unfinished, name, tuple(chunks.get(name, (0, ""))), sizes, read=read)
@@ -614,6 +644,14 @@ class _Transfer:
     def _abandon(self) -> None:
         remove_tree(self.unfinished)
         self.folder.discard()
+
+
+def _is_list_of_windows(value: Any) -> bool:
+    """(y, x, height, width, reason) each, as a cell's record has them."""
+    return isinstance(value, list) and all(
+        isinstance(entry, list) and len(entry) == 5 and all(isinstance(number, int) for number in entry[:4])
+        for entry in value
+    )
 
 
 def _copy_on(client: Client, job: TransferJob, todo: list[tuple[int, int]], *, tile_map: bool) -> Iterator[CellRecord]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 
 from .check import RELATIVE_TOLERANCE, sample_patches
 from .errors import OutputError, RasterError
@@ -18,15 +19,19 @@ from .geometry import Window
 from .machine import cpu_count
 from .nodata import Array
 from .plan import TilePlan
-from .records import HEARTBEAT_S, read_owner, read_records, run_folder
+from .records import read_owner, read_records, run_folder
 from .reference import Reference
+from .small_parts import PartFault, find_part_faults, states_by_header
 from .store import (
+    CONTEXT,
     FAILED,
+    STATUS,
     chunk_window,
     chunks_of,
     find_chunk_fault,
     open_array,
     output_nodata,
+    plan_of,
     read_header,
 )
 
@@ -44,6 +49,11 @@ class Fault:
 class Verification:
     """What was found in an output's store."""
 
+    is_finished: bool
+    """Whether a run of it came to its end: all tiles done or failed, failed ones made nodata."""
+    parts: tuple[PartFault, ...]
+    """Arrays of damaged metadata, coordinates or tile states."""
+
     tiles: int
     chunks: int
     stored_bytes: int
@@ -55,6 +65,15 @@ class Verification:
     """Tiles that no run has done yet."""
     failed: tuple[tuple[int, int], ...]
     """Tiles that failed, and hold nodata."""
+
+    @property
+    def state(self) -> str:
+        """ "damaged"; "unfinished": no run came to its end; "partial": sound, with failed tiles; "sound"."""
+        if self.faults or self.parts:
+            return "damaged"
+        if self.unfinished or not self.is_finished:
+            return "unfinished"
+        return "partial" if self.failed else "sound"
 
     @property
     def damaged(self) -> frozenset[tuple[int, int]]:
@@ -72,20 +91,24 @@ def verify_output(out: Path, listener: Callable[[int], None] | None = None) -> V
     """
     header = read_header(out)
     owner = read_owner(run_folder(out))
-    if owner is not None and not owner.ended and owner.seen < 3 * HEARTBEAT_S:
+    if owner is not None and owner.may_live:
         raise OutputError(f"{out} is being written by {owner}; verify it when that has ended")
-    plan, kind, zarr_format = TilePlan.from_json(header["plan"]), header["kind"], header["fingerprint"]["zarr_format"]
+    plan, kind, zarr_format = plan_of(out, header), header["kind"], header["fingerprint"].get("zarr_format", 3)
     records, sizes = read_records(out), sizes_below(out)
-    states = {at: record.get("state") for at, record in records.items()}
-    if not records:
-        states = _states_without_records(out, plan)
+    states = tile_states(out, header)
+    parts = find_part_faults(out, states)
+    # What cannot be opened for its metadata is compared with its records, and not decoded.
+    opened = {name: open_array(out, name) for name in _pixels_of(kind, plan) if name not in {p.array for p in parts}}
     # What failed gets its nodata when the run ends.
     known = [at for at in plan.grid if states.get(at) == "done" or (states.get(at) == "failed" and "run" in header)]
 
     def look(at: tuple[int, int]) -> tuple[Fault | None, int, int]:
         names = chunks_of(kind, plan, plan.tile(*at), zarr_format)
         recorded = records.get(at, {}).get("chunks", {})
-        reason = next(filter(None, (_find_fault(out, name, recorded.get(name), sizes) for name in names)), "")
+        faults = (
+            _find_fault(out, name, recorded.get(name), sizes, opened.get(name.split("/", 1)[0])) for name in names
+        )
+        reason = next(filter(None, faults), "")
         size = sum(sizes(name) or 0 for name in names)
         return (Fault(row=at[0], column=at[1], reason=reason) if reason else None), len(names), size
 
@@ -98,6 +121,8 @@ def verify_output(out: Path, listener: Callable[[int], None] | None = None) -> V
             if listener is not None:
                 listener(plan.grid.window(*at).pixels)
     return Verification(
+        is_finished="run" in header,
+        parts=parts,
         tiles=len(plan.grid),
         chunks=chunks,
         stored_bytes=stored,
@@ -108,27 +133,46 @@ def verify_output(out: Path, listener: Callable[[int], None] | None = None) -> V
     )
 
 
-def _states_without_records(out: Path, plan: TilePlan) -> dict[tuple[int, int], str]:
-    """By `status`, which is written when a run ends."""
+def tile_states(out: Path, header: dict[str, Any]) -> dict[tuple[int, int], str]:
+    """ "done" or "failed" of each tile that has an end: by the records; without them by `status`, which is written when
+    a run ends, or where that is damaged by the summary of that run.
+
+    Raises:
+        OutputError: neither is there.
+    """
+    plan, records = plan_of(out, header), read_records(out)
+    if records:
+        ended = {at: record["state"] for at, record in records.items() if record["state"] in ("done", "failed")}
+        return {at: ended[at] for at in plan.grid if at in ended}
     try:
-        status = np.asarray(open_array(out, "status")[...])
+        status = np.asarray(open_array(out, STATUS)[...])
+        if status.shape == plan.grid.counts:
+            return {at: "failed" if status[at] == FAILED else "done" for at in plan.grid if status[at]}
     except Exception as error:
-        raise OutputError(
-            f"{out} has neither its run's folder nor tile states: its run never ended; run the same command again"
-        ) from error
-    if status.shape != plan.grid.counts:
-        raise OutputError(f"{out} has states of {status.shape} tiles, its plan {plan.grid.counts}")
-    return {at: "failed" if status[at] == FAILED else "done" for at in plan.grid if status[at]}
+        if "run" not in header:
+            raise OutputError(
+                f"{out} has neither its run's folder nor tile states: its run never ended; run the same command again"
+            ) from error
+    return states_by_header(header, iter(plan.grid))
 
 
-def _find_fault(out: Path, name: str, recorded: Any, sizes: Callable[[str], int | None]) -> str:
+def _pixels_of(kind: str, plan: TilePlan) -> list[str]:
+    """Arrays whose chunks belong to tiles."""
+    return [kind, *([CONTEXT] if plan.receptive is not None else [])]
+
+
+def _find_fault(
+    out: Path, name: str, recorded: Any, sizes: Callable[[str], int | None], array: zarr.Array[Any] | None
+) -> str:
+    """Args: array: that has the chunk; None: not to be decoded."""
     if recorded is not None:
         fault = find_chunk_fault(out, name, tuple(recorded), sizes, read=True)
         if fault:
             return fault
     elif sizes(name) is None:
         return f"{name} is missing"
-    array = open_array(out, name.split("/", 1)[0])
+    if array is None:
+        return ""
     try:
         array[chunk_window(array, name)]
     except Exception as error:  # noqa: BLE001 - codecs raise what they like

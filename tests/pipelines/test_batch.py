@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,59 @@ def test_stac_items_give_their_assets(tmp_path: Path) -> None:
         find_scenes([str(file)])
 
 
+def test_stac_items_of_any_content_are_read_or_refused_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "items.json"
+
+    def found(known: dict[str, Any], name: str = "x", **how: Any) -> Any:
+        file.write_text(json.dumps(stac(known, name)))
+        return find_scenes([str(file)], **how)[0]
+
+    plain = {"B04": {"href": "B04.tif", "roles": None}}
+    assert found(plain, assets=["B04"]).paths == (str(tmp_path / "B04.tif"),)
+    for href, path in (
+        ("file:///in/a%20b%23c.tif", "/in/a b#c.tif"),
+        ("file://localhost/in/a.tif", "/in/a.tif"),
+        ("file:/in/a.tif", "/in/a.tif"),
+        ("https://there/a%20b.tif", "https://there/a%20b.tif"),
+    ):
+        assert found({"B04": {"href": href, "roles": ["data"]}}).paths == (path,)
+    data = {"B04": {"href": "B04.tif", "roles": ["data"]}}
+    assert found(data, "../\x1b[31mred\n/x").name == "__[31mred__x"
+    for assets, words in (
+        ({"B04": "B04.tif"}, r"STAC item x: asset 'B04' must be an object with a href, got 'B04.tif'"),
+        (plain, "has 0 assets of role data; choose with --asset, once for each band file; it has: B04"),
+        ({}, "it has: none"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            found(assets)
+    with pytest.raises(UsageError) as refusal:
+        found({"B\n04\x1b": {"href": "a"}}, "i\nd\x1b[2J")
+    assert str(refusal.value).isprintable()
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(stac(data)).encode())
+    assert find_scenes([str(file)])[0].name == "S2_T18"
+
+
+def test_a_list_may_begin_with_a_mark_and_name_nothing_elsewhere(tmp_path: Path) -> None:
+    file = tmp_path / "list.txt"
+    file.write_bytes(b"\xef\xbb\xbf/in/a.tif\r\n/in/b.tif\tother\r\n")
+    assert [(scene.paths, scene.name) for scene in find_scenes([], [file])] == [
+        (("/in/a.tif",), "a"),
+        (("/in/b.tif",), "other"),
+    ]
+    for name in ("../../escape", "/tmp/x", "..", "a/b", "a\x1b[2Jb"):
+        file.write_text(f"/in/a.tif\t{name}\n")
+        with pytest.raises(UsageError, match=r"must be written to a name in --out-dir, got .*without a slash"):
+            find_scenes([], [file])
+
+
+def test_a_terminal_gets_no_sequences_from_names(tmp_path: Path) -> None:
+    done = outsize("segment", f"{tmp_path}/\x1b[2Jx.tif", tmp_path / "o.zarr")
+    assert done.returncode == 1
+    assert r"no such raster: " in done.stderr
+    assert r"\x1b[2Jx.tif" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
 def test_a_batch_goes_past_what_fails_and_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
     (folder / "broken.tif").write_bytes((folder / "plain.tif").read_bytes()[:100])
     write_tiff(folder / "three bands.tif", bands=3)
@@ -104,11 +158,24 @@ def test_a_batch_goes_past_what_fails_and_on_where_it_stopped(folder: Path, tmp_
     assert dry.returncode == 1
     planned = json.loads(dry.stdout.splitlines()[-1])["scenes"]
     assert sum("error" in scene for scene in planned) == 2
+    (plain,) = (scene for scene in planned if scene["name"] == "plain")
+    alone = result_of(outsize("--json", "plan", folder / "plain.tif"))["plan"]
+    grid = [-(-side // core) for side, core in zip(alone["raster_shape"][1:], alone["core"], strict=True)]
+    assert plain["tiles"] == grid[0] * grid[1]
+    assert (plain["flops"], plain["core"]) == (alone["flops"], list(alone["core"]))
+    assert plain["output_bytes"] == 70 * 70
+    assert plain["estimated_s"] >= 0
+    total = json.loads(dry.stdout.splitlines()[-1])["output_bytes"]
+    assert total == sum(70 * (70 + seed) for seed in range(len(NAMES)))
     assert not out.exists()
     done = outsize("--json", "segment", folder, "--out-dir", out, "--no-dashboard", "--engine", "torch")
     assert done.returncode == 1
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["scenes"], result["done"], result["partial"], result["failed"]) == (8, 6, 0, 2)
+    # One display over all.
+    shown = [line for line in done.stderr.splitlines() if re.match(r"\w+: \d+ %", line)]
+    assert {line.split(":")[0] for line in shown} == {"batch"}
+    assert shown[-1].startswith("batch: 100 %")
     failed = {scene["name"]: scene["error"] for scene in result["results"] if scene["state"] == "failed"}
     assert "has 3 bands, model" in failed["three bands"]
     assert "broken.tif" in failed["broken"]

@@ -50,3 +50,13 @@ def test_differences_are_named() -> None:
         "network aaaaaaaaaaaa... there, bbbbbbbbbbbb... now",
     ]
     assert find_differences(stored, dict(stored)) == []
+
+
+def test_a_copied_input_is_named_by_its_path() -> None:
+    there, now = {"input": "a"}, {"input": "b"}
+    same = "the input's size or time of change is another"
+    assert find_differences(there, now) == [same]
+    assert find_differences(there, now, (["/in/m.tif"], ["/in/./m.tif"])) == [same]
+    assert find_differences(there, now, (["/in/m.tif"], ["/other/m.tif"])) == [
+        "the input is another file: /in/m.tif there, /other/m.tif now"
+    ]

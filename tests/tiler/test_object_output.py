@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from distributed import Client
+from outsize.pipelines.cli import cli
 from outsize.tiler.errors import BudgetError, OutputError
 from outsize.tiler.events import Event, TileFinished
 from outsize.tiler.files import find_matching, sizes_below
@@ -19,10 +21,13 @@ from outsize.tiler.journal import PART_BYTES, open_journal, read_journal
 from outsize.tiler.places import place_of
 from outsize.tiler.raster import open_raster
 from outsize.tiler.records import RECORDS, RunFolder, find_runs, is_there, read_owner, read_records, run_folder
+from outsize.tiler.store import open_array
 from outsize.tiler.transfer import copy_raster
 from outsize.tiler.verify import verify_output
+from rasterio.io import MemoryFile
 
 from .object_server import BUCKET, Faults, ObjectServer
+from .rasters import unique_pixels, write_geotiff
 from .test_object_store import upload
 from .test_run import class_network, run, scene, stored, whole
 
@@ -245,3 +250,31 @@ def test_the_commands_take_buckets(tmp_path: Path, server: ObjectServer, monkeyp
     assert contents(place_of(f"{base}/maps/a.zarr")) == before
     assert json.loads(place_of(f"{base}/maps/batch.jsonl").read_text())["state"] == "done"
     assert find_matching(f"{base}/maps/*.zarr") == [f"{base}/maps/a.zarr"]
+
+
+def test_a_batch_its_verification_and_export_in_a_bucket(
+    tmp_path: Path, server: ObjectServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_geotiff(tmp_path / "small.tif", unique_pixels(4, 70, 90, np.uint8))
+    url = upload(server, source, "commands/in/small.tif")
+    server.use(monkeypatch)
+    base = f"s3://{BUCKET}/commands"
+    words = ["--out-dir", f"{base}/maps", "--no-dashboard", "--engine", "torch", "--workers", "1"]
+
+    def call(*arguments: str) -> dict[str, Any]:
+        cli.main(["--json", *arguments], prog_name="outsize", standalone_mode=False)
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    assert url.startswith(base)
+    done = call("segment", f"{base}/in/*.tif", *words)
+    assert [entry["state"] for entry in done["results"]] == ["done"]
+    out = place_of(f"{base}/maps/small.zarr")
+    value = (out / "class/c/0/0").read_bytes()
+    (out / "class/c/0/0").unlink()
+    (out / "x/c/0").unlink()
+    repaired = call("verify", str(out), "--repair", "--no-dashboard", "--samples", "1")
+    assert (repaired["state"], repaired["repaired_tiles"], repaired["repaired_arrays"]) == ("sound", 1, 1)
+    assert (out / "class/c/0/0").read_bytes() == value
+    call("export", str(out), f"{base}/maps/small.tif")
+    with MemoryFile(place_of(f"{base}/maps/small.tif").read_bytes()) as file, file.open() as cog:
+        assert np.array_equal(cog.read(1), np.asarray(open_array(out, "class")[...]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from outsize.tiler.errors import RasterError
 from outsize.tiler.geometry import Window
 from outsize.tiler.nodata import NodataRule, find_missing
 from outsize.tiler.raster import open_raster, read_filled
+from outsize.tiler.raster_parts import open_mosaic, open_stack
 
 from .rasters import CRS, TRANSFORM, unique_pixels, write_geotiff
 
@@ -166,3 +168,20 @@ def test_a_raster_is_found_again_from_any_folder(tmp_path: Path, monkeypatch: py
         monkeypatch.chdir(tmp_path / "elsewhere")
         assert open_raster(location).shape == raster.shape
         monkeypatch.chdir(tmp_path)
+
+
+def test_one_file_has_one_identity_however_its_path_is_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_geotiff(tmp_path / "m.tif", unique_pixels(2, 20, 30))
+    (tmp_path / "below").mkdir()
+    (tmp_path / "link.tif").symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    spellings = [str(path), "m.tif", "./m.tif", "below/../m.tif", "link.tif"]
+    assert len({open_raster(spelling).identity for spelling in spellings}) == 1
+    inside = ["GTIFF_DIR:1:m.tif", f"GTIFF_DIR:1:{path}"]
+    assert len({open_raster(spelling).identity for spelling in inside}) == 1
+    assert open_raster(inside[0]).identity != open_raster(path).identity
+    for open_parts in (open_stack, open_mosaic):
+        assert len({open_parts([spelling]).identity for spelling in spellings}) == 1
+    before = open_raster(path).identity
+    os.utime(path, (1, 1))
+    assert open_raster(path).identity != before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,21 @@ import pytest
 from distributed import Client, LocalCluster
 from filelock import FileLock
 from outsize import __version__
-from outsize.tests.kill_campaign import Campaign, hash_chunks, outsize
+from outsize.tests.kill_campaign import SHORT, Campaign, hash_chunks, outsize
 from outsize.tests.tiler.deadly import make_deadly
-from outsize.tiler.cluster import ClusterError, ClusterOptions
+from outsize.tiler.cluster import ClusterError, ClusterOptions, open_client
 from outsize.tiler.errors import OutputError, RasterError
 from outsize.tiler.events import Event, RunPlanned, TileFinished
-from outsize.tiler.files import create_new
+from outsize.tiler.files import create_new, write_whole
 from outsize.tiler.journal import read_journal
 from outsize.tiler.raster import Raster
 from outsize.tiler.records import RECORDS, RunFolder, find_runs, read_owner, run_folder
 from outsize.tiler.run import RunSummary, predict
+from outsize.tiler.store import read_header, write_core
+from outsize.tiler.verify import verify_output
 
-from .test_run import _passed, class_network, logit_network, run, scene, stored, whole
+from .rasters import write_geotiff
+from .test_run import _passed, class_network, logit_network, random_image, run, scene, stored, whole
 
 HERE = ClusterOptions(dashboard_address=None)
 
@@ -91,6 +96,22 @@ def test_a_worker_that_dies_once_costs_nothing(tmp_path: Path) -> None:
     assert run_here(make_deadly(source, (100, 100), "once"), out).failed_tiles == ()
     assert (tmp_path / "killed-once").exists()
     assert np.array_equal(stored(out), whole(class_network(), source))
+
+
+def test_workers_end_without_a_scheduler_in_time() -> None:
+    with open_client(HERE, workers=1, threads=1, gdal_cache_bytes=1 << 20) as client:
+        timeouts: Any = client.run(lambda dask_worker: dask_worker.death_timeout)
+        assert list(timeouts.values()) == [60]
+
+
+def test_another_version_of_the_engine_is_refused(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = scene(tmp_path, 100, 100), tmp_path / "o.zarr"
+    run(source, class_network(), out, client)
+    monkeypatch.setattr("outsize.tiler.fingerprint.version", lambda _: "0.1.2")
+    with pytest.raises(OutputError, match=r"engine version \S+ there, 0\.1\.2 now; --overwrite replaces it"):
+        run(source, class_network(), out, client)
 
 
 @pytest.mark.usefixtures("_no_start_check")
@@ -185,6 +206,31 @@ def test_a_call_in_between_does_not_make_torn_files_believed(tmp_path: Path, cli
     assert hash_chunks(out) == expected
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '"state": "done", "chunks": null',
+        '"state": "done", "chunks": {"class/c/2/1": 5}',
+        '"state": "done", "chunks": {"class/c/2/1": ["5", 7]}',
+        '"state": ["done"], "chunks": {}',
+        '"chunks": {}',
+    ],
+)
+def test_a_damaged_record_is_disbelieved_and_its_tile_done_again(tmp_path: Path, client: Client, line: str) -> None:
+    source, out = scene(tmp_path, 200, 200), tmp_path / "o.zarr"
+    run(source, class_network(), out, client)
+    with (run_folder(out) / "records-1.jsonl").open("a") as file:
+        file.write(f'{{"row": 2, "column": 1, {line}}}\n')
+        file.write("[1]\n" + "[" * 100_000 + "\n" + '{"row": "2", "column": 1}\n')
+        file.write(
+            '{"row": 99, "column": 0, "state": "done", "chunks": {}}\n{"row": -1, "column": 0, "state": "failed"}\n'
+        )
+    assert verify_output(out).unfinished == ((2, 1),)
+    again = run(source, class_network(), out, client)
+    assert (again.tiles, again.resumed_tiles, again.failed_tiles) == (1, 15, ())
+    assert verify_output(out).unfinished == ()
+
+
 def test_the_owner_of_a_lock_is_named_and_a_dead_one_told(tmp_path: Path, client: Client) -> None:
     source, out = scene(tmp_path, 70, 70), tmp_path / "o.zarr"
     with (
@@ -269,6 +315,54 @@ def test_a_source_that_is_gone_stops_the_run_and_fails_no_tile(tmp_path: Path, c
     assert np.array_equal(stored(out), whole(class_network(), source))
 
 
+@pytest.mark.parametrize("put_back", [False, True])
+def test_a_source_that_is_changed_makes_no_mixed_map(tmp_path: Path, client: Client, put_back: bool) -> None:
+    source, out, kept = scene(tmp_path, 300, 300), tmp_path / "o.zarr", tmp_path / "kept.tif"
+    other = write_geotiff(tmp_path / "other.tif", random_image(300, 300, seed=1))
+    shutil.copy2(source, kept)
+
+    def change(event: Event) -> None:
+        if isinstance(event, TileFinished) and event.finished == 3:
+            source.write_bytes(other.read_bytes())  # as `cat other.tif > scene.tif`
+
+    with pytest.raises(RasterError, match=r"was changed while it was read; segment --overwrite begins anew"):
+        run(source, class_network(), out, client, listener=change)
+    assert "run" not in read_header(out)
+    if put_back:
+        shutil.copy2(kept, source)
+    with pytest.raises(OutputError, match="the input was changed while that run read it; --overwrite replaces it"):
+        run(source, class_network(), out, client)
+    assert run(source, class_network(), out, client, overwrite=True).resumed_tiles == 0
+    assert np.array_equal(stored(out), whole(class_network(), source))
+
+
+def test_a_changed_source_is_found_before_the_end(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("outsize.tiler.resume.GUARD_EVERY_S", 0.0)
+    monkeypatch.setattr("outsize.tiler.resume.GUARD_SHARE", 0)
+    source, out, seen = scene(tmp_path, 300, 300), tmp_path / "o.zarr", list[int]()
+
+    def change(event: Event) -> None:
+        if isinstance(event, TileFinished):
+            seen.append(event.finished)
+            os.utime(source)
+
+    with pytest.raises(RasterError, match="was changed while it was read"):
+        run(source, class_network(), out, client, listener=change)
+    assert seen == [1]
+
+
+def test_what_viewers_leave_beside_a_source_is_no_change(tmp_path: Path, client: Client) -> None:
+    source, out = scene(tmp_path, 150, 150), tmp_path / "o.zarr"
+
+    def look(event: Event) -> None:
+        if isinstance(event, TileFinished):
+            source.with_name(f"{source.name}.aux.xml").write_text("<PAMDataset></PAMDataset>")
+
+    assert run(source, class_network(), out, client, listener=look).failed_tiles == ()
+
+
 def _close_readers() -> None:
     from outsize.tiler.jobs import _RUNNERS
 
@@ -325,6 +419,32 @@ def test_a_full_disk_stops_the_run_which_goes_on_with_room(tmp_path: Path, clien
     assert hash_chunks(out) == hash_chunks(tmp_path / "calm.zarr")
 
 
+def test_a_quota_stops_the_run_as_a_full_disk_does(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out, writes = scene(tmp_path, 300, 300), tmp_path / "o.zarr", count()
+
+    def write(*arguments: Any) -> None:
+        if next(writes) == 3:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded", str(out / "class"))
+        write_core(*arguments)
+
+    monkeypatch.setattr("outsize.tiler.worker.write_core", write)
+    with pytest.raises(OutputError, match=r"no space left for .*; free some and run the same command again"):
+        run(source, class_network(), out, client)
+    summary = run(source, class_network(), out, client)
+    assert summary.failed_tiles == ()
+    assert summary.resumed_tiles >= 1
+    assert np.array_equal(stored(out), whole(class_network(), source))
+
+
+def test_a_file_that_a_full_disk_cut_short_is_not_left(small_disk: Path) -> None:
+    (small_disk / "run-1.json").write_bytes(b"{}")
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(small_disk / "run-1.json", bytes(1_000_000))
+    assert [path.name for path in small_disk.iterdir()] == ["run-1.json"]
+
+
 def test_a_disk_that_turns_read_only_can_be_gone_on_with(tmp_path: Path, client: Client, small_disk: Path) -> None:
     source, out = scene(tmp_path, 300, 300), small_disk / "o.zarr"
 
@@ -344,23 +464,61 @@ def test_a_disk_that_turns_read_only_can_be_gone_on_with(tmp_path: Path, client:
     assert np.array_equal(stored(out), whole(class_network(), source))
 
 
-def test_sigterm_is_an_interruption(tmp_path: Path) -> None:
-    subprocess.run(outsize("sample", tmp_path, "--size", "1024"), check=True, capture_output=True)
-    words = ["segment", str(tmp_path / "scene.zarr"), str(tmp_path / "o.zarr"), "--core", "128", "--no-dashboard"]
-    process = subprocess.Popen(outsize(*words), stderr=subprocess.PIPE, text=True)
-    records_file = tmp_path / "o.zarr.run" / "records-1.jsonl"
-    while process.poll() is None and not records_file.exists():
-        time.sleep(0.02)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+class Segmenting:
+    """`outsize segment` in a process of its own, from its first tile on."""
+
+    def __init__(self, folder: Path, **how: Any) -> None:
+        subprocess.run(outsize("sample", folder, "--size", "1024"), check=True, capture_output=True)
+        out = folder / "o.zarr"
+        self.words = ["segment", str(folder / "scene.zarr"), str(out), "--core", "128", "--no-dashboard"]
+        self.folder = run_folder(out)
+        self.process = subprocess.Popen(outsize(*self.words), **{"stderr": subprocess.PIPE, "text": True, **how})
+        while self.process.poll() is None and not (self.folder / "records-1.jsonl").exists():
+            time.sleep(0.02)
+        self.workers = psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self) -> str:
+        """What it said on stderr, after it has ended, its workers with it."""
+        _, errors = self.process.communicate(timeout=60)
+        assert not psutil.wait_procs(self.workers, timeout=10)[1]
+        return errors
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_and_sighup_are_interruptions(tmp_path: Path, sign: signal.Signals) -> None:
+    segmenting = Segmenting(tmp_path)
+    segmenting.process.send_signal(sign)
+    segmenting.process.send_signal(sign)  # as batch systems and shells do
+    errors = segmenting.end()
+    assert segmenting.process.returncode == 130, errors
     assert "interrupted; the same command goes on where it stopped" in errors
-    assert not psutil.wait_procs(workers, timeout=10)[1]
-    runs = [json.loads(path.read_text()) for _, path in find_runs(tmp_path / "o.zarr.run")]
+    assert "Traceback" not in errors
+    runs = [json.loads(path.read_text()) for _, path in find_runs(segmenting.folder)]
     assert [entry["how"] for entry in runs] == ["KeyboardInterrupt"]
     assert (runs[0]["plan"]["tiles"], runs[0]["versions"]["outsize"]) == (64, __version__)
-    assert runs[0]["command"][1:] == words
+    assert runs[0]["command"][1:] == segmenting.words
+
+
+def test_a_second_ctrl_c_ends_at_once_with_one_line(tmp_path: Path) -> None:
+    segmenting = Segmenting(tmp_path)
+    segmenting.process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    segmenting.process.send_signal(signal.SIGINT)
+    errors = segmenting.end()
+    assert segmenting.process.returncode == 130, errors
+    assert errors.splitlines()[-1] == "outsize: interrupted; the same command goes on where it stopped"
+    assert "Traceback" not in errors
+
+
+def test_a_lost_terminal_is_an_interruption_too(tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    segmenting = Segmenting(tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    os.close(ours)  # as the end of an ssh connection does
+    segmenting.process.send_signal(signal.SIGHUP)
+    segmenting.end()
+    assert segmenting.process.returncode == 130
+    assert json.loads((segmenting.folder / "run-1.json").read_text())["how"] == "KeyboardInterrupt"
 
 
 def test_a_scheduler_that_is_gone_is_said(tmp_path: Path, client: Client) -> None:
@@ -379,7 +537,7 @@ def test_a_scheduler_that_is_gone_is_said(tmp_path: Path, client: Client) -> Non
 
 def test_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     """A short campaign; tests/kill_campaign.py has the long one."""
-    campaign = Campaign(tmp_path, seed=5, size=512)
-    campaign.run(2)
+    campaign = Campaign(tmp_path, seed=5, size=384, victims=SHORT, latest=0.5, calm_share=0.0)
+    campaign.run(len(SHORT))
     assert campaign.finished >= 1
-    assert sum(campaign.kills.values()) >= 2
+    assert {victim for victim, count in campaign.kills.items() if count} == set(SHORT)

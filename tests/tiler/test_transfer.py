@@ -545,3 +545,11 @@ def test_a_mosaic_of_large_strips_counts_the_blocks_of_open_files(tmp_path: Path
     block = open_raster(paths[0]).block_bytes
     assert block == 400 * 512 * 2
     assert open_mosaic(paths).block_bytes == 5 * block
+
+
+def test_a_source_that_is_changed_makes_no_mixed_copy(tmp_path: Path) -> None:
+    source = write_geotiff(tmp_path / "s.tif", unique_pixels(2, 1400, 1100))
+    with pytest.raises(RasterError, match="was changed while it was read; the same command begins anew"):
+        copy_raster(open_raster(source), tmp_path / "o.zarr", listener=lambda _: os.utime(source))
+    assert [path.name for path in tmp_path.iterdir()] == ["s.tif"]
+    assert copy_raster(open_raster(source), tmp_path / "o.zarr").resumed_cells == 0
