@@ -21,9 +21,9 @@ class DeadlyRaster(Raster):
     how: str = "kill"
     """"kill", "stop", "error", or "once": killed once, told by a file beside the raster."""
 
-    def open_reader(self) -> RasterReader:
+    def open_reader(self, cache_bytes: int = 0) -> RasterReader:
         # super() without arguments does not work in classes with slots.
-        return _DeadlyReader(Raster.open_reader(self), self)
+        return _DeadlyReader(Raster.open_reader(self, cache_bytes), self)
 
 
 def make_deadly(path: Path, at: tuple[int, int], how: str) -> DeadlyRaster:
