@@ -65,6 +65,8 @@ def worker_environment(gdal_cache_bytes: int) -> dict[str, str]:
         # GDAL takes a number below 100,000 for megabytes.
         "GDAL_CACHEMAX": str(max(1, gdal_cache_bytes // 2**20)),
         "MALLOC_TRIM_THRESHOLD_": "65536",
+        # Programs hold hundreds of megabytes: in pages of 2 MB they are there sooner, and found faster.
+        "GLIBC_TUNABLES": ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), "glibc.malloc.hugetlb=1"))),
         # One tile's chunks are few; more threads would only hold more memory.
         "ZARR_ASYNC__CONCURRENCY": "4",
         "OPENBLAS_NUM_THREADS": "1",
