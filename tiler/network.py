@@ -221,7 +221,7 @@ def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype
         UntileableError: an operation without an exact rule, named with its module and source line; a module that fixes
             the image's size; an output that is not on the image's grid times a constant scale.
     """
-    with warnings.catch_warnings(), _one_thread():
+    with warnings.catch_warnings(), one_thread():
         # What torch remarks on while it is tried out is not what the user asked; made errors, remarks would look like
         # sizes that the module refuses.
         warnings.simplefilter("ignore")
@@ -229,8 +229,8 @@ def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """The analysis runs many tiny images, which threads only wait for each other over."""
+def one_thread() -> Iterator[None]:
+    """torch on one thread: on tiny images, or beside other work, threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

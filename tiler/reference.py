@@ -9,7 +9,7 @@ import torch
 from .check import larger_core, larger_window
 from .engine_torch import TorchEngine
 from .geometry import Window
-from .network import Network
+from .network import Network, one_thread
 from .nodata import Array, Mask
 from .plan import TilePlan
 from .planner import choose_method
@@ -44,14 +44,15 @@ class Reference:
         top, left = (int(v * s) for v, s in zip((window.y, window.x), network.scale, strict=True))
         y, x = patch.y - top, patch.x - left
         cut = (slice(None), slice(y, y + patch.height), slice(x, x + patch.width))
-        finished, logits = TorchEngine(network.module, has_logits=network.has_logits).run_with_logits(image)
+        with one_thread():  # the workers compute meanwhile
+            finished, logits = TorchEngine(network.module, has_logits=network.has_logits).run_with_logits(image)
         return finished[cut], logits[cut]
 
     def _run_program(self, reader: RasterReader, patch: Window) -> tuple[Array, Array]:
         core = larger_core(self.network, patch, self.raster.shape_yx, self.plan.check_margin)
         program = make_program(self.network, self.raster.shape_yx, core)
         image = read_filled(reader, self.raster, program.window, self.fill).image
-        with torch.inference_mode():
+        with torch.inference_mode(), one_thread():
             outputs = [output[0].numpy() for output in program(torch.from_numpy(image)[None])]
         cut = (slice(None), *patch.slices(core))
         return outputs[0][cut], outputs[-1][cut]
