@@ -1,6 +1,6 @@
 """What a run does on many workers, by simulation from measured costs: tiles a second, and what is saturated first.
 
-    python -m outsize.tests.benchmarks.scaling [--tile-s 1.4] [--store-gb-s 10]
+    python -m outsize.tests.benchmarks.scaling [--tile-s 1.6] [--store-gb-s 10]
 
 Every tile goes through four queues: the client and the scheduler, one process each, which spend `client-ms` and
 `scheduler-ms` of CPU on it; the store, of a bandwidth that all share; and its worker, which holds two tiles, so that it
@@ -115,10 +115,10 @@ def simulate(workers: int, tiles: int, costs: Costs, seed: int = 0) -> Outcome:
 def main() -> None:
     """Print a row for each number of workers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tile-s", type=float, default=1.4, help="a worker's seconds for one tile")
+    parser.add_argument("--tile-s", type=float, default=1.6, help="a worker's seconds for one tile")
     parser.add_argument("--tile-mpx", type=float, default=4.19, help="pixels of a tile's core, in millions")
-    parser.add_argument("--client-ms", type=float, default=1.6)
-    parser.add_argument("--scheduler-ms", type=float, default=2.0)
+    parser.add_argument("--client-ms", type=float, default=1.5)
+    parser.add_argument("--scheduler-ms", type=float, default=1.9)
     parser.add_argument("--bytes-per-pixel", type=float, default=4.7, help="read and written, compressed, with halos")
     parser.add_argument("--store-gb-s", type=float, default=10.0, help="bandwidth of the store for all")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 10, 100, 300, 1000, 3000])
