@@ -53,11 +53,7 @@ class Engine(Protocol):
 
 
 class TileEngine(Protocol):
-    """Runs tiles of one raster; one thread at a time, `prepare` apart."""
-
-    def prepare(self, tile: Tile) -> None:
-        """Get ready for a tile that comes soon, while another thread runs one."""
-        ...
+    """Runs tiles of one raster; one thread at a time."""
 
     def run_tile(self, image: npt.NDArray[Any], tile: Tile) -> npt.NDArray[Any]:
         """(bands, h, w) of the tile's window -> (channels, h', w') of its core. The result is valid until the next
@@ -74,9 +70,6 @@ class WindowTiles:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-
-    def prepare(self, tile: Tile) -> None:
-        """Nothing: there are few shapes."""
 
     def run_tile(self, image: npt.NDArray[Any], tile: Tile) -> npt.NDArray[Any]:
         rows, columns = tile.crop.slices()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pickle
 import sys
 import tempfile
-import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,22 +152,15 @@ class OpenVinoEngine:
         return result, logits
 
 
-LARGEST_AHEAD = 32_000_000
-"""Bytes of weights up to which the next program is compiled while one runs: it has a copy of them."""
+ALIVE = 1
+"""Compiled programs that a process keeps: tiles of one geometry come together, and each program holds its memory."""
 
-_Compiled = tuple[ov.CompiledModel, bytes]
-"""A compiled program, and the weights that its constants point into."""
 ProgramSource = Callable[[AxisGeometry, AxisGeometry], tuple[bytes, bytes]]
 """(graph, weights) of the program for those rows and columns."""
 
 
-def _key(rows: AxisGeometry, columns: AxisGeometry) -> str:
-    return f"{geometry_key(rows)}-{geometry_key(columns)}"
-
-
 class OpenVinoPrograms:
-    """Runs tiles of one raster by programs, one for each geometry. One is alive: tiles of one geometry come together,
-    and each holds its memory. The next one is compiled beside it, which holds none before it runs."""
+    """Runs tiles of one raster by programs: one compiled for each geometry, the last ones kept."""
 
     def __init__(
         self, axes: tuple[ImageAxis, ImageAxis], dtype: str, has_logits: bool, threads: int, source: ProgramSource
@@ -175,56 +168,43 @@ class OpenVinoPrograms:
         self._axes, self._dtype, self._source = axes, np.dtype(dtype), source
         self._outputs = 2 if has_logits else 1
         self._core, self._options = ov.Core(), compile_options(threads)
-        self._alive: tuple[str, ov.InferRequest, _Compiled] | None = None
-        self._ahead: dict[str, _Compiled] = {}
-        self._lock = threading.Lock()
+        self._requests: OrderedDict[str, tuple[ov.InferRequest, bytes]] = OrderedDict()
 
     @classmethod
     def from_program(cls, packed: EngineProgram) -> OpenVinoPrograms:
         axes, dtype, graphs = pickle.loads(packed.payload[0])
 
         def source(rows: AxisGeometry, columns: AxisGeometry) -> tuple[bytes, bytes]:
-            key = _key(rows, columns)
+            key = f"{geometry_key(rows)}-{geometry_key(columns)}"
             if key not in graphs:
                 raise EngineError("a tile's program is missing from the run; report this")
             return graphs[key], packed.payload[1]
 
         return cls(axes, dtype, packed.has_logits, packed.threads, source)
 
-    def _geometries(self, tile: Tile) -> tuple[AxisGeometry, AxisGeometry]:
-        return (
-            compute_geometry(self._axes[0], tile.core.rows),
-            compute_geometry(self._axes[1], tile.core.columns),
-        )
-
-    def _compile(self, graph: bytes, weights: bytes) -> _Compiled:
+    def _request(self, rows: AxisGeometry, columns: AxisGeometry) -> ov.InferRequest:
+        key = f"{geometry_key(rows)}-{geometry_key(columns)}"
+        if key in self._requests:
+            self._requests.move_to_end(key)
+            return self._requests[key][0]
+        while len(self._requests) >= ALIVE:
+            self._requests.popitem(last=False)  # before the next is built: two would hold twice the memory
+        graph, weights = self._source(rows, columns)
         try:
             model = self._core.read_model(graph, ov.Tensor(np.frombuffer(weights, np.uint8)))
-            return self._core.compile_model(model, "CPU", self._options), weights
+            request = self._core.compile_model(model, "CPU", self._options).create_infer_request()
         except RuntimeError as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise EngineError(f"OpenVINO cannot run this network: {reason}; use --engine torch") from error
-
-    def prepare(self, tile: Tile) -> None:
-        rows, columns = self._geometries(tile)
-        key = _key(rows, columns)
-        with self._lock:
-            alive = self._alive[0] if self._alive is not None else ""
-            if key == alive or key in self._ahead:
-                return
-            graph, weights = self._source(rows, columns)
-            if len(weights) <= LARGEST_AHEAD:
-                self._ahead = {key: self._compile(graph, weights)}
+        self._requests[key] = (request, weights)  # the model's constants point into the weights
+        return request
 
     def _infer(self, image: npt.NDArray[Any], tile: Tile) -> list[npt.NDArray[Any]]:
-        rows, columns = self._geometries(tile)
-        key = _key(rows, columns)
-        if self._alive is None or self._alive[0] != key:
-            self._alive = None  # before the next one runs: two would hold twice the memory
-            with self._lock:
-                compiled = self._ahead.pop(key, None) or self._compile(*self._source(rows, columns))
-            self._alive = (key, compiled[0].create_infer_request(), compiled)
-        request = self._alive[1]
+        rows, columns = (
+            compute_geometry(self._axes[0], tile.core.rows),
+            compute_geometry(self._axes[1], tile.core.columns),
+        )
+        request = self._request(rows, columns)
         image = image.astype(self._dtype, copy=False)
         inputs = [image[None], *tap_arrays(rows), *tap_arrays(columns)]
         request.infer(inputs, share_inputs=True, share_outputs=True)

@@ -42,9 +42,6 @@ class TorchPrograms:
         self._network = network
         self._axes = network.on_image(shape_yx)
 
-    def prepare(self, tile: Tile) -> None:
-        """Nothing: torch runs what it is given."""
-
     def run_tile_with_logits(self, image: npt.NDArray[Any], tile: Tile) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         rows, columns = (
             compute_geometry(axis, interval)

@@ -43,7 +43,7 @@ CORES_PER_WORKER = 8
 """CPU cores of one worker process; more are slower in one convolution than in two."""
 CLIENT_BYTES = {
     ("openvino", "window"): 520 * MB,
-    ("openvino", "program"): 510 * MB,
+    ("openvino", "program"): 590 * MB,
     ("torch", "window"): 390 * MB,
     ("torch", "program"): 390 * MB,
 }

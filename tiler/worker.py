@@ -109,7 +109,7 @@ class TileRunner:
     def __init__(self, spec: RunSpec, *, watched: bool = False) -> None:
         self.spec = spec
         self._sketches: dict[tuple[int, int], bytes] | None = {} if watched else None
-        self._read_lock, self._load_lock, self._compute_lock = threading.Lock(), threading.Lock(), threading.Lock()
+        self._read_lock, self._compute_lock = threading.Lock(), threading.Lock()
         self._reader: RasterReader | None = None
         self._engine: TileEngine | None = None
         self._checked: dict[tuple[int, int], npt.NDArray[Any]] = {}
@@ -131,10 +131,9 @@ class TileRunner:
             self._reader = None
 
     def _loaded(self) -> TileEngine:
-        with self._load_lock:
-            if self._engine is None:
-                self._engine = self.spec.program.load_tiles()
-            return self._engine
+        if self._engine is None:
+            self._engine = self.spec.program.load_tiles()
+        return self._engine
 
     def run(self, row: int, column: int) -> TileRecord:
         """Do one tile; a failure is a record too, after more tries with the source opened anew."""
@@ -171,8 +170,6 @@ class TileRunner:
             result = np.full(shape, output_nodata(dtype), dtype)
             computed = computing = time.perf_counter()
         else:
-            if (tile.row, tile.column) not in self._checked:
-                self._loaded().prepare(tile)
             with self._compute_lock:
                 computing = time.perf_counter()
                 # The engine reuses its output memory: copy the core before the next tile may run.
