@@ -118,7 +118,7 @@ def render_report(console: Console, out: Path, stop: StoppedRun | None = None) -
     if header is not None:
         values.update(_describe_output(console, out, header, pictures=not (stop and stop.is_brief)))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters.update(bytes=format_bytes, seconds=format_seconds, moment=_format_moment, shell=shlex.join)
+    environment.filters.update(bytes=format_bytes, seconds=format_seconds, moment=_format_moment, words=shlex.join)
     text = resources.files("outsize.pipelines").joinpath("report.html").read_text(encoding="utf-8")
     return environment.from_string(text).render(values)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from bokeh.events import DocumentReady
 from bokeh.layouts import column, row
 from bokeh.models import (
     ColumnDataSource,
@@ -120,7 +121,8 @@ class _Page:
         self.legend = Div(text="", sizing_mode="stretch_width")
         self.lost = Div(text=LOST, visible=False, styles={"color": "#b3261e", "font-size": "14px"})
         self.beat = Div(text="", visible=False)
-        self.beat.js_on_change("text", CustomJS(args={"lost": self.lost, "after": LOST_MS}, code=_WATCH_BEAT))
+        self.watch = CustomJS(args={"lost": self.lost, "after": LOST_MS}, code=_WATCH_BEAT)
+        self.beat.js_on_change("text", self.watch)
         self.plot = self._make_plot()
         self.root = self._lay_out()
 
@@ -443,6 +445,8 @@ def open_page(plugin: TileMapPlugin, extra: dict[str, Any], document: Any) -> No
     document.on_session_destroyed(lambda _: plugin.pages.discard(refresh))
     document.title = "Dask: Tile map"
     document.add_root(page.root)
+    # From the first moment: the scheduler may be gone before it has sent a beat.
+    document.js_on_event(DocumentReady, page.watch)
     document.add_periodic_callback(page.update, UPDATE_MS)
     document.template = env.get_template("simple.html")
     document.template_variables.update(extra)

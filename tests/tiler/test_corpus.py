@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+from outsize.tiler.cluster import ClusterOptions
 from outsize.tiler.errors import TilerError
 from outsize.tiler.geometry import Grid, Window
 from outsize.tiler.raster import open_raster
@@ -83,6 +84,10 @@ def copied_equals_rasterio(source: Path, copy: Path) -> None:
             assert np.array_equal(ours, theirs, equal_nan=ours.dtype.kind == "f")
 
 
+QUIET = ClusterOptions(dashboard_address=None)
+"""Another test may have the dashboard's port."""
+
+
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_every_file_is_equal_or_refused_by_name(shared_dir: Path, tmp_path: Path) -> None:
     files = corpus(shared_dir)
@@ -93,7 +98,7 @@ def test_every_file_is_equal_or_refused_by_name(shared_dir: Path, tmp_path: Path
         source, copy = shared_dir / "corpus" / name, tmp_path / f"{name.replace('/', '-')}.zarr"
         began = time.perf_counter()
         try:
-            summary = copy_raster(open_raster(source), copy, workers=None)
+            summary = copy_raster(open_raster(source), copy, workers=None, cluster=QUIET)
         except TilerError as refusal:
             text = str(refusal)
             if name not in REFUSED:

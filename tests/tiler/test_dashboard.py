@@ -268,7 +268,7 @@ def test_states_change_on_the_page(tmp_path: Path, client: Client, page: Any, mo
         page.goto(page_of(client, "tilemap"))
         page.wait_for_function(_counts("running") + " > 0")
         early = page.evaluate(_counts("done"))
-        assert re.search(r"2 running\s+\d+\s+\d+ MB", page.evaluate(_text()))  # the worker's state, tiles, memory
+        assert re.search(r"2 running\s+\d+\s+[\d.]+ [MG]B", page.evaluate(_text()))  # the worker's state, tiles, memory
         _shoot(page, "early")
         for _ in range(60):
             gate.release()
@@ -288,7 +288,7 @@ def test_states_change_on_the_page(tmp_path: Path, client: Client, page: Any, mo
         assert [page.evaluate(_counts(state)) for state in ("waiting", "done")] == [0, counts["done"]]
         assert page.evaluate(_counts("failed")) == counts["failed"] == 9
         assert "to go" not in text
-        assert re.search(rf"idle\s+{counts['done']}\s+\d+ MB", text)
+        assert re.search(rf"idle\s+{counts['done']}\s+[\d.]+ [MG]B", text)
         assert "2,3; 2,4; 2,5; 3,3; 3,4; 3,5; 4,3; 4,4; 4,5" in text
         # The curve holds what was done, and lasts as long as the run.
         times, rates = page.evaluate(_curve("t")), page.evaluate(_curve())

@@ -7,6 +7,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 from outsize.tiler.meter import INTERVAL_S, MemoryMeter, process_bytes
 
@@ -15,7 +16,7 @@ CHILD = """
 import time
 block = bytearray(150_000_000)
 print("ready", flush=True)
-time.sleep(3)
+time.sleep(7)
 """
 
 
@@ -48,6 +49,7 @@ def test_the_longer_a_look_takes_the_fewer_there_are(monkeypatch: pytest.MonkeyP
         return 100 * MB
 
     monkeypatch.setattr("outsize.tiler.meter.process_bytes", slow)
+    monkeypatch.setattr("outsize.tiler.meter._tree", lambda: [psutil.Process()])
     monkeypatch.setattr("outsize.tiler.meter._own_bytes", lambda _: 50 * MB)
     with MemoryMeter():
         time.sleep(10 * INTERVAL_S)
