@@ -266,7 +266,7 @@ def test_states_change_on_the_page(tmp_path: Path, client: Client, page: Any, mo
         while NAME not in client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.plugins)):
             time.sleep(0.1)
         page.goto(page_of(client, "tilemap"))
-        page.wait_for_function(_counts("running") + " > 0")
+        page.wait_for_function(_counts("running") + " === 2")
         early = page.evaluate(_counts("done"))
         assert re.search(r"2 running\s+\d+\s+[\d.]+ [MG]B", page.evaluate(_text()))  # the worker's state, tiles, memory
         _shoot(page, "early")

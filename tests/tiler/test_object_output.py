@@ -252,6 +252,7 @@ def test_the_commands_take_buckets(tmp_path: Path, server: ObjectServer, monkeyp
     assert find_matching(f"{base}/maps/*.zarr") == [f"{base}/maps/a.zarr"]
 
 
+@pytest.mark.long
 def test_a_batch_its_verification_and_export_in_a_bucket(
     tmp_path: Path, server: ObjectServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
