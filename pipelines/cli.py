@@ -206,7 +206,7 @@ _planning = _together(
         type=click.Choice(["auto", "window", "program"]),
         default="auto",
         show_default=True,
-        help="Run the network on windows of the raster, or specialised to each tile; auto: windows where exact.",
+        help="Run the network on windows of the raster, or specialised to each tile; auto: what is faster and exact.",
     ),
     _option(
         "--halo",

@@ -8,6 +8,7 @@ import gc
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 from dask.system import CPU_COUNT
@@ -32,6 +33,20 @@ def measure_flops_per_s(seconds: float = 0.25) -> float:
         torch.mm(a, b)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread, for the whole process: on tiny images, or beside other work, threads only wait for each
+    other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def release_freed_memory() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import lcm
@@ -23,6 +22,7 @@ from .cost import compute_flops, compute_peak_bytes
 from .errors import UntileableError, UsageError
 from .geometry import Halo, Interval, Window, align_down, align_up
 from .graph import TracedGraph, operation_name, trace, where
+from .machine import one_thread
 from .receptive import AxisGraph, AxisNode, AxisRule, Cut, Resample, Same, Slide
 from .rules import (
     AXES,
@@ -226,17 +226,6 @@ def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype
         # sizes that the module refuses.
         warnings.simplefilter("ignore")
         return _analyze(module, bands, dtype)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch on one thread: on tiny images, or beside other work, threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _analyze(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype[Any] | str | None) -> Network:

@@ -9,7 +9,8 @@ import torch
 from .check import larger_core, larger_window
 from .engine_torch import TorchEngine
 from .geometry import Window
-from .network import Network, one_thread
+from .machine import one_thread
+from .network import Network
 from .nodata import Array, Mask
 from .plan import TilePlan
 from .planner import choose_method

@@ -7,27 +7,17 @@ it would if one product were cut among them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
+from ...tiler.machine import one_thread
+
 Workspace = TypeVar("Workspace")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@contextmanager
-def _torch_on_one_thread() -> Iterator[None]:
-    """For the whole process, as torch's number of threads is."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def run_tablets(
@@ -56,7 +46,7 @@ def run_tablets(
                     raise
 
     crew = workspaces[: len(items)]
-    with _torch_on_one_thread():
+    with one_thread():
         if len(crew) == 1:
             run(crew[0])
         elif crew:
