@@ -52,6 +52,7 @@ class SegmentOptions:
     memory: str
     engine: str | None
     method: str | None
+    precision: str | None
     workers: int | None
     threads: int | None
     core: int | None
@@ -163,6 +164,7 @@ def make_plan(
         core=options.core,
         region=_region(options, raster),
         method=options.method,
+        precision=options.precision,
         mark_nodata_context=options.mark_nodata_context,
         dashboard=dashboard,
         to_store=to_store,
@@ -291,6 +293,7 @@ def segment_raster(
         core=options.core,
         region=_region(options, raster),
         method=options.method,
+        precision=options.precision,
         mark_nodata_context=options.mark_nodata_context,
         zarr_format=writing.zarr_format,
         space_check=writing.space_check,

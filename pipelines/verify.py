@@ -119,6 +119,7 @@ def _find_maker(
         memory=options.memory,
         engine=plan.engine,
         method=plan.method,
+        precision=plan.precision,
         workers=None,
         threads=None,
         core=None,

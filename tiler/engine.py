@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy.typing as npt
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 EngineName = Literal["openvino", "torch"]
 Method = Literal["window", "program"]
 """How a tile is computed: the module on a window of the image, or a program for its core."""
+Precision = Literal["float32", "int8"]
+"""What an engine computes in: the network's own numbers, or fewer bits for each."""
+PRECISIONS: dict[EngineName, tuple[Precision, ...]] = {"openvino": ("float32",), "torch": ("float32",)}
+"""What each engine offers."""
 
 # Measured with PSS on Linux (docs/memory.md); OpenVINO workers never import torch, oneDNN copies more in eager torch.
 WORKER_BYTES = 95 * MB
@@ -93,6 +97,7 @@ class EngineProgram:
     method: Method = "window"
     shape_yx: tuple[int, int] = (0, 0)
     """Of the raster, for programs: they depend on where its edges are."""
+    precision: Precision = "float32"
 
     def load_tiles(self) -> TileEngine:
         """The engine with this network, for tiles.
@@ -144,7 +149,27 @@ def choose_engine(name: str | None = None) -> EngineName:
     raise UsageError(f"engine must be auto, openvino or torch, got {name!r}")
 
 
-def compile_program(network: Network, engine: EngineName, threads: int) -> EngineProgram:
+def choose_precision(name: str | None, engine: EngineName) -> Precision:
+    """The precision that is asked for, where the engine offers it; None: float32.
+
+    Raises:
+        UsageError: no such precision.
+        EngineError: the engine does not compute in it.
+    """
+    known = get_args(Precision)
+    for precision in PRECISIONS[engine]:
+        if precision == (name or "float32"):
+            return precision
+    if name not in known:
+        raise UsageError(f"precision must be {', '.join(known[:-1])} or {known[-1]}, got {name!r}")
+    others = [other for other, offered in PRECISIONS.items() if name in offered]
+    remedy = "".join(f" --engine {other}, or" for other in others)
+    raise EngineError(f"engine {engine} computes in {', '.join(PRECISIONS[engine])}, got {name}; use{remedy} float32")
+
+
+def compile_program(
+    network: Network, engine: EngineName, threads: int, precision: Precision = "float32"
+) -> EngineProgram:
     """Convert a network for an engine, to run on windows.
 
     Raises:
@@ -153,7 +178,7 @@ def compile_program(network: Network, engine: EngineName, threads: int) -> Engin
     if engine == "openvino":
         from .engine_openvino import convert_network
 
-        return convert_network(network, threads)
+        return replace(convert_network(network, threads), precision=precision)
     from .engine_torch import pack_network
 
-    return pack_network(network, threads)
+    return replace(pack_network(network, threads), precision=precision)

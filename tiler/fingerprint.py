@@ -54,6 +54,7 @@ def make_fingerprint(
         # Another version may round otherwise: tiles of two do not belong into one output.
         "engine_version": version(plan.engine),
         "method": plan.method,
+        "precision": plan.precision,
         "fill": list(fill),
     }
 
@@ -79,6 +80,8 @@ def find_differences(
         paths: of the input, there and now.
     """
     phrases: list[str] = []
+    if "precision" in ours:
+        stored = {"precision": "float32", **stored}  # outputs begun when there was no other
     if stored.get("input") == MIXED:
         phrases.append("the input was changed while that run read it")
     elif stored.get("input") != ours.get("input"):

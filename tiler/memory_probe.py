@@ -25,7 +25,7 @@ from .memory import MB, EngineMemory
 from .meter import process_bytes
 
 if TYPE_CHECKING:
-    from .engine import EngineName, EngineProgram, Method
+    from .engine import EngineName, EngineProgram, Method, Precision
     from .network import Network
     from .plan import Tile
 
@@ -39,15 +39,15 @@ SMALLEST_RASTER = 2048 * 2048
 TIMEOUT_S = 120
 MARGIN = 1.04
 """On what was measured: the peak of one run differs from that of the next."""
-MemoryLookup = Callable[["EngineName", "Method", int], EngineMemory]
+MemoryLookup = Callable[["EngineName", "Method", "Precision", int], EngineMemory]
 log = logging.getLogger(__name__)
 
 
-def constant_memory(engine: EngineName, method: Method, threads: int) -> EngineMemory:
+def constant_memory(engine: EngineName, method: Method, precision: Precision, threads: int) -> EngineMemory:
     """What was measured once with the default network, for all."""
     from .engine import ENGINE_MEMORY, PROGRAM_MEMORY
 
-    del threads
+    del precision, threads
     return PROGRAM_MEMORY[engine] if method == "program" else ENGINE_MEMORY[engine]
 
 
@@ -63,8 +63,8 @@ def memory_lookup(
     if shape_yx[0] * shape_yx[1] < SMALLEST_RASTER and network.is_known:
         return constant_memory
 
-    def lookup(engine: EngineName, method: Method, threads: int) -> EngineMemory:
-        return _find(network, engine, method, threads, budget, begins)
+    def lookup(engine: EngineName, method: Method, precision: Precision, threads: int) -> EngineMemory:
+        return _find(network, engine, method, precision, threads, budget, begins)
 
     return lookup
 
@@ -73,6 +73,7 @@ def _find(
     network: Network,
     engine: EngineName,
     method: Method,
+    precision: Precision,
     threads: int,
     budget: int,
     begins: Callable[[], None] | None,
@@ -83,16 +84,16 @@ def _find(
 
     kept = ProgramCache(cache_name(network))
     cores = choose_cores(network, budget)
-    name = f"memory-{engine}-{method}-{threads}-{cores[0]}"
+    name = f"memory-{engine}-{method}-{precision}-{threads}-{cores[0]}"
     try:
         return EngineMemory(**json.loads(kept.read_text(name) or ""))
     except (ValueError, TypeError):
         pass
-    usual = constant_memory(engine, method, threads)
+    usual = constant_memory(engine, method, precision, threads)
     try:
         if begins is not None:
             begins()
-        points = [probe_core(network, engine, method, threads, core) for core in cores]
+        points = [probe_core(network, engine, method, precision, threads, core) for core in cores]
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         if not network.is_known:
             raise EngineError(f"what this network's tensors take cannot be measured: {error}") from error
@@ -121,7 +122,9 @@ def choose_cores(network: Network, budget: int) -> tuple[int, int]:
     return (CORES[-2], CORES[-1])
 
 
-def probe_core(network: Network, engine: EngineName, method: Method, threads: int, core: int) -> tuple[int, int]:
+def probe_core(
+    network: Network, engine: EngineName, method: Method, precision: Precision, threads: int, core: int
+) -> tuple[int, int]:
     """(live bytes of the graph, bytes that the engine adds to a worker) for one inner tile of that core.
 
     Raises:
@@ -134,15 +137,19 @@ def probe_core(network: Network, engine: EngineName, method: Method, threads: in
     margin = max(halo.top, halo.bottom, halo.left, halo.right) if halo is not None else core
     scale = max(float(s) for s in network.scale)
     side = int(3 * core / min(1.0, scale)) + 2 * margin + 1
-    plan = plan_tiles((network.bands, side, side), network, engine=engine, method=method, core=core, memory="1TB")
+    plan = plan_tiles(
+        (network.bands, side, side), network, engine=engine, method=method, precision=precision, core=core, memory="1TB"
+    )
     rows, columns = plan.grid.counts
     tile = plan.tile(rows // 2, columns // 2)
     if method == "program":
         from .engine_programs import pack_programs
 
-        packed = pack_programs(network, engine, threads, (side, side), [tile.core.rows], [tile.core.columns])
+        packed = pack_programs(
+            network, engine, threads, (side, side), [tile.core.rows], [tile.core.columns], precision=precision
+        )
     else:
-        packed = compile_program(network, engine, threads)
+        packed = compile_program(network, engine, threads, precision)
     live = count_live_bytes(network, method, (side, side), tile)
     shape = (network.bands, *tile.window.shape)
     dtype = str(network.dtype).removeprefix("torch.")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .engine import ENGINE_EFFICIENCY, EngineName, Method
+from .engine import ENGINE_EFFICIENCY, EngineName, Method, Precision
 from .geometry import Grid, Halo, Interval, Window
 from .memory import MB, MemoryPrediction, format_bytes
 
@@ -85,6 +85,7 @@ class TilePlan:
     """Of one pass over the raster without overlap."""
     read_amplification: float
     """Pixels decoded for each wanted pixel, by one worker that keeps as many blocks as the plan allows."""
+    precision: Precision = "float32"
     strip_rows: int = 1
     """Rows of tiles that are done together, column by column, so that neighbours find their blocks decoded."""
     cache_bytes: int = 0
@@ -181,6 +182,7 @@ class TilePlan:
             "halo": str(self.halo),
             "method": self.method,
             "engine": self.engine,
+            "precision": self.precision,
             "workers": self.workers,
             "threads": self.threads,
             "tiles": len(self.grid),
@@ -241,7 +243,8 @@ class TilePlan:
             ),
             (
                 "engine",
-                f"{self.engine}, {self.workers} worker process{'es' if self.workers != 1 else ''} x {self.threads} "
+                f"{self.engine} in {self.precision}, {self.workers} worker process"
+                f"{'es' if self.workers != 1 else ''} x {self.threads} "
                 f"thread{'s' if self.threads != 1 else ''}, {self.in_flight} tiles in flight each",
             ),
             (

@@ -96,6 +96,7 @@ class RunSummary:
     """None where nothing was left to do."""
     read_amplification: float
     engine: str
+    precision: str
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -114,6 +115,7 @@ class RunSummary:
             "start_check_flipped": self.start_check.flipped if self.start_check else None,
             "read_amplification": round(self.read_amplification, 3),
             "engine": self.engine,
+            "precision": self.precision,
         }
 
 
@@ -144,6 +146,7 @@ def predict(
     mark_nodata_context: bool = False,
     zarr_format: ZarrFormat = 3,
     method: str | None = None,
+    precision: str | None = None,
     space_check: bool = True,
     resume: bool = True,
     overwrite: bool = False,
@@ -169,6 +172,7 @@ def predict(
         region: what is wanted, in pixels of the raster; None: all of it. Context comes from beyond it.
         mark_nodata_context: also write an array `nodata_context`: 1 where a pixel's receptive field touches nodata.
         method: "window" or "program"; None: windows where they are exact.
+        precision: what the engine computes in; None: float32.
         zarr_format: 3, or 2 for readers that know no other, such as GDAL before 3.12.
         space_check: refuse an output that might not fit on the disk.
         resume: continue an output whose fingerprint agrees; False: refuse an existing output.
@@ -209,6 +213,7 @@ def predict(
             region=region,
             mark_nodata_context=mark_nodata_context,
             method=method,
+            precision=precision,
             to_store=is_remote(out),
             dashboard=client is None and options.serves_dashboard,
             memory_of=memory_lookup(network, raster.shape_yx, parse_bytes(memory), lambda: tell(MemoryProbed())),
@@ -291,6 +296,7 @@ def predict(
                 start_check=run.check,
                 read_amplification=plan.read_amplification,
                 engine=plan.engine,
+                precision=plan.precision,
             )
             folder.result["summary"] = summary.to_json()
             if todo and is_whole:
@@ -380,7 +386,7 @@ class _Run:
         pool = ThreadPoolExecutor(1, thread_name_prefix="convert")
         plan = self.plan
         if plan.method == "window":
-            self._program = pool.submit(compile_program, self.network, plan.engine, plan.threads)
+            self._program = pool.submit(compile_program, self.network, plan.engine, plan.threads, plan.precision)
         else:
             rows, columns = (
                 [Interval(start=span.core[0], stop=span.core[1]) for span in spans]
@@ -395,6 +401,7 @@ class _Run:
                 rows,
                 columns,
                 self._report,
+                plan.precision,
             )
         pool.shutdown(wait=False)
 
