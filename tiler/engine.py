@@ -20,7 +20,7 @@ Method = Literal["window", "program"]
 """How a tile is computed: the module on a window of the image, or a program for its core."""
 Precision = Literal["float32", "int8"]
 """What an engine computes in: the network's own numbers, or fewer bits for each."""
-PRECISIONS: dict[EngineName, tuple[Precision, ...]] = {"openvino": ("float32",), "torch": ("float32",)}
+PRECISIONS: dict[EngineName, tuple[Precision, ...]] = {"openvino": ("float32", "int8"), "torch": ("float32",)}
 """What each engine offers."""
 
 # Measured with PSS on Linux (docs/memory.md); OpenVINO workers never import torch, oneDNN copies more in eager torch.
@@ -37,11 +37,16 @@ PROGRAM_MEMORY: dict[str, EngineMemory] = {
 }
 """The same for programs; torch's workers trace the network by themselves."""
 
+INT8_MEMORY = EngineMemory(worker_bytes=WORKER_BYTES, factor=0.5, constant_bytes=90 * MB, calibration_bytes=500 * MB)
+"""Of OpenVINO by windows; calibration is a process of its own (tiler/quantise.py)."""
+
 WIDER_PIXELS = {"uint16": "int32", "uint32": "int64"}
 """Pixel types that OpenVINO's converter does not know, and what holds all their values."""
 
 ENGINE_EFFICIENCY: dict[str, float] = {"openvino": 0.6, "torch": 0.15}
 """Share of a large matrix product's speed that the default network reaches in a run; measured, for estimates only."""
+PRECISION_SPEED: dict[Precision, float] = {"float32": 1.0, "int8": 2.5}
+"""How many times faster than float32 that is; measured, for estimates only."""
 
 
 class Engine(Protocol):
@@ -170,7 +175,7 @@ def choose_precision(name: str | None, engine: EngineName) -> Precision:
 def compile_program(
     network: Network, engine: EngineName, threads: int, precision: Precision = "float32"
 ) -> EngineProgram:
-    """Convert a network for an engine, to run on windows.
+    """Convert a network for an engine, to run on windows; for int8, which has to see pixels, `quantise_network` does.
 
     Raises:
         EngineError: the engine cannot run this network.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .engine import ENGINE_EFFICIENCY, EngineName, Method, Precision
+from .engine import ENGINE_EFFICIENCY, PRECISION_SPEED, EngineName, Method, Precision
 from .geometry import Grid, Halo, Interval, Window
 from .memory import MB, MemoryPrediction, format_bytes
 
@@ -167,7 +167,7 @@ class TilePlan:
 
     def estimate_s(self, flops_per_s: float) -> float:
         """Seconds of the tiles, on one machine of that matrix product speed."""
-        return self.flops / (flops_per_s * ENGINE_EFFICIENCY[self.engine])
+        return self.flops / (flops_per_s * ENGINE_EFFICIENCY[self.engine] * PRECISION_SPEED[self.precision])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` gives the same plan."""
@@ -262,6 +262,15 @@ class TilePlan:
         if self.region != (0, 0, height, width):
             y, x, region_height, region_width = self.region
             lines.insert(1, ("region", f"{region_height} x {region_width} px from row {y}, column {x}"))
+        if self.precision == "int8":
+            lines.insert(
+                -2,
+                (
+                    "precision",
+                    "int8: ranges fixed once on windows of this raster; tiles equal the whole image under that "
+                    "network, and its loss against float32 is measured",
+                ),
+            )
         if self.receptive is not None:
             lines.insert(-1, ("context", "pixels whose receptive field touches nodata are marked in nodata_context"))
         if self.size_multiple > 1:

@@ -135,6 +135,21 @@ def choose_method(
     return "window" if network.program_refusal else prefer
 
 
+def _choose_int8_method(network: Network, method: str | None, shape_yx: tuple[int, int]) -> Method:
+    """Windows: one network of fixed ranges runs all of them, where each program would be quantised anew.
+
+    Raises:
+        UsageError: programs were asked for.
+        UntileableError: windows cannot be exact.
+    """
+    if method == "program":
+        raise UsageError("precision int8 runs windows, got --method program; leave it out, or use --precision float32")
+    refusal = find_window_refusal(network, shape_yx)
+    if refusal:
+        raise UntileableError(f"precision int8 runs windows, use --precision float32: {refusal}")
+    return choose_method(network, "window", shape_yx)
+
+
 def plan_tiles(
     raster: Raster | tuple[int, int, int],
     network: Network,
@@ -195,7 +210,10 @@ def plan_tiles(
     chosen_precision = choose_precision(precision, engine_name)
     is_long = network.count_flops(network.padded_shape((shape[1], shape[2]))) >= PROGRAM_FLOPS
     does_pay = engine_name == "openvino" and is_long and not mark_nodata_context
-    chosen = choose_method(network, method, (shape[1], shape[2]), prefer="program" if does_pay else "window")
+    if chosen_precision == "int8":
+        chosen = _choose_int8_method(network, method, (shape[1], shape[2]))
+    else:
+        chosen = choose_method(network, method, (shape[1], shape[2]), prefer="program" if does_pay else "window")
     if mark_nodata_context and network.window_refusal:
         raise UsageError("--mark-nodata-context is for networks that windows can run; leave it out")
     cpus = cpu_count()
