@@ -202,6 +202,14 @@ _planning = _together(
         help="What runs the network.",
     ),
     _option(
+        "--precision",
+        type=click.Choice(["float32", "int8"]),
+        default="float32",
+        show_default=True,
+        help="What the engine computes in. int8 is faster, and needs outsize[int8]: ranges are found on windows of the "
+        "raster, and what it costs is measured and printed.",
+    ),
+    _option(
         "--method",
         type=click.Choice(["auto", "window", "program"]),
         default="auto",
@@ -331,6 +339,7 @@ def _segment_options(source: str, options: dict[str, Any]) -> Any:
         "memory",
         "engine",
         "method",
+        "precision",
         "workers",
         "threads",
         "core",

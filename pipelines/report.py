@@ -23,6 +23,7 @@ from ..tiler.files import upload_bytes
 from ..tiler.machine import find_versions
 from ..tiler.memory import format_bytes
 from ..tiler.plan import TilePlan, format_seconds
+from ..tiler.precision_loss import PrecisionLoss
 from ..tiler.records import is_there, read_records, read_runs, run_folder, writing
 from ..tiler.store import read_header
 from ..tiler.tile_map import group_failures
@@ -48,6 +49,7 @@ class StoppedRun:
     error: str = ""
     plan: TilePlan | None = None
     check: StartCheck | None = None
+    loss: PrecisionLoss | None = None
     peak_bytes: int = 0
     is_brief: bool = False
     """It was interrupted; whoever does that does not want to wait for pictures."""
@@ -104,6 +106,7 @@ def render_report(console: Console, out: Path, stop: StoppedRun | None = None) -
         "plan": _plan_lines(stop.plan) if stop and stop.plan else None,
         "check": stop.check.sentence() if stop and stop.check else None,
         "check_passed": stop.check.passed if stop and stop.check else None,
+        "loss": stop.loss.sentence() if stop and stop.loss else None,
         "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
         "version": __version__,
         "runs": runs,
@@ -138,7 +141,7 @@ def _describe_output(console: Console, out: Path, header: dict[str, Any], *, pic
         failed = [((tile["row"], tile["column"]), tile["error"]) for tile in run["failures"]]
     quicklook = make_quicklook(console, out, header) if pictures else None
     areas = count_areas(console, out, header) if pictures and header["kind"] == "class" else None
-    check = header.get("start_check")
+    check, loss = header.get("start_check"), header.get("precision_loss")
     return {
         "header": header,
         "plan": _plan_lines(plan),
@@ -151,6 +154,7 @@ def _describe_output(console: Console, out: Path, header: dict[str, Any], *, pic
         "run": run,
         "check": StartCheck(**check).sentence() if check else None,
         "check_passed": StartCheck(**check).passed if check else None,
+        "loss": PrecisionLoss.from_json(loss).sentence() if loss else None,
         "before": _as_data(quicklook.source) if quicklook and quicklook.source else None,
         "before_name": quicklook.source_name if quicklook else "",
         "after": _as_data(quicklook.result) if quicklook else None,

@@ -15,9 +15,11 @@ from ..tiler.check import StartCheck
 from ..tiler.cluster import ClusterKeeper, ClusterOptions
 from ..tiler.errors import TilerError, UsageError
 from ..tiler.events import (
+    Calibrating,
     ClusterReady,
     Event,
     Listener,
+    LossMeasured,
     MemoryProbed,
     ProgramsMade,
     RunPlanned,
@@ -26,13 +28,15 @@ from ..tiler.events import (
 )
 from ..tiler.geometry import Window
 from ..tiler.georeference import window_of_bounds
-from ..tiler.machine import measure_flops_per_s
+from ..tiler.machine import has_int8_instructions, measure_flops_per_s
 from ..tiler.memory import format_bytes, parse_bytes
 from ..tiler.memory_probe import memory_lookup
 from ..tiler.network import Network, analyze_network
 from ..tiler.plan import TilePlan, format_seconds
 from ..tiler.planner import plan_tiles
+from ..tiler.precision_loss import PrecisionLoss
 from ..tiler.proof import prove_network
+from ..tiler.quantise import require_quantiser
 from ..tiler.raster import Raster, ReadOptions, open_with
 from ..tiler.raster_parts import open_stack
 from ..tiler.run import RunSummary, predict
@@ -52,6 +56,7 @@ class SegmentOptions:
     memory: str
     engine: str | None
     method: str | None
+    precision: str | None
     workers: int | None
     threads: int | None
     core: int | None
@@ -163,6 +168,7 @@ def make_plan(
         core=options.core,
         region=_region(options, raster),
         method=options.method,
+        precision=options.precision,
         mark_nodata_context=options.mark_nodata_context,
         dashboard=dashboard,
         to_store=to_store,
@@ -170,10 +176,21 @@ def make_plan(
     )
 
 
+def warn_of_precision(console: Console, plan: TilePlan) -> None:
+    """Say where fewer bits may bring nothing."""
+    if plan.precision == "int8" and has_int8_instructions() is False:
+        console.remark(
+            "precision this machine's processor has no 8-bit products (VNNI, AMX): int8 may be no faster than float32"
+        )
+
+
 def run_plan(console: Console, options: SegmentOptions, *, dashboard: bool = True, to_store: bool = False) -> None:
     """Show every decision that `segment` would make, without reading a pixel."""
     raster, model, network = Preparation(options).open([options.source])
     plan = make_plan(console, options, raster, network, dashboard=dashboard, to_store=to_store)
+    if plan.precision == "int8":
+        require_quantiser()
+    warn_of_precision(console, plan)
     speed = measure_flops_per_s()
     console.result(
         f"model     {model.name}\n{plan.explain(speed)}",
@@ -232,6 +249,7 @@ def run_segment(
         raise
     finally:
         stop.plan, stop.check, stop.peak_bytes = listener.plan, listener.check, listener.peak_bytes
+        stop.loss = listener.loss
         stop.model = listener.model or stop.model
         try:
             write_report(console, out, writing.report, stop if stop.error else None)
@@ -291,6 +309,7 @@ def segment_raster(
         core=options.core,
         region=_region(options, raster),
         method=options.method,
+        precision=options.precision,
         mark_nodata_context=options.mark_nodata_context,
         zarr_format=writing.zarr_format,
         space_check=writing.space_check,
@@ -307,13 +326,14 @@ def segment_raster(
 
 def _sentence(summary: RunSummary, out: Path) -> str:
     failed = f", {len(summary.failed_tiles)} FAILED (--retry-failed tries them again)" if summary.failed_tiles else ""
+    loss = f", {summary.precision}: {100 * summary.loss.flipped_share:.3g} % of pixels flipped" if summary.loss else ""
     if not summary.tiles:
         return f"{out}: nothing to do, all {count_of(summary.resumed_tiles, 'tile')} are there{failed}"
     return (
         f"{out}: {summary.pixels / 1e6:.1f} Mpx in {format_seconds(summary.seconds)} "
         f"({summary.mpx_per_s:.2f} Mpx/s, start-up {format_seconds(summary.startup_s)}), "
         f"{count_of(summary.tiles, 'tile')}{failed}, peak memory {format_bytes(summary.peak_bytes)} "
-        f"(predicted {format_bytes(summary.predicted_peak_bytes)})"
+        f"(predicted {format_bytes(summary.predicted_peak_bytes)}){loss}"
     )
 
 
@@ -329,6 +349,7 @@ class RunListener:
         self._step: Step | None = None
         self.plan: TilePlan | None = None
         self.check: StartCheck | None = None
+        self.loss: PrecisionLoss | None = None
         self.model = ""
         self.peak_bytes = 0
         """Of what was seen as tiles ended."""
@@ -338,6 +359,7 @@ class RunListener:
             case RunPlanned(plan=plan, resumed=resumed, pixels=pixels, died=died):
                 self.plan = plan
                 self._console.remark(plan.explain())
+                warn_of_precision(self._console, plan)
                 self._pixels = pixels
                 if died:
                     self._console.remark(f"resume    the run before died: {died}")
@@ -350,6 +372,11 @@ class RunListener:
                 if made == total or now - self._told >= 5:
                     self._told = now
                     self._console.remark(f"programs  {made} of {total} made")
+            case Calibrating(windows=windows):
+                self._console.remark(f"precision calibrating int8 on {count_of(windows, 'window')} of the raster")
+            case LossMeasured(loss=loss):
+                self.loss = loss
+                self._console.remark(f"loss      {loss.sentence()}")
             case ClusterReady(dashboard=dashboard):
                 self._console.remark(f"dashboard {(self._own_page and dashboard) or 'none'}")
             case StartChecked(check=check):

@@ -8,13 +8,16 @@ from typing import Any
 
 from ..models.segmentation.model import SegmentationModel
 from ..tiler.cluster import ClusterOptions
+from ..tiler.engine import Engine
 from ..tiler.errors import OutputError, TilerError, UsageError
 from ..tiler.fingerprint import find_differences, fingerprint_raster, hash_network
 from ..tiler.memory import format_bytes
 from ..tiler.network import Network
 from ..tiler.plan import TilePlan
+from ..tiler.quantise import QuantisedNetwork
 from ..tiler.raster import Raster, ReadOptions
 from ..tiler.raster_parts import open_reference, reference_to
+from ..tiler.records import run_folder
 from ..tiler.reference import Reference
 from ..tiler.resume import source_paths
 from ..tiler.small_parts import mend_parts
@@ -48,6 +51,8 @@ class _Maker:
     model: SegmentationModel
     network: Network
     options: SegmentOptions
+    engine: Engine | None = None
+    """Of a network in int8: float32 tells nothing exact of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +88,13 @@ def run_verify(console: Console, out: Path, options: VerifyOptions, cluster: Clu
     elif maker is not None and options.samples:
         sampled = recompute_samples(
             out,
-            Reference(raster=maker.raster, plan=plan, network=maker.network, fill=maker.model.fill),
+            Reference(
+                raster=maker.raster,
+                plan=plan,
+                network=maker.network,
+                fill=maker.model.fill,
+                engine=maker.engine,
+            ),
             options.samples,
             found.damaged | frozenset(found.failed) | frozenset(found.unfinished),
             header["kind"],
@@ -119,6 +130,7 @@ def _find_maker(
         memory=options.memory,
         engine=plan.engine,
         method=plan.method,
+        precision=plan.precision,
         workers=None,
         threads=None,
         core=None,
@@ -151,7 +163,23 @@ def _find_maker(
         return None, UsageError(why)
     # The run's own fill: its caller may have chosen another than the model's.
     filled = replace(model, fill=tuple(fingerprint["fill"]))
-    return _Maker(raster=raster, model=filled, network=network, options=known), UsageError("")
+    try:
+        engine = _open_int8(out, network, fingerprint, plan)
+    except TilerError as error:
+        return None, error
+    return _Maker(raster=raster, model=filled, network=network, options=known, engine=engine), UsageError("")
+
+
+def _open_int8(out: Path, network: Network, fingerprint: dict[str, Any], plan: TilePlan) -> Engine | None:
+    """The network in int8 that made an output; None where it was made in float32.
+
+    Raises:
+        OutputError: it is not in the run's folder, or damaged.
+    """
+    if plan.precision != "int8":
+        return None
+    found = QuantisedNetwork.read(run_folder(out), str(fingerprint.get("quantised")))
+    return found.pack(network, plan.threads).load()
 
 
 def _repair(

@@ -46,6 +46,8 @@ class StartCheck:
     flipped: int
     """Pixels whose finished value (class) differs."""
     tolerance: float
+    by: str = "torch"
+    """What computed the larger windows."""
 
     @property
     def passed(self) -> bool:
@@ -57,8 +59,8 @@ class StartCheck:
     def sentence(self) -> str:
         tiles = f"{self.tiles} tile{'s' * (self.tiles != 1)}"
         return (
-            f"{tiles}, {self.pixels} px recomputed in larger windows by torch: largest difference of {self.compared} "
-            f"{self.max_abs:.2g} (tolerance {self.tolerance:.2g}), {self.flipped} flipped pixels"
+            f"{tiles}, {self.pixels} px recomputed in larger windows by {self.by}: largest difference of "
+            f"{self.compared} {self.max_abs:.2g} (tolerance {self.tolerance:.2g}), {self.flipped} flipped pixels"
         )
 
 
@@ -107,6 +109,7 @@ def compare_patches(
     *,
     tiles: int,
     has_logits: bool,
+    by: str = "torch",
 ) -> StartCheck:
     """Compare (finished, logits, reference finished, reference logits) of each patch."""
     max_abs, largest, flipped, pixels = 0.0, 0.0, 0, 0
@@ -130,6 +133,7 @@ def compare_patches(
         largest=largest,
         flipped=flipped,
         tolerance=RELATIVE_TOLERANCE * largest,
+        by=by,
     )
 
 

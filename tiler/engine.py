@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy.typing as npt
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 EngineName = Literal["openvino", "torch"]
 Method = Literal["window", "program"]
 """How a tile is computed: the module on a window of the image, or a program for its core."""
+Precision = Literal["float32", "int8"]
+"""What an engine computes in: the network's own numbers, or fewer bits for each."""
+PRECISIONS: dict[EngineName, tuple[Precision, ...]] = {"openvino": ("float32", "int8"), "torch": ("float32",)}
+"""What each engine offers."""
 
 # Measured with PSS on Linux (docs/memory.md); OpenVINO workers never import torch, oneDNN copies more in eager torch.
 WORKER_BYTES = 95 * MB
@@ -33,11 +37,16 @@ PROGRAM_MEMORY: dict[str, EngineMemory] = {
 }
 """The same for programs; torch's workers trace the network by themselves."""
 
+INT8_MEMORY = EngineMemory(worker_bytes=WORKER_BYTES, factor=0.5, constant_bytes=90 * MB, calibration_bytes=500 * MB)
+"""Of OpenVINO by windows; calibration is a process of its own (tiler/quantise.py)."""
+
 WIDER_PIXELS = {"uint16": "int32", "uint32": "int64"}
 """Pixel types that OpenVINO's converter does not know, and what holds all their values."""
 
 ENGINE_EFFICIENCY: dict[str, float] = {"openvino": 0.6, "torch": 0.15}
 """Share of a large matrix product's speed that the default network reaches in a run; measured, for estimates only."""
+PRECISION_SPEED: dict[Precision, float] = {"float32": 1.0, "int8": 2.5}
+"""How many times faster than float32 that is; measured, for estimates only."""
 
 
 class Engine(Protocol):
@@ -93,6 +102,7 @@ class EngineProgram:
     method: Method = "window"
     shape_yx: tuple[int, int] = (0, 0)
     """Of the raster, for programs: they depend on where its edges are."""
+    precision: Precision = "float32"
 
     def load_tiles(self) -> TileEngine:
         """The engine with this network, for tiles.
@@ -144,8 +154,30 @@ def choose_engine(name: str | None = None) -> EngineName:
     raise UsageError(f"engine must be auto, openvino or torch, got {name!r}")
 
 
-def compile_program(network: Network, engine: EngineName, threads: int) -> EngineProgram:
+def choose_precision(name: str | None, engine: EngineName) -> Precision:
+    """The precision that is asked for, where the engine offers it; None: float32.
+
+    Raises:
+        UsageError: no such precision.
+        EngineError: the engine does not compute in it.
+    """
+    known = get_args(Precision)
+    for precision in PRECISIONS[engine]:
+        if precision == (name or "float32"):
+            return precision
+    if name not in known:
+        raise UsageError(f"precision must be {', '.join(known[:-1])} or {known[-1]}, got {name!r}")
+    others = [other for other, offered in PRECISIONS.items() if name in offered]
+    remedy = "".join(f" --engine {other}, or" for other in others)
+    raise EngineError(f"engine {engine} computes in {', '.join(PRECISIONS[engine])}, got {name}; use{remedy} float32")
+
+
+def compile_program(
+    network: Network, engine: EngineName, threads: int, precision: Precision = "float32"
+) -> EngineProgram:
     """Convert a network for an engine, to run on windows. What was converted once on this machine is found again.
+
+    For int8, which has to see pixels, `quantise_network` does.
 
     Raises:
         EngineError: the engine cannot run this network.
@@ -153,7 +185,7 @@ def compile_program(network: Network, engine: EngineName, threads: int) -> Engin
     if engine == "openvino":
         from .engine_programs import pack_windows
 
-        return pack_windows(network, threads)
+        return replace(pack_windows(network, threads), precision=precision)
     from .engine_torch import pack_network
 
-    return pack_network(network, threads)
+    return replace(pack_network(network, threads), precision=precision)

@@ -50,7 +50,7 @@ def convert_network(network: Network, threads: int) -> EngineProgram:
         raise EngineError(f"OpenVINO cannot run this network: {reason}; use --engine torch") from error
     return EngineProgram(
         engine="openvino",
-        payload=_serialise(model),
+        payload=serialise_model(model),
         has_logits=network.has_logits,
         threads=threads,
     )
@@ -78,10 +78,16 @@ def convert_exported(program: Any, shapes: list[tuple[int, ...]]) -> tuple[bytes
     # The converter leaves the inputs' shapes open, and what is made for any shape is slow.
     model.reshape(dict(zip(model.inputs, shapes, strict=True)))
     rewrite_model(model)
-    return _serialise(model)
+    return serialise_model(model)
 
 
-def _serialise(model: ov.Model) -> tuple[bytes, bytes]:
+def read_model(graph: bytes, weights: bytes) -> ov.Model:
+    """A model of its files; its constants point into `weights`, which must stay."""
+    return ov.Core().read_model(graph, ov.Tensor(np.frombuffer(weights, np.uint8)))
+
+
+def serialise_model(model: ov.Model) -> tuple[bytes, bytes]:
+    """(graph, weights), as OpenVINO's model files."""
     with tempfile.TemporaryDirectory() as folder:
         graph, weights = Path(folder, "program.xml"), Path(folder, "program.bin")
         ov.serialize(model, graph, weights)
@@ -112,7 +118,7 @@ class OpenVinoEngine:
         graph, weights = program.payload
         self._model = self._core.read_model(graph, ov.Tensor(np.frombuffer(weights, np.uint8)))
         self._weights = weights  # the model's constants point into it
-        self._has_logits = program.has_logits
+        self._has_logits, self._is_quantised = program.has_logits, program.precision == "int8"
         self._options = compile_options(program.threads)
         self._key: tuple[Any, ...] | None = None
         self._request: ov.InferRequest | None = None
@@ -127,7 +133,7 @@ class OpenVinoEngine:
             try:
                 model.reshape([1, *shape])
                 if self._rewrite:
-                    rewrite_model(model)
+                    rewrite_model(model, quantised=self._is_quantised)
                 self._request = self._core.compile_model(model, "CPU", self._options).create_infer_request()
             except RuntimeError as error:
                 raise EngineError(

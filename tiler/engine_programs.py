@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from .axis_geometry import AxisGeometry, compute_geometry, geometry_key
-from .engine import WIDER_PIXELS, EngineProgram, TileEngine
+from .engine import WIDER_PIXELS, EngineProgram, Precision, TileEngine
 from .errors import EngineError
 from .fingerprint import hash_network
 from .geometry import Interval
@@ -127,6 +127,7 @@ def pack_programs(
     rows: Sequence[Interval],
     columns: Sequence[Interval],
     report: Report | None = None,
+    precision: Precision = "float32",
 ) -> EngineProgram:
     """What workers need to run the tiles whose cores are the products of those rows and columns.
 
@@ -165,6 +166,7 @@ def pack_programs(
         threads=threads,
         method="program",
         shape_yx=shape_yx,
+        precision=precision,
     )
 
 

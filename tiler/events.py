@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .check import StartCheck
     from .plan import TilePlan
+    from .precision_loss import PrecisionLoss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +79,20 @@ class ProgramsMade:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Calibrating:
+    """A network's ranges are being found on windows of the raster, while workers start; told from another thread."""
+
+    windows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossMeasured:
+    """What fewer bits than float32 cost is known; told from another thread."""
+
+    loss: PrecisionLoss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterReady:
     """Workers are connected."""
 
@@ -106,5 +121,7 @@ class TileFinished:
     """All processes together, now."""
 
 
-Event = MemoryProbed | RunPlanned | ProgramsMade | ClusterReady | StartChecked | TileFinished
+Event = (
+    MemoryProbed | RunPlanned | ProgramsMade | Calibrating | LossMeasured | ClusterReady | StartChecked | TileFinished
+)
 Listener = Callable[[Event], None]

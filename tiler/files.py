@@ -62,6 +62,18 @@ def write_whole(place: Path, value: bytes) -> None:
             raise
 
 
+def flush_file(place: Path) -> None:
+    """Have a file and its name on the disk, so that it is there after a power cut; objects are, once written."""
+    if is_remote(place):
+        return
+    for name in (place, place.parent):
+        handle = os.open(name, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def touch(place: Path, value: bytes) -> None:
     """Show that a file's owner lives; its content is known to be `value`."""
     if is_remote(place):

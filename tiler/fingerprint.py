@@ -54,6 +54,7 @@ def make_fingerprint(
         # Another version may round otherwise: tiles of two do not belong into one output.
         "engine_version": version(plan.engine),
         "method": plan.method,
+        "precision": plan.precision,
         "fill": list(fill),
     }
 
@@ -79,6 +80,8 @@ def find_differences(
         paths: of the input, there and now.
     """
     phrases: list[str] = []
+    if "precision" in ours:
+        stored = {"precision": "float32", **stored}  # outputs begun when there was no other
     if stored.get("input") == MIXED:
         phrases.append("the input was changed while that run read it")
     elif stored.get("input") != ours.get("input"):
@@ -88,10 +91,12 @@ def find_differences(
             if there and there != now
             else "the input's size or time of change is another"
         )
+    # Of two precisions one has no network in int8 at all.
+    left_out = {"input"} | ({"quantised"} if stored.get("precision") != ours.get("precision") else set())
     return phrases + [
         f"{name.replace('_', ' ')} {_short(stored.get(name))} there, {_short(ours.get(name))} now"
         for name in sorted({*stored, *ours})
-        if name != "input" and stored.get(name) != ours.get(name)
+        if name not in left_out and stored.get(name) != ours.get(name)
     ]
 
 

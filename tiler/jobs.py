@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import signal
 import socket
-import sys
 import time
 from typing import Any, Protocol
 
 from distributed import Worker, WorkerPlugin, get_worker
 
 from .errors import TilerError
+from .machine import die_with_parent
 from .tile_map import TOPIC, tile_message
 
 
@@ -66,7 +64,7 @@ class JobPlugin(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:  # noqa: ARG002 - Dask's signature
         if (socket.gethostname(), os.getppid()) == self._starter:
-            _die_with_parent()
+            die_with_parent()
         _RUNNERS[self.job.run_id] = self.job.open(watched=self.watched)
         if self.watched:
             _WATCHED.add(self.job.run_id)
@@ -76,20 +74,6 @@ class JobPlugin(WorkerPlugin):
         runner = _RUNNERS.pop(self.job.run_id, None)
         if runner is not None:
             runner.close()
-
-
-PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl: the signal that a process gets when its parent has died."""
-
-
-def _die_with_parent() -> None:
-    """A worker that this command started must not outlive it. Dask's workers notice a closed pipe, in a thread that
-    waits for the interpreter; the kernel does not wait."""
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died just before
-            os._exit(1)
 
 
 def runner_of(run_id: str) -> Any:

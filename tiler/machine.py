@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from dask.system import CPU_COUNT
 
@@ -59,6 +62,34 @@ def release_freed_memory() -> None:
             trim(0)
 
 
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when its parent has died."""
+
+
+def die_with_parent() -> None:
+    """A process that this command started must not outlive it. Dask's workers notice a closed pipe, in a thread that
+    waits for the interpreter; the kernel does not wait."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died just before
+            os._exit(1)
+
+
+INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
+"""As Linux names what multiplies 8-bit numbers and adds the products in one instruction."""
+
+
+def has_int8_instructions() -> bool | None:
+    """Whether this machine's processor does; None where it cannot be told."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, flags = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                return bool(INT8_FLAGS & set(flags.split()))
+    return None
+
+
 def find_versions() -> dict[str, str]:
     """Of what results depend on, by name; what is not installed is left out."""
     return dict(_versions())
@@ -68,7 +99,7 @@ def find_versions() -> dict[str, str]:
 def _versions() -> dict[str, str]:
     """Once for a process: each name's whole metadata is read for its version."""
     found = {"python": platform.python_version()}
-    for name in ("outsize", "torch", "openvino", "zarr", "rasterio", "dask", "numpy"):
+    for name in ("outsize", "torch", "openvino", "zarr", "rasterio", "dask", "numpy", "nncf"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

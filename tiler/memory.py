@@ -49,6 +49,8 @@ class EngineMemory:
     """Peak of a running program, in units of `cost.compute_peak_bytes`."""
     constant_bytes: int
     """The engine itself, the weights, and what a program holds whatever its size."""
+    calibration_bytes: int = 0
+    """Of the process that finds a network's ranges, before the first program runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,10 +92,12 @@ def predict_memory(
         chunk_bytes: one output chunk while it is encoded.
         cache_bytes: block cache of one process.
     """
+    program_bytes = workers * (int(engine.factor * activation_bytes) + engine.constant_bytes)
+    buffer_bytes = workers * ((in_flight + 1) * window_bytes + in_flight * (result_bytes + chunk_bytes) + cache_bytes)
     return MemoryPrediction(
-        client_bytes=client_bytes,
+        # Calibration comes before programs and buffers, and takes their place.
+        client_bytes=client_bytes + max(0, engine.calibration_bytes - program_bytes - buffer_bytes),
         worker_bytes=workers * engine.worker_bytes,
-        program_bytes=workers * (int(engine.factor * activation_bytes) + engine.constant_bytes),
-        buffer_bytes=workers
-        * ((in_flight + 1) * window_bytes + in_flight * (result_bytes + chunk_bytes) + cache_bytes),
+        program_bytes=program_bytes,
+        buffer_bytes=buffer_bytes,
     )

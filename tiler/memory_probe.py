@@ -12,22 +12,21 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .errors import EngineError
 from .memory import MB, EngineMemory
-from .meter import process_bytes
+from .meter import process_bytes, sample_peak
 
 if TYPE_CHECKING:
-    from .engine import EngineName, EngineProgram, Method
+    from .engine import EngineName, EngineProgram, Method, Precision
     from .network import Network
     from .plan import Tile
+    from .quantise import QuantisedNetwork
 
 CORES = (1024, 512, 256, 128, 64)
 """Sides that may be probed; two neighbours are."""
@@ -37,17 +36,21 @@ LARGEST_LIVE_BYTES = 600 * MB
 SMALLEST_RASTER = 2048 * 2048
 """Pixels from which it is worth its seconds; smaller rasters are planned with constants."""
 TIMEOUT_S = 120
+NOISE = 2
+"""Windows that a network is quantised on for the probe."""
 MARGIN = 1.04
 """On what was measured: the peak of one run differs from that of the next."""
-MemoryLookup = Callable[["EngineName", "Method", int], EngineMemory]
+MemoryLookup = Callable[["EngineName", "Method", "Precision", int], EngineMemory]
 log = logging.getLogger(__name__)
 
 
-def constant_memory(engine: EngineName, method: Method, threads: int) -> EngineMemory:
+def constant_memory(engine: EngineName, method: Method, precision: Precision, threads: int) -> EngineMemory:
     """What was measured once with the default network, for all."""
-    from .engine import ENGINE_MEMORY, PROGRAM_MEMORY
+    from .engine import ENGINE_MEMORY, INT8_MEMORY, PROGRAM_MEMORY
 
     del threads
+    if precision == "int8":
+        return INT8_MEMORY
     return PROGRAM_MEMORY[engine] if method == "program" else ENGINE_MEMORY[engine]
 
 
@@ -63,8 +66,8 @@ def memory_lookup(
     if shape_yx[0] * shape_yx[1] < SMALLEST_RASTER and network.is_known:
         return constant_memory
 
-    def lookup(engine: EngineName, method: Method, threads: int) -> EngineMemory:
-        return _find(network, engine, method, threads, budget, begins)
+    def lookup(engine: EngineName, method: Method, precision: Precision, threads: int) -> EngineMemory:
+        return _find(network, engine, method, precision, threads, budget, begins)
 
     return lookup
 
@@ -73,6 +76,7 @@ def _find(
     network: Network,
     engine: EngineName,
     method: Method,
+    precision: Precision,
     threads: int,
     budget: int,
     begins: Callable[[], None] | None,
@@ -83,17 +87,19 @@ def _find(
 
     kept = ProgramCache(cache_name(network))
     cores = choose_cores(network, budget)
-    name = f"memory-{engine}-{method}-{threads}-{cores[0]}"
+    name = f"memory-{engine}-{method}-{precision}-{threads}-{cores[0]}"
     try:
         return EngineMemory(**json.loads(kept.read_text(name) or ""))
     except (ValueError, TypeError):
         pass
-    usual = constant_memory(engine, method, threads)
+    usual = constant_memory(engine, method, precision, threads)
     try:
         if begins is not None:
             begins()
-        points = [probe_core(network, engine, method, threads, core) for core in cores]
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        quantised = _quantise_noise(network, threads) if precision == "int8" else None
+        packed = quantised.pack(network, threads) if quantised else None
+        points = [probe_core(network, engine, method, precision, threads, core, packed) for core in cores]
+    except (OSError, ValueError, EngineError, subprocess.SubprocessError) as error:
         if not network.is_known:
             raise EngineError(f"what this network's tensors take cannot be measured: {error}") from error
         log.warning("the engine's memory could not be measured, planning with constants: %s", error)
@@ -104,9 +110,22 @@ def _find(
         worker_bytes=usual.worker_bytes,
         factor=MARGIN * factor,
         constant_bytes=max(0, round(MARGIN * (large - factor * large_live))),
+        calibration_bytes=round(MARGIN * quantised.peak_bytes) if quantised else 0,
     )
     kept.write_text(name, json.dumps(asdict(found)))
     return found
+
+
+def _quantise_noise(network: Network, threads: int) -> QuantisedNetwork:
+    """The network in int8 with the ranges of noise: memory does not look at values."""
+    from .calibration import CALIBRATED, SIDE
+    from .quantise import quantise_network
+
+    random, dtype = np.random.default_rng(0), str(network.dtype).removeprefix("torch.")
+    shape = (network.bands, *network.padded_shape((SIDE, SIDE)))
+    image = (random.random(shape, np.float32) * 100).astype(dtype)
+    made = quantise_network(network, [image] * NOISE, threads)
+    return replace(made, peak_bytes=made.peak_bytes + (CALIBRATED - NOISE) * image.nbytes)
 
 
 def choose_cores(network: Network, budget: int) -> tuple[int, int]:
@@ -121,8 +140,19 @@ def choose_cores(network: Network, budget: int) -> tuple[int, int]:
     return (CORES[-2], CORES[-1])
 
 
-def probe_core(network: Network, engine: EngineName, method: Method, threads: int, core: int) -> tuple[int, int]:
+def probe_core(
+    network: Network,
+    engine: EngineName,
+    method: Method,
+    precision: Precision,
+    threads: int,
+    core: int,
+    packed: EngineProgram | None = None,
+) -> tuple[int, int]:
     """(live bytes of the graph, bytes that the engine adds to a worker) for one inner tile of that core.
+
+    Args:
+        packed: the network for windows; None: it is converted here.
 
     Raises:
         ValueError: the process failed; carries its last line.
@@ -134,15 +164,19 @@ def probe_core(network: Network, engine: EngineName, method: Method, threads: in
     margin = max(halo.top, halo.bottom, halo.left, halo.right) if halo is not None else core
     scale = max(float(s) for s in network.scale)
     side = int(3 * core / min(1.0, scale)) + 2 * margin + 1
-    plan = plan_tiles((network.bands, side, side), network, engine=engine, method=method, core=core, memory="1TB")
+    plan = plan_tiles(
+        (network.bands, side, side), network, engine=engine, method=method, precision=precision, core=core, memory="1TB"
+    )
     rows, columns = plan.grid.counts
     tile = plan.tile(rows // 2, columns // 2)
     if method == "program":
         from .engine_programs import pack_programs
 
-        packed = pack_programs(network, engine, threads, (side, side), [tile.core.rows], [tile.core.columns])
-    else:
-        packed = compile_program(network, engine, threads)
+        packed = pack_programs(
+            network, engine, threads, (side, side), [tile.core.rows], [tile.core.columns], precision=precision
+        )
+    elif packed is None:
+        packed = compile_program(network, engine, threads, precision)
     live = count_live_bytes(network, method, (side, side), tile)
     shape = (network.bands, *tile.window.shape)
     dtype = str(network.dtype).removeprefix("torch.")
@@ -167,25 +201,6 @@ def _measure(packed: EngineProgram, tile: Tile, shape: tuple[int, ...], dtype: s
     return int(completed.stdout.split()[-1])
 
 
-@contextmanager
-def _peak() -> Iterator[list[int]]:
-    """This process's largest size meanwhile, sampled 100 times a second."""
-    found, stop = [process_bytes()], threading.Event()
-
-    def sample() -> None:
-        while not stop.wait(0.01):
-            found[0] = max(found[0], process_bytes())
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield found
-    finally:
-        stop.set()
-        thread.join()
-        found[0] = max(found[0], process_bytes())
-
-
 def main() -> None:
     """Run the tile as a worker would, and print by how many bytes that grew the process, its image apart."""
     from . import jobs, store, worker  # what a worker holds before its first tile
@@ -194,7 +209,7 @@ def main() -> None:
     packed, tile, shape, dtype = pickle.loads(sys.stdin.buffer.read())
     image = (np.random.default_rng(0).random(shape, np.float32) * 100).astype(dtype)
     before = process_bytes()
-    with _peak() as peak:
+    with sample_peak() as peak:
         engine = packed.load_tiles()
         for _ in range(2):
             engine.run_tile(image, tile)

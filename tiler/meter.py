@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -52,6 +54,25 @@ def _own_bytes(pids: list[int]) -> int:
             continue
         total += (int(resident) - int(shared)) * mmap.PAGESIZE
     return total
+
+
+@contextmanager
+def sample_peak(interval_s: float = 0.01) -> Iterator[list[int]]:
+    """This process's largest size meanwhile, as the one number of a list."""
+    found, stop = [process_bytes()], threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(interval_s):
+            found[0] = max(found[0], process_bytes())
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
+        found[0] = max(found[0], process_bytes())
 
 
 class MemoryMeter:

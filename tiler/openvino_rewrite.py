@@ -18,18 +18,24 @@ MOST_CLASSES = 64
 """An argmax over more channels is left to the engine."""
 
 
-def rewrite_model(model: ov.Model) -> int:
+def rewrite_model(model: ov.Model, *, quantised: bool = False) -> int:
     """Rewrite what can be, in place; returns how many operations were replaced.
 
     The model's shapes must be fixed, since what lies at an image's edge is told from them.
+
+    Args:
+        quantised: its weights are int8. They stay so, where folding would make floats of them; and no weights are
+            summed: sums need more bits, and where an edge forbids the rewrite a window would be of another network.
     """
-    passes = Manager()
-    passes.register_pass(ConstantFolding())  # crops to another tensor's size become crops by numbers
-    passes.run_passes(model)
+    if not quantised:
+        passes = Manager()
+        passes.register_pass(ConstantFolding())  # crops to another tensor's size become crops by numbers
+        passes.run_passes(model)
+    rewrites = {kind: made for kind, made in _REWRITES.items() if not quantised or kind != "Convolution"}
     replaced = 0
     for node in model.get_ordered_ops():
         kind = node.get_type_name()
-        made = _REWRITES[kind](node) if kind in _REWRITES else None
+        made = rewrites[kind](node) if kind in rewrites else None
         if made is not None:
             _replace(*made)
             replaced += 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .engine import ENGINE_EFFICIENCY, EngineName, Method
+from .engine import ENGINE_EFFICIENCY, PRECISION_SPEED, EngineName, Method, Precision
 from .geometry import Grid, Halo, Interval, Window
 from .memory import MB, MemoryPrediction, format_bytes
 
@@ -85,6 +85,7 @@ class TilePlan:
     """Of one pass over the raster without overlap."""
     read_amplification: float
     """Pixels decoded for each wanted pixel, by one worker that keeps as many blocks as the plan allows."""
+    precision: Precision = "float32"
     strip_rows: int = 1
     """Rows of tiles that are done together, column by column, so that neighbours find their blocks decoded."""
     cache_bytes: int = 0
@@ -166,7 +167,7 @@ class TilePlan:
 
     def estimate_s(self, flops_per_s: float) -> float:
         """Seconds of the tiles, on one machine of that matrix product speed."""
-        return self.flops / (flops_per_s * ENGINE_EFFICIENCY[self.engine])
+        return self.flops / (flops_per_s * ENGINE_EFFICIENCY[self.engine] * PRECISION_SPEED[self.precision])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` gives the same plan."""
@@ -181,6 +182,7 @@ class TilePlan:
             "halo": str(self.halo),
             "method": self.method,
             "engine": self.engine,
+            "precision": self.precision,
             "workers": self.workers,
             "threads": self.threads,
             "tiles": len(self.grid),
@@ -241,7 +243,8 @@ class TilePlan:
             ),
             (
                 "engine",
-                f"{self.engine}, {self.workers} worker process{'es' if self.workers != 1 else ''} x {self.threads} "
+                f"{self.engine} in {self.precision}, {self.workers} worker process"
+                f"{'es' if self.workers != 1 else ''} x {self.threads} "
                 f"thread{'s' if self.threads != 1 else ''}, {self.in_flight} tiles in flight each",
             ),
             (
@@ -259,6 +262,15 @@ class TilePlan:
         if self.region != (0, 0, height, width):
             y, x, region_height, region_width = self.region
             lines.insert(1, ("region", f"{region_height} x {region_width} px from row {y}, column {x}"))
+        if self.precision == "int8":
+            lines.insert(
+                -2,
+                (
+                    "precision",
+                    "int8: ranges fixed once on windows of this raster; tiles equal the whole image under that "
+                    "network, and its loss against float32 is measured",
+                ),
+            )
         if self.receptive is not None:
             lines.insert(-1, ("context", "pixels whose receptive field touches nodata are marked in nodata_context"))
         if self.size_multiple > 1:

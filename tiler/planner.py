@@ -11,7 +11,7 @@ import numpy as np
 from .axis_geometry import AxisGeometry, compute_geometry, geometry_key
 from .check import PATCH, larger_core, larger_window
 from .cost import count_flops, count_peak_bytes, program_shapes
-from .engine import Method, choose_engine
+from .engine import Method, choose_engine, choose_precision
 from .errors import BudgetError, UntileableError, UsageError
 from .geometry import Halo, Interval, Window, align_up
 from .machine import cpu_count
@@ -136,6 +136,21 @@ def choose_method(
     return "window" if network.program_refusal else prefer
 
 
+def _choose_int8_method(network: Network, method: str | None, shape_yx: tuple[int, int]) -> Method:
+    """Windows: one network of fixed ranges runs all of them, where each program would be quantised anew.
+
+    Raises:
+        UsageError: programs were asked for.
+        UntileableError: windows cannot be exact.
+    """
+    if method == "program":
+        raise UsageError("precision int8 runs windows, got --method program; leave it out, or use --precision float32")
+    refusal = find_window_refusal(network, shape_yx)
+    if refusal:
+        raise UntileableError(f"precision int8 runs windows, use --precision float32: {refusal}")
+    return choose_method(network, "window", shape_yx)
+
+
 def plan_tiles(
     raster: Raster | tuple[int, int, int],
     network: Network,
@@ -148,6 +163,7 @@ def plan_tiles(
     region: Window | None = None,
     mark_nodata_context: bool = False,
     method: str | None = None,
+    precision: str | None = None,
     to_store: bool = False,
     dashboard: bool = False,
     memory_of: MemoryLookup = constant_memory,
@@ -164,12 +180,15 @@ def plan_tiles(
         region: what is wanted, in pixels of the raster; None: all of it. Its result equals the whole image's there.
         mark_nodata_context: also write which pixels' receptive fields touch nodata.
         method: "window" or "program"; None: what is faster and exact.
+        precision: what the engine computes in; None: float32.
         to_store: the output is in an object store.
         dashboard: the planning process serves Dask's dashboard too.
-        memory_of: what (engine, method, threads) add to the network's tensors; `memory_lookup` measures it.
+        memory_of: what (engine, method, precision, threads) add to the network's tensors; `memory_lookup` measures
+            it.
 
     Raises:
         UsageError: another number or kind of bands than the network takes; options below 1; a region outside.
+        EngineError: the engine is not installed, or does not compute in that precision.
         BudgetError: no core fits the budget; names the smallest budget that can be kept.
     """
     shape = raster.shape if isinstance(raster, Raster) else tuple(raster)
@@ -189,9 +208,13 @@ def plan_tiles(
     # OpenVINO has no pixels of 64 bits without sign, and does not pool what is one pixel high or wide.
     is_odd = not network.is_known or dtype == "uint64" or min(shape[1:]) < SMALLEST_SIDE
     engine_name = choose_engine("torch" if engine in (None, "auto") and is_odd else engine)
+    chosen_precision = choose_precision(precision, engine_name)
     is_long = network.count_flops(network.padded_shape((shape[1], shape[2]))) >= PROGRAM_FLOPS
     does_pay = engine_name == "openvino" and is_long and not mark_nodata_context
-    chosen = choose_method(network, method, (shape[1], shape[2]), prefer="program" if does_pay else "window")
+    if chosen_precision == "int8":
+        chosen = _choose_int8_method(network, method, (shape[1], shape[2]))
+    else:
+        chosen = choose_method(network, method, (shape[1], shape[2]), prefer="program" if does_pay else "window")
     if mark_nodata_context and network.window_refusal:
         raise UsageError("--mark-nodata-context is for networks that windows can run; leave it out")
     cpus = cpu_count()
@@ -210,7 +233,7 @@ def plan_tiles(
     client_bytes = (
         CLIENT_BYTES[engine_name, chosen] + CLIENT_WEIGHTS * network.weight_bytes + CHECK_FACTOR * check_near.live_bytes
     )
-    engine_memory = memory_of(engine_name, chosen, threads)
+    engine_memory = memory_of(engine_name, chosen, chosen_precision, threads)
     store_bytes = STORE_BYTES if to_store or (isinstance(raster, Raster) and raster.is_far) else 0
     smallest: MemoryPrediction | None = None
     for side in [core] if core else CORES:
@@ -275,6 +298,7 @@ def plan_tiles(
             size_multiple=network.size_multiple,
             method=chosen,
             engine=engine_name,
+            precision=chosen_precision,
             workers=workers,
             threads=threads,
             in_flight=IN_FLIGHT,

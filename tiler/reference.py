@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
-from .check import larger_core, larger_window
+from .calibration import Sample
+from .check import larger_core, larger_window, sample_patches
+from .engine import Engine
 from .engine_torch import TorchEngine
+from .errors import RasterError
 from .geometry import Window
 from .machine import one_thread
 from .network import Network
 from .nodata import Array, Mask
 from .plan import TilePlan
 from .planner import choose_method
+from .precision_loss import Pair, PrecisionLoss, compare_with_float32
 from .program import make_program
 from .raster import Raster, RasterReader, read_filled
 from .worker import missing_in_output
@@ -27,6 +34,13 @@ class Reference:
     plan: TilePlan
     network: Network
     fill: tuple[float, ...]
+    engine: Engine | None = None
+    """That runs the larger windows, for a network in few bits, of which float32 tells nothing exact; None: torch."""
+
+    @property
+    def by(self) -> str:
+        """What computes."""
+        return "torch" if self.engine is None else f"{self.plan.engine} in {self.plan.precision}"
 
     def run(self, reader: RasterReader, patch: Window, further: int = 0) -> tuple[Array, Array]:
         """(finished, logits) of a patch, in output pixels; its window begins `further` strides earlier than it would,
@@ -36,7 +50,7 @@ class Reference:
             RasterError: the window cannot be read.
         """
         network = self.network
-        if choose_method(network, None, self.raster.shape_yx) == "program":
+        if self.engine is None and choose_method(network, None, self.raster.shape_yx) == "program":
             return self._run_program(reader, patch)
         window = larger_window(
             network, patch, self.raster.shape_yx, self.plan.check_margin + further * max(network.stride)
@@ -45,6 +59,9 @@ class Reference:
         top, left = (int(v * s) for v, s in zip((window.y, window.x), network.scale, strict=True))
         y, x = patch.y - top, patch.x - left
         cut = (slice(None), slice(y, y + patch.height), slice(x, x + patch.width))
+        if self.engine is not None:
+            finished, logits = self.engine.run_with_logits(image)
+            return finished[cut].copy(), logits[cut].copy()
         with one_thread():  # the workers compute meanwhile
             finished, logits = TorchEngine(network.module, has_logits=network.has_logits).run_with_logits(image)
         return finished[cut], logits[cut]
@@ -57,6 +74,41 @@ class Reference:
             outputs = [output[0].numpy() for output in program(torch.from_numpy(image)[None])]
         cut = (slice(None), *patch.slices(core))
         return outputs[0][cut], outputs[-1][cut]
+
+    def measure_loss(self, held_out: Sequence[Sample]) -> PrecisionLoss:
+        """What the engine's network costs against the module in float32: on the start check's patches, and on whole
+        windows, each as an image of its own."""
+        pairs = itertools.chain(self._patch_pairs(), map(self._compare_sample, held_out))
+        return compare_with_float32(
+            pairs, precision=self.plan.precision, has_logits=self.network.has_logits, held_out=len(held_out)
+        )
+
+    def _patch_pairs(self) -> Iterator[Pair]:
+        in_float32, reader = replace(self, engine=None), self.raster.open_reader()
+        try:
+            for patch in sample_patches(self.plan):
+                try:
+                    ours, theirs = self.run(reader, patch.window), in_float32.run(reader, patch.window)
+                    missing = self.find_missing(reader, patch.window)
+                except RasterError:
+                    reader.close()
+                    reader = self.raster.open_reader()
+                    continue
+                valid = np.ones(patch.window.shape, np.bool_) if missing is None else ~missing
+                yield (*ours, *theirs, valid)
+        finally:
+            reader.close()
+
+    def _compare_sample(self, sample: Sample) -> Pair:
+        assert self.engine is not None
+        network = self.network
+        finished, logits = (array.copy() for array in self.engine.run_with_logits(sample.image))
+        theirs = TorchEngine(network.module, has_logits=network.has_logits).run_with_logits(sample.image)
+        window, result = (Window.whole(array.shape[-2:]) for array in (sample.image, finished))
+        valid = np.ones(result.shape, np.bool_)
+        if sample.missing is not None:
+            valid = ~missing_in_output(sample.missing, window, result, network.scale)
+        return (finished, logits, *theirs, valid)
 
     def find_missing(self, reader: RasterReader, patch: Window) -> Mask | None:
         """(height, width) of a patch: where its pixels are nodata; None where none is."""

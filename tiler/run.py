@@ -16,16 +16,19 @@ import numpy.typing as npt
 from distributed import Client
 
 from .backdrop import draw_backdrop
+from .calibration import read_calibration
 from .check import StartCheck, compare_patches, require_exact, sample_patches
 from .cluster import ClusterKeeper, ClusterOptions, open_client
 from .dashboard import Watch
-from .engine import EngineProgram, compile_program
+from .engine import Engine, EngineProgram, compile_program
 from .engine_programs import pack_programs
 from .errors import OutputError, RasterError, UsageError
 from .events import (
+    Calibrating,
     ClusterReady,
     Event,
     Listener,
+    LossMeasured,
     MemoryProbed,
     ProgramsMade,
     RunPlanned,
@@ -44,6 +47,8 @@ from .network import Network
 from .places import is_remote, place_of
 from .plan import GDAL_CACHE_BYTES, TilePlan
 from .planner import plan_tiles
+from .precision_loss import PrecisionLoss
+from .quantise import QuantisedNetwork, quantise_network, require_quantiser
 from .raster import Raster, open_raster, require_apart
 from .raster_parts import reference_to
 from .records import RunFolder, is_there, log, writing
@@ -96,6 +101,9 @@ class RunSummary:
     """None where nothing was left to do."""
     read_amplification: float
     engine: str
+    precision: str
+    loss: PrecisionLoss | None = None
+    """Of a precision below float32: what it cost, measured when the output was begun."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -114,6 +122,8 @@ class RunSummary:
             "start_check_flipped": self.start_check.flipped if self.start_check else None,
             "read_amplification": round(self.read_amplification, 3),
             "engine": self.engine,
+            "precision": self.precision,
+            "precision_loss": self.loss.to_json() if self.loss else None,
         }
 
 
@@ -144,6 +154,7 @@ def predict(
     mark_nodata_context: bool = False,
     zarr_format: ZarrFormat = 3,
     method: str | None = None,
+    precision: str | None = None,
     space_check: bool = True,
     resume: bool = True,
     overwrite: bool = False,
@@ -169,6 +180,7 @@ def predict(
         region: what is wanted, in pixels of the raster; None: all of it. Context comes from beyond it.
         mark_nodata_context: also write an array `nodata_context`: 1 where a pixel's receptive field touches nodata.
         method: "window" or "program"; None: windows where they are exact.
+        precision: what the engine computes in; None: float32.
         zarr_format: 3, or 2 for readers that know no other, such as GDAL before 3.12.
         space_check: refuse an output that might not fit on the disk.
         resume: continue an output whose fingerprint agrees; False: refuse an existing output.
@@ -209,6 +221,7 @@ def predict(
             region=region,
             mark_nodata_context=mark_nodata_context,
             method=method,
+            precision=precision,
             to_store=is_remote(out),
             dashboard=client is None and options.serves_dashboard,
             memory_of=memory_lookup(network, raster.shape_yx, parse_bytes(memory), lambda: tell(MemoryProbed())),
@@ -219,13 +232,16 @@ def predict(
             if out.is_symlink():
                 raise OutputError(f"{out} is a link; name the store itself")
             if is_there(out):
-                read_header(out)  # a folder that is not ours is neither continued nor overwritten, nor given neighbours
+                # A folder that is not ours is neither continued nor overwritten, nor given neighbours.
+                fingerprint |= _quantised_before(read_header(out), plan)
         with writing(out), RunFolder(out) as folder:
             kept: Records = {}
             # An unfinished output of this very run is continued, also where a finished one would be replaced.
             begins = not is_there(out) or (overwrite and not is_unfinished(out, fingerprint))
             if begins:
                 require_space(out, plan.output_bytes, "the output", check=space_check)
+                if plan.precision == "int8":
+                    require_quantiser()
             else:
                 budget = parse_bytes(memory)
                 paths = reference_to(raster)["paths"]
@@ -291,12 +307,20 @@ def predict(
                 start_check=run.check,
                 read_amplification=plan.read_amplification,
                 engine=plan.engine,
+                precision=plan.precision,
+                loss=run.loss,
             )
             folder.result["summary"] = summary.to_json()
             if todo and is_whole:
                 update_header(out, {"run": summary.to_json()})
             log.info("finished: %s", summary.to_json())
     return summary
+
+
+def _quantised_before(header: dict[str, Any], plan: TilePlan) -> dict[str, Any]:
+    """Which network in int8 an output was begun with: the only one that may continue it."""
+    digest = header.get("fingerprint", {}).get("quantised")
+    return {"quantised": digest} if plan.precision == "int8" and digest else {}
 
 
 def _open(
@@ -371,6 +395,10 @@ class _Run:
         self.zarr_format: ZarrFormat = zarr_format
         self.states = states
         self.check: StartCheck | None = None
+        self.loss: PrecisionLoss | None = None
+        self._quantised: QuantisedNetwork | None = None
+        self._engine: Engine | None = None
+        """Of a network in few bits, in this process: the start check's reference."""
         self.began: float | None = None
         self.ended: float | None = None
         self._program: Future[EngineProgram] | None = None
@@ -379,8 +407,10 @@ class _Run:
         """Begin to convert the network for the engine, while workers start."""
         pool = ThreadPoolExecutor(1, thread_name_prefix="convert")
         plan = self.plan
-        if plan.method == "window":
-            self._program = pool.submit(compile_program, self.network, plan.engine, plan.threads)
+        if plan.precision == "int8":
+            self._program = pool.submit(self._quantise)
+        elif plan.method == "window":
+            self._program = pool.submit(compile_program, self.network, plan.engine, plan.threads, plan.precision)
         else:
             rows, columns = (
                 [Interval(start=span.core[0], stop=span.core[1]) for span in spans]
@@ -395,8 +425,36 @@ class _Run:
                 rows,
                 columns,
                 self._report,
+                plan.precision,
             )
         pool.shutdown(wait=False)
+
+    def _quantise(self) -> EngineProgram:
+        """The network in int8: of the output that is continued, or made now; with its loss."""
+        plan, held_out = self.plan, None
+        if self.begins:
+            y, x, height, width = plan.region
+            found = read_calibration(self.raster, self.network, Window(y=y, x=x, height=height, width=width), self.fill)
+            self.tell(Calibrating(windows=len(found.calibrated)))
+            images = [sample.image for sample in found.calibrated]
+            self._quantised, held_out = quantise_network(self.network, images, plan.threads), found.held_out
+            self.fingerprint["quantised"] = self._quantised.digest
+        else:
+            self._quantised = QuantisedNetwork.read(self.folder.path, self.fingerprint["quantised"])
+        program = self._quantised.pack(self.network, plan.threads)
+        self._engine = program.load()
+        if held_out is not None:
+            self.loss = self._reference().measure_loss(held_out)
+        else:
+            stored = read_header(self.out).get("precision_loss")
+            self.loss = PrecisionLoss.from_json(stored) if stored else None
+        if self.loss is not None:
+            log.info("loss: %s", self.loss.sentence())
+            self.tell(LossMeasured(loss=self.loss))
+        return program
+
+    def _reference(self) -> Reference:
+        return Reference(raster=self.raster, plan=self.plan, network=self.network, fill=self.fill, engine=self._engine)
 
     def _report(self, made: int, total: int) -> None:
         self.tell(ProgramsMade(made=made, total=total))
@@ -431,7 +489,8 @@ class _Run:
             self.began = time.perf_counter()
             try:
                 with self._backdrop(watch, run_id):
-                    self.check = run_start_check(client, spec, self.network)
+                    self.check = run_start_check(client, spec, self._reference())
+                    self._engine = None
                     log.info("start check: %s", self.check.sentence())
                     release_freed_memory()
                     self.tell(StartChecked(check=self.check))
@@ -439,7 +498,8 @@ class _Run:
                     if self.begins:
                         # Only now: an output that is replaced is lost to no run that could not start.
                         self._create()
-                    update_header(self.out, {"start_check": self.check.to_json()})
+                    loss = {"precision_loss": self.loss.to_json()} if self.loss else {}
+                    update_header(self.out, {"start_check": self.check.to_json(), **loss})
                     self._run_tiles(client, run_id, todo, watch)
                     self.ended = time.perf_counter()
                     self.folder.sync()
@@ -492,6 +552,8 @@ class _Run:
         with self.folder.making():
             remove_store(self.out)
             self.folder.clear()
+            if self._quantised is not None:
+                self._quantised.write(self.folder.path)
             create_output(
                 self.out,
                 plan=self.plan,
@@ -522,15 +584,14 @@ CHECK_ATTEMPTS = 4
 """Sets of tiles that the start check tries where the raster cannot be read in the first ones."""
 
 
-def run_start_check(client: Client, spec: RunSpec, network: Network) -> StartCheck:
+def run_start_check(client: Client, spec: RunSpec, reference: Reference) -> StartCheck:
     """Compare patches that workers compute as tiles with the reference: the module in larger windows, or programs of
-    other cores by torch.
+    other cores by torch; of a network in few bits that network itself in larger windows.
 
     Raises:
         RasterError: none of several tiles can be read.
     """
     failure: RasterError | None = None
-    reference = Reference(raster=spec.raster, plan=spec.plan, network=network, fill=spec.fill)
     for attempt in range(CHECK_ATTEMPTS):
         patches = sample_patches(spec.plan, attempt)
         key = f"start-check-{spec.run_id}-{attempt}"
@@ -554,7 +615,9 @@ def run_start_check(client: Client, spec: RunSpec, network: Network) -> StartChe
         ]
         if both:
             tiles = len({(patch.row, patch.column) for patch, _ in both})
-            return compare_patches([pair for _, pair in both], tiles=tiles, has_logits=network.has_logits)
+            return compare_patches(
+                [pair for _, pair in both], tiles=tiles, has_logits=reference.network.has_logits, by=reference.by
+            )
     raise RasterError(f"no tile of {CHECK_ATTEMPTS} sets can be read for the start check; {failure}")
 
 

@@ -191,11 +191,13 @@ class Recomputation:
     ties: int
     """Pixels of another class where the reference's two best logits are equal up to rounding."""
     seconds: float
+    by: str = "torch"
+    """What recomputed."""
 
     def sentence(self) -> str:
         wrong = f"{len(self.wrong)} tiles WRONG" if self.wrong else "all equal"
         ties = f", {self.ties} ties" if self.ties else ""
-        return f"{self.tiles} tiles, {self.pixels} px recomputed in larger windows by torch: {wrong}{ties}"
+        return f"{self.tiles} tiles, {self.pixels} px recomputed in larger windows by {self.by}: {wrong}{ties}"
 
 
 def recompute_samples(
@@ -248,6 +250,7 @@ def recompute_samples(
         wrong=tuple(Fault(row=row, column=column, reason=reason) for (row, column), reason in wrong.items()),
         ties=ties,
         seconds=time.perf_counter() - began,
+        by=reference.by,
     )
 
 

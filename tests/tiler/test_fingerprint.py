@@ -52,6 +52,12 @@ def test_differences_are_named() -> None:
     assert find_differences(stored, dict(stored)) == []
 
 
+def test_an_output_begun_before_there_was_a_choice_of_precision_is_in_float32() -> None:
+    stored = {"kind": "class"}
+    assert find_differences(stored, {"kind": "class", "precision": "float32"}) == []
+    assert find_differences(stored, {"kind": "class", "precision": "int8"}) == ["precision float32 there, int8 now"]
+
+
 def test_a_copied_input_is_named_by_its_path() -> None:
     there, now = {"input": "a"}, {"input": "b"}
     same = "the input's size or time of change is another"

@@ -128,6 +128,14 @@ def test_the_plan_explains_itself() -> None:
     assert "padded" in plan_tiles((3, 9, 9), analyze_network(alive(PlainUNet()), bands=3)).explain()
 
 
+def test_the_precision_stands_in_the_plan() -> None:
+    plan = plan_tiles((4, 300, 300), default_network(), engine="torch", precision="float32")
+    assert plan.precision == plan.summarise()["precision"] == plan.to_json()["precision"] == "float32"
+    assert "torch in float32, " in plan.explain()
+    before = {name: value for name, value in plan.to_json().items() if name != "precision"}
+    assert TilePlan.from_json(before) == plan
+
+
 def test_operations_are_counted_as_by_hand() -> None:
     network = analyze_network(nn.Conv2d(3, 5, 3, padding=1).eval(), bands=3)
     plan = plan_tiles((3, 10, 20), network)
