@@ -157,7 +157,7 @@ def test_labels_and_options_that_cannot_be_right_are_refused() -> None:
     for loss, channels in ((CrossEntropy(), 4), (Dice(), 4), (BinaryCrossEntropy(), 1), (SquaredLoss(), 1)):
         none = loss.sums(logits[:channels], labels, ~valid)
         assert not none.any()
-        with pytest.raises(LabelError, match="no (pixel|label) counts"):
+        with pytest.raises(LabelError, match=r"no (pixel|label) counts"):
             loss.value(none)
     with pytest.raises(LabelError, match="all labels are of weight 0"):
         by_parts(CrossEntropy(weight=(1, 1, 0, 0)), logits, torch.full((1, *SHAPE), 2))
