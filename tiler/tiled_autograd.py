@@ -27,6 +27,7 @@ from .gradient import (
 from .loss import Loss
 from .network import Network
 from .trainable import TrainableNetwork, prepare_training
+from .training_cluster import StepData, TrainingCluster
 from .training_plan import TrainPlan
 from .window_source import Pixels, TensorSource, WindowSource, open_source
 
@@ -56,6 +57,7 @@ def tile_loss(
     labels: Pixels,
     *,
     fill: tuple[float, ...] | None = None,
+    cluster: TrainingCluster | None = None,
 ) -> Tensor:
     """The loss of the module on a whole image: a scalar whose backward() gives the whole image's gradients.
 
@@ -75,6 +77,9 @@ def tile_loss(
         labels: (height, width) or (bands, height, width), on the grid of the module's output.
         fill: raw value of each band that stands in for nodata pixels; None: 0. Nodata pixels of either do not count.
 
+        cluster: workers of a Dask client that compute the tiles, with the same bits for any number of them; None: this
+            process does. Image and labels must be rasters that workers can open, or small enough to be sent to them.
+
     Returns:
         A scalar in float32, or float64 for a float64 network.
 
@@ -83,16 +88,18 @@ def tile_loss(
         LabelError: labels on another grid, labels that are no class, or no pixel that counts.
         RasterError: a window cannot be read.
     """
-    step, image, tensors = _begin(module, plan, raster, fill)
+    step, image, tensors = _begin(module, plan, raster, fill, cluster)
+    if cluster is not None and image is not None and image.requires_grad:
+        raise UsageError(
+            "the image's own gradient is not computed on a cluster; detach() the image, or leave cluster out"
+        )
     with _opened(labels) as source:
         _require_labels(source.shape[1:], step)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *([image] if image is not None else []))):
         value = _TiledLoss.apply(step, loss, labels, image, *tensors)
         assert isinstance(value, Tensor)
         return value
-    with step.tiles(image) as tiles, _opened(labels) as source:
-        total = compute_loss_sums(tiles, step.named(tensors, (False,) * len(tensors)), loss, source)
-    return _value(loss, total, step)[0]
+    return _value(loss, step.sum_loss(loss, labels, image, tensors), step)[0]
 
 
 class TiledModule(nn.Module):
@@ -125,15 +132,21 @@ class TiledLoss(nn.Module):
     """`tile_loss` as a module: what DistributedDataParallel needs, whose hooks begin in its forward."""
 
     def __init__(
-        self, module: nn.Module | Network, plan: TrainPlan, loss: Loss, *, fill: tuple[float, ...] | None = None
+        self,
+        module: nn.Module | Network,
+        plan: TrainPlan,
+        loss: Loss,
+        *,
+        fill: tuple[float, ...] | None = None,
+        cluster: TrainingCluster | None = None,
     ) -> None:
         super().__init__()
         self.module = module.module if isinstance(module, Network) else module
-        self.plan, self.loss, self.fill = plan, loss, fill
+        self.plan, self.loss, self.fill, self.cluster = plan, loss, fill, cluster
         self._given = (module,)
 
     def forward(self, raster: Pixels, labels: Pixels) -> Tensor:
-        return tile_loss(self._given[0], self.plan, self.loss, raster, labels, fill=self.fill)
+        return tile_loss(self._given[0], self.plan, self.loss, raster, labels, fill=self.fill, cluster=self.cluster)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +163,44 @@ class _Step:
     pixels: Pixels | None
     """None: the node takes the image as a tensor."""
     fill: tuple[float, ...] | None
+    cluster: TrainingCluster | None
+
+    def sum_loss(self, loss: Loss, labels: Pixels, image: Tensor | None, tensors: Sequence[Tensor]) -> GradientSum:
+        """The loss's sums over all tiles, here or on the cluster."""
+        named = self.named(tensors, (False,) * len(tensors))
+        if self.cluster is not None:
+            return self.cluster.compute_sums(self.network, self._data(named, loss, labels, image), self.plan.cores)
+        with self.tiles(image) as tiles, _opened(labels) as source:
+            return compute_loss_sums(tiles, named, loss, source)
+
+    def differentiate(
+        self,
+        loss: Loss,
+        labels: Pixels,
+        image: Tensor | None,
+        named: dict[str, Tensor],
+        weights: Tensor | None,
+        into: Tensor | None,
+    ) -> GradientSum:
+        """`gradient_of_tiles` for all tiles, here or on the cluster."""
+        if self.cluster is not None:
+            data = self._data(named, loss, labels, image)
+            return self.cluster.compute_gradient(self.network, data, self.plan.cores, weights)
+        with self.tiles(image) as tiles, _opened(labels) as source:
+            return gradient_of_tiles(tiles, named, loss, source, weights=weights, image_gradient=into)
+
+    def _data(self, named: dict[str, Tensor], loss: Loss, labels: Pixels, image: Tensor | None) -> StepData:
+        pixels = self.pixels if image is None else image.detach()
+        assert pixels is not None
+        return StepData.of(
+            image=pixels,
+            labels=labels,
+            fill=self.fill,
+            tensors=named,
+            loss=loss,
+            precision=self.precision,
+            cuts=self.plan.cuts,
+        )
 
     @contextmanager
     def tiles(self, image: Tensor | None) -> Iterator[Tiles]:
@@ -180,7 +231,7 @@ class _Step:
             if wants and gradient is None:
                 found.append(torch.zeros_like(tensor))
             else:
-                found.append(gradient.mul_(factor).to(tensor.dtype) if wants and gradient is not None else None)
+                found.append(gradient.mul_(factor).to(tensor) if wants and gradient is not None else None)
         return found
 
 
@@ -215,13 +266,11 @@ class _TiledLoss(torch.autograd.Function):
         wanted = ctx.needs_input_grad[4:]
         # float16 has no room for gradients that are scaled afterwards: those wait for the gradient scaler's factor.
         ctx.is_fused = loss.separable and not (step.precision.enabled and step.precision.dtype == torch.float16)
-        with step.tiles(image) as tiles, _opened(labels) as source:
-            if not ctx.is_fused:
-                total = compute_loss_sums(tiles, step.named(tensors, (False,) * len(tensors)), loss, source)
-                value, ctx.weights = _value(loss, total, step)
-                return value
-            into = _zeros_for(image) if ctx.needs_input_grad[3] else None
-            total = gradient_of_tiles(tiles, step.named(tensors, wanted), loss, source, image_gradient=into)
+        if not ctx.is_fused:
+            value, ctx.weights = _value(loss, step.sum_loss(loss, labels, image, tensors), step)
+            return value
+        into = _zeros_for(image) if ctx.needs_input_grad[3] else None
+        total = step.differentiate(loss, labels, image, step.named(tensors, wanted), None, into)
         value, weights = _value(loss, total, step)
         factor = float(weights[0])
         ctx.gradients = (_like(into, image, factor), *step.collect(total, tensors, wanted, factor))
@@ -237,15 +286,8 @@ class _TiledLoss(torch.autograd.Function):
         image, *tensors = ctx.saved_tensors
         wanted = ctx.needs_input_grad[4:]
         into = _zeros_for(image) if ctx.needs_input_grad[3] else None
-        with step.tiles(image) as tiles, _opened(ctx.labels) as source:
-            total = gradient_of_tiles(
-                tiles,
-                step.named(tensors, wanted),
-                ctx.loss,
-                source,
-                weights=ctx.weights * cotangent.double(),
-                image_gradient=into,
-            )
+        weights = ctx.weights * cotangent.double()
+        total = step.differentiate(ctx.loss, ctx.labels, image, step.named(tensors, wanted), weights, into)
         return None, None, None, *_once(ctx, cotangent, _like(into, image), *step.collect(total, tensors, wanted))
 
 
@@ -279,7 +321,11 @@ def _once(ctx: Any, cotangent: Tensor, *gradients: Tensor | None) -> tuple[Tenso
 
 
 def _begin(
-    module: nn.Module | Network, plan: TrainPlan, raster: Pixels, fill: tuple[float, ...] | None
+    module: nn.Module | Network,
+    plan: TrainPlan,
+    raster: Pixels,
+    fill: tuple[float, ...] | None,
+    cluster: TrainingCluster | None = None,
 ) -> tuple[_Step, Tensor | None, list[Tensor]]:
     """(the step, the image where it is a tensor, parameters and buffers that the result depends on)."""
     with _opened(raster) as source:
@@ -313,6 +359,7 @@ def _begin(
         aliases={name: first[id(tensor)] for name, tensor in live.items() if first[id(tensor)] != name},
         pixels=None if image is not None else raster,
         fill=fill,
+        cluster=cluster,
     )
     return step, image, tensors
 
