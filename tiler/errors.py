@@ -44,3 +44,7 @@ class ExactnessError(TilerError):
 
 class EngineError(TilerError):
     """An engine that is not installed or cannot run this network."""
+
+
+class LabelError(TilerError):
+    """Labels that do not fit the network's output, or of which no pixel counts."""

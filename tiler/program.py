@@ -7,7 +7,7 @@ whole image's own coordinates. So there is no alignment to keep, and what depend
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .axis_geometry import AxisGeometry, beyond, block_factor, compute_geometry, tap_arrays
 from .errors import UsageError
@@ -50,22 +51,40 @@ class Program(nn.Module):
 
     Cores of one `geometry_key` along both axes have one program, with `inputs` of their own beside the image.
 
-    Guarantee: equal to the core's pixels of the module on the whole (padded) image, up to floating-point rounding.
+    Guarantee: equal to the core's pixels of the module on the whole (padded) image, up to floating-point rounding. With
+    `tensors`, autograd through it gives the core's part of the whole image's gradient too.
+
+    Args:
+        tensors: parameters and buffers by their names in the traced module, in place of those of the trace. What is
+            derived from them is then computed at every call, so that gradients reach them and their changes count.
+        outputs: what to compute, of the graph's outputs; None: all.
+        cuts: positions in `order` at which the graph is cut; where gradients are wanted, the parts keep only what they
+            hand on, and are computed again in backward. Empty: everything is kept.
     """
 
-    def __init__(self, network: Network, rows: AxisGeometry, columns: AxisGeometry) -> None:
+    def __init__(
+        self,
+        network: Network,
+        rows: AxisGeometry,
+        columns: AxisGeometry,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        outputs: tuple[Node, ...] | None = None,
+        cuts: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
         self.network = network
         self.rows, self.columns = rows, columns
         self.taps: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
+        self.device = torch.device("cpu")
         self.position = {node: index for index, node in enumerate(network.pixels)}
+        self.outputs = network.graph.output_nodes if outputs is None else outputs
+        self.order = list_order(network, self.outputs)
+        self.cuts = cuts
+        self.is_trained = tensors is not None
         program = network.graph.program
-        tensors: dict[str, Any] = {**program.state_dict, **program.constants}
-        names = [spec.target for spec in program.graph_signature.input_specs]
-        placeholders = [node for node in network.graph.nodes if node.op == "placeholder"]
-        self.constants: dict[Node, Any] = {
-            node: tensors[name] for node, name in zip(placeholders, names, strict=True) if name is not None
-        }
+        known: dict[str, Any] = {**program.state_dict, **program.constants, **(tensors or {})}
+        self.constants: dict[Node, Any] = {node: known[name] for node, name in name_placeholders(network).items()}
 
     @property
     def window(self) -> Window:
@@ -92,14 +111,27 @@ class Program(nn.Module):
         return found
 
     def forward(self, image: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        self.taps = self._name(inputs or self.inputs())
-        values: dict[Node, Any] = {}
-        graph = self.network.graph
-        last_use = _last_uses(graph.nodes)
-        for node in graph.nodes:
-            if node is graph.input_node:
-                values[node] = image
-            elif node in self.constants:
+        self.device = image.device
+        self.taps = self._name(inputs or [tensor.to(image.device) for tensor in self.inputs()])
+        values: dict[Node, Any] = {self.network.graph.input_node: image}
+        last_use = _last_uses(self.order)
+        if not (self.cuts and torch.is_grad_enabled()):
+            self._run(self.order, values, last_use)
+        else:
+            for start, stop in zip((0, *self.cuts), (*self.cuts, len(self.order)), strict=True):
+                self._run_part(self.order[start:stop], values, last_use)
+        outputs: list[Tensor] = []
+        for node in self.outputs:
+            rows, columns = (axis.intervals[-1] for axis in (self.rows, self.columns))
+            assert rows is not None
+            assert columns is not None
+            outputs.append(_crop(values[node], self.network.pixels[node].dims, self.interval(node), (rows, columns)))
+        return tuple(outputs)
+
+    def _run(self, nodes: Sequence[Node], values: dict[Node, Any], last_use: dict[Node, list[Node]]) -> None:
+        """Compute nodes from `values` into it; what nobody reads any more goes out of it."""
+        for node in nodes:
+            if node in self.constants:
                 values[node] = self.constants[node]
             elif node.op == "call_function":
                 if node in self.position:
@@ -108,27 +140,56 @@ class Program(nn.Module):
                 elif not isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
                     values[node] = self._constant(node, values)
             for done in last_use.get(node, ()):
-                if done not in graph.output_nodes:
+                if done not in self.outputs:
                     values.pop(done, None)
-        outputs: list[Tensor] = []
-        for node in graph.output_nodes:
-            rows, columns = (axis.intervals[-1] for axis in (self.rows, self.columns))
-            assert rows is not None
-            assert columns is not None
-            outputs.append(_crop(values[node], self.network.pixels[node].dims, self.interval(node), (rows, columns)))
-        return tuple(outputs)
+
+    def _run_part(self, nodes: list[Node], values: dict[Node, Any], last_use: dict[Node, list[Node]]) -> None:
+        """`_run`, remembering only what goes in: the part's inner tensors are computed again in backward."""
+        own = set(nodes)
+        inputs = {s: values[s] for node in nodes for s in node.all_input_nodes if s in values}
+        leaving = {done for node in nodes for done in last_use.get(node, ()) if done not in self.outputs}
+
+        def compute(given: dict[Node, Any]) -> dict[Node, Any]:
+            inner = dict(given)
+            self._run(nodes, inner, last_use)
+            return {node: value for node, value in inner.items() if node in own}
+
+        # No operation draws random numbers, so that there is no state of theirs to keep.
+        made = checkpoint(compute, inputs, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(made, dict)
+        for node in leaving:
+            values.pop(node, None)
+        values.update(made)
 
     def _constant(self, node: Node, values: dict[Node, Any]) -> Any:
-        """A value that no pixel goes into; computed once, since weights stay."""
+        """A value that no pixel goes into; computed once where weights stay."""
         if not all(source in values for source in node.all_input_nodes):
             return None  # asks for sizes only; they are put in as numbers
         args, kwargs = map_arg((node.args, node.kwargs), lambda source: values[source])
         assert callable(node.target)
-        self.constants[node] = node.target(*args, **kwargs)
-        return self.constants[node]
+        value = node.target(*args, **kwargs)
+        if not self.is_trained:
+            self.constants[node] = value
+        return value
 
 
-def _last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
+def name_placeholders(network: Network) -> dict[Node, str]:
+    """The names, in the traced module, of the parameters, buffers and constants that its graph takes."""
+    names = [spec.target for spec in network.graph.program.graph_signature.input_specs]
+    placeholders = [node for node in network.graph.nodes if node.op == "placeholder"]
+    return {node: name for node, name in zip(placeholders, names, strict=True) if name is not None}
+
+
+def list_order(network: Network, outputs: tuple[Node, ...]) -> list[Node]:
+    """The nodes that these outputs are computed from, in the graph's order."""
+    needed = set(outputs)
+    for node in reversed(network.graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    return [node for node in network.graph.nodes if node in needed and node.op in ("placeholder", "call_function")]
+
+
+def _last_uses(nodes: Sequence[Node]) -> dict[Node, list[Node]]:
     """For each node the tensors that nobody reads after it."""
     last: dict[Node, Node] = {}
     for node in nodes:
@@ -194,7 +255,7 @@ class _Step:
             # All that is wanted lies in the padding beyond an edge.
             shape = [self.number(extent) for extent in source.meta["val"].shape]
             shape[dims[0]], shape[dims[1]] = reads[0].length, reads[1].length
-            return torch.zeros(shape, dtype=source.meta["val"].dtype)
+            return torch.zeros(shape, dtype=source.meta["val"].dtype, device=self.program.device)
         return _crop(self.values[source], dims, self.program.interval(source), reads)
 
     def value(self, argument: Any) -> Any:
@@ -256,8 +317,29 @@ def _run(step: _Step) -> Any:
                 f"{operation_name(step.node)} has an interval rule but no program; register one with register_program"
             )
     args, kwargs = step.value((step.node.args, step.node.kwargs))
-    assert callable(step.node.target)
-    return step.node.target(*args, **kwargs)
+    keeps = step.program.is_trained and torch.is_grad_enabled()
+    target = _out_of_place(step.node) if keeps else step.node.target
+    assert callable(target)
+    return target(*args, **kwargs)
+
+
+def _out_of_place(node: Node) -> Any:
+    """The operation that gives what this one writes in place: autograd may need what would be written over, and a
+    view that several operands are cut from must stay. (Nobody reads the written memory by another name: aliasing.py.)
+    """
+    target, name = node.target, operation_name(node)
+    if not (isinstance(target, torch._ops.OpOverload) and name.endswith("_")):
+        return target
+    packet = getattr(getattr(torch.ops, target.namespace), name.partition(".")[2].removesuffix("_"), None)
+    found = getattr(packet, target._overloadname, None)
+    if found is not None:
+        return found
+
+    def on_copy(value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert callable(target)
+        return target(value.clone(), *args, **kwargs)
+
+    return on_copy
 
 
 def _pad(value: Tensor, dims: tuple[int, int], amounts: list[tuple[int, int]], fill: float) -> Tensor:
@@ -315,7 +397,7 @@ def _run_transposed(step: _Step) -> Tensor:
         beyond = (start - wanted.start, wanted.stop - max(start, stop)) if stop > start else (wanted.length, 0)
         pads = [beyond, (0, 0)] if axis == 0 else [(0, 0), beyond]
         spread = _pad(spread, (2, 3), pads, 0.0)
-    return spread if bias is None else spread + bias[None, :, None, None]
+    return spread if bias is None else spread + bias.to(spread.dtype)[None, :, None, None]
 
 
 @_runs("max_pool2d", "max_pool2d_with_indices")
@@ -421,7 +503,8 @@ def _run_pad(step: _Step) -> Tensor:
         if isinstance(rule, Mirror):
             indices = rule.indices(step.wanted[axis], step.extents(axis, source)) - reads[axis].start
             if not np.array_equal(indices, np.arange(value.shape[dims[axis]])):
-                value = _gather(value, dims[axis], torch.from_numpy(indices))
+                places = torch.from_numpy(indices)
+                value = _gather(value, dims[axis], places if value.is_cpu else places.to(value.device))
         elif isinstance(rule, (Shift, Slide)):
             amounts[axis] = beyond(rule.under(step.wanted[axis]), reads[axis])
     value = _pad(value, dims, amounts, fill)
@@ -487,7 +570,8 @@ def _run_expand(step: _Step) -> Tensor:
 def _run_fill(step: _Step) -> Tensor:
     known = {"aten.zeros": 0, "aten.ones": 1, "aten.empty": 0}  # empty has no channels, and so no pixel
     value = known.get(operation_name(step.node), step.arguments.get("fill_value"))
-    return torch.full(step.local_shape(), step.value(value), dtype=step.node.meta["val"].dtype)
+    dtype = step.node.meta["val"].dtype
+    return torch.full(step.local_shape(), step.value(value), dtype=dtype, device=step.program.device)
 
 
 def hash_sizes(network: Network, image: tuple[int, int]) -> str:

@@ -1,0 +1,146 @@
+"""Training steps on Dask: the same bits for any number of workers, and when workers die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cloudpickle
+import pytest
+import torch
+from distributed import Client, LocalCluster
+from outsize.models.segmentation.losses import CrossEntropy, Dice, SumOfLosses
+from outsize.models.segmentation.unet import UNet
+from outsize.tiler.errors import LabelError, UsageError
+from outsize.tiler.geometry import Window
+from outsize.tiler.loss import Loss
+from outsize.tiler.raster import open_raster
+from outsize.tiler.tiled_autograd import tile_loss
+from outsize.tiler.training_cluster import TrainingCluster, cut_groups, fold_tree
+from outsize.tiler.training_plan import TrainPlan
+from torch import Tensor, nn
+
+from .rasters import write_geotiff
+
+SHAPE = (61, 83)
+PLAN = TrainPlan(image_shape=(3, *SHAPE), output_shape=(2, *SHAPE), core=(13, 17))
+BOTH = SumOfLosses(losses=(CrossEntropy(ignore_index=255), Dice(ignore_index=255)), weights=(1.0, 0.5))
+
+
+# Workers do not know this file.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@dataclass(frozen=True)
+class Deadly:
+    """A loss that kills the first process that computes it."""
+
+    loss: Loss
+    marker: str
+
+    @property
+    def separable(self) -> bool:
+        return self.loss.separable
+
+    def select(self, labels: Tensor, valid: Tensor) -> Tensor:
+        return self.loss.select(labels, valid)
+
+    def sums(self, logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+        try:
+            os.close(os.open(self.marker, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return self.loss.sums(logits, labels, counted)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    def value(self, sums: Tensor) -> Tensor:
+        return self.loss.value(sums)
+
+
+def make_network() -> nn.Module:
+    torch.manual_seed(5)
+    return UNet(3, 2, (4, 8))
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1))
+
+
+def draw_labels() -> Tensor:
+    labels = torch.randint(0, 2, SHAPE, generator=torch.Generator().manual_seed(2))
+    labels[:9] = 255
+    return labels
+
+
+def gradients(network: nn.Module, loss: Loss, cluster: TrainingCluster | None, image: object = None) -> list[Tensor]:
+    """(value, gradients) of a step."""
+    network.zero_grad()
+    value = tile_loss(network, PLAN, loss, draw(3, *SHAPE) if image is None else image, draw_labels(), cluster=cluster)  # pyright: ignore[reportArgumentType]
+    (3 * value).backward()
+    return [value.detach(), *(parameter.grad.clone() for parameter in network.parameters())]
+
+
+@pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.long)])
+def cluster(request: pytest.FixtureRequest) -> Iterator[LocalCluster]:
+    with LocalCluster(
+        n_workers=request.param, threads_per_worker=2, dashboard_address="127.0.0.1:0", processes=True
+    ) as cluster:
+        yield cluster
+
+
+def test_steps_have_the_same_bits_on_all_workers_on_one_and_when_one_dies(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
+    with Client(cluster) as client:
+        workers = len(cluster.workers)
+        client.wait_for_workers(workers, timeout=60)
+        shared, network = TrainingCluster(client, groups=7), make_network()
+        for name, loss in (("separable", CrossEntropy(ignore_index=255)), ("by sums", BOTH)):
+            first = gradients(network, loss, shared)
+            for ours, here in zip(first, gradients(network, loss, None), strict=True):
+                # Added in another order, and no more.
+                torch.testing.assert_close(ours, here, rtol=1e-5, atol=1e-6 * float(here.abs().max()))
+            marker = tmp_path / name
+            after_death = gradients(network, Deadly(loss=loss, marker=str(marker)), shared)
+            assert marker.exists()
+            assert all(torch.equal(a, b) for a, b in zip(first, after_death, strict=True))
+        client.wait_for_workers(workers, timeout=60)
+        client.retire_workers(list(client.scheduler_info()["workers"])[1:])
+        assert len(client.scheduler_info()["workers"]) == 1
+        alone = gradients(network, BOTH, shared)
+        assert all(torch.equal(a, b) for a, b in zip(first, alone, strict=True))
+        # Weights are those of the step, not those of the first.
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.mul_(1.1)
+        moved = gradients(network, BOTH, shared)
+        for ours, here in zip(moved, gradients(network, BOTH, None), strict=True):
+            torch.testing.assert_close(ours, here, rtol=1e-5, atol=1e-6 * float(here.abs().max()))
+        assert not torch.equal(moved[1], first[1])
+        raster = open_raster(write_geotiff(tmp_path / "image.tif", draw(3, *SHAPE).numpy()))
+        assert torch.equal(gradients(network, BOTH, shared, raster)[1], moved[1])
+        with torch.no_grad():
+            value = tile_loss(network, PLAN, BOTH, raster, draw_labels(), cluster=shared)
+        assert torch.equal(value, moved[0])
+        # What a tile refuses comes back as it is.
+        with pytest.raises(LabelError, match="2"):
+            tile_loss(network, PLAN, BOTH, raster, draw_labels().clamp(max=200), cluster=shared)
+        with pytest.raises(UsageError, match="gradient is not computed on a cluster"):
+            gradients(network, BOTH, shared, draw(3, *SHAPE).requires_grad_())
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 16, 17, 100])
+def test_groups_partition_the_tiles_and_the_tree_adds_each_once(count: int) -> None:
+    cores = [Window(y=0, x=x, height=1, width=1) for x in range(count)]
+    groups = cut_groups(cores, 16)
+    assert [core for group in groups for core in group] == cores
+    assert len(groups) == min(16, count)
+    assert max(map(len, groups)) - min(map(len, groups)) <= 1
+    added = fold_tree([(core.x,) for core in cores], lambda a, b: a + b)
+    assert added == tuple(range(count))
+    depth = fold_tree([0] * count, lambda a, b: max(a, b) + 1)
+    assert depth == (count - 1).bit_length()
