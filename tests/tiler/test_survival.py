@@ -482,6 +482,7 @@ class Segmenting:
     def end(self) -> str:
         """What it said on stderr, after it has ended, its workers with it."""
         self.process.wait(timeout=60)
+        # Among them Python's tracker of semaphores, whose last word would be the command's too.
         assert not psutil.wait_procs(self.workers, timeout=10)[1]
         return self._errors.read_text()
 
