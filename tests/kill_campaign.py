@@ -19,8 +19,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Protocol
 
 import psutil
 from distributed import Client
@@ -123,6 +125,27 @@ def workers_of(client: psutil.Process) -> list[psutil.Process]:
     return found
 
 
+class Process(Protocol):
+    """A running command, as subprocess has it."""
+
+    pid: int
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def kill(self) -> None: ...
+
+
+Log = IO[str]
+
+
+def start_command(words: list[str], log: Log) -> Process:
+    """The command in an interpreter of its own."""
+    return subprocess.Popen(outsize(*words), stderr=log, stdout=subprocess.DEVNULL)
+
+
 class Campaign:
     """Kills, counted."""
 
@@ -136,11 +159,16 @@ class Campaign:
         victims: tuple[str, ...] = VICTIMS,
         latest: float = 1.1,
         calm_share: float = 0.4,
+        more: tuple[str | Path, ...] = (),
+        start: Callable[[list[str], Log], Process] = start_command,
     ) -> None:
         """Args:
         latest: moment of a kill, in times of a calm run.
         calm_share: of runs after a kill that are left in peace.
+        more: words of every run.
+        start: begins a command with those words, whose stderr is the log.
         """
+        self._more, self._start = more, start
         self.folder, self.random, self.victims = folder, random.Random(seed), victims
         self.latest, self.calm_share = latest, calm_share
         self.kills: Counter[str] = Counter()
@@ -168,13 +196,16 @@ class Campaign:
             "1",
             "--workers",
             str(WORKERS),
+            *self._more,
             *more,
         ]
 
     def _call(self, *words: str | Path) -> None:
-        done = subprocess.run(outsize(*words), capture_output=True, text=True, timeout=CALM_S, check=False)
-        if done.returncode:
-            raise SystemExit(f"{words[0]} ended with {done.returncode}: {done.stderr[-2000:]}")
+        with tempfile.TemporaryFile("w+") as log:
+            process = self._start([*map(str, words)], log)
+            if process.wait(timeout=CALM_S):
+                log.seek(0)
+                raise SystemExit(f"{words[0]} ended with {process.returncode}: {log.read()[-2000:]}")
 
     def run(self, kills: int) -> None:
         """Runs of an output until enough kills are done; each output is finished and compared."""
@@ -197,7 +228,7 @@ class Campaign:
             cluster = stack.enter_context(Cluster(self.folder)) if victim in OF_CLUSTERS else None
             more = ["--scheduler-file", cluster.file] if cluster else []
             log = stack.enter_context(tempfile.TemporaryFile("w+"))
-            process = subprocess.Popen(outsize(*self._segment(out, *more)), stderr=log, stdout=subprocess.DEVNULL)
+            process = self._start([*map(str, self._segment(out, *more))], log)
             client = psutil.Process(process.pid)
             moment = self.random.uniform(0.2, self.latest) * self.usual_s
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -235,7 +266,7 @@ class Campaign:
                 self._require(code == 0, victim, log)
             return code == 0
 
-    def _require(self, holds: bool, victim: str, log: tempfile._TemporaryFileWrapper[str]) -> None:
+    def _require(self, holds: bool, victim: str, log: Log) -> None:
         if not holds:
             log.seek(0)
             raise SystemExit(f"after killing {victim}: {log.read()[-3000:]}")

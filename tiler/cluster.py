@@ -174,7 +174,7 @@ def _start_local(options: ClusterOptions, workers: int, threads: int) -> LocalCl
     reason = ""
     for _ in range(STARTS):
         try:
-            with _quiet_main(), _interrupts_ignored():
+            with _quiet_main(), _quiet_tracker(), _interrupts_ignored():
                 return LocalCluster(
                     n_workers=workers if options.processes else 1,
                     threads_per_worker=threads,
@@ -219,3 +219,15 @@ def _quiet_main() -> Iterator[None]:
         if file is not None:
             main.__file__ = file
         main.__spec__ = spec
+
+
+@contextmanager
+def _quiet_tracker() -> Iterator[None]:
+    """Python's tracker of semaphores, started meanwhile, removes what a command that ended at once has left; it would
+    say so after the command's last line."""
+    option = "ignore:resource_tracker:UserWarning"
+    sys.warnoptions.append(option)
+    try:
+        yield
+    finally:
+        sys.warnoptions.remove(option)

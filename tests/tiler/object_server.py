@@ -61,8 +61,11 @@ class ObjectServer:
             "AWS_S3_ENDPOINT": f"{self.host}:{port}",
             "AWS_HTTPS": "NO",
             "AWS_VIRTUAL_HOSTING": "FALSE",
+            # That requests are tried again is what tests look at, not for how long others wait before.
+            "GDAL_HTTP_RETRY_DELAY": "0.02",
         }.items():
             monkeypatch.setenv(name, value)
+        monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.02)
 
     def client(self) -> boto3.client:  # pyright: ignore[reportGeneralTypeIssues] - made at run time
         return boto3.client(
@@ -109,7 +112,7 @@ def _handler(server: ObjectServer) -> type[BaseHTTPRequestHandler]:
                 self.end_headers()
                 return
             if fault == "slow":
-                time.sleep(0.4)
+                time.sleep(0.1)
             upstream = http.client.HTTPConnection(server.host, server.port, timeout=60)
             upstream.request(self.command, self.path, body=body, headers=dict(self.headers))
             answer = upstream.getresponse()

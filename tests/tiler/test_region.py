@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ def image_of(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).normal(100, 60, (3, height, width)).astype(np.float32)
 
 
+@cache
 def network_of(name: str) -> Network:
     return analyze_network(alive(ZOO[name]()).float(), bands=3)
 

@@ -23,7 +23,8 @@ import pytest
 from distributed import Client, LocalCluster
 from filelock import FileLock
 from outsize import __version__
-from outsize.tests.kill_campaign import SHORT, Campaign, hash_chunks, outsize
+from outsize.tests.commands import Command, outsize
+from outsize.tests.kill_campaign import SHORT, Campaign, hash_chunks
 from outsize.tests.tiler.deadly import make_deadly
 from outsize.tiler.cluster import ClusterError, ClusterOptions, open_client
 from outsize.tiler.errors import OutputError, RasterError
@@ -36,6 +37,7 @@ from outsize.tiler.run import RunSummary, predict
 from outsize.tiler.store import read_header, write_core
 from outsize.tiler.verify import verify_output
 
+from ..pipelines.models import save_small_model
 from .rasters import write_geotiff
 from .test_run import _passed, class_network, logit_network, random_image, run, scene, stored, whole
 
@@ -66,7 +68,7 @@ LAST = (319, 319)
 
 
 @pytest.mark.usefixtures("_no_start_check")
-def test_a_tile_that_kills_its_worker_is_set_aside_and_no_other_is_lost(tmp_path: Path) -> None:
+def test_a_tile_that_kills_its_worker_is_set_aside_and_no_other_is_lost(tmp_path: Path, client: Client) -> None:
     source, out = scene(tmp_path, 320, 320), tmp_path / "o.zarr"
     summary = run_here(make_deadly(source, LAST, "kill"), out)
     assert summary.failed_tiles == ((4, 4, "its worker process died"),)
@@ -75,8 +77,9 @@ def test_a_tile_that_kills_its_worker_is_set_aside_and_no_other_is_lost(tmp_path
     result[:, 256:, 256:] = expected[:, 256:, 256:]
     assert np.array_equal(result, expected)
     # The raster heals: only that tile is done again, and only when asked for.
-    assert run_here(source, out).failed_tiles == summary.failed_tiles
-    again = run_here(source, out, retry_failed=True)
+    how: dict[str, Any] = {"engine": "openvino"}
+    assert run(source, class_network(), out, client, **how).failed_tiles == summary.failed_tiles
+    again = run(source, class_network(), out, client, **how, retry_failed=True)
     assert (again.tiles, again.resumed_tiles, again.failed_tiles) == (1, 24, ())
     assert np.array_equal(stored(out), expected)
 
@@ -109,7 +112,7 @@ def test_another_version_of_the_engine_is_refused(
 def test_a_hanging_worker_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("outsize.tiler.schedule.LOOK_EVERY_S", 0.5)
     monkeypatch.setattr("outsize.tiler.schedule.HANGS_FACTOR", 1)
-    monkeypatch.setattr("outsize.tiler.schedule.RESTART_S", 8)
+    monkeypatch.setattr("outsize.tiler.schedule.RESTART_S", 3)
     source, out = scene(tmp_path, 320, 320), tmp_path / "o.zarr"
     summary = run_here(make_deadly(source, LAST, "stop"), out, patience=4.0)
     ((row, column, reason),) = summary.failed_tiles
@@ -455,29 +458,38 @@ def test_a_disk_that_turns_read_only_can_be_gone_on_with(tmp_path: Path, client:
     assert np.array_equal(stored(out), whole(class_network(), source))
 
 
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scene of 64 tiles."""
+    folder = tmp_path_factory.mktemp("demo")
+    assert outsize("sample", folder, "--size", "1024").returncode == 0
+    return folder / "scene.zarr"
+
+
 class Segmenting:
     """`outsize segment` in a process of its own, from its first tile on."""
 
-    def __init__(self, folder: Path, **how: Any) -> None:
-        subprocess.run(outsize("sample", folder, "--size", "1024"), check=True, capture_output=True)
+    def __init__(self, demo: Path, folder: Path, **how: Any) -> None:
         out = folder / "o.zarr"
-        self.words = ["segment", str(folder / "scene.zarr"), str(out), "--core", "128", "--no-dashboard"]
-        self.folder = run_folder(out)
-        self.process = subprocess.Popen(outsize(*self.words), **{"stderr": subprocess.PIPE, "text": True, **how})
+        self.words = ["segment", str(demo), str(out), "--core", "128", "--no-dashboard"]
+        self.folder, self._errors = run_folder(out), folder / "errors"
+        with self._errors.open("wb") as errors:
+            self.process = Command(*self.words, **{"stderr": errors, **how})
         while self.process.poll() is None and not (self.folder / "records-1.jsonl").exists():
             time.sleep(0.02)
         self.workers = psutil.Process(self.process.pid).children(recursive=True)
 
     def end(self) -> str:
         """What it said on stderr, after it has ended, its workers with it."""
-        _, errors = self.process.communicate(timeout=60)
+        self.process.wait(timeout=60)
+        # Among them Python's tracker of semaphores, whose last word would be the command's too.
         assert not psutil.wait_procs(self.workers, timeout=10)[1]
-        return errors
+        return self._errors.read_text()
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP])
-def test_sigterm_and_sighup_are_interruptions(tmp_path: Path, sign: signal.Signals) -> None:
-    segmenting = Segmenting(tmp_path)
+def test_sigterm_and_sighup_are_interruptions(tmp_path: Path, demo: Path, sign: signal.Signals) -> None:
+    segmenting = Segmenting(demo, tmp_path)
     segmenting.process.send_signal(sign)
     segmenting.process.send_signal(sign)  # as batch systems and shells do
     errors = segmenting.end()
@@ -490,8 +502,8 @@ def test_sigterm_and_sighup_are_interruptions(tmp_path: Path, sign: signal.Signa
     assert runs[0]["command"][1:] == segmenting.words
 
 
-def test_a_second_ctrl_c_ends_at_once_with_one_line(tmp_path: Path) -> None:
-    segmenting = Segmenting(tmp_path)
+def test_a_second_ctrl_c_ends_at_once_with_one_line(tmp_path: Path, demo: Path) -> None:
+    segmenting = Segmenting(demo, tmp_path)
     segmenting.process.send_signal(signal.SIGINT)
     time.sleep(0.1)
     segmenting.process.send_signal(signal.SIGINT)
@@ -501,9 +513,9 @@ def test_a_second_ctrl_c_ends_at_once_with_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
-def test_a_lost_terminal_is_an_interruption_too(tmp_path: Path) -> None:
+def test_a_lost_terminal_is_an_interruption_too(tmp_path: Path, demo: Path) -> None:
     ours, theirs = os.openpty()
-    segmenting = Segmenting(tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    segmenting = Segmenting(demo, tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
     os.close(theirs)
     os.close(ours)  # as the end of an ssh connection does
     segmenting.process.send_signal(signal.SIGHUP)
@@ -528,7 +540,17 @@ def test_a_scheduler_that_is_gone_is_said(tmp_path: Path, client: Client) -> Non
 
 def test_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     """A short campaign; tests/kill_campaign.py has the long one."""
-    campaign = Campaign(tmp_path, seed=5, size=384, victims=SHORT, latest=0.5, calm_share=0.0)
+    campaign = Campaign(
+        tmp_path,
+        seed=5,
+        size=384,
+        core=64,
+        victims=SHORT,
+        latest=0.6,
+        calm_share=0.0,
+        more=("--model", save_small_model(tmp_path / "small.json")),
+        start=lambda words, log: Command(*words, stderr=log),
+    )
     campaign.run(len(SHORT))
     assert campaign.finished >= 1
     assert {victim for victim, count in campaign.kills.items() if count} == set(SHORT)
