@@ -23,12 +23,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from distributed import Client
 from outsize.sample_data.scene import Scene
 from outsize.sample_data.write import write_scene
 
 SHORT = ("worker", "client", "all", "scheduler")
 VICTIMS = (*SHORT, "worker of a cluster", "scheduler and client")
 OF_CLUSTERS = VICTIMS[3:]
+WORKERS = 2
 CALM_S = 240.0
 """Within which an undisturbed run has to end."""
 
@@ -70,13 +72,25 @@ class Cluster:
                 "0",
                 "--no-dashboard",
             ],
-            ["dask_worker", "--scheduler-file", str(self.file), "--nworkers", "2", "--nthreads", "1", "--no-dashboard"],
+            [
+                "dask_worker",
+                "--scheduler-file",
+                str(self.file),
+                "--nworkers",
+                str(WORKERS),
+                "--nthreads",
+                "1",
+                "--no-dashboard",
+            ],
         ):
             command = [*dask[:-1], f"distributed.cli.{words[0]}", *words[1:]]
             self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
             while not self.file.exists() and self.processes[0].poll() is None:
                 time.sleep(0.05)
         log.close()
+        # A `dask worker` one of whose processes dies while it starts gives up, with all of them: not a kill to survive.
+        with Client(scheduler_file=str(self.file), timeout=CALM_S) as client:
+            client.wait_for_workers(WORKERS, timeout=CALM_S)
         return self
 
     def kill_scheduler(self) -> None:
@@ -153,7 +167,7 @@ class Campaign:
             "--threads",
             "1",
             "--workers",
-            "2",
+            str(WORKERS),
             *more,
         ]
 
