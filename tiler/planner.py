@@ -26,8 +26,9 @@ CORES = (4096, 3072, 2048, 1024, 512, 256, 128, 64)
 LARGEST_CHUNK = 1024
 IN_FLIGHT = 2
 """Tiles that a worker holds at once: one computes while the other is read or written."""
-TILES_PER_WORKER = 8
-"""Cores above one chunk are used only where every worker gets at least this many, so that the work divides well."""
+TILES_PER_WORKER: dict[Method, int] = {"window": 16, "program": 64}
+"""Cores above one chunk are used where every worker gets at least this many. Larger cores save halos, but each of up to
+nine kinds of tile touches memory of its own first, as long as the halos of that many take (docs/benchmarks.md)."""
 SMALLEST_SIDE = 64
 """Rasters with a shorter side go to torch by themselves."""
 MOST_TILES = 50_000
@@ -224,7 +225,7 @@ def plan_tiles(
             rows = compute_spans(network, 0, shape_yx, side, wanted.rows)
             columns = compute_spans(network, 1, shape_yx, side, wanted.columns)
         tiles = len(rows) * len(columns)
-        if core is None and side > LARGEST_CHUNK and tiles < TILES_PER_WORKER * workers:
+        if core is None and side > LARGEST_CHUNK and tiles < TILES_PER_WORKER[chosen] * workers:
             continue
         window = largest_window(rows, columns)
         pixels = window[0] * window[1]
