@@ -90,7 +90,16 @@ def run_outsize(scene: Path, out: Path, module: nn.Module, options: argparse.Nam
 
     raster = outsize.open_raster(scene)
     network = outsize.analyze_network(module, bands=raster.bands, dtype=raster.dtype)
-    summary = outsize.predict(raster, network, out, overwrite=True, memory=options.memory)
+    summary = outsize.predict(
+        raster,
+        network,
+        out,
+        overwrite=True,
+        memory=options.memory,
+        workers=options.workers,
+        threads=options.threads,
+        core=options.core,
+    )
     return {"seconds": summary.seconds, "predicted_peak_bytes": summary.predicted_peak_bytes}
 
 
@@ -166,6 +175,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--network", default="small", choices=["small", "medium", "large"])
     parser.add_argument("--memory", default="2GB")
+    for name in ("workers", "threads", "core"):
+        parser.add_argument(f"--{name}", type=int, help="of outsize; default: as it plans")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(cpu_count())

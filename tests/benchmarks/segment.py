@@ -37,10 +37,14 @@ LARGEST_WHOLE = 2048
 """Side up to which the whole image is run at once."""
 
 
-def run(name: str, scene: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One run: seconds, Mpx/s, peak bytes of all its processes."""
+def run(name: str, scene: Path, out: Path, options: argparse.Namespace, *more: str) -> dict[str, Any]:
+    """One run: seconds, Mpx/s, peak bytes of all its processes.
+
+    Args:
+        more: further words for the contestant.
+    """
     command = [sys.executable, "-W", "ignore", "-m", "outsize.tests.benchmarks.contestant", name, str(scene), str(out)]
-    command += ["--network", options.network, "--memory", options.memory]
+    command += ["--network", options.network, "--memory", options.memory, *more]
     peak = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         me = psutil.Process(process.pid)
