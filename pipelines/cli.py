@@ -507,9 +507,32 @@ def segment(console: Any, sources: tuple[str, ...], out_dir: Path | None, **opti
     outsize segment items.json --asset B04 --asset B03 --asset B02 --asset B08 --out-dir maps/
     outsize segment s3://bucket/scene.tif s3://bucket/map.zarr
     """
-    from .segment import WriteOptions, run_segment
+    if out_dir is not None:
+        if options["report"]:
+            raise click.UsageError("--report is for one scene; of a batch, outsize report DIR/NAME.zarr for each")
+        _segment_batch(console, sources, out_dir, options)
+        return
+    if options["lists"] or options["assets"]:
+        raise click.UsageError("--list and --asset are for batches; give --out-dir DIR")
+    if len(sources) != 2:
+        raise click.UsageError(f"one SRC and its OUT, or inputs and --out-dir DIR; got {len(sources)} arguments")
+    from .segment import run_plan, run_segment
 
-    writing = WriteOptions(
+    known, out = _segment_options(sources[0], options), _Place().convert(sources[1], None, None)
+    cluster = _cluster_options(options)
+    if options["dry_run"]:
+        from ..tiler.places import is_remote
+
+        run_plan(console, known, dashboard=cluster.serves_dashboard, to_store=is_remote(out))
+        return
+    if run_segment(console, known, out, cluster, _write_options(options)).failed_tiles:
+        raise SystemExit(EXIT_FAILED_TILES)
+
+
+def _write_options(options: dict[str, Any]) -> Any:
+    from .segment import WriteOptions
+
+    return WriteOptions(
         resume=not options["no_resume"],
         overwrite=options["overwrite"],
         retry_failed=options["retry_failed"],
@@ -518,40 +541,22 @@ def segment(console: Any, sources: tuple[str, ...], out_dir: Path | None, **opti
         space_check=not options["no_space_check"],
         report=options["report"],
     )
-    cluster = _cluster_options(options)
-    if out_dir is not None:
-        if options["report"]:
-            raise click.UsageError("--report is for one scene; of a batch, outsize report DIR/NAME.zarr for each")
-        _segment_batch(console, sources, out_dir, options, cluster, writing)
-        return
-    if options["lists"] or options["assets"]:
-        raise click.UsageError("--list and --asset are for batches; give --out-dir DIR")
-    if len(sources) != 2:
-        raise click.UsageError(f"one SRC and its OUT, or inputs and --out-dir DIR; got {len(sources)} arguments")
-    known, out = _segment_options(sources[0], options), _Place().convert(sources[1], None, None)
-    if options["dry_run"]:
-        from ..tiler.places import is_remote
-        from .segment import run_plan
-
-        run_plan(console, known, dashboard=cluster.serves_dashboard, to_store=is_remote(out))
-        return
-    if run_segment(console, known, out, cluster, writing).failed_tiles:
-        raise SystemExit(EXIT_FAILED_TILES)
 
 
-def _segment_batch(
-    console: Any, sources: tuple[str, ...], folder: Path, options: dict[str, Any], cluster: Any, writing: Any
-) -> None:
-    from .batch import run_batch, run_dry
+def _segment_batch(console: Any, sources: tuple[str, ...], folder: Path, options: dict[str, Any]) -> None:
     from .scenes import find_scenes
 
+    # Before torch is imported, which takes seconds: a wrong call is told at once.
     scenes = find_scenes(sources, options["lists"], options["assets"])
-    known = _segment_options("", options)
+    from .batch import run_batch, run_dry
+
+    known, cluster = _segment_options("", options), _cluster_options(options)
     if options["dry_run"]:
         if not run_dry(console, scenes, known, folder, dashboard=cluster.serves_dashboard):
             raise SystemExit(EXIT_FAILED)
         return
-    states = {result.state for result in run_batch(console, scenes, known, folder, cluster, writing)}
+    results = run_batch(console, scenes, known, folder, cluster, _write_options(options))
+    states = {result.state for result in results}
     if "failed" in states:
         raise SystemExit(EXIT_FAILED)
     if "partial" in states:

@@ -145,15 +145,15 @@ def choose_engine(name: str | None = None) -> EngineName:
 
 
 def compile_program(network: Network, engine: EngineName, threads: int) -> EngineProgram:
-    """Convert a network for an engine, to run on windows.
+    """Convert a network for an engine, to run on windows. What was converted once on this machine is found again.
 
     Raises:
         EngineError: the engine cannot run this network.
     """
     if engine == "openvino":
-        from .engine_openvino import convert_network
+        from .engine_programs import pack_windows
 
-        return convert_network(network, threads)
+        return pack_windows(network, threads)
     from .engine_torch import pack_network
 
     return pack_network(network, threads)

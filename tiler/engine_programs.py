@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from .engine_openvino import OpenVinoPrograms
     from .plan import Tile
 
+WINDOWS = "windows"
+"""Name, among a network's programs on disk, of the network itself for windows of any size."""
+
 Report = Callable[[int, int], None]
 """Told how many of how many programs are there."""
 
@@ -162,6 +165,28 @@ def pack_programs(
         threads=threads,
         method="program",
         shape_yx=shape_yx,
+    )
+
+
+def pack_windows(network: Network, threads: int) -> EngineProgram:
+    """The network in OpenVINO's form for windows of any size, from this machine's cache or converted.
+
+    Raises:
+        EngineError: OpenVINO has no counterpart for an operation or dtype.
+    """
+    from .engine_openvino import convert_network
+
+    if not network.is_known:  # what it computes is not told by its parts, so nothing kept can be known for it
+        return convert_network(network, threads)
+    kept = ProgramCache(cache_name(network))
+    parts = kept.read(WINDOWS)
+    if parts is None:
+        parts = split_model(*convert_network(network, threads).payload)
+        kept.write(WINDOWS, parts)
+        kept.trim()
+    graphs, weights = join_models({WINDOWS: parts})
+    return EngineProgram(
+        engine="openvino", payload=(graphs[WINDOWS], weights), has_logits=network.has_logits, threads=threads
     )
 
 

@@ -9,6 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from dask.system import CPU_COUNT
@@ -60,6 +61,12 @@ def release_freed_memory() -> None:
 
 def find_versions() -> dict[str, str]:
     """Of what results depend on, by name; what is not installed is left out."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Once for a process: each name's whole metadata is read for its version."""
     found = {"python": platform.python_version()}
     for name in ("outsize", "torch", "openvino", "zarr", "rasterio", "dask", "numpy"):
         with contextlib.suppress(PackageNotFoundError):

@@ -38,9 +38,14 @@ def evaluate(expression: sympy.Expr, symbol: sympy.Symbol, extent: int) -> int:
     Raises:
         ValueError: it depends on another symbol too.
     """
+    return int(_compiled_of_one(expression, symbol)(extent))
+
+
+@cache
+def _compiled_of_one(expression: sympy.Expr, symbol: sympy.Symbol) -> Callable[..., Any]:
     if expression.free_symbols - {symbol}:
         raise ValueError(f"{expression} depends on more than {symbol}")
-    return int(_compiled(expression, (symbol,))(extent))
+    return _compiled(expression, (symbol,))
 
 
 def evaluate_at(expression: sympy.Expr, symbols: tuple[sympy.Symbol, sympy.Symbol], size: tuple[int, int]) -> int:

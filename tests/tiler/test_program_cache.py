@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from outsize.tiler import engine_programs
+from outsize.tiler import engine_openvino, engine_programs
+from outsize.tiler.engine import compile_program
 from outsize.tiler.engine_programs import pack_programs
 from outsize.tiler.geometry import Interval
 from outsize.tiler.network import Network, analyze_network
@@ -67,6 +68,24 @@ def test_programs_are_converted_once_and_equal_afterwards(folder: Path, conversi
     weights = sum(p.numel() * p.element_size() for p in net.module.parameters())
     assert kept < 1.2 * weights + 10_000
     assert len(first.payload[1]) < 1.2 * weights + 10_000
+
+
+def test_a_network_for_windows_is_converted_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[None] = []
+    convert = engine_openvino.convert_network
+    monkeypatch.setattr(engine_openvino, "convert_network", lambda *args: (made.append(None), convert(*args))[1])
+    net = network("unet transposed")
+    first, again = compile_program(net, "openvino", 1), compile_program(network("unet transposed"), "openvino", 1)
+    assert len(made) == 1
+    assert again == first
+    image = np.random.default_rng(0).normal(size=(3, 97, 131)).astype(np.float32)
+    with torch.no_grad():
+        expected = net.module(torch.from_numpy(image)[None])[0].numpy()
+    assert np.allclose(again.load().run(image), expected, atol=1e-4)
+    with torch.no_grad():
+        next(net.module.parameters()).add_(1)
+    assert compile_program(net, "openvino", 1) != first
+    assert len(made) == 2
 
 
 def test_other_weights_have_other_programs(conversions: list[None]) -> None:
