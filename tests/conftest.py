@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -12,19 +13,25 @@ import torch
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread_beside_others() -> None:
-    """Several processes run tests side by side: each takes one core."""
     if os.environ.get("PYTEST_XDIST_WORKER"):
+        # Several processes run tests side by side, each on one core; engines of the test before may have set more.
         torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _spare_the_collector() -> None:
+    """Hundreds of runs collect garbage, and would look at all of torch each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Programs made by tests stay out of the user's cache."""
-    os.environ["OUTSIZE_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    """Programs made by tests stay out of the user's cache; processes side by side share theirs."""
+    folder = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = folder.parent
+    os.environ["OUTSIZE_CACHE_DIR"] = str(folder / "cache")
 
 
 @pytest.fixture(scope="session")

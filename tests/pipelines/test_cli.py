@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from affine import Affine
 from outsize.models import Scaling, SegmentationClass, SegmentationModel, UNet, as_tile_network, load_model, save_model
 from outsize.pipelines.cli import main
 from outsize.sample_data.small import small_scene_path
+from outsize.tests.commands import Command, fresh_outsize, outsize, result_of
 from outsize.tiler.geometry import Window
 from outsize.tiler.memory import parse_bytes
 from outsize.tiler.raster import open_raster
@@ -32,27 +34,12 @@ LABELS = SCENE.with_name("labels.tif")
 PLACE = Affine(2, 0, 1000, 0, -2, 5000)
 
 
-def outsize(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "outsize", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=180,
-        env={**os.environ, **(env or {})},
-    )
-
-
-def result_of(completed: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    assert completed.returncode == 0, completed.stderr
-    return json.loads(completed.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def segmented(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small scene's map in a folder of its own, made once by the real command."""
+    """The small scene's map in a folder of its own, made once by the real command, whose memory is measured."""
     folder = tmp_path_factory.mktemp("segmented")
-    values = result_of(outsize("--json", "segment", SCENE, folder / "map.zarr", "--core", "128", "--no-dashboard"))
+    words = ("--json", "segment", SCENE, folder / "map.zarr", "--core", "128", "--no-dashboard")
+    values = result_of(fresh_outsize(*words))
     (folder / "summary.json").write_text(json.dumps(values))
     return folder
 
@@ -260,7 +247,8 @@ def test_an_ingest_keeps_what_it_can_read_and_else_leaves_nothing(tmp_path: Path
 def test_probability_and_logits_are_written_and_exported(tmp_path: Path) -> None:
     for kind in ("probability", "logits"):
         out = tmp_path / f"{kind}.zarr"
-        assert outsize("segment", SCENE, out, "--output", kind, "--no-dashboard").returncode == 0
+        words = ("segment", SCENE, out, "--output", kind, "--region", "100,50,150,170", "--no-dashboard")
+        assert outsize(*words).returncode == 0
         assert outsize("export", out, tmp_path / f"{kind}.tif").returncode == 0
         with rasterio.open(tmp_path / f"{kind}.tif") as cog:
             assert cog.descriptions == ("water", "forest", "cropland", "grass", "built-up", "road")
@@ -277,7 +265,7 @@ def test_ingest_keeps_its_budget(tmp_path: Path) -> None:
     for memory, options in (("600MB", ["--workers", "1"]), ("1GB", []), ("2GB", [])):
         out = tmp_path / f"{memory}.zarr"
         command = ("--json", "ingest", tmp_path / "a.tif", out, "--memory", memory, "--no-dashboard", *options)
-        values = result_of(outsize(*command))
+        values = result_of(fresh_outsize(*command))
         assert values["peak_bytes"] <= values["predicted_peak_bytes"] <= parse_bytes(memory)
         assert np.array_equal(zarr.open_array(out, path="image")[:], image)
     refused = outsize("ingest", tmp_path / "a.tif", tmp_path / "b.zarr", "--memory", "250MB", "--workers", "1")
@@ -364,36 +352,28 @@ def test_options_go_before_variables_before_config(
 
 
 def test_an_interrupt_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    import signal
-
     scene = tmp_path / "scene"
-    assert outsize("sample", scene, "--size", "1800").returncode == 0
-    out = tmp_path / "map.zarr"
-    command = [sys.executable, "-m", "outsize", "segment", scene / "scene.zarr", out, "--core", "256", "--no-dashboard"]
-    page = tmp_path / "map.html"
-    # A session of its own: as in a terminal, Ctrl-C reaches workers too.
-    process = subprocess.Popen(
-        list(map(str, [*command, "--report", page])),
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # Shells start background jobs with it ignored, and so this suite, perhaps.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    assert outsize("sample", scene, "--size", "1000").returncode == 0
+    out, page = tmp_path / "map.zarr", tmp_path / "map.html"
+    words = ("segment", scene / "scene.zarr", out, "--core", "128", "--no-dashboard")
     records = tmp_path / "map.zarr.run/records-1.jsonl"
-    deadline = time.monotonic() + 120
-    while not (records.exists() and records.read_text().count("\n") >= 5) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "the same command goes on" in errors.splitlines()[-1]
-    assert "Traceback" not in errors
+    with (tmp_path / "errors").open("wb") as errors:
+        # A session of its own: as in a terminal, Ctrl-C reaches workers too.
+        command = Command(*words, "--report", page, stderr=errors, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while not (records.exists() and records.read_text().count("\n") >= 5) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(command.pid, signal.SIGINT)
+        code = command.wait(timeout=60)
+    said = (tmp_path / "errors").read_text()
+    assert code == 130, said
+    assert "the same command goes on" in said.splitlines()[-1]
+    assert "Traceback" not in said
     told = page.read_text()
     assert "The run was interrupted" in told
     assert "of 64 tiles are done" in told
     assert "<img" not in told  # whoever interrupts does not want to wait for pictures
-    values = result_of(outsize("--json", *map(str, command[3:])))
+    values = result_of(outsize("--json", *words))
     assert values["resumed_tiles"] >= 5
     assert values["tiles"] + values["resumed_tiles"] == 64
     assert (open_array(out, "status")[:] == 1).all()

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from outsize.tests import commands
 
 
 def outsize(*arguments: str, code: int = 0) -> tuple[dict[str, Any], str]:
     """(values, what stands on stderr) of a command."""
-    completed = subprocess.run(
-        [sys.executable, "-m", "outsize", "--json", *arguments], capture_output=True, text=True, timeout=300
-    )
+    completed = commands.outsize("--json", *arguments)
     assert completed.returncode == code, completed.stderr
     return (json.loads(completed.stdout.splitlines()[-1]) if completed.stdout.strip() else {}), completed.stderr
 

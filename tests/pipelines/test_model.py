@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import torch
 from outsize.models import load_model
 from outsize.pipelines.cli import main
 from outsize.sample_data.small import small_scene_path
+from outsize.tests.commands import outsize, result_of
 from outsize.tiler.store import open_array, read_header
 from safetensors.torch import load_file, save_file
 from stac_model.schema import MLModelProperties
@@ -42,18 +44,10 @@ def tiny(width: int = 4, bands: int = 4) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(bands, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 3, 1)).eval()
 
 
-def outsize(folder: Path, *arguments: str | Path, env: dict[str, str] | None = None) -> Any:
+def installed_outsize(folder: Path, *arguments: str | Path) -> Any:
     """The installed command, which does not look into the current folder by itself."""
     command = Path(sys.executable).with_name("outsize")
-    return subprocess.run(
-        [command, *map(str, arguments)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=180,
-        env={**os.environ, **(env or {})},
-    )
+    return subprocess.run([command, *map(str, arguments)], cwd=folder, capture_output=True, text=True, check=False)
 
 
 def outsize_here(*arguments: str | Path) -> Any:
@@ -66,11 +60,6 @@ def outsize_here(*arguments: str | Path) -> Any:
         except SystemExit as exit_:
             code = exit_.code or 0
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=errors.getvalue())
-
-
-def result_of(completed: Any) -> dict[str, Any]:
-    assert completed.returncode == 0, completed.stderr
-    return json.loads(completed.stdout.splitlines()[-1])
 
 
 def refusal_of(completed: Any, code: int = 2) -> str:
@@ -104,12 +93,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_factory_of_the_current_folder_is_planned_and_segmented(folder: Path) -> None:
     options = ("--model", "tinymodule:Tiny", "--weights", "w.safetensors")
-    plan = outsize(folder, "plan", SCENE, *options)
+    plan = installed_outsize(folder, "plan", SCENE, *options)
     assert "model     tinymodule:Tiny" in plan.stdout, plan.stderr
     assert "halo      1 px" in plan.stdout
-    values = result_of(
-        outsize(folder, "--json", "segment", SCENE, "m.zarr", "--core", "256", "--no-dashboard", *options)
-    )
+    values = result_of(outsize("--json", "segment", SCENE, "m.zarr", "--core", "256", "--no-dashboard", *options))
     assert values["start_check_flipped"] == 0
     network = tiny()
     network.load_state_dict(load_file(folder / "w.safetensors"))
@@ -126,7 +113,6 @@ def test_a_factory_of_the_current_folder_is_planned_and_segmented(folder: Path) 
 
 def test_pack_says_everything_and_show_repeats_it(folder: Path) -> None:
     packed = outsize(
-        folder,
         *("model", "pack", "tinymodule:Tiny", "wide.json", "--weights", "wide.pt", "--hyperparameter", "width=7"),
         *("--name", "wide one", "--band", "r", "--band", "g", "--band", "b", "--band", "n", "--fill", "0,1,2,3"),
         *("--scaling", "offset-scale", "--offset", "5,0,0,1000", "--scale", "1,10000,1,20"),
@@ -167,11 +153,9 @@ def test_pack_says_everything_and_show_repeats_it(folder: Path) -> None:
     refused = refusal_of(outsize_here("plan", SCENE, "--model", "wide.json"))
     assert "it names the factory tinymodule:Tiny, which would be imported and called; if you trust" in refused
     assert file_hash in refused
-    assert outsize(folder, "plan", SCENE, "--model", "wide.json", "--sha256", file_hash).returncode == 0
+    assert outsize("plan", SCENE, "--model", "wide.json", "--sha256", file_hash).returncode == 0
     # Repacking keeps what is not said anew, and the name.
-    again = outsize(
-        folder, "model", "pack", "wide.json", "other.json", "--fill", "9", "--trust-model", "--scaling", "none"
-    )
+    again = outsize("model", "pack", "wide.json", "other.json", "--fill", "9", "--trust-model", "--scaling", "none")
     assert again.returncode == 0, again.stderr
     values = result_of(outsize_here("--json", "model", "show", "other.json"))
     assert (values["model"], values["fill"], values["scaling"]) == ("wide one", [9] * 4, None)
@@ -194,16 +178,16 @@ def test_the_other_scalings_are_packed() -> None:
 def test_a_pickled_network_is_packed_as_a_program_that_needs_no_class(folder: Path) -> None:
     code = "import torch, tinymodule; torch.manual_seed(1); torch.save(tinymodule.Tiny(), 'whole.pt')"
     subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, env={**os.environ, "PYTHONPATH": str(folder)})
-    assert "it holds pickled Python objects" in refusal_of(outsize(folder, "model", "show", "whole.pt"))
-    shown = result_of(outsize(folder, "--json", "model", "show", "whole.pt", "--trust-model"))
+    assert "it holds pickled Python objects" in refusal_of(outsize("model", "show", "whole.pt"))
+    shown = result_of(outsize("--json", "model", "show", "whole.pt", "--trust-model"))
     assert (shown["architecture"], len(shown["bands"]), len(shown["classes"])) == ("Tiny", 4, 3)
-    packed = result_of(outsize(folder, "--json", "model", "pack", "whole.pt", "p.json", "--trust-model"))
+    packed = result_of(outsize("--json", "model", "pack", "whole.pt", "p.json", "--trust-model"))
     assert packed["architecture"] == "torch.export.ExportedProgram"
     assert packed["model"] == "p"
     (folder / "tinymodule.py").unlink()
     whole = load_model(folder / "p.json", trust=True).network
     values = result_of(
-        outsize(folder, "--json", "segment", SCENE, "m.zarr", "--model", "p.json", "--trust-model", "--no-dashboard")
+        outsize("--json", "segment", SCENE, "m.zarr", "--model", "p.json", "--trust-model", "--no-dashboard")
     )
     assert values["failed_tiles"] == 0
     expected = whole_image(nn.Sequential(*map_to_float32(whole)), [0] * 4, [1] * 4)
@@ -271,7 +255,7 @@ def test_config_and_variables_name_a_model_though_there_is_a_command_of_that_nam
     values = result_of(outsize_here("--json", "--config", "run.toml", "plan", SCENE))
     assert values["model"] == "tinymodule:Tiny"
     env = {"OUTSIZE_MODEL": "tinymodule:Tiny", "OUTSIZE_WEIGHTS": "w.safetensors"}
-    assert result_of(outsize(folder, "--json", "plan", SCENE, env=env))["model"] == "tinymodule:Tiny"
+    assert result_of(outsize("--json", "plan", SCENE, env=env))["model"] == "tinymodule:Tiny"
 
 
 def documented_blocks() -> list[tuple[str, str]]:
@@ -282,26 +266,26 @@ def documented_blocks() -> list[tuple[str, str]]:
 
 def test_the_documented_example_works_as_it_is_written(tmp_path: Path) -> None:
     shutil.copy(SCENE, tmp_path / "scene.tif")
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     blocks = documented_blocks()
     assert [language for language, _ in blocks] == ["python", "python", "sh", "python", "sh"]
     outputs = []
     for language, text in blocks:
+        if text == blocks[4][1]:
+            # What the text asks for: that the network without arguments is the one that was trained.
+            module = tmp_path / "tinynet.py"
+            module.write_text(module.read_text().replace("width=8", "width=16"))
         if language == "python":
             name = text.splitlines()[0].removeprefix("# ")
             # Weights that the text leaves to chance are the same in every run here: they give both classes.
             seeded = f"import torch\n\ntorch.manual_seed(1)\n{text}" if name == "train.py" else text
             (tmp_path / name).write_text(seeded)
-            command: list[str | Path] = [sys.executable, name]
+            done = [subprocess.run([sys.executable, name], cwd=tmp_path, capture_output=True, text=True, check=False)]
         else:
-            command = ["bash", "-e", "-c", text]
-        if text == blocks[4][1]:
-            # What the text asks for: that the network without arguments is the one that was trained.
-            module = tmp_path / "tinynet.py"
-            module.write_text(module.read_text().replace("width=8", "width=16"))
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        outputs.append(done.stdout)
+            calls = [shlex.split(line) for line in text.replace("\\\n", " ").splitlines()]
+            assert {call[0] for call in calls} == {"outsize"}
+            done = [outsize(*call[1:], cwd=tmp_path) for call in calls]
+        assert all(call.returncode == 0 for call in done), [call.stderr for call in done]
+        outputs.append("".join(call.stdout for call in done))
         if text == blocks[2][1]:
             packed_by_command = json.loads((tmp_path / "tinynet.json").read_text())
     assert "tinynet:TinyNet(width=16)" in outputs[2]

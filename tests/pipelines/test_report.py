@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from outsize.pipelines.areas import count_areas
 from outsize.pipelines.console import Console
 from outsize.pipelines.quicklook import make_quicklook
 from outsize.pipelines.report import StoppedRun, measure_throughput, render_report
+from outsize.tests.commands import outsize
 from outsize.tiler.check import StartCheck
 from outsize.tiler.georeference import Georeference, pixel_areas
 from outsize.tiler.memory import format_bytes
@@ -33,11 +32,6 @@ from ..tiler.rasters import write_geotiff
 from ..tiler.test_transfer import damage
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-def outsize(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "outsize.pipelines.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 class Page(HTMLParser):

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+from outsize.tests.commands import outsize, result_of
 from outsize.tiler.records import read_records, run_folder
 from outsize.tiler.store import open_array
 
-from .test_cli import outsize, result_of
-
 SIZE, CORE = 320, 64
+SEGMENT = ("segment", "m.tif", "map.zarr", "--core", str(CORE), "--engine", "torch", "--no-dashboard")
 
 
 def write_tiled(path: Path) -> Path:
@@ -47,8 +47,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a raster and its map, named as people do."""
     folder = tmp_path_factory.mktemp("made")
     write_tiled(folder / "m.tif")
-    words = ["segment", "m.tif", "map.zarr", "--core", str(CORE), "--engine", "torch", "--no-dashboard"]
-    subprocess.run([sys.executable, "-m", "outsize", *words], cwd=folder, check=True, capture_output=True)
+    done = outsize(*SEGMENT, cwd=folder)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -114,8 +114,7 @@ def test_an_interrupted_output_is_told_as_such(folder: Path) -> None:
         "from outsize.pipelines.cli import main\n"
         "main(sys.argv[1:])"
     )
-    words = ["segment", "m.tif", "map.zarr", "--core", str(CORE), "--engine", "torch", "--no-dashboard"]
-    stopped = subprocess.run([sys.executable, "-c", code, *words], cwd=folder, capture_output=True, check=False)
+    stopped = subprocess.run([sys.executable, "-c", code, *SEGMENT], cwd=folder, capture_output=True, check=False)
     assert stopped.returncode == 130
     done = sorted(read_records(folder / "map.zarr"))
     found = outsize("verify", folder / "map.zarr", "--samples", "0")

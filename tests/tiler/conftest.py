@@ -17,9 +17,9 @@ def server() -> Iterator[ObjectServer]:
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def client() -> Iterator[Client]:
-    """Of one worker with two threads, in this process."""
+    """Of one worker with two threads, in this process; one for all tests that take it."""
     with (
         LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,

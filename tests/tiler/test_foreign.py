@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import rasterio.shutil
 import torch
 import xarray
 import zarr
-from distributed import Client, LocalCluster
+from distributed import Client
 from outsize.tiler.network import Network, analyze_network
 from outsize.tiler.raster import open_raster
 from outsize.tiler.run import predict
@@ -49,15 +49,6 @@ class Classify(nn.Module):
 @cache
 def network() -> Network:
     return analyze_network(Classify().eval(), bands=3, dtype="int16")
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
 
 
 def geotiff(folder: Path) -> Path:

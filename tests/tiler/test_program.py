@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from distributed import Client, LocalCluster
+from distributed import Client
 from outsize.tiler.axis_geometry import geometry_key
 from outsize.tiler.engine_programs import TorchPrograms, open_programs
 from outsize.tiler.errors import ExactnessError, UntileableError, UsageError
@@ -234,15 +233,6 @@ def test_engines_run_programs(name: str, engine: str) -> None:
         result = tiles.run_tile(np.ascontiguousarray(image[(slice(None), *tile.window.slices())]), tile)
         expected = whole[(slice(None), *tile.core.slices())]
         assert np.abs(result - expected).max() < 1e-4 * np.abs(whole).max()
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
 
 
 @pytest.mark.parametrize("engine", ["torch", "openvino"])

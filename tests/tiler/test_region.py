@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from affine import Affine
-from distributed import Client, LocalCluster
+from distributed import Client
 from outsize.tiler.errors import OutputError, UsageError
 from outsize.tiler.geometry import Window
 from outsize.tiler.georeference import Georeference, window_of_bounds
@@ -25,15 +24,6 @@ from torch import Tensor, nn
 
 from .rasters import TRANSFORM, has_all_chunks, write_geotiff
 from .zoo import ZOO, alive
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
 
 
 def image_of(height: int, width: int) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed import Client, LocalCluster
+from distributed import Client
 from outsize.models.segmentation.unet import UNet
 from outsize.tiler.cluster import ClusterOptions
 from outsize.tiler.errors import BudgetError, ExactnessError, OutputError, RasterError, TilerError, UsageError
@@ -47,15 +46,6 @@ class Classify(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.finish(self.logits(x))
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
 
 
 @cache

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import cloudpickle
 import numpy as np
 import pytest
 import torch
-from distributed import Client, LocalCluster
+from distributed import Client
 from outsize.tiler import memory_probe
 from outsize.tiler.errors import ExactnessError, UntileableError, UsageError
 from outsize.tiler.memory import EngineMemory
@@ -49,15 +48,6 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 HALO = {"same": 8, "half": 9}
 """1 + 2 * 2 + 2 * 1, and the pooling's and enlarging's phases; c is at half the size in "half"."""
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
 
 
 def stated(kind: str = "same", halo: int | None = None, stride: int | None = 2) -> StatedNetwork:

@@ -61,15 +61,6 @@ def _no_start_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("outsize.tiler.run.run_start_check", lambda *_: _passed())
 
 
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
-
-
 LAST = (319, 319)
 """Of a raster of 320 x 320, a pixel that only the last of 25 tiles reads."""
 

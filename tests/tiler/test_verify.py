@@ -7,14 +7,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 from outsize.tests.kill_campaign import hash_chunks
 from outsize.tiler.errors import OutputError
 from outsize.tiler.events import Event, TileFinished
@@ -28,15 +27,6 @@ from outsize.tiler.store import open_array, read_header
 from outsize.tiler.verify import recompute_samples, tile_states, verify_output
 
 from .test_run import class_network, logit_network, run, scene, stored, whole
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
 
 
 def damage_chunks(out: Path) -> dict[tuple[int, int], str]:
