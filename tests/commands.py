@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import io
 import json
 import os
 import select
@@ -21,6 +22,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
+
+from outsize.pipelines.cli import main
 
 TIMEOUT_S = 180.0
 COMMAND = [sys.executable, "-m", "outsize"]
@@ -109,6 +112,21 @@ def fresh_outsize(
         env={**os.environ, **(env or {})},
         cwd=cwd,
     )
+
+
+def outsize_here(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """The same in this process and its current folder: where no fresh process matters."""
+    out, errors, code = io.StringIO(), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            main([str(word) for word in words])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), errors.getvalue())
 
 
 def result_of(completed: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -210,6 +228,4 @@ def _become(request: dict[str, Any], handles: list[int]) -> None:
 if __name__ == "__main__":
     call = _serve(socket.socket(fileno=int(sys.argv[1])))
     if call is not None:
-        from outsize.pipelines.cli import main
-
         main(call)

@@ -16,6 +16,8 @@ from outsize.tiler.errors import UsageError
 from outsize.tiler.records import run_folder
 from outsize.tiler.store import open_array
 
+from .models import save_small_model
+
 NAMES = ("plain", "with space", 'quo\'ted "both"', "ünïcode-图", "-dash", "semi;colon $HOME `x`")
 """Of scenes on a disk; none of them may mean anything to a shell, a glob or an option."""
 
@@ -152,13 +154,14 @@ def test_a_terminal_gets_no_sequences_from_names(tmp_path: Path) -> None:
 def test_a_batch_goes_past_what_fails_and_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
     (folder / "broken.tif").write_bytes((folder / "plain.tif").read_bytes()[:100])
     write_tiff(folder / "three bands.tif", bands=3)
-    out = tmp_path / "maps"
-    dry = outsize("--json", "segment", folder, "--out-dir", out, "--dry-run")
+    out, model = tmp_path / "maps", save_small_model(tmp_path / "small.json")
+    words = ("--json", "segment", folder, "--out-dir", out, "--model", model, "--no-dashboard", "--engine", "torch")
+    dry = outsize(*words, "--dry-run")
     assert dry.returncode == 1
     planned = json.loads(dry.stdout.splitlines()[-1])["scenes"]
     assert sum("error" in scene for scene in planned) == 2
     (plain,) = (scene for scene in planned if scene["name"] == "plain")
-    alone = result_of(outsize("--json", "plan", folder / "plain.tif"))["plan"]
+    alone = result_of(outsize("--json", "plan", folder / "plain.tif", "--model", model, "--engine", "torch"))["plan"]
     grid = [-(-side // core) for side, core in zip(alone["raster_shape"][1:], alone["core"], strict=True)]
     assert plain["tiles"] == grid[0] * grid[1]
     assert (plain["flops"], plain["core"]) == (alone["flops"], list(alone["core"]))
@@ -167,7 +170,7 @@ def test_a_batch_goes_past_what_fails_and_on_where_it_stopped(folder: Path, tmp_
     total = json.loads(dry.stdout.splitlines()[-1])["output_bytes"]
     assert total == sum(70 * (70 + seed) for seed in range(len(NAMES)))
     assert not out.exists()
-    done = outsize("--json", "segment", folder, "--out-dir", out, "--no-dashboard", "--engine", "torch")
+    done = outsize(*words)
     assert done.returncode == 1
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["scenes"], result["done"], result["partial"], result["failed"]) == (8, 6, 0, 2)
@@ -189,7 +192,7 @@ def test_a_batch_goes_past_what_fails_and_on_where_it_stopped(folder: Path, tmp_
     (folder / "three bands.tif").unlink()
     (folder / "broken.tif").unlink()
     write_tiff(folder / "broken.tif", seed=9)
-    again = result_of(outsize("--json", "segment", folder, "--out-dir", out, "--no-dashboard", "--engine", "torch"))
+    again = result_of(outsize(*words))
     assert (again["done"], again["failed"]) == (7, 0)
     assert [scene["name"] for scene in again["results"] if scene["run"]["tiles"]] == ["broken"]
 
@@ -200,9 +203,9 @@ def test_a_batch_of_band_files_stacks_them(tmp_path: Path) -> None:
     assets = {f"B0{number}": {"href": f"B0{number}.tif", "roles": ["data"]} for number in range(4)}
     (tmp_path / "item.json").write_text(json.dumps(stac(assets)))
     chosen = [word for number in range(4) for word in ("--asset", f"B0{number}")]
-    out = tmp_path / "maps"
-    words = ["segment", tmp_path / "item.json", *chosen, "--out-dir", out, "--no-dashboard", "--engine", "torch"]
-    assert result_of(outsize("--json", *words))["done"] == 1
+    out, model = tmp_path / "maps", save_small_model(tmp_path / "small.json")
+    words = ["--out-dir", out, "--model", model, "--no-dashboard", "--engine", "torch"]
+    assert result_of(outsize("--json", "segment", tmp_path / "item.json", *chosen, *words))["done"] == 1
     assert open_array(out / "S2_T18.zarr", "class").shape == (70, 70)
 
 

@@ -19,7 +19,7 @@ import rasterio
 import torch
 import zarr
 from affine import Affine
-from outsize.models import Scaling, SegmentationClass, SegmentationModel, UNet, as_tile_network, load_model, save_model
+from outsize.models import as_tile_network, load_model
 from outsize.pipelines.cli import main
 from outsize.sample_data.small import small_scene_path
 from outsize.tests.commands import Command, fresh_outsize, outsize, result_of
@@ -28,6 +28,8 @@ from outsize.tiler.memory import parse_bytes
 from outsize.tiler.raster import open_raster
 from outsize.tiler.store import open_array, read_header
 from rio_cogeo.cogeo import cog_validate
+
+from .models import save_small_model
 
 SCENE = small_scene_path()
 LABELS = SCENE.with_name("labels.tif")
@@ -257,9 +259,9 @@ def test_probability_and_logits_are_written_and_exported(tmp_path: Path) -> None
 
 
 def test_ingest_keeps_its_budget(tmp_path: Path) -> None:
-    image = np.random.default_rng(0).integers(0, 9, (4, 5000, 5000), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 9, (4, 4200, 4200), dtype=np.uint8)
     with rasterio.open(
-        tmp_path / "a.tif", "w", driver="GTiff", count=4, height=5000, width=5000, dtype="uint8", transform=PLACE
+        tmp_path / "a.tif", "w", driver="GTiff", count=4, height=4200, width=4200, dtype="uint8", transform=PLACE
     ) as dataset:
         dataset.write(image)
     for memory, options in (("600MB", ["--workers", "1"]), ("1GB", []), ("2GB", [])):
@@ -380,23 +382,13 @@ def test_an_interrupt_ends_with_130_and_the_same_command_goes_on(tmp_path: Path)
     assert not (open_array(out, "class")[500:, 500:] == 255).any()
 
 
-def one_band_model(folder: Path) -> Path:
-    model = SegmentationModel(
-        name="one-band",
-        network=UNet(1, 3, (8, 12), norm="frozen"),
-        bands=("B04",),
-        scaling=Scaling(kind="min-max", subtract=(0.0,), divide=(255.0,)),
-        fill=(0.0,),
-        classes=tuple(SegmentationClass(name=n, colour=(90 * i, 80, 200)) for i, n in enumerate("abc")),
-    )
-    save_model(model, folder / "one-band.json")
-    return folder / "one-band.json"
-
-
 def test_naip_and_sentinel_2_go_through_with_their_place_kept(shared_dir: Path, tmp_path: Path) -> None:
     naip = shared_dir / "data/naip/tile_13477.tif"
     sentinel = shared_dir / "data/sentinel2_rachel_carson/S2B_L1C_20181013_B04.tif"
-    for source, options in ((naip, []), (sentinel, ["--model", str(one_band_model(tmp_path))])):
+    for source, options in (
+        (naip, []),
+        (sentinel, ["--model", str(save_small_model(tmp_path / "one-band.json", ("B04",)))]),
+    ):
         out, cog = tmp_path / f"{source.stem}.zarr", tmp_path / f"{source.stem}.tif"
         completed = outsize("--json", "segment", source, out, "--no-dashboard", *options)
         assert result_of(completed)["start_check_flipped"] == 0

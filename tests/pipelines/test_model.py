@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -11,9 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,9 +18,8 @@ import pytest
 import rasterio
 import torch
 from outsize.models import load_model
-from outsize.pipelines.cli import main
 from outsize.sample_data.small import small_scene_path
-from outsize.tests.commands import outsize, result_of
+from outsize.tests.commands import outsize, outsize_here, result_of
 from outsize.tiler.store import open_array, read_header
 from safetensors.torch import load_file, save_file
 from stac_model.schema import MLModelProperties
@@ -48,18 +44,6 @@ def installed_outsize(folder: Path, *arguments: str | Path) -> Any:
     """The installed command, which does not look into the current folder by itself."""
     command = Path(sys.executable).with_name("outsize")
     return subprocess.run([command, *map(str, arguments)], cwd=folder, capture_output=True, text=True, check=False)
-
-
-def outsize_here(*arguments: str | Path) -> Any:
-    """The same in this process and its current folder: where no worker and no fresh interpreter matters."""
-    out, errors = io.StringIO(), io.StringIO()
-    code = 0
-    with redirect_stdout(out), redirect_stderr(errors):
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as exit_:
-            code = exit_.code or 0
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=errors.getvalue())
 
 
 def refusal_of(completed: Any, code: int = 2) -> str:

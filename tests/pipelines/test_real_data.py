@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import pytest
 import rasterio
 import torch
 from outsize.models import Scaling, SegmentationClass, SegmentationModel, UNet, save_model
-from outsize.pipelines.cli import main
+from outsize.tests.commands import outsize_here, result_of
 from outsize.tiler.geometry import Window
 from outsize.tiler.raster import Raster, open_raster
 from outsize.tiler.store import open_array
@@ -23,15 +20,7 @@ from torch.nn import functional as F
 
 def outsize(*words: str | Path) -> dict[str, Any]:
     """The command in this process; its JSON."""
-    out, err = io.StringIO(), io.StringIO()
-    code: Any = 0
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            main(["--json", *map(str, words)])
-        except SystemExit as end:
-            code = end.code
-    assert not code, err.getvalue()
-    return json.loads(out.getvalue().splitlines()[-1])
+    return result_of(outsize_here("--json", *words))
 
 
 def read(raster: Raster) -> tuple[np.ndarray, np.ndarray]:
