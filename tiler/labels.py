@@ -108,8 +108,8 @@ class _RasterLabelReader:
         strange = known & (self._sorted[at] != stored)
         if strange.any():
             raise RasterError(
-                f"{raster.path}: labels must be {_few(self._labels.class_values)}, got {stored[strange].max()} in window "
-                f"{place}; name its classes' values with --class-values, or what is no class with --label-nodata"
+                f"{raster.path}: labels must be {_few(self._labels.class_values)}, got {stored[strange].max()} in "
+                f"window {place}; name its classes' values with --class-values, or what is no class with --label-nodata"
             )
         return np.where(known, self._class[at], np.uint8(UNLABELLED))
 
@@ -126,7 +126,6 @@ class PolygonLabels:
     """
 
     path: str
-    field: str
     class_values: tuple[str, ...]
     shape_yx: tuple[int, int]
     geometries: tuple[Geometry, ...] = field(repr=False)
@@ -143,7 +142,9 @@ class PolygonLabels:
     def burn(self, window: Window) -> Classes:
         """The classes of one window, burnt there and then."""
         left, top, right, bottom = self.bounds.T
-        touching = (left <= window.columns.stop) & (right >= window.x) & (top <= window.rows.stop) & (bottom >= window.y)
+        touching = (
+            (left <= window.columns.stop) & (right >= window.x) & (top <= window.rows.stop) & (bottom >= window.y)
+        )
         chosen = np.flatnonzero(touching)
         if not len(chosen):
             return np.full(window.shape, UNLABELLED, np.uint8)
@@ -242,7 +243,9 @@ def open_labels(
     try:
         values = tuple(int(value) for value in options.values) or tuple(range(len(names)))
     except ValueError:
-        raise UsageError(f"--class-values of labels in a raster must be whole numbers, got {_few(options.values)}") from None
+        raise UsageError(
+            f"--class-values of labels in a raster must be whole numbers, got {_few(options.values)}"
+        ) from None
     if len(set(values)) != len(values):
         raise UsageError(f"--class-values must differ from each other, got {_few(options.values)}")
     return RasterLabels(raster=raster, values=values, origin=origin)
@@ -271,7 +274,6 @@ def _open_polygons(
         raise RasterError(f"{src}: all polygons lie outside of {of}; are they of one place?")
     return PolygonLabels(
         path=src,
-        field=features.field,
         class_values=values,
         shape_yx=shape_yx,
         geometries=tuple(geometries),

@@ -128,7 +128,9 @@ def _read_by_gdal(path: str, encoding: str | None) -> _Layer:
     try:
         meta, _, shapes, columns = read(path, encoding=encoding)
     except UnicodeDecodeError as error:
-        raise RasterError(f"{path} has texts that are not UTF-8; say their encoding: --label-encoding latin1") from error
+        raise RasterError(
+            f"{path} has texts that are not UTF-8; say their encoding: --label-encoding latin1"
+        ) from error
     except (DataSourceError, ValueError) as error:
         raise RasterError(f"{path} cannot be read: {error}") from error
     geometries: list[Geometry | None] = [
@@ -148,7 +150,9 @@ def to_pixels(features: Features, place: Georeference, raster: str) -> list[Geom
     if crs is None or place.transform is None:
         raise RasterError(f"labels as polygons need a raster that says where it lies; {raster} has no CRS or transform")
     if features.crs is None:
-        raise RasterError(f"{features.path} does not say its CRS; write one beside it (.prj), or convert it to GeoPackage")
+        raise RasterError(
+            f"{features.path} does not say its CRS; write one beside it (.prj), or convert it to GeoPackage"
+        )
     geometries = list(features.geometries)
     if features.crs != crs:
         try:

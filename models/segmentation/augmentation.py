@@ -122,9 +122,12 @@ class Augmentation:
             transpose = False
         elif self.turns and not self.flips:
             # Without mirror images: none, a quarter, a half, three quarters.
-            transpose, mirror_y, mirror_x = ((False,) * 3, (True, True, False), (False, True, True), (True, False, True))[
-                2 * mirror_y + mirror_x
-            ]
+            transpose, mirror_y, mirror_x = (
+                (False,) * 3,
+                (True, True, False),
+                (False, True, True),
+                (True, False, True),
+            )[2 * mirror_y + mirror_x]
         elif not self.turns:
             transpose = mirror_y = mirror_x = False
         turn = Turn(transpose=transpose, mirror_y=mirror_y, mirror_x=mirror_x)

@@ -89,9 +89,9 @@ def load_state(folder: Path) -> TrainingState | None:
         with tensors.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != described["sha256"]:
-            raise OutputError(f"{tensors} is damaged: its sha256 is {digest}, not {described['sha256']}; --overwrite begins anew")
-        return TrainingState(
-            step=int(described["step"]), tensors=load_file(tensors), values=dict(described["values"])
-        )
+            raise OutputError(
+                f"{tensors} is damaged: its sha256 is {digest}, not {described['sha256']}; --overwrite begins anew"
+            )
+        return TrainingState(step=int(described["step"]), tensors=load_file(tensors), values=dict(described["values"]))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise OutputError(f"the state in {folder} cannot be read: {error}; --overwrite begins anew") from error

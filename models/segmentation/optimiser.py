@@ -12,7 +12,9 @@ OptimiserName: TypeAlias = Literal["adamw", "sgd"]
 MOMENTUM = 0.9
 
 
-def make_optimiser(name: OptimiserName, parameters: Iterable[nn.Parameter], weight_decay: float) -> torch.optim.Optimizer:
+def make_optimiser(
+    name: OptimiserName, parameters: Iterable[nn.Parameter], weight_decay: float
+) -> torch.optim.Optimizer:
     """AdamW, or SGD with Nesterov's momentum; the learning rate is set before every step."""
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=1.0, momentum=MOMENTUM, nesterov=True, weight_decay=weight_decay)

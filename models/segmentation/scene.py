@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from .split import Split
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
+LabelPart: TypeAlias = Literal["training", "validation", "all"]
 UNTURNED = Variant(turn=Turn())
 
 
@@ -55,19 +56,17 @@ class VariantRaster(Raster):
 
     source: Raster
     variant: Variant
-    float_dtype: np.dtype[Any] = field(default=np.dtype(np.float32))
+    """Its dtype is the float type that pixels are given in."""
 
     @classmethod
-    def of(
-        cls, raster: Raster, variant: Variant = UNTURNED, dtype: np.dtype[Any] = np.dtype(np.float32)
-    ) -> VariantRaster:
+    def of(cls, raster: Raster, variant: Variant, dtype: np.dtype[Any]) -> VariantRaster:
         values: dict[str, Any] = {entry.name: getattr(raster, entry.name) for entry in fields(Raster)}
         values["shape"] = (raster.bands, *variant.turn.shape(raster.shape_yx))
         values["dtype"] = dtype
-        return cls(source=raster, variant=variant, float_dtype=dtype, **values)
+        return cls(source=raster, variant=variant, **values)
 
     def open_reader(self, cache_bytes: int = 0) -> RasterReader:
-        return VariantReader(self.source.open_reader(cache_bytes), self.source, self.variant, self.float_dtype)
+        return VariantReader(self.source.open_reader(cache_bytes), self.source, self.variant, self.dtype)
 
 
 class VariantReader:
@@ -98,43 +97,45 @@ class VariantReader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SceneLabels:
-    """The classes that count, of one scene in one variant: those of training pixels, or of validation pixels.
+    """The classes that count, of one scene in one variant: those of training pixels, of validation pixels, or all.
 
     UNLABELLED where the class is not known, where the raster holds nodata, and where the split says so.
     """
 
     scene: TrainingScene
-    part: str
-    """ "training", "validation", or "all"."""
-    turn: Turn = Turn()
+    part: LabelPart
+    turn: Turn = field(default_factory=Turn)
 
     @property
     def shape_yx(self) -> tuple[int, int]:
         return self.turn.shape(self.scene.raster.shape_yx)
 
-    def open_reader(self) -> LabelReader:
-        return SceneLabelReader(self)
+    def open_reader(self) -> SceneLabelReader:
+        return SceneLabelReader(self, self.scene.labels.open_reader(), self.scene.raster.open_reader())
 
 
 class SceneLabelReader:
-    """Reads windows of the classes that count."""
+    """Reads windows of the classes that count.
 
-    def __init__(self, labels: SceneLabels) -> None:
-        self._labels = labels
-        scene = labels.scene
-        self._reader = scene.labels.open_reader()
-        rule = scene.raster.nodata_rule
-        may_miss = bool(rule.values) or rule.mask is not None or rule.mask_band
-        self._pixels = scene.raster.open_reader() if may_miss else None
+    Args:
+        labels: reader of the labels as they are.
+        pixels: reader of the raster; None: its nodata pixels keep their class.
+    """
+
+    def __init__(self, view: SceneLabels, labels: LabelReader, pixels: RasterReader | None) -> None:
+        self._view, self._reader = view, labels
+        rule = view.scene.raster.nodata_rule
+        may_miss = bool(rule.values) or rule.mask is not None or bool(rule.mask_band)
+        self._pixels = pixels if may_miss else None
 
     def read(self, window: Window) -> Classes:
-        turn, scene = self._labels.turn, self._labels.scene
+        turn, scene = self._view.turn, self._view.scene
         place = turn.source_window(window, scene.raster.shape_yx)
         found = self._reader.read(place)
         keep: Mask | None = None
-        if self._labels.part == "training":
+        if self._view.part == "training":
             keep = scene.find_training(place)
-        elif self._labels.part == "validation":
+        elif self._view.part == "validation":
             keep = scene.find_validation(place)
         if keep is not None:
             found = np.where(keep, found, np.uint8(UNLABELLED))
@@ -148,7 +149,3 @@ class SceneLabelReader:
         self._reader.close()
         if self._pixels is not None:
             self._pixels.close()
-
-
-def with_split(scene: TrainingScene, split: Split | None) -> TrainingScene:
-    return replace(scene, split=split)

@@ -27,7 +27,7 @@ class Split:
     """Which pixels of a scene validate: blocks whose place in an even sequence lies below the share.
 
     A block validates where frac(offset + row/p + column/p^2) < share: a pure function of seed and position, evenly
-    spread, and very near the share in any part of the scene. Every pixel nearer to a validation block than `guard`, along
+    spread, and very near the share in any part of the scene. Every pixel within `guard` of a validation block, along
     rows and along columns, is neither trained on nor validated.
     """
 
@@ -86,7 +86,7 @@ def seed_offset(seed: int, scene: int, attempt: int = 0) -> float:
 def choose_split(
     counts: npt.NDArray[np.int64], *, share: float, block: int, guard: int, seed: int, scene: int
 ) -> Split:
-    """The split of one scene: of some offsets that follow from the seed, the first that leaves most classes on both sides.
+    """The split of one scene: of offsets that follow from the seed, the first that leaves most classes on both sides.
 
     Args:
         counts: (rows, columns, classes) labelled pixels of each class in each block.

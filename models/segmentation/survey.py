@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -12,25 +11,13 @@ from ...tiler.errors import RasterError
 from ...tiler.geometry import Grid, Window, align_up
 from ...tiler.labels import UNLABELLED, Classes
 from .moments import Moments
-from .scene import SceneLabels, TrainingScene
+from .scene import LabelPart, SceneLabels, TrainingScene
 
 _READ = 1024
 """About the side of the windows that are read."""
 
 Counts = npt.NDArray[np.int64]
 Advance = Callable[[int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SceneCounts:
-    """Labelled pixels of one scene, by cell and class."""
-
-    cell: int
-    """Side of a cell in pixels."""
-    training: Counts = field(repr=False)
-    """(rows, columns, classes) that are trained on."""
-    validation: Counts = field(repr=False)
-    """(rows, columns, classes) that validate."""
 
 
 def _cells(window: Window, labels: Classes, cell: int, classes: int) -> Counts:
@@ -53,7 +40,7 @@ def _place(counts: Counts, window: Window, cell: int, part: Counts) -> None:
 
 
 def count_labels(
-    scene: TrainingScene, *, cell: int, classes: int, part: str = "all", advance: Advance | None = None
+    scene: TrainingScene, *, cell: int, classes: int, part: LabelPart = "all", advance: Advance | None = None
 ) -> Counts:
     """(rows, columns, classes): labelled pixels of each cell of a scene, from one pass over the labels.
 

@@ -1,4 +1,4 @@
-"""Labels: polygons burnt window by window equal the whole, values become classes, and what cannot be right is refused."""
+"""Labels: polygons burnt by windows equal the whole, values become classes, what cannot be right is refused."""
 
 from __future__ import annotations
 
@@ -76,9 +76,7 @@ def test_polygons_read_by_any_windows_equal_the_whole_raster_burnt_at_once(tmp_p
     geometries = polygons(23, UTM)
     values = [NAMES[index % 3] for index in range(len(geometries))]
     path = write_geojson(tmp_path / "labels.geojson", geometries, values, "EPSG:32618")
-    labels = open_labels(
-        str(path), UTM, SHAPE, of="scene", names=NAMES, options=LabelOptions(field="cover")
-    )
+    labels = open_labels(str(path), UTM, SHAPE, of="scene", names=NAMES, options=LabelOptions(field="cover"))
     whole = rasterize(
         [(geometry, index % 3) for index, geometry in enumerate(geometries)],
         out_shape=SHAPE,
@@ -120,7 +118,10 @@ def test_polygons_of_another_crs_are_projected(tmp_path: Path) -> None:
 
 
 def test_values_of_polygons_become_the_classes_that_are_asked_for(tmp_path: Path) -> None:
-    square = {"type": "Polygon", "coordinates": [[UTM.position_of(*at) for at in ((2, 3), (2, 9), (8, 9), (8, 3), (2, 3))]]}
+    square = {
+        "type": "Polygon",
+        "coordinates": [[UTM.position_of(*at) for at in ((2, 3), (2, 9), (8, 9), (8, 3), (2, 3))]],
+    }
     path = write_geojson(tmp_path / "labels.geojson", [square], [2253.0], "EPSG:32618")
     options = LabelOptions(field="cover", values=("2360", "2253", "6201"))
     labels = open_labels(str(path), UTM, SHAPE, of="scene", names=NAMES, options=options)
@@ -130,7 +131,7 @@ def test_values_of_polygons_become_the_classes_that_are_asked_for(tmp_path: Path
     assert np.array_equal(found, expected)
     with pytest.raises(RasterError, match="cover must be one of water, sand, forest, got 2253"):
         open_labels(str(path), UTM, SHAPE, of="scene", names=NAMES, options=LabelOptions(field="cover"))
-    with pytest.raises(UsageError, match="has 2 fields; name the one .* --label-field: cover, id"):
+    with pytest.raises(UsageError, match=r"has 2 fields; name the one .* --label-field: cover, id"):
         open_labels(str(path), UTM, SHAPE, of="scene", names=NAMES, options=LabelOptions())
     with pytest.raises(UsageError, match="has no field kind"):
         open_labels(str(path), UTM, SHAPE, of="scene", names=NAMES, options=LabelOptions(field="kind"))
