@@ -162,6 +162,8 @@ class _Run:
                 "data": self.data.describe(),
             }
             write_durably(self.out / TRAINING, json.dumps(described, indent=1).encode() + b"\n")
+        # After what makes the folder a training's own.
+        self.data.survey.save(self.out)
         self.trainer = Trainer(self.module, self.data.recipe, self.data.draw, self.data.engine.compute)
         state = load_state(self.out)
         if state is not None:

@@ -201,7 +201,6 @@ def prepare_data(
     if survey is None:
         survey = _survey(console, options, scenes, reach, len(names), start)
         _require_labels(options, survey, names)
-        survey.save(options.out)
     scenes = tuple(replace(scene, split=split) for scene, split in zip(scenes, survey.splits, strict=True))
     with torch.no_grad():
         module.subtract.copy_(torch.tensor(survey.scaling.subtract)[None, :, None, None])

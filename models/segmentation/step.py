@@ -68,8 +68,6 @@ class LabelSource:
 
     def __init__(self, reader: SceneLabelReader, shape_yx: tuple[int, int]) -> None:
         self._reader, self._shape = reader, shape_yx
-        self.pixels = 0
-        """Read so far that had a class."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -77,12 +75,32 @@ class LabelSource:
 
     def read(self, window: Window) -> tuple[Tensor, Mask | None]:
         found = self._reader.read(window)
-        missing = found == UNLABELLED
-        self.pixels += int(missing.size - missing.sum())
-        return torch.from_numpy(found)[None], missing
+        return torch.from_numpy(found)[None], found == UNLABELLED
 
     def close(self) -> None:
         """The reader is the engine's."""
+
+
+class CountingLoss:
+    """A loss that counts the pixels it has seen."""
+
+    def __init__(self, loss: Loss) -> None:
+        self._loss = loss
+        self.pixels = 0
+
+    @property
+    def separable(self) -> bool:
+        return self._loss.separable
+
+    def select(self, labels: Tensor, valid: Tensor) -> Tensor:
+        return self._loss.select(labels, valid)
+
+    def sums(self, logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+        self.pixels += int(counted.sum())
+        return self._loss.sums(logits, labels, counted)
+
+    def value(self, sums: Tensor) -> Tensor:
+        return self._loss.value(sums)
 
 
 class StepEngine:
@@ -109,19 +127,18 @@ class StepEngine:
         groups = [(self._tiles(key[0], key[1], [tile.core for tile in group]), self._label_source(*key, "training"))
                   for key, group in groupby(tiles, key=lambda tile: (tile.scene, tile.variant))]  # fmt: skip
         tensors = self.network.tensors()
+        counting = CountingLoss(self.loss)
         weights: Tensor | None = None
         if not self.loss.separable:
             sums = _added(lambda part, labels: compute_loss_sums(part, tensors, self.loss, labels), groups).sums
             _, weights = self._value(sums)
-        total = _added(
-            lambda part, labels: gradient_of_tiles(part, tensors, self.loss, labels, weights=weights), groups
-        )
+        total = _added(lambda part, labels: gradient_of_tiles(part, tensors, counting, labels, weights=weights), groups)
         loss, slope = self._value(total.sums)
         scale = float(slope[0]) if weights is None else 1.0
         return StepGradient(
             loss=loss,
             gradients={self.network.names[name]: gradient * scale for name, gradient in total.gradients.items()},
-            pixels=sum(labels.pixels for _, labels in groups) // (1 if weights is None else 2),
+            pixels=counting.pixels,
         )
 
     def _value(self, sums: Tensor | None) -> tuple[float, Tensor]:
