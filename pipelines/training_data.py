@@ -236,12 +236,13 @@ def _survey(
     block = options.block or choose_block(shapes, reach)
     share = 0.0 if options.validate_on else options.validation
     splits: list[Split | None] = []
-    pixels = sum(height * width for height, width in shapes)
+    passes = (bool(share) + 2 * scene.trains + (scene.is_held_out or bool(share)) for scene in scenes)
+    pixels = sum(count * height * width for count, (height, width) in zip(passes, shapes, strict=True))
     cell = max(1, options.core // 2)
     moments = Moments.none(scenes[0].raster.bands)
     training: list[Counts] = []
     validation: list[Counts] = []
-    with console.step("survey", pixels * (3 + bool(share))) as step:
+    with console.step("survey", pixels) as step:
         for index, scene in enumerate(scenes):
             split: Split | None = None
             if share:
