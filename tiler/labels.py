@@ -36,7 +36,8 @@ class LabelReader(Protocol):
         """(height, width) of a window inside the raster: class numbers, UNLABELLED where none is known.
 
         Raises:
-            RasterError: the window cannot be read, or holds a value that is no class.
+            RasterError: the window cannot be read.
+            UsageError: a value that is no class.
         """
         ...
 
@@ -107,8 +108,8 @@ class _RasterLabelReader:
         at = np.searchsorted(self._sorted, stored).clip(max=len(self._sorted) - 1)
         strange = known & (self._sorted[at] != stored)
         if strange.any():
-            raise RasterError(
-                f"{raster.path}: labels must be {_few(self._labels.class_values)}, got {stored[strange].max()} in "
+            raise UsageError(
+                f"{raster.path}: labels must be {_numbers(self._labels.values)}, got {stored[strange].max()} in "
                 f"window {place}; name its classes' values with --class-values, or what is no class with --label-nodata"
             )
         return np.where(known, self._class[at], np.uint8(UNLABELLED))
@@ -298,13 +299,18 @@ def _require_same_place(of: str, ours: Georeference, labels: str, theirs: Georef
     step = max(abs(ours.affine.a), abs(ours.affine.b), abs(ours.affine.e))
     if ours.crs != theirs.crs or not np.allclose(ours.transform, theirs.transform, rtol=1e-9, atol=1e-3 * step):
         raise UsageError(
-            f"labels must lie on one grid with the raster: {of} is at {_place(ours)}, {labels} at {_place(theirs)}"
+            f"labels must lie on the grid of {of}: it is at {_place(ours)}, {labels} at {_place(theirs)}"
         )
 
 
 def _place(place: Georeference) -> str:
     crs = place.crs
     return f"{place.affine.c:.10g},{place.affine.f:.10g} in {crs.to_string()[:40] if crs else 'no CRS'}"
+
+
+def _numbers(values: tuple[int, ...]) -> str:
+    """0..5, or 3, 5, 9."""
+    return f"0..{len(values) - 1}" if values == tuple(range(len(values))) else _few(values)
 
 
 def _few(values: Sequence[Any]) -> str:
