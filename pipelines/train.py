@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import rasterio
 import torch
 from filelock import FileLock, Timeout
 
@@ -32,7 +33,7 @@ from ..tiler.errors import OutputError, UsageError
 from ..tiler.fingerprint import fingerprint_raster
 from ..tiler.labels import LabelOptions
 from ..tiler.machine import find_versions
-from ..tiler.memory import format_bytes, parse_bytes
+from ..tiler.memory import format_bytes
 from ..tiler.meter import MemoryMeter
 from ..tiler.plan import format_seconds
 from ..tiler.raster import Raster, ReadOptions, open_with
@@ -45,6 +46,7 @@ from .training_report import write_training_report
 TRAINING, LOG, REPORT, LOCK = "training.json", "train.jsonl", "report.html", ".lock"
 SAVE_EVERY_S = 60.0
 """A kill costs at most this, and a step."""
+_GDAL_CACHE_MB = 64
 _PARTS = 1_000_000
 """Of the progress bar."""
 
@@ -82,7 +84,8 @@ class TrainOptions:
 
 def run_train(console: Console, options: TrainOptions) -> None:
     """Train, or go on, and leave best.json, last.json, train.jsonl and report.html in the folder."""
-    with _owning(options), MemoryMeter() as meter:
+    # GDAL would keep up to a twentieth of the machine's memory in decoded blocks.
+    with _owning(options), rasterio.Env(GDAL_CACHEMAX=_GDAL_CACHE_MB), MemoryMeter() as meter:
         run = _Run(console, options, meter)
         run.start()
         try:
@@ -330,6 +333,7 @@ class _Run:
             "best": self.best,
             "classes": [entry.name for entry in self.data.classes],
             "peak_bytes": self.meter.peak_bytes,
+            "predicted_peak_bytes": self.data.predicted_bytes,
             "report_bytes": report_bytes,
         }
 
@@ -391,7 +395,7 @@ def _serves_all(labels: str) -> bool:
 def _fingerprint(rasters: Sequence[Raster], options: TrainOptions, model: SegmentationModel | None) -> dict[str, Any]:
     """What the trajectory depends on, as plain values."""
     values = asdict(replace(options, model=None, out=Path(), reading=ReadOptions(), recipe=Recipe()))
-    for name in ("out", "model", "reading", "recipe", "overwrite", "scenes"):
+    for name in ("out", "model", "reading", "recipe", "overwrite", "scenes", "memory"):
         del values[name]
     recipe = asdict(options.recipe)
     found: dict[str, Any] = {
@@ -433,8 +437,3 @@ def make_recipe(step: str, augment: str, **values: Any) -> Recipe:
     """The recipe that options of the command line mean."""
     kind, tiles = parse_step(step)
     return Recipe(step=kind, tiles=tiles, augmentation=Augmentation.parse(augment), **values)
-
-
-def budget_of(options: TrainOptions) -> int:
-    """Bytes of all of this process."""
-    return parse_bytes(options.memory)

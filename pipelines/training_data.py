@@ -25,10 +25,13 @@ from ..models.segmentation.scaling import Scaling, ScalingKind
 from ..models.segmentation.scene import TrainingScene
 from ..models.segmentation.split import Split, choose_block, choose_split, compute_reach
 from ..models.segmentation.step import StepEngine
+from ..models.segmentation.step_memory import require_budget
 from ..models.segmentation.survey import Counts, count_labels, measure_bands
 from ..models.segmentation.validation import ValidationTile, list_validation_tiles
 from ..tiler.errors import UsageError
 from ..tiler.labels import open_labels
+from ..tiler.memory import MB, format_bytes, parse_bytes
+from ..tiler.meter import process_bytes
 from ..tiler.network import Network, analyze_network
 from ..tiler.raster import Raster
 from ..tiler.trainable import TrainableNetwork, prepare_training
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
 
 SURVEY, COUNTS = "survey.json", "survey.safetensors"
 VALIDATION_CORE = 512
+_CACHE_BYTES = 64 * MB
+"""Of decoded blocks of all scenes."""
 _CALIBRATED = 8
 """Cores in the batch that frozen norms are calibrated on."""
 
@@ -113,6 +118,8 @@ class TrainingData:
     start: SegmentationModel | None
     module: TileNetwork
     remarks: tuple[str, ...]
+    predicted_bytes: int
+    """Peak of the process."""
 
     def describe(self) -> dict[str, Any]:
         """For people and for the report, as plain values."""
@@ -206,7 +213,16 @@ def prepare_data(
         module.subtract.copy_(torch.tensor(survey.scaling.subtract)[None, :, None, None])
         module.divide.copy_(torch.tensor(survey.scaling.divide)[None, :, None, None])
     recipe = _weigh(options, survey, len(names))
-    engine = StepEngine(trainable, scenes, parse_loss(recipe.loss, recipe.class_weights), survey.fill)
+    loss = parse_loss(recipe.loss, recipe.class_weights)
+    budget = parse_bytes(options.memory)
+    cache = min(_CACHE_BYTES, budget // 8)
+    longest = max(extent for scene in scenes for extent in scene.raster.shape_yx)
+    # What the optimiser and the average will hold comes on top: four times the weights.
+    weights = 4 * sum(p.numel() * p.element_size() for p in module.parameters())
+    predicted = require_budget(
+        trainable, min(max(options.core, VALIDATION_CORE // 2), longest), process_bytes() + cache + weights, budget
+    )
+    engine = StepEngine(trainable, scenes, loss, survey.fill, cache_bytes=cache)
     shapes = tuple(scene.raster.shape_yx for scene in scenes)
     return TrainingData(
         scenes=scenes,
@@ -219,7 +235,8 @@ def prepare_data(
         reach=reach,
         start=start,
         module=module,
-        remarks=_remark(survey, names, scenes),
+        remarks=(*_remark(survey, names, scenes), f"memory {format_bytes(predicted)} predicted at most"),
+        predicted_bytes=predicted,
     )
 
 

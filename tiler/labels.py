@@ -298,9 +298,7 @@ def _require_same_place(of: str, ours: Georeference, labels: str, theirs: Georef
         return
     step = max(abs(ours.affine.a), abs(ours.affine.b), abs(ours.affine.e))
     if ours.crs != theirs.crs or not np.allclose(ours.transform, theirs.transform, rtol=1e-9, atol=1e-3 * step):
-        raise UsageError(
-            f"labels must lie on the grid of {of}: it is at {_place(ours)}, {labels} at {_place(theirs)}"
-        )
+        raise UsageError(f"labels must lie on the grid of {of}: it is at {_place(ours)}, {labels} at {_place(theirs)}")
 
 
 def _place(place: Georeference) -> str:

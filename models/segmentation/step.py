@@ -18,14 +18,12 @@ from ...tiler.labels import UNLABELLED, Classes
 from ...tiler.loss import Loss
 from ...tiler.memory import MB
 from ...tiler.nodata import Mask
+from ...tiler.network import torch_dtype
 from ...tiler.raster import RasterReader, read_filled
 from ...tiler.trainable import TrainableNetwork
 from .augmentation import Variant
 from .sampling import TrainingTile
 from .scene import UNTURNED, LabelPart, SceneLabelReader, SceneLabels, TrainingScene, VariantRaster, VariantReader
-
-_CACHE_BYTES = 64 * MB
-"""Of decoded blocks of each scene."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +53,10 @@ class VariantSource:
     def shape(self) -> tuple[int, int, int]:
         return self._view.shape
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_dtype(self._view.dtype)
+
     def read(self, window: Window) -> tuple[Tensor, Mask | None]:
         filled = read_filled(self._reader, self._view, window, self._fill)
         return torch.from_numpy(filled.image), filled.missing
@@ -72,6 +74,10 @@ class LabelSource:
     @property
     def shape(self) -> tuple[int, int, int]:
         return (1, *self._shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.uint8
 
     def read(self, window: Window) -> tuple[Tensor, Mask | None]:
         found = self._reader.read(window)
@@ -108,6 +114,11 @@ class StepEngine:
 
     Guarantee: `compute` gives the gradient of the loss over the union of the tiles' cores, each as it would be in its
     whole scene shown in the tile's variant, up to floating-point rounding. Tiles are added in their order.
+
+    Args:
+        fill: raw value of each band that stands in for nodata.
+        cuts: where a tile's graph is cut so that its parts are computed again in backward.
+        cache_bytes: of decoded blocks of all scenes.
     """
 
     def __init__(
@@ -117,9 +128,10 @@ class StepEngine:
         loss: Loss,
         fill: tuple[float, ...],
         cuts: tuple[int, ...] = (),
+        cache_bytes: int = 64 * MB,
     ) -> None:
         self.network, self.scenes, self.loss, self.fill, self.cuts = network, scenes, loss, fill, cuts
-        self._pixels = [scene.raster.open_reader(_CACHE_BYTES) for scene in scenes]
+        self._pixels = [scene.raster.open_reader(cache_bytes // len(scenes)) for scene in scenes]
         self._labels = [scene.labels.open_reader() for scene in scenes]
 
     def compute(self, tiles: Sequence[TrainingTile]) -> StepGradient:
