@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from .train import TrainOptions
 
 SURVEY, COUNTS = "survey.json", "survey.safetensors"
-VALIDATION_CORE = 512
+_VALIDATED = 2
+"""Side of validation's cores in units of the training's: without gradients they take no more memory."""
 _CACHE_BYTES = 64 * MB
 """Of decoded blocks of all scenes."""
 _CALIBRATED = 8
@@ -219,9 +220,7 @@ def prepare_data(
     longest = max(extent for scene in scenes for extent in scene.raster.shape_yx)
     # What the optimiser and the average will hold comes on top: four times the weights.
     weights = 4 * sum(p.numel() * p.element_size() for p in module.parameters())
-    predicted = require_budget(
-        trainable, min(max(options.core, VALIDATION_CORE // 2), longest), process_bytes() + cache + weights, budget
-    )
+    predicted = require_budget(trainable, min(options.core, longest), process_bytes() + cache + weights, budget)
     engine = StepEngine(trainable, scenes, loss, survey.fill, cache_bytes=cache)
     shapes = tuple(scene.raster.shape_yx for scene in scenes)
     return TrainingData(
@@ -230,7 +229,9 @@ def prepare_data(
         recipe=recipe,
         engine=engine,
         draw=_make_draw(options, recipe, survey, shapes),
-        validation_tiles=tuple(list_validation_tiles(shapes, survey.validation, survey.cell, VALIDATION_CORE)),
+        validation_tiles=tuple(
+            list_validation_tiles(shapes, survey.validation, survey.cell, _VALIDATED * options.core)
+        ),
         survey=survey,
         reach=reach,
         start=start,

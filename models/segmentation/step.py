@@ -17,8 +17,8 @@ from ...tiler.gradient import GradientSum, Tiles, compute_loss_sums, compute_out
 from ...tiler.labels import UNLABELLED, Classes
 from ...tiler.loss import Loss
 from ...tiler.memory import MB
-from ...tiler.nodata import Mask
 from ...tiler.network import torch_dtype
+from ...tiler.nodata import Mask
 from ...tiler.raster import RasterReader, read_filled
 from ...tiler.trainable import TrainableNetwork
 from .augmentation import Variant

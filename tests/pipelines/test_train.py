@@ -198,6 +198,7 @@ def test_the_log_the_model_and_the_page_are_there(trained: tuple[Path, dict[str,
     assert [line["step"] for line in validations] == [3, 6]
     best = max(validations, key=lambda line: line["mean_iou"])
     assert values["best"]["mean_iou"] == best["mean_iou"]
+    assert values["peak_bytes"] <= values["predicted_peak_bytes"]
     confusion = Confusion(counts=np.array(best["confusion"]))
     assert confusion.mean_iou == best["mean_iou"]
     assert confusion.pixels == best["pixels"] > 1000
@@ -295,6 +296,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(scene: tuple[Path, Path],
     assert "a step must be image, or tiles:N" in say("--step", "tiles:0")
     assert "a new network without --model" in say("--model", _shipped(), "--classes", "a,b")
     assert "the model takes 4 bands, the scenes have 3" in say("--model", _shipped())
+    assert re.search(r"cores of 64 px need \d+ MB, --memory is 50 MB; give as much", say("--memory", "50MB"))
     nan = np.where(np.random.default_rng(0).random((3, *SHAPE)) < 0.01, np.nan, 1).astype(np.float32)
     floats = write_geotiff(tmp_path / "floats.tif", nan)
     answer = refusal("train", floats, "--labels", labels, "--out", out, "--steps", "1", *SMALL)
