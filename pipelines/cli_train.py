@@ -22,25 +22,35 @@ def together(*decorators: Callable[[Any], Any]) -> Callable[[_Command], _Command
     return decorate
 
 
-def _names(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
-    """Texts between commas."""
-    return tuple(part.strip() for part in value.split(",")) if value else ()
+class _Texts(click.ParamType):
+    """Texts between commas; a list in a TOML file."""
+
+    name = "texts"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        parts = tuple(value) if isinstance(value, (list, tuple)) else tuple(str(value).split(","))
+        texts = tuple(str(part).strip() for part in parts)
+        if not all(texts):
+            self.fail(f"texts between commas, got {value!r}", param, ctx)
+        return texts
 
 
-def _widths(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"whole numbers between commas, got {value!r}") from None
+class _Numbers(_Texts):
+    """Numbers between commas; with `word` also that word."""
 
+    name = "numbers"
 
-def _weights(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | tuple[float, ...]:
-    if value in (None, "balanced"):
-        return value or ()
-    try:
-        return tuple(float(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"balanced, or numbers between commas, got {value!r}") from None
+    def __init__(self, kind: type[int] | type[float], word: str | None = None) -> None:
+        self.kind, self.word = kind, word
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if self.word is not None and value == self.word:
+            return value
+        try:
+            return tuple(self.kind(part) for part in super().convert(value, param, ctx))
+        except ValueError:
+            also = f"{self.word}, or " if self.word else ""
+            self.fail(f"{also}numbers between commas, got {value!r}", param, ctx)
 
 
 label_options = together(
@@ -55,7 +65,7 @@ label_options = together(
     ),
     click.option(
         "--class-values",
-        callback=_names,
+        type=_Texts(),
         metavar="V,V,...",
         help="Value of each class in the labels; without it 0, 1, 2, ..., or of polygons the classes' names.",
     ),
@@ -67,7 +77,7 @@ def make_label_options(options: dict[str, Any]) -> Any:
     from ..tiler.labels import LabelOptions
 
     return LabelOptions(
-        values=options["class_values"],
+        values=options["class_values"] or (),
         nodata=options["label_nodata"] or None,
         field=options["label_field"],
         encoding=options["label_encoding"],
@@ -88,7 +98,7 @@ train_options = together(
     ),
     click.option(
         "--classes",
-        callback=_names,
+        type=_Texts(),
         metavar="NAME,NAME,...",
         help="In the order of their numbers, each with a colour if wanted: water=#2667B2. Without it those of "
         "--model, or of the labels.",
@@ -113,7 +123,7 @@ train_options = together(
     ),
     click.option(
         "--class-weights",
-        callback=_weights,
+        type=_Numbers(float, "balanced"),
         metavar="W,W,...",
         help="In cross-entropy; or: balanced. Without it all 1.",
     ),
@@ -163,7 +173,7 @@ train_options = together(
     click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True),
     click.option(
         "--widths",
-        callback=_widths,
+        type=_Numbers(int),
         default="16,32,64,128",
         show_default=True,
         help="Of a new U-Net: channels of each level.",
@@ -179,7 +189,7 @@ def run_train_command(console: Any, scenes: tuple[str, ...], options: dict[str, 
     from .model import SourceOptions
     from .train import TrainOptions, make_recipe, run_train
 
-    weights, minutes, steps = options["class_weights"], options["minutes"], options["steps"]
+    weights, minutes, steps = options["class_weights"] or (), options["minutes"], options["steps"]
     recipe = make_recipe(
         options["step"],
         options["augment"],
@@ -214,7 +224,7 @@ def run_train_command(console: Any, scenes: tuple[str, ...], options: dict[str, 
             recipe=recipe,
             reading=reading,
             label_options=make_label_options(options),
-            classes=options["classes"],
+            classes=options["classes"] or (),
             balanced=weights == "balanced",
             validation=options["validation"],
             validate_on=options["validate_on"],

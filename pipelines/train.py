@@ -31,7 +31,7 @@ from ..models.segmentation.unet import Norm, UNet
 from ..models.segmentation.validation import Validation, ValidationTile, validate
 from ..tiler.errors import OutputError, UsageError
 from ..tiler.fingerprint import fingerprint_raster
-from ..tiler.labels import LabelOptions
+from ..tiler.labels import LabelOptions, identify_labels
 from ..tiler.machine import find_versions
 from ..tiler.memory import format_bytes
 from ..tiler.meter import MemoryMeter
@@ -395,13 +395,14 @@ def _serves_all(labels: str) -> bool:
 def _fingerprint(rasters: Sequence[Raster], options: TrainOptions, model: SegmentationModel | None) -> dict[str, Any]:
     """What the trajectory depends on, as plain values."""
     values = asdict(replace(options, model=None, out=Path(), reading=ReadOptions(), recipe=Recipe()))
-    for name in ("out", "model", "reading", "recipe", "overwrite", "scenes", "memory"):
+    for name in ("out", "model", "reading", "recipe", "overwrite", "scenes", "memory", "labels"):
         del values[name]
     recipe = asdict(options.recipe)
     found: dict[str, Any] = {
         **{f"scene {index + 1}": fingerprint_raster(raster) for index, raster in enumerate(rasters)},
-        "scenes": [raster.path for raster in rasters],
+        **{f"labels {index + 1}": identify_labels(labels) for index, labels in enumerate(options.labels)},
         **values,
+        "validate_on": [options.scenes.index(scene) + 1 for scene in options.validate_on],
         **recipe,
         "model": f"{model.name} {model.sha256}" if model else None,
     }

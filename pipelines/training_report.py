@@ -66,7 +66,7 @@ def render_training_report(folder: Path, data: TrainingData) -> str:
         "matrix": _matrix(best["confusion"]) if best else [],
         "worst": _worst_tiles(folder, data, best) if best else [],
         "choices": [(key.replace("_", " "), _text(value)) for key, value in training["fingerprint"].items()
-                    if not key.startswith("scene")],
+                    if not key.startswith(("scene", "labels"))],
     }  # fmt: skip
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters.update(bytes=format_bytes, seconds=format_seconds, words=shlex.join, score=_score)

@@ -55,11 +55,6 @@ class Labels(Protocol):
         """Value of each class in the file, in the order of the class numbers."""
         ...
 
-    @property
-    def identity(self) -> str:
-        """Changes when the labels do, as far as metadata tell."""
-        ...
-
     def open_reader(self) -> LabelReader: ...
 
 
@@ -80,10 +75,6 @@ class RasterLabels:
     @property
     def class_values(self) -> tuple[str, ...]:
         return tuple(map(str, self.values))
-
-    @property
-    def identity(self) -> str:
-        return f"{self.raster.identity} {self.values}"
 
     def open_reader(self) -> LabelReader:
         return _RasterLabelReader(self)
@@ -135,7 +126,6 @@ class PolygonLabels:
     """Of each polygon."""
     bounds: npt.NDArray[np.float64] = field(repr=False)
     """(polygons, 4): least column and row, greatest column and row."""
-    identity: str
 
     def open_reader(self) -> LabelReader:
         return _PolygonLabelReader(self)
@@ -280,8 +270,22 @@ def _open_polygons(
         geometries=tuple(geometries),
         classes=np.asarray([number[value] for value in features.values], np.uint8),
         bounds=bounds,
-        identity=f"{file_identity(Path(src))} {features.field} {values}",
     )
+
+
+def identify_labels(src: str) -> str:
+    """What changes when a file of labels does, as far as metadata tell.
+
+    Raises:
+        RasterError: no such file.
+    """
+    if not is_vector_file(src):
+        return open_raster(src).identity
+    # Of a shapefile the attributes lie beside it.
+    files = [Path(src), *(Path(src).with_suffix(suffix) for suffix in (".dbf", ".cpg", ".prj"))]
+    if not files[0].exists():
+        raise RasterError(f"no such vector file: {src}")
+    return " ".join(file_identity(file) for file in files if file.exists())
 
 
 def polygon_values(features: Features, names: Sequence[str], options: LabelOptions) -> tuple[str, ...]:

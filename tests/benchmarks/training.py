@@ -1,6 +1,6 @@
 """`outsize train` on real rasters, beside a random forest that sees one pixel, on the same split.
 
-    python -m outsize.tests.benchmarks.training --minutes 5
+    python -m outsize.tests.benchmarks.training --steps 400
 
 Cloud masks (three scenes of 512 x 512, dense labels): trained on two scenes and tested on the third, and on blocks of
 all. Rachel Carson (2629 x 2201, 23 polygons): blocks. The forest is scikit-learn's, on the same training pixels, tested
@@ -150,12 +150,12 @@ def compare(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=5, help="of training, each")
+    parser.add_argument("--steps", type=int, default=400, help="of training, each")
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "../shared/data")
     parser.add_argument("--out", type=Path, help="keep the trainings here")
     parser.add_argument("--only", choices=["third-scene", "blocks", "polygons"], help="one of the comparisons")
     options = parser.parse_args()
-    minutes = ("--minutes", str(options.minutes), "--val-every", "25", "--class-weights", "balanced")
+    common = ("--steps", str(options.steps), "--val-every", "50", "--class-weights", "balanced")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def main() -> None:
         there = tuple(name for name in CLOUDS if name != "snow")
         values = tuple(str(CLOUDS.index(name)) for name in there)
         of_clouds = LabelOptions(values=values)
-        words = (*minutes, "--classes", ",".join(there), "--class-values", ",".join(values), "--core", "128")
+        words = (*common, "--classes", ",".join(there), "--class-values", ",".join(values), "--core", "128")
         # A reach of 22 pixels: scenes of 512 pixels have no room for wide guards.
         words = (*words, "--widths", "16,32,64", "--warm-up", "20")
         found: dict[str, Any] = {}
@@ -181,7 +181,7 @@ def main() -> None:
             read = LabelOptions(field="Classname", encoding="latin1")
             # A small network: reach and guard are small too, as the polygons are.
             words = (
-                *minutes,
+                *common,
                 "--label-field",
                 "Classname",
                 "--label-encoding",

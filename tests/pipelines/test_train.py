@@ -179,6 +179,10 @@ def test_what_differs_is_named(scene: tuple[Path, Path], trained: tuple[Path, di
         r"another training: rate 0.002 there, 0.01 now", refusal(*words, "--steps", "6", *SMALL, "--lr", "0.01")
     )
     assert "steps 6 there, 7 now" in refusal(*words, "--steps", "7", *SMALL)
+    copy = tmp_path / "labels.tif"
+    copy.write_bytes(scene[1].read_bytes())
+    assert "labels 1" in refusal("train", scene[0], "--labels", copy, "--out", out, "--steps", "6", *SMALL)
+    copy.unlink()
     (tmp_path / "notes.txt").write_text("mine")
     assert "holds notes.txt and no training" in refusal("train", scene[0], "--labels", scene[1], "--out", tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
