@@ -16,6 +16,7 @@ import click
 
 from .. import __version__
 from ..tiler.errors import TilerError
+from .cli_train import label_options, make_label_options, train_options
 from .interrupts import heed_interrupts
 
 EXIT_FAILED, EXIT_USAGE, EXIT_FAILED_TILES, EXIT_INTERRUPTED = 1, 2, 3, 130
@@ -88,6 +89,7 @@ def cli(context: click.Context, as_json: bool, debug: bool) -> None:  # noqa: AR
     outsize segment demo/scene.zarr demo/map.zarr
     outsize verify demo/map.zarr                  every chunk, and sampled pixels again
     outsize evaluate demo/map.zarr demo/labels.zarr
+    outsize train demo/scene.zarr --labels demo/labels.zarr --out training
     outsize export demo/map.zarr demo/map.tif     a cloud-optimised GeoTIFF
     outsize export demo/map.zarr demo/map.png     a picture of input and result
     """
@@ -686,18 +688,52 @@ def verify(console: Any, out: Path, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("out", type=_Place())
-@click.argument("labels")
+@click.argument("scenes", nargs=-1, required=True, metavar="SCENE...")
+@train_options
+@click.option("--model", metavar="MODEL", help="Start from this one, as segment takes it; without it a new U-Net.")
+@_model_options
+@_option("--memory", default="2GB", show_default=True, metavar="SIZE", help="Budget of the process.")
+@_reading
+@_overwrite
 @click.pass_obj
-def evaluate(console: Any, out: Path, labels: str) -> None:
-    """Compare a class map with labels on the same grid: accuracy and IoU of each class.
+def train(console: Any, scenes: tuple[str, ...], **options: Any) -> None:
+    """Train a segmentation network on scenes of any size and leave DIR/best.json, a model for segment, with last.json,
+    train.jsonl and report.html beside it. Gradients are exact: those of whole scenes, or of tiles that see their true
+    context. The same command goes on after a stop, with the same weights as without it.
+
+    \b
+    outsize train scene.tif --labels labels.tif --out training
+    outsize train a.tif b.tif c.tif --labels a.shp --labels b.shp --labels c.shp --out training
+        --label-field cover --classes water,sand,forest --validate-on c.tif
+    outsize train scene.zarr --labels polygons.geojson --out training --minutes 30 --class-weights balanced
+    outsize train scene.zarr --labels labels.zarr --out tuned --model training/best.json --lr 2e-4 --steps 300
+    outsize train scene.tif --labels labels.tif --out training --step image --optimiser sgd --lr 0.05 --steps 200
+    outsize segment other.tif map.zarr --model training/best.json
+    """
+    from .cli_train import run_train_command
+
+    run_train_command(console, scenes, options, _read_options(options))
+
+
+@cli.command()
+@click.argument("pairs", nargs=-1, required=True, metavar="OUT LABELS...")
+@label_options
+@click.pass_obj
+def evaluate(console: Any, pairs: tuple[str, ...], **options: Any) -> None:
+    """Compare class maps with labels, a raster on the map's grid or polygons: IoU, F1, precision and recall of each
+    class, accuracy, confusion matrix; of several maps with their labels each and all together.
 
     \b
     outsize evaluate map.zarr labels.zarr
+    outsize evaluate a.zarr a-labels.tif b.zarr b-labels.tif
+    outsize evaluate map.zarr polygons.shp --label-field cover --label-encoding latin1
     """
     from .evaluate import run_evaluate
 
-    run_evaluate(console, out, labels)
+    if len(pairs) % 2:
+        raise click.UsageError(f"each OUT needs its LABELS after it, got {len(pairs)} arguments")
+    maps = [_Place().convert(out, None, None) for out in pairs[::2]]
+    run_evaluate(console, list(zip(maps, pairs[1::2], strict=True)), make_label_options(options))
 
 
 @cli.command()
@@ -898,7 +934,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _interrupted(words: list[str]) -> str:
-    resumes = "segment" in words or "ingest" in words
+    resumes = bool({"segment", "ingest", "train"} & set(words))
     return f"interrupted; {'the same command goes on where it stopped' if resumes else 'the same command begins anew'}"
 
 

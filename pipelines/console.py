@@ -38,13 +38,17 @@ class Console:
         print(json.dumps(values) if self.as_json else printable(text), flush=True)
 
     @contextmanager
-    def step(self, label: str, pixels: int) -> Iterator[Step]:
-        """Progress of work on that many pixels: a bar on a terminal, a line now and then elsewhere."""
+    def step(self, label: str, pixels: int, *, counts_pixels: bool = True) -> Iterator[Step]:
+        """Progress of work on that many pixels: a bar on a terminal, a line now and then elsewhere.
+
+        Args:
+            counts_pixels: False: `pixels` are parts of some other work, whose speed says nothing.
+        """
         if sys.stderr.isatty():
-            with _bar(label, pixels) as bar:
+            with _bar(label, pixels, counts_pixels) as bar:
                 yield bar
         else:
-            lines = _Lines(label, pixels)
+            lines = _Lines(label, pixels, counts_pixels)
             yield lines
             lines.close()
 
@@ -59,7 +63,7 @@ def _rate(pixels: int, seconds: float) -> str:
 
 
 @contextmanager
-def _bar(label: str, pixels: int) -> Iterator[Step]:
+def _bar(label: str, pixels: int, counts_pixels: bool) -> Iterator[Step]:
     from rich.console import Console as RichConsole
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -71,7 +75,7 @@ def _bar(label: str, pixels: int) -> Iterator[Step]:
 
         def advance(self, pixels: int, detail: str = "") -> None:
             self.done += pixels
-            rate = _rate(self.done, time.monotonic() - self.began)
+            rate = _rate(self.done, time.monotonic() - self.began) if counts_pixels else ""
             self.progress.update(self.task, completed=self.done, rate=rate, detail=printable(detail))
 
     columns = (
@@ -90,8 +94,8 @@ def _bar(label: str, pixels: int) -> Iterator[Step]:
 class _Lines:
     """At most one line every five seconds, and one at the end."""
 
-    def __init__(self, label: str, pixels: int) -> None:
-        self.label, self.pixels = label, pixels
+    def __init__(self, label: str, pixels: int, counts_pixels: bool) -> None:
+        self.label, self.pixels, self.counts_pixels = label, pixels, counts_pixels
         self.done, self.detail = 0, ""
         self.began = self.printed = time.monotonic()
 
@@ -106,7 +110,8 @@ class _Lines:
 
     def _print(self, end: str) -> None:
         share = 100 * self.done / self.pixels if self.pixels else 100
-        parts = [f"{share:.0f} %", _rate(self.done, time.monotonic() - self.began), end, self.detail]
+        rate = _rate(self.done, time.monotonic() - self.began) if self.counts_pixels else ""
+        parts = [f"{share:.0f} %", rate, end, self.detail]
         line = f"{self.label}: {', '.join(part for part in parts if part)}"
         print(printable(line), file=sys.stderr, flush=True)
 

@@ -1,107 +1,168 @@
-"""`outsize evaluate`: a class map against labels on the same grid."""
+"""`outsize evaluate`: class maps against labels, a raster on the same grid or polygons."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..models.segmentation.metrics import Confusion
 from ..tiler.errors import UsageError
 from ..tiler.geometry import Grid
-from ..tiler.georeference import Georeference
+from ..tiler.labels import UNLABELLED, LabelOptions, Labels, open_labels
 from ..tiler.memory import format_bytes
 from ..tiler.meter import MemoryMeter
 from ..tiler.plan import TilePlan
-from ..tiler.raster import Raster, open_raster
+from ..tiler.raster import open_raster
 from ..tiler.store import NODATA, open_array, read_header
 from .console import Console, count_of, describe_memory, format_table
 
 _BLOCK = 2048
+_MOST_SHOWN = 20
+"""Classes up to which the confusion matrix is printed."""
 
 
-def run_evaluate(console: Console, out: Path, labels: str) -> None:
-    """Count every pixel where both the map and the labels hold a class, block by block."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A map, its labels, and how they agree."""
+
+    out: Path
+    labels: Labels
+    names: tuple[str, ...]
+    """Of the classes; empty: the map does not say them."""
+    shape: tuple[int, int]
+    confusion: Confusion | None = field(default=None, repr=False)
+
+
+def run_evaluate(console: Console, pairs: Sequence[tuple[Path, str]], options: LabelOptions) -> None:
+    """Count every pixel where both a map and its labels hold a class, block by block."""
+    opened = [_open_pair(out, labels, options) for out, labels in pairs]
+    first = opened[0]
+    for other in opened[1:]:
+        if other.names != first.names:
+            raise UsageError(
+                f"maps must have the same classes to be scored together: {first.out} has {', '.join(first.names)}; "
+                f"{other.out} {', '.join(other.names)}"
+            )
+    done: list[tuple[Comparison, Confusion]] = []
+    pixels = sum(entry.shape[0] * entry.shape[1] for entry in opened)
+    with MemoryMeter() as meter, console.step("evaluate", pixels) as step:
+        for entry in opened:
+            done.append((entry, _count(entry, step, meter)))
+    total = sum((confusion for _, confusion in done[1:]), done[0][1])
+    names = [*first.names] or [str(value) for value in range(len(total.counts))]
+    text = _describe(total, names, meter.peak_bytes)
+    if len(done) > 1:
+        rows = [
+            [
+                str(entry.out),
+                *(f"{value:.4f}" for value in (one.accuracy, one.mean_iou, one.mean_f1)),
+                f"{one.pixels:,}",
+            ]
+            for entry, one in done
+        ]
+        text += "\n\n" + format_table(("map", "accuracy", "mean IoU", "mean F1", "pixels"), rows)
+    values = score_values(total, names)
+    values["peak_bytes"] = meter.peak_bytes
+    values["maps"] = [
+        {"out": str(entry.out), "labels": entry.labels.path, **score_values(one, names)} for entry, one in done
+    ]
+    console.result(text, values)
+
+
+def _open_pair(out: Path, labels: str, options: LabelOptions) -> Comparison:
     header = read_header(out)
     if header["kind"] != "class":
         raise UsageError(f"evaluate needs a class map, {out} holds {header['kind']}; segment with --output class")
-    truth = open_raster(labels)
-    predicted = open_array(out, "class")
+    height, width = open_array(out, "class").shape
     plan = TilePlan.from_json(header["plan"])
-    height, width = predicted.shape
+    names = tuple(entry["name"] for entry in header["classes"])
     # Labels of the whole raster serve a map of a part of it too.
-    whole = truth.shape_yx == plan.raster_shape[1:] and plan.scale == ("1", "1")
-    if truth.bands != 1 or not (whole or truth.shape_yx == (height, width)):
-        raise UsageError(
-            f"labels must be one band on the output's grid of {height} x {width}, got {count_of(truth.bands, 'band')} "
-            f"of {truth.shape_yx[0]} x {truth.shape_yx[1]}"
-        )
-    if truth.dtype.kind not in "ui":
-        raise UsageError(f"labels must be whole numbers, {labels} has {truth.dtype}; convert them first")
-    top, left = plan.output_origin if whole else (0, 0)
-    _require_same_place(out, truth, labels, top, left)
-    names = [entry["name"] for entry in header["classes"]]
-    count = len(names) or 255
+    part = plan.scale == ("1", "1")
+    found = open_labels(
+        labels,
+        open_raster(out / "class").place,
+        (height, width),
+        of=str(out),
+        names=names or [str(value) for value in range(255)],
+        options=options,
+        whole=(plan.raster_shape[1:], plan.output_origin) if part else None,
+    )
+    return Comparison(out=out, labels=found, names=names, shape=(height, width))
+
+
+def _count(entry: Comparison, step: Any, meter: MemoryMeter) -> Confusion:
+    count = len(entry.names) or 255
     total = Confusion(counts=np.zeros((count, count), np.int64))
-    grid = Grid(shape=(height, width), cell=(_BLOCK, _BLOCK))
-    reader = truth.open_reader()
-    with MemoryMeter() as meter, console.step("evaluate", height * width) as step:
-        for at in grid:
-            window = grid.window(*at)
-            place = replace(window, y=window.y + top, x=window.x + left)
-            image = reader.read(place)
-            missing, wanted = reader.read_missing(place, image), image[0]
-            found = np.asarray(predicted[window.slices()])
-            known = found != NODATA
-            if missing is not None:
-                known &= ~missing
-            if truth.nodata is None:
-                known &= wanted != NODATA
-            outside = known & ((wanted < 0) | (wanted >= count))
-            if outside.any():
-                raise UsageError(f"{labels}: labels must be 0..{count - 1}, got {wanted[outside].max()} in {place}")
-            wanted = np.where(known, wanted, NODATA).astype(np.uint8)
-            total += Confusion.count(wanted, found, count)
-            step.advance(window.pixels, describe_memory(meter.current_bytes))
+    predicted = open_array(entry.out, "class")
+    grid = Grid(shape=entry.shape, cell=(_BLOCK, _BLOCK))
+    reader = entry.labels.open_reader()
+    for at in grid:
+        window = grid.window(*at)
+        found = np.asarray(predicted[window.slices()])
+        truth = reader.read(window)
+        total += Confusion.count(truth, np.where(found == NODATA, np.uint8(UNLABELLED), found), count, UNLABELLED)
+        step.advance(window.pixels, describe_memory(meter.current_bytes))
     reader.close()
     if not total.pixels:
-        raise UsageError(f"{out} and {labels} have no pixel in common that both know; are they of one scene?")
-    present = np.flatnonzero(total.counts.sum(0) + total.counts.sum(1))
+        raise UsageError(
+            f"{entry.out} and {entry.labels.path} have no pixel in common that both know; are they of one scene?"
+        )
+    return total
+
+
+def score_values(total: Confusion, names: Sequence[str]) -> dict[str, Any]:
+    """Scores as plain JSON values; of classes that occur, by name; None where a score is not defined."""
+    present = _find_present(total)
+    last = present[-1] + 1
+
+    def by_name(scores: Sequence[float]) -> dict[str, float | None]:
+        return {names[value]: None if math.isnan(scores[value]) else scores[value] for value in present}
+
+    return {
+        "pixels": total.pixels,
+        "accuracy": total.accuracy,
+        "mean_iou": total.mean_iou,
+        "mean_f1": total.mean_f1,
+        "iou": by_name(total.iou),
+        "f1": by_name(total.f1),
+        "precision": by_name(total.precision),
+        "recall": by_name(total.recall),
+        "classes": list(names[:last]),
+        "confusion": total.counts[:last, :last].tolist(),
+    }
+
+
+def _find_present(total: Confusion) -> list[int]:
+    """Classes that are labelled or mapped anywhere."""
+    return [int(value) for value in np.flatnonzero(total.counts.sum(0) + total.counts.sum(1))]
+
+
+def _describe(total: Confusion, names: Sequence[str], peak_bytes: int) -> str:
+    present = _find_present(total)
+
+    def score(value: float) -> str:
+        return "-" if math.isnan(value) else f"{value:.4f}"
+
     rows = [
         [
-            names[value] if names else str(value),
-            f"{total.iou[value]:.4f}",
+            names[value],
+            *(score(scores[value]) for scores in (total.iou, total.f1, total.precision, total.recall)),
             f"{total.counts[value].sum() / total.pixels:.2%}",
             f"{total.counts[:, value].sum() / total.pixels:.2%}",
         ]
         for value in present
     ]
-    console.result(
-        f"accuracy {total.accuracy:.4f}, mean IoU {total.mean_iou:.4f}, {total.pixels / 1e6:.1f} Mpx compared, peak "
-        f"memory {format_bytes(meter.peak_bytes)}\n" + format_table(("class", "IoU", "labelled", "mapped"), rows),
-        {
-            "pixels": total.pixels,
-            "accuracy": total.accuracy,
-            "mean_iou": total.mean_iou,
-            "peak_bytes": meter.peak_bytes,
-            "iou": {(names[v] if names else str(v)): total.iou[v] for v in present},
-        },
+    text = (
+        f"accuracy {total.accuracy:.4f}, mean IoU {total.mean_iou:.4f}, mean F1 {total.mean_f1:.4f}, "
+        f"{total.pixels / 1e6:.1f} Mpx compared, peak memory {format_bytes(peak_bytes)}\n"
+        + format_table(("class", "IoU", "F1", "precision", "recall", "labelled", "mapped"), rows)
     )
-
-
-def _require_same_place(out: Path, truth: Raster, labels: str, top: int, left: int) -> None:
-    """Both must lie on one grid, where both say where they lie."""
-    ours, theirs = open_raster(out / "class").place, truth.place.moved(top, left)
-    if ours.transform is None or theirs.transform is None:
-        return
-    step = max(abs(ours.affine.a), abs(ours.affine.b), abs(ours.affine.e))
-    if ours.crs != theirs.crs or not np.allclose(ours.transform, theirs.transform, rtol=1e-9, atol=1e-3 * step):
-        raise UsageError(
-            f"labels must lie on the output's grid: {out} is at {_place(ours)}, {labels} at {_place(theirs)}"
-        )
-
-
-def _place(place: Georeference) -> str:
-    crs = place.crs
-    return f"{place.affine.c:.10g},{place.affine.f:.10g} in {crs.to_string()[:40] if crs else 'no CRS'}"
+    if len(present) > _MOST_SHOWN:
+        return text + f"\n\n(the confusion matrix of {count_of(len(present), 'class')} is in --json)"
+    matrix = [[names[row], *(f"{total.counts[row, column]:,}" for column in present)] for row in present]
+    return text + "\n\n" + format_table(("labelled \\ mapped", *(names[column] for column in present)), matrix)

@@ -39,12 +39,39 @@ class Confusion:
     @property
     def iou(self) -> list[float]:
         """Intersection over union of each class; NaN for a class that is neither present nor predicted."""
-        hits = np.diag(self.counts).astype(np.float64)
-        union = self.counts.sum(0) + self.counts.sum(1) - hits
-        return [float(h / u) if u else float("nan") for h, u in zip(hits, union, strict=True)]
+        hits = np.diag(self.counts)
+        return _ratios(hits, self.counts.sum(0) + self.counts.sum(1) - hits)
+
+    @property
+    def precision(self) -> list[float]:
+        """Of each class: share of the pixels predicted as it that are it; NaN where it is never predicted."""
+        return _ratios(np.diag(self.counts), self.counts.sum(0))
+
+    @property
+    def recall(self) -> list[float]:
+        """Of each class: share of its pixels that are predicted as it; NaN where it is not present."""
+        return _ratios(np.diag(self.counts), self.counts.sum(1))
+
+    @property
+    def f1(self) -> list[float]:
+        """2 hits / (present + predicted) of each class, which is Dice; NaN where it is neither."""
+        return _ratios(2 * np.diag(self.counts), self.counts.sum(0) + self.counts.sum(1))
+
+    @property
+    def mean_f1(self) -> float:
+        """Mean of the classes' F1, over the classes that occur."""
+        return _mean(self.f1)
 
     @property
     def mean_iou(self) -> float:
         """Mean of the classes' IoU, over the classes that occur."""
-        values = np.asarray(self.iou)
-        return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+        return _mean(self.iou)
+
+
+def _ratios(above: npt.NDArray[np.int64], below: npt.NDArray[np.int64]) -> list[float]:
+    return [int(a) / int(b) if b else float("nan") for a, b in zip(above, below, strict=True)]
+
+
+def _mean(scores: list[float]) -> float:
+    values = np.asarray(scores)
+    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")

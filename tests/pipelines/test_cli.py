@@ -416,7 +416,7 @@ def test_evaluate_leaves_out_what_is_masked_and_refuses_other_grids(segmented: P
     assert 0.4 < half["pixels"] / whole["pixels"] < 0.6
     moved = {**profile, "transform": profile["transform"] * Affine.translation(5, 0)}
     for name, settings, image, words in (
-        ("moved", moved, labels, "must lie on the output's grid"),
+        ("moved", moved, labels, "must lie on the grid of"),
         ("float", {**profile, "dtype": "float32"}, labels.astype(np.float32), "labels must be whole numbers"),
         ("high", profile, np.full_like(labels, 200), "labels must be 0..5, got 200"),
         ("negative", {**profile, "dtype": "int16"}, np.full(labels.shape, -2, np.int16), "labels must be 0..5, got -2"),

@@ -1,0 +1,97 @@
+"""Checkpoints of a training: tensors as safetensors, the rest as JSON, found whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...tiler.errors import OutputError
+
+NAME = "state.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingState:
+    """All that a training needs to go on."""
+
+    step: int
+    """Steps that were made."""
+    tensors: Mapping[str, Tensor]
+    values: Mapping[str, Any]
+    """Plain JSON values."""
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write or replace a file: after a power cut it holds the one content or the other."""
+    fresh = path.with_name(f".{path.name}.new")
+    with fresh.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder outlast a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_state(folder: Path, state: TrainingState) -> None:
+    """Write FOLDER/state-STEP.safetensors, then FOLDER/state.json, which names it with its hash; then the older go.
+
+    Whatever moment the process dies at, state.json names tensors that are whole.
+    """
+    name = f"state-{state.step:08d}.safetensors"
+    fresh = folder / f".{name}.new"
+    try:
+        save_file({key: tensor.detach().contiguous().clone() for key, tensor in state.tensors.items()}, fresh)
+        with fresh.open("rb+") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        fresh.replace(folder / name)
+        described = {"step": state.step, "tensors": name, "sha256": digest, "values": dict(state.values)}
+        write_durably(folder / NAME, json.dumps(described, indent=1).encode() + b"\n")
+        for other in [*folder.glob("state-*.safetensors"), *folder.glob(".state-*.new")]:
+            if other.name != name:
+                with suppress(OSError):
+                    other.unlink()
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{folder} cannot be written: {error}; when it can, the same command goes on") from error
+
+
+def load_state(folder: Path) -> TrainingState | None:
+    """The last state that was saved; None where there is none.
+
+    Raises:
+        OutputError: damaged files.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
+    try:
+        described = json.loads(path.read_text())
+        tensors = folder / str(described["tensors"])
+        with tensors.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != described["sha256"]:
+            raise OutputError(
+                f"{tensors} is damaged: its sha256 is {digest}, not {described['sha256']}; --overwrite begins anew"
+            )
+        return TrainingState(step=int(described["step"]), tensors=load_file(tensors), values=dict(described["values"]))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise OutputError(f"the state in {folder} cannot be read: {error}; --overwrite begins anew") from error

@@ -1,0 +1,230 @@
+"""One step's gradient: the one place that says how tiles of several scenes become the gradient of a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...tiler.errors import LabelError
+from ...tiler.geometry import Window
+from ...tiler.gradient import GradientSum, Tiles, compute_loss_sums, compute_outputs, gradient_of_tiles
+from ...tiler.labels import UNLABELLED, Classes
+from ...tiler.loss import Loss
+from ...tiler.memory import MB
+from ...tiler.network import torch_dtype
+from ...tiler.nodata import Mask
+from ...tiler.raster import RasterReader, read_filled
+from ...tiler.trainable import TrainableNetwork
+from .augmentation import Variant
+from .sampling import TrainingTile
+from .scene import UNTURNED, LabelPart, SceneLabelReader, SceneLabels, TrainingScene, VariantRaster, VariantReader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepGradient:
+    """What a step is made from."""
+
+    loss: float
+    """Of the pixels that count."""
+    gradients: dict[str, Tensor]
+    """Of each parameter by its name in the module; those without influence are left out."""
+    pixels: int
+    """That count."""
+
+
+class VariantSource:
+    """Windows of a scene in one variant, read through a reader that stays open from step to step."""
+
+    def __init__(
+        self, scene: TrainingScene, reader: RasterReader, variant: Variant, fill: tuple[float, ...], dtype: torch.dtype
+    ) -> None:
+        self._fill = fill
+        numpy_dtype = np.dtype(str(dtype).removeprefix("torch."))
+        self._view = VariantRaster.of(scene.raster, variant, numpy_dtype)
+        self._reader = VariantReader(reader, scene.raster, variant, numpy_dtype)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self._view.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_dtype(self._view.dtype)
+
+    def read(self, window: Window) -> tuple[Tensor, Mask | None]:
+        filled = read_filled(self._reader, self._view, window, self._fill)
+        return torch.from_numpy(filled.image), filled.missing
+
+    def close(self) -> None:
+        """The reader is the engine's."""
+
+
+class LabelSource:
+    """Windows of a scene's classes, as (1, height, width); masked where none counts."""
+
+    def __init__(self, reader: SceneLabelReader, shape_yx: tuple[int, int]) -> None:
+        self._reader, self._shape = reader, shape_yx
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (1, *self._shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.uint8
+
+    def read(self, window: Window) -> tuple[Tensor, Mask | None]:
+        found = self._reader.read(window)
+        return torch.from_numpy(found)[None], found == UNLABELLED
+
+    def close(self) -> None:
+        """The reader is the engine's."""
+
+
+class CountingLoss:
+    """A loss that counts the pixels it has seen."""
+
+    def __init__(self, loss: Loss) -> None:
+        self._loss = loss
+        self.pixels = 0
+
+    @property
+    def separable(self) -> bool:
+        return self._loss.separable
+
+    def select(self, labels: Tensor, valid: Tensor) -> Tensor:
+        return self._loss.select(labels, valid)
+
+    def sums(self, logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+        self.pixels += int(counted.sum())
+        return self._loss.sums(logits, labels, counted)
+
+    def value(self, sums: Tensor) -> Tensor:
+        return self._loss.value(sums)
+
+
+class StepEngine:
+    """Scenes held open beside a traced network: gradients of steps, classes of tiles.
+
+    Guarantee: `compute` gives the gradient of the loss over the union of the tiles' cores, each as it would be in its
+    whole scene shown in the tile's variant, up to floating-point rounding. Tiles are added in their order.
+
+    Args:
+        fill: raw value of each band that stands in for nodata.
+        cuts: where a tile's graph is cut so that its parts are computed again in backward.
+        cache_bytes: of decoded blocks of all scenes.
+    """
+
+    def __init__(
+        self,
+        network: TrainableNetwork,
+        scenes: Sequence[TrainingScene],
+        loss: Loss,
+        fill: tuple[float, ...],
+        cuts: tuple[int, ...] = (),
+        cache_bytes: int = 64 * MB,
+    ) -> None:
+        self.network, self.scenes, self.loss, self.fill, self.cuts = network, scenes, loss, fill, cuts
+        self._pixels = [scene.raster.open_reader(cache_bytes // len(scenes)) for scene in scenes]
+        self._labels = [scene.labels.open_reader() for scene in scenes]
+
+    def compute(self, tiles: Sequence[TrainingTile]) -> StepGradient:
+        """The gradient of a step."""
+        groups = [(self._tiles(key[0], key[1], [tile.core for tile in group]), self._label_source(*key, "training"))
+                  for key, group in groupby(tiles, key=lambda tile: (tile.scene, tile.variant))]  # fmt: skip
+        tensors = self.network.tensors()
+        counting = CountingLoss(self.loss)
+        weights: Tensor | None = None
+        if not self.loss.separable:
+            sums = _added(lambda part, labels: compute_loss_sums(part, tensors, self.loss, labels), groups).sums
+            _, weights = self._value(sums)
+        total = _added(lambda part, labels: gradient_of_tiles(part, tensors, counting, labels, weights=weights), groups)
+        loss, slope = self._value(total.sums)
+        scale = float(slope[0]) if weights is None else 1.0
+        return StepGradient(
+            loss=loss,
+            gradients={self.network.names[name]: gradient * scale for name, gradient in total.gradients.items()},
+            pixels=counting.pixels,
+        )
+
+    def _value(self, sums: Tensor | None) -> tuple[float, Tensor]:
+        """The loss of sums, and its slope along each."""
+        if sums is None:
+            raise LabelError("no labelled pixel counts in this step; give more labels, or larger cores by --core")
+        leaf = sums.detach().clone().requires_grad_()
+        value = self.loss.value(leaf)
+        (slope,) = torch.autograd.grad(value, leaf)
+        return float(value.detach()), slope
+
+    def predict(self, scene: int, core: Window, tensors: Mapping[str, Tensor] | None = None) -> Classes:
+        """(height, width) classes of a window of a scene as it is.
+
+        Args:
+            tensors: in place of the network's own, by their names in the module.
+        """
+        live = self.network.tensors()
+        if tensors is not None:
+            live = {traced: tensors.get(name, live[traced]) for traced, name in self.network.names.items()}
+        ((_, logits),) = compute_outputs(self._tiles(scene, UNTURNED, [core]), live)
+        return logits.argmax(0).to(torch.uint8).numpy()
+
+    def read_validation(self, scene: int, core: Window) -> Classes:
+        """(height, width) labels of a window, UNLABELLED where a pixel does not validate or is nodata."""
+        return self._label_reader(scene, UNTURNED, "validation", self._pixels[scene]).read(core)
+
+    def read_batch(self, draw: Callable[[int], Sequence[TrainingTile]], side: int, count: int) -> Tensor:
+        """(count, bands, side, side) raw pixels at the first steps' tiles, as they are: without context or variant."""
+        windows: list[tuple[int, Window]] = []
+        step = 0
+        while len(windows) < count:
+            for tile in draw(step):
+                shape = self.scenes[tile.scene].raster.shape_yx
+                core = tile.variant.turn.source_window(tile.core, shape)
+                y, x = (min(start, extent - side) for start, extent in zip((core.y, core.x), shape, strict=True))
+                windows.append((tile.scene, Window(y=y, x=x, height=side, width=side)))
+            step += 1
+        # Of a whole scene's tiles some from everywhere.
+        chosen = [windows[index * len(windows) // count] for index in range(count)]
+        return torch.cat([self._tiles(scene, UNTURNED, []).image.read(window)[0][None] for scene, window in chosen])
+
+    def read_image(self, scene: int, window: Window) -> np.ndarray:
+        """(bands, height, width) of a window as it is."""
+        return self._pixels[scene].read(window)
+
+    def _tiles(self, scene: int, variant: Variant, cores: Sequence[Window]) -> Tiles:
+        dtype = self.network.network.dtype
+        source = VariantSource(self.scenes[scene], self._pixels[scene], variant, self.fill, dtype)
+        return Tiles(network=self.network, image=source, cores=cores, cuts=self.cuts)
+
+    def _label_reader(
+        self, scene: int, variant: Variant, part: LabelPart, pixels: RasterReader | None
+    ) -> SceneLabelReader:
+        view = SceneLabels(scene=self.scenes[scene], part=part, turn=variant.turn)
+        return SceneLabelReader(view, self._labels[scene], pixels)
+
+    def _label_source(self, scene: int, variant: Variant, part: LabelPart) -> LabelSource:
+        # Nodata pixels are left out where the image is read.
+        reader = self._label_reader(scene, variant, part, None)
+        return LabelSource(reader, variant.turn.shape(self.scenes[scene].raster.shape_yx))
+
+    def close(self) -> None:
+        for reader in (*self._pixels, *self._labels):
+            with suppress(OSError):
+                reader.close()
+
+
+_Group = tuple[Tiles, LabelSource]
+
+
+def _added(compute: Callable[[Tiles, LabelSource], GradientSum], groups: Sequence[_Group]) -> GradientSum:
+    """The sum over groups, in their order."""
+    total = GradientSum()
+    for tiles, labels in groups:
+        total += compute(tiles, labels)
+    return total

@@ -1,0 +1,240 @@
+"""The options of `outsize train`, and how labels are read, which `outsize evaluate` shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def together(*decorators: Callable[[Any], Any]) -> Callable[[_Command], _Command]:
+    """Several decorators as one, in their order."""
+
+    def decorate(command: _Command) -> _Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+class _Texts(click.ParamType):
+    """Texts between commas; a list in a TOML file."""
+
+    name = "texts"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        parts = tuple(value) if isinstance(value, (list, tuple)) else tuple(str(value).split(","))
+        texts = tuple(str(part).strip() for part in parts)
+        if not all(texts):
+            self.fail(f"texts between commas, got {value!r}", param, ctx)
+        return texts
+
+
+class _Numbers(_Texts):
+    """Numbers between commas; with `word` also that word."""
+
+    name = "numbers"
+
+    def __init__(self, kind: type[int] | type[float], word: str | None = None) -> None:
+        self.kind, self.word = kind, word
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if self.word is not None and value == self.word:
+            return value
+        try:
+            return tuple(self.kind(part) for part in super().convert(value, param, ctx))
+        except ValueError:
+            also = f"{self.word}, or " if self.word else ""
+            self.fail(f"{also}numbers between commas, got {value!r}", param, ctx)
+
+
+label_options = together(
+    click.option("--label-field", metavar="NAME", help="Attribute of polygons that tells the class."),
+    click.option("--label-encoding", metavar="NAME", help="Of a vector file's texts, such as latin1."),
+    click.option(
+        "--label-nodata",
+        type=float,
+        multiple=True,
+        metavar="VALUE",
+        help="Value of a raster of labels that means unlabelled, in place of its own; repeat it for several.",
+    ),
+    click.option(
+        "--class-values",
+        type=_Texts(),
+        metavar="V,V,...",
+        help="Value of each class in the labels; without it 0, 1, 2, ..., or of polygons the classes' names.",
+    ),
+)
+
+
+def make_label_options(options: dict[str, Any]) -> Any:
+    """`LabelOptions` of the command line's."""
+    from ..tiler.labels import LabelOptions
+
+    return LabelOptions(
+        values=options["class_values"] or (),
+        nodata=options["label_nodata"] or None,
+        field=options["label_field"],
+        encoding=options["label_encoding"],
+    )
+
+
+train_options = together(
+    click.option(
+        "--labels",
+        multiple=True,
+        required=True,
+        metavar="FILE",
+        help="Of each scene, in their order: a raster on its grid, or polygons (GeoJSON; .shp, .gpkg and others with "
+        "the extra vectors). One vector file may serve all. What has no label is not trained on.",
+    ),
+    click.option(
+        "--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder of the training."
+    ),
+    click.option(
+        "--classes",
+        type=_Texts(),
+        metavar="NAME,NAME,...",
+        help="In the order of their numbers, each with a colour if wanted: water=#2667B2. Without it those of "
+        "--model, or of the labels.",
+    ),
+    label_options,
+    click.option(
+        "--step",
+        default="tiles:8",
+        show_default=True,
+        metavar="KIND",
+        help="Gradient of a step: image, of a whole scene; tiles:N, of N tiles with their true context.",
+    ),
+    click.option("--core", type=click.IntRange(1), default=256, show_default=True, help="Side of the tiles' cores."),
+    click.option("--steps", type=click.IntRange(1), help="Steps in all; 1000 where --minutes is not given."),
+    click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Train so long, in place of --steps."),
+    click.option(
+        "--loss",
+        default="cross-entropy",
+        show_default=True,
+        metavar="NAME",
+        help="cross-entropy, dice, or a sum: cross-entropy+0.5*dice.",
+    ),
+    click.option(
+        "--class-weights",
+        type=_Numbers(float, "balanced"),
+        metavar="W,W,...",
+        help="In cross-entropy; or: balanced. Without it all 1.",
+    ),
+    click.option("--optimiser", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True),
+    click.option(
+        "--lr", type=click.FloatRange(0, min_open=True), default=2e-3, show_default=True, help="At its highest."
+    ),
+    click.option("--weight-decay", type=click.FloatRange(0), default=1e-4, show_default=True),
+    click.option("--warm-up", type=click.IntRange(0), default=50, show_default=True, help="Steps in which it rises."),
+    click.option(
+        "--ema",
+        type=click.FloatRange(0, 1, max_open=True),
+        default=0.99,
+        show_default=True,
+        help="Decay of the weights' average, which is validated and kept; 0: the weights themselves.",
+    ),
+    click.option(
+        "--clip", type=click.FloatRange(0), default=1.0, show_default=True, help="Largest norm of the gradient; 0: any."
+    ),
+    click.option(
+        "--augment",
+        default="flips,turns,radiometry=0.1",
+        show_default=True,
+        metavar="KINDS",
+        help="flips, turns by right angles, radiometry (gain and offset of each band), or none.",
+    ),
+    click.option(
+        "--validation",
+        type=click.FloatRange(0, 1, max_open=True),
+        default=0.2,
+        show_default=True,
+        metavar="SHARE",
+        help="Of blocks that are held out of every scene, with a guard of the network's reach around them.",
+    ),
+    click.option(
+        "--validate-on",
+        multiple=True,
+        metavar="SCENE",
+        help="Hold out this whole scene instead; repeat it for several.",
+    ),
+    click.option(
+        "--block", type=click.IntRange(1), metavar="PX", help="Side of validation blocks; without it by size."
+    ),
+    click.option(
+        "--val-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between validations."
+    ),
+    click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True),
+    click.option(
+        "--widths",
+        type=_Numbers(int),
+        default="16,32,64,128",
+        show_default=True,
+        help="Of a new U-Net: channels of each level.",
+    ),
+    click.option(
+        "--norm", type=click.Choice(["frozen", "none"]), default="frozen", show_default=True, help="Of a new U-Net."
+    ),
+)
+
+
+def run_train_command(console: Any, scenes: tuple[str, ...], options: dict[str, Any], reading: Any) -> None:
+    """`outsize train`."""
+    from .model import SourceOptions
+    from .train import TrainOptions, make_recipe, run_train
+
+    weights, minutes, steps = options["class_weights"] or (), options["minutes"], options["steps"]
+    recipe = make_recipe(
+        options["step"],
+        options["augment"],
+        loss=options["loss"],
+        class_weights=weights if isinstance(weights, tuple) else (),
+        optimiser=options["optimiser"],
+        rate=options["lr"],
+        weight_decay=options["weight_decay"],
+        warm_up=options["warm_up"],
+        average=options["ema"],
+        clip=options["clip"],
+        steps=steps if steps or minutes else 1000,
+        minutes=minutes,
+        seed=options["seed"],
+    )
+    model = None
+    if options["model"] is not None:
+        model = SourceOptions(
+            source=options["model"],
+            weights=options["weights"],
+            trust_model=options["trust_model"],
+            sha256=options["sha256"],
+        )
+    elif options["weights"]:
+        raise click.UsageError("--weights goes with --model package.module:factory")
+    run_train(
+        console,
+        TrainOptions(
+            scenes=scenes,
+            labels=options["labels"],
+            out=options["out"],
+            recipe=recipe,
+            reading=reading,
+            label_options=make_label_options(options),
+            classes=options["classes"] or (),
+            balanced=weights == "balanced",
+            validation=options["validation"],
+            validate_on=options["validate_on"],
+            block=options["block"],
+            validate_every=options["val_every"],
+            core=options["core"],
+            memory=options["memory"],
+            model=model,
+            widths=options["widths"],
+            norm=options["norm"],
+            overwrite=options["overwrite"],
+        ),
+    )

@@ -1,0 +1,440 @@
+"""`outsize train`: a segmentation model from scenes and labels, exactly, within memory, and safe to kill."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import rasterio
+import torch
+from filelock import FileLock, Timeout
+
+from .. import __version__
+from ..models.segmentation.augmentation import Augmentation
+from ..models.segmentation.checkpoint import load_state, save_state, write_durably
+from ..models.segmentation.classes import LabelClasses, find_classes, parse_classes
+from ..models.segmentation.metrics import Confusion
+from ..models.segmentation.model import SegmentationModel, TileNetwork
+from ..models.segmentation.recipe import Recipe, parse_step
+from ..models.segmentation.scaling import Scaling
+from ..models.segmentation.sources import save_model
+from ..models.segmentation.trainer import StepRecord, Trainer
+from ..models.segmentation.unet import Norm, UNet
+from ..models.segmentation.validation import Validation, ValidationTile, validate
+from ..tiler.errors import OutputError, UsageError
+from ..tiler.fingerprint import fingerprint_raster
+from ..tiler.labels import LabelOptions, identify_labels
+from ..tiler.machine import find_versions
+from ..tiler.memory import format_bytes
+from ..tiler.meter import MemoryMeter
+from ..tiler.plan import format_seconds
+from ..tiler.raster import Raster, ReadOptions, open_with
+from .console import Console, Step, count_of, describe_memory, format_table
+from .model import SourceOptions
+from .training_data import TrainingData, prepare_data
+from .training_log import TrainingLog
+from .training_report import write_training_report
+
+TRAINING, LOG, REPORT, LOCK = "training.json", "train.jsonl", "report.html", ".lock"
+SAVE_EVERY_S = 60.0
+"""A kill costs at most this, and a step."""
+_GDAL_CACHE_MB = 64
+_PARTS = 1_000_000
+"""Of the progress bar."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """What is trained, on what, and how."""
+
+    scenes: tuple[str, ...]
+    labels: tuple[str, ...]
+    """One for each scene, or one vector file for all."""
+    out: Path
+    recipe: Recipe
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    label_options: LabelOptions = field(default_factory=LabelOptions)
+    classes: tuple[str, ...] = ()
+    """NAME or NAME=#RRGGBB; empty: those of the model, or of the labels."""
+    balanced: bool = False
+    """Weights of classes follow from their number of pixels."""
+    validation: float = 0.2
+    validate_on: tuple[str, ...] = ()
+    """Scenes, of `scenes`, that are held out."""
+    block: int | None = None
+    validate_every: int = 100
+    """Steps."""
+    core: int = 256
+    """Side of cores in pixels."""
+    memory: str = "2GB"
+    model: SourceOptions | None = None
+    """Where the training starts; None: a new UNet."""
+    widths: tuple[int, ...] = (16, 32, 64, 128)
+    norm: Norm = "frozen"
+    overwrite: bool = False
+
+
+def run_train(console: Console, options: TrainOptions) -> None:
+    """Train, or go on, and leave best.json, last.json, train.jsonl and report.html in the folder."""
+    # GDAL would keep up to a twentieth of the machine's memory in decoded blocks.
+    with _owning(options), rasterio.Env(GDAL_CACHEMAX=_GDAL_CACHE_MB), MemoryMeter() as meter:
+        run = _Run(console, options, meter)
+        run.start()
+        try:
+            run.train()
+        except KeyboardInterrupt:
+            run.interrupt()
+            raise
+        run.finish()
+
+
+@contextmanager
+def _owning(options: TrainOptions) -> Iterator[None]:
+    """One training in one folder at a time.
+
+    Raises:
+        OutputError: another one runs there, or something else lies there.
+    """
+    out = options.out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        strangers = [path.name for path in out.iterdir() if path.name != LOCK]
+        if strangers and not (out / TRAINING).exists():
+            raise OutputError(f"{out} holds {strangers[0]} and no training; choose another folder")
+        lock = FileLock(out / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(f"another training runs in {out}; wait for it, or choose another folder") from None
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error}; choose another folder") from error
+    try:
+        if options.overwrite:
+            for path in out.iterdir():
+                if path.is_file() and path.name != LOCK:
+                    path.unlink()
+        yield
+    finally:
+        lock.release()
+
+
+class _Run:
+    """One call of the command."""
+
+    def __init__(self, console: Console, options: TrainOptions, meter: MemoryMeter) -> None:
+        self.console, self.options, self.meter = console, options, meter
+        self.out = options.out
+        self.began = time.perf_counter()
+        self.best: dict[str, Any] | None = None
+        """Step and scores of the best validation so far."""
+        self.saved_at = time.monotonic()
+
+    def start(self) -> None:
+        """Open, compare with what is there, survey, load the last state."""
+        options = self.options
+        self.rasters = [open_with(scene, options.reading) for scene in options.scenes]
+        _require_fitting(self.rasters, options)
+        self.start_model = options.model.load() if options.model else None
+        self.fingerprint = _fingerprint(self.rasters, options, self.start_model)
+        _require_same(self.out, self.fingerprint)
+        found = self._find_classes()
+        torch.manual_seed(options.recipe.seed)
+        network = (
+            self.start_model.network
+            if self.start_model
+            else UNet(self.rasters[0].bands, len(found.classes), options.widths, options.norm)
+        )
+        scaling = self.start_model.scaling if self.start_model else Scaling.none(self.rasters[0].bands)
+        self.module = TileNetwork(network, scaling, "logits").eval()
+        self.data: TrainingData = prepare_data(
+            self.console, options, self.rasters, found, self.module, self.start_model
+        )
+        if not (self.out / TRAINING).exists():
+            described = {
+                "version": __version__,
+                "fingerprint": self.fingerprint,
+                "command": ["outsize", *sys.argv[1:]],
+                "versions": find_versions(),
+                "data": self.data.describe(),
+            }
+            write_durably(self.out / TRAINING, json.dumps(described, indent=1).encode() + b"\n")
+        # After what makes the folder a training's own.
+        self.data.survey.save(self.out)
+        self.trainer = Trainer(self.module, self.data.recipe, self.data.draw, self.data.engine.compute)
+        state = load_state(self.out)
+        if state is not None:
+            self.trainer.load(state)
+            self.best = state.values["best"]
+            self.console.remark(f"{self.out}: goes on after step {state.step}")
+        elif not self.start_model and options.norm == "frozen":
+            self.data.calibrate(network)
+        self.log = TrainingLog(self.out / LOG, self.trainer.step)
+        for line in self.data.remarks:
+            self.console.remark(line)
+
+    def _find_classes(self) -> LabelClasses:
+        options = self.options
+        values = options.label_options.values
+        if self.start_model is not None:
+            known = self.start_model.classes
+            named = parse_classes(options.classes) or known
+            if len(named) != len(known):
+                raise UsageError(
+                    f"the model has {count_of(len(known), 'class')}, --classes names {len(named)}; name as many, or "
+                    "train a new network without --model"
+                )
+            return LabelClasses(classes=named, values=values)
+        if options.classes:
+            return LabelClasses(classes=parse_classes(options.classes), values=values)
+        pixels = sum(raster.shape_yx[0] * raster.shape_yx[1] for raster in self.rasters)
+        with self.console.step("find classes", pixels) as step:
+            return find_classes(tuple(dict.fromkeys(options.labels)), options.label_options, step.advance)
+
+    def train(self) -> None:
+        """Step after step, with validations, states and lines of the log between them."""
+        trainer, every = self.trainer, self.options.validate_every
+        label = f"train {self.out.name}"
+        with self.console.step(label, _PARTS, counts_pixels=False) as bar:
+            shown = self._show(bar, None, 0)
+            while not trainer.is_done:
+                record = trainer.make_step()
+                self.log.add(_step_line(record, self.meter))
+                if trainer.step % every == 0 or trainer.is_done:
+                    self._validate()
+                if time.monotonic() - self.saved_at > SAVE_EVERY_S:
+                    self._save()
+                shown = self._show(bar, record, shown)
+
+    def _show(self, bar: Step, record: StepRecord | None, shown: int) -> int:
+        now = int(_PARTS * self.trainer.progress)
+        total = f"/{self.data.recipe.steps}" if self.data.recipe.steps else ""
+        parts = [f"step {self.trainer.step}{total}"]
+        parts += [f"loss {record.loss:.4f}"] if record else []
+        parts += [f"best mean IoU {self.best['mean_iou']:.3f}"] if self.best else []
+        bar.advance(now - shown, ", ".join([*parts, describe_memory(self.meter.current_bytes)]))
+        return now
+
+    def _validate(self) -> None:
+        """Scores of the averaged weights; the best ones are kept as best.json."""
+        if not self.data.validation_tiles:
+            self._save()
+            return
+        began = time.perf_counter()
+        validation = self.validate()
+        scores = _scores(validation.confusion)
+        line = {
+            "step": self.trainer.step,
+            **scores,
+            "confusion": validation.confusion.counts.tolist(),
+            "worst": [
+                {
+                    "scene": entry.tile.scene,
+                    "window": [entry.tile.core.y, entry.tile.core.x, entry.tile.core.height, entry.tile.core.width],
+                    "pixels": entry.pixels,
+                    "wrong": entry.wrong,
+                }
+                for entry in validation.worst[:8]
+            ],
+            "seconds": round(time.perf_counter() - began, 3),
+        }
+        if self.best is None or scores["mean_iou"] > self.best["mean_iou"]:
+            # Before the state, which says that it is there.
+            self.best = {key: line[key] for key in ("step", *scores)}
+            self._save_model("best")
+        self.log.add({"validation": line})
+        self._save()
+
+    def validate(self) -> Validation:
+        """With the averaged weights."""
+        engine, average = self.data.engine, self.trainer.average.values
+
+        def predict(tile: ValidationTile) -> Any:
+            return engine.predict(tile.scene, tile.core, average)
+
+        def read_labels(tile: ValidationTile) -> Any:
+            return engine.read_validation(tile.scene, tile.core)
+
+        return validate(self.data.validation_tiles, len(self.data.classes), predict, read_labels)
+
+    def _save(self) -> None:
+        save_state(self.out, self.trainer.state({"best": self.best}))
+        self.saved_at = time.monotonic()
+
+    def model(self) -> SegmentationModel:
+        """The averaged weights as a model."""
+        prefix = "network."
+        weights = {
+            name.removeprefix(prefix): value
+            for name, value in self.trainer.average.values.items()
+            if name.startswith(prefix)
+        }
+        return self.data.make_model(self.out.absolute().name, weights)
+
+    def _save_model(self, name: str) -> None:
+        card = {
+            "trained_on": [raster.path for raster in self.rasters],
+            "labels": list(self.options.labels),
+            "steps": self.trainer.step,
+            "minutes": round(self.trainer.seconds / 60, 2),
+            "validation": self.best,
+            "command": shlex.join(["outsize", *sys.argv[1:]]),
+        }
+        save_model(self.model(), self.out / name, card)
+
+    def interrupt(self) -> None:
+        """Keep what was done."""
+        if self.trainer.is_between_steps:
+            self._save()
+        self.console.remark(f"{self.out}: stopped after step {self.trainer.step}")
+
+    def finish(self) -> None:
+        """The last model, the report, the result."""
+        self._save()
+        self._save_model("last")
+        if self.best is None:
+            self._save_model("best")
+        self.data.engine.close()
+        size = write_training_report(self.out, self.data)
+        self.console.result(self._summary(), self._values(size))
+
+    def _summary(self) -> str:
+        trainer = self.trainer
+        head = (
+            f"{self.out / 'best.json'}: {count_of(trainer.step, 'step')} in {format_seconds(trainer.seconds)}, peak "
+            f"memory {format_bytes(self.meter.peak_bytes)}; last.json, {LOG} and {REPORT} lie beside it"
+        )
+        if self.best is None:
+            return f"{head}\nno validation: best.json is the last one"
+        lines = [
+            f"best at step {self.best['step']}: mean IoU {self.best['mean_iou']:.4f}, mean F1 "
+            f"{self.best['mean_f1']:.4f}, accuracy {self.best['accuracy']:.4f} over {self.best['pixels'] / 1e6:.2f} Mpx"
+        ]
+        rows = [
+            [entry.name, *(f"{self.best[key][index]:.4f}" if self.best[key][index] is not None else "-" for key in
+                           ("iou", "f1", "precision", "recall"))]
+            for index, entry in enumerate(self.data.classes)
+        ]  # fmt: skip
+        return "\n".join([head, *lines, format_table(("class", "IoU", "F1", "precision", "recall"), rows)])
+
+    def _values(self, report_bytes: int) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "model": str(self.out / "best.json"),
+            "steps": self.trainer.step,
+            "training_s": round(self.trainer.seconds, 3),
+            "seconds": round(time.perf_counter() - self.began, 3),
+            "best": self.best,
+            "classes": [entry.name for entry in self.data.classes],
+            "peak_bytes": self.meter.peak_bytes,
+            "predicted_peak_bytes": self.data.predicted_bytes,
+            "report_bytes": report_bytes,
+        }
+
+
+def _scores(confusion: Confusion) -> dict[str, Any]:
+    """As plain JSON values; None where a class does not occur."""
+
+    def plain(values: Sequence[float]) -> list[float | None]:
+        return [None if math.isnan(value) else value for value in values]
+
+    return {
+        "pixels": confusion.pixels,
+        "accuracy": confusion.accuracy,
+        "mean_iou": confusion.mean_iou,
+        "mean_f1": confusion.mean_f1,
+        "iou": plain(confusion.iou),
+        "f1": plain(confusion.f1),
+        "precision": plain(confusion.precision),
+        "recall": plain(confusion.recall),
+    }
+
+
+def _step_line(record: StepRecord, meter: MemoryMeter) -> dict[str, Any]:
+    return {**asdict(record), "seconds": round(record.seconds, 4), "memory_bytes": meter.current_bytes}
+
+
+def _require_fitting(rasters: Sequence[Raster], options: TrainOptions) -> None:
+    """Before anything is read.
+
+    Raises:
+        UsageError: scenes of different bands, another number of labels, a held-out scene that is none of them.
+    """
+    first = rasters[0]
+    for raster in rasters[1:]:
+        if raster.bands != first.bands:
+            raise UsageError(
+                f"scenes must have the same bands, {first.path} has {first.bands} and {raster.path} {raster.bands}; "
+                "choose with --bands"
+            )
+    if len(options.labels) not in (1, len(rasters)) or (len(rasters) > 1 and len(options.labels) == 1 and not
+                                                        _serves_all(options.labels[0])):  # fmt: skip
+        raise UsageError(
+            f"{count_of(len(rasters), 'scene')} need --labels as often, in the same order, or one vector file; got "
+            f"{len(options.labels)}"
+        )
+    for scene in options.validate_on:
+        if scene not in options.scenes:
+            raise UsageError(f"--validate-on must be one of the scenes, got {scene}; name it among them too")
+    if set(options.validate_on) == set(options.scenes):
+        raise UsageError("--validate-on leaves no scene to train on; add one")
+
+
+def _serves_all(labels: str) -> bool:
+    from ..tiler.vectors import is_vector_file
+
+    return is_vector_file(labels)
+
+
+def _fingerprint(rasters: Sequence[Raster], options: TrainOptions, model: SegmentationModel | None) -> dict[str, Any]:
+    """What the trajectory depends on, as plain values."""
+    values = asdict(replace(options, model=None, out=Path(), reading=ReadOptions(), recipe=Recipe()))
+    for name in ("out", "model", "reading", "recipe", "overwrite", "scenes", "memory", "labels"):
+        del values[name]
+    recipe = asdict(options.recipe)
+    found: dict[str, Any] = {
+        **{f"scene {index + 1}": fingerprint_raster(raster) for index, raster in enumerate(rasters)},
+        **{f"labels {index + 1}": identify_labels(labels) for index, labels in enumerate(options.labels)},
+        **values,
+        "validate_on": [options.scenes.index(scene) + 1 for scene in options.validate_on],
+        **recipe,
+        "model": f"{model.name} {model.sha256}" if model else None,
+    }
+    return json.loads(json.dumps(found))
+
+
+def _require_same(out: Path, ours: dict[str, Any]) -> None:
+    """Go on only with what the folder's training was begun with.
+
+    Raises:
+        OutputError: names what differs.
+    """
+    path = out / TRAINING
+    if not path.exists():
+        return
+    try:
+        theirs = json.loads(path.read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError) as error:
+        raise OutputError(f"{path} cannot be read: {error}; --overwrite begins anew") from error
+    differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
+    if differing:
+        said = "; ".join(f"{key.replace('_', ' ')} {_short(theirs.get(key))} there, {_short(ours.get(key))} now"
+                         for key in differing[:4])  # fmt: skip
+        raise OutputError(f"{out} holds another training: {said}; choose another --out, or --overwrite")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def make_recipe(step: str, augment: str, **values: Any) -> Recipe:
+    """The recipe that options of the command line mean."""
+    kind, tiles = parse_step(step)
+    return Recipe(step=kind, tiles=tiles, augmentation=Augmentation.parse(augment), **values)

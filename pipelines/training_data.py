@@ -1,0 +1,396 @@
+"""The data of a training: scenes with labels, split, surveyed and sampled; the network set up for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+
+from ..models.segmentation.checkpoint import write_durably
+from ..models.segmentation.classes import LabelClasses
+from ..models.segmentation.loss_text import parse_loss
+from ..models.segmentation.model import SegmentationClass, SegmentationModel, TileNetwork
+from ..models.segmentation.moments import Moments
+from ..models.segmentation.norm import calibrating
+from ..models.segmentation.recipe import Recipe
+from ..models.segmentation.sampling import ImageSampler, TileSampler, TrainingTile, labelled_cells
+from ..models.segmentation.scaling import Scaling, ScalingKind
+from ..models.segmentation.scene import TrainingScene
+from ..models.segmentation.split import Split, choose_block, choose_split, compute_reach
+from ..models.segmentation.step import StepEngine
+from ..models.segmentation.step_memory import require_budget
+from ..models.segmentation.survey import Counts, count_labels, measure_bands
+from ..models.segmentation.validation import ValidationTile, list_validation_tiles
+from ..tiler.errors import UsageError
+from ..tiler.labels import open_labels
+from ..tiler.memory import MB, format_bytes, parse_bytes
+from ..tiler.meter import process_bytes
+from ..tiler.network import Network, analyze_network
+from ..tiler.raster import Raster
+from ..tiler.trainable import TrainableNetwork, prepare_training
+from .console import Console, count_of
+
+if TYPE_CHECKING:
+    from .train import TrainOptions
+
+SURVEY, COUNTS = "survey.json", "survey.safetensors"
+_VALIDATED = 2
+"""Side of validation's cores in units of the training's: without gradients they take no more memory."""
+_CACHE_BYTES = 64 * MB
+"""Of decoded blocks of all scenes."""
+_CALIBRATED = 8
+"""Cores in the batch that frozen norms are calibrated on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What the passes over scenes and labels found; kept, so that going on needs none of them."""
+
+    splits: tuple[Split | None, ...]
+    """Of each scene."""
+    scaling: Scaling
+    fill: tuple[float, ...]
+    means: tuple[float, ...]
+    """Of each band over the valid pixels that train, in raw units."""
+    deviations: tuple[float, ...]
+    cell: int
+    training: tuple[Counts, ...] = field(repr=False)
+    """Of each scene, (rows, columns, classes) labelled pixels that are trained on."""
+    validation: tuple[Counts, ...] = field(repr=False)
+
+    def save(self, folder: Path) -> None:
+        counts = {f"training.{i}": entry for i, entry in enumerate(self.training)}
+        counts |= {f"validation.{i}": entry for i, entry in enumerate(self.validation)}
+        save_file(counts, folder / COUNTS)
+        values = {
+            "splits": [asdict(split) if split else None for split in self.splits],
+            "scaling": asdict(self.scaling),
+            "fill": list(self.fill),
+            "means": list(self.means),
+            "deviations": list(self.deviations),
+            "cell": self.cell,
+        }
+        write_durably(folder / SURVEY, json.dumps(values, indent=1).encode() + b"\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Survey | None:
+        """None where there is none."""
+        if not (folder / SURVEY).exists():
+            return None
+        values = json.loads((folder / SURVEY).read_text())
+        counts = load_file(folder / COUNTS)
+        kind = values["scaling"]["kind"]
+        return cls(
+            splits=tuple(Split(**split) if split else None for split in values["splits"]),
+            scaling=Scaling(
+                kind=cast("ScalingKind | tuple[ScalingKind, ...]", kind if isinstance(kind, str) else tuple(kind)),
+                subtract=tuple(values["scaling"]["subtract"]),
+                divide=tuple(values["scaling"]["divide"]),
+            ),
+            fill=tuple(values["fill"]),
+            means=tuple(values["means"]),
+            deviations=tuple(values["deviations"]),
+            cell=values["cell"],
+            training=tuple(counts[f"training.{i}"] for i in range(len(values["splits"]))),
+            validation=tuple(counts[f"validation.{i}"] for i in range(len(values["splits"]))),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingData:
+    """All that a trainer asks for."""
+
+    scenes: tuple[TrainingScene, ...]
+    classes: tuple[SegmentationClass, ...]
+    recipe: Recipe
+    """With the class weights that were wanted."""
+    engine: StepEngine
+    draw: Callable[[int], Sequence[TrainingTile]]
+    validation_tiles: tuple[ValidationTile, ...]
+    survey: Survey
+    reach: int
+    start: SegmentationModel | None
+    module: TileNetwork
+    remarks: tuple[str, ...]
+    predicted_bytes: int
+    """Peak of the process."""
+
+    def describe(self) -> dict[str, Any]:
+        """For people and for the report, as plain values."""
+        return {
+            "classes": [{"name": entry.name, "colour": list(entry.colour)} for entry in self.classes],
+            "class_values": [list(scene.labels.class_values) for scene in self.scenes],
+            "class_weights": list(self.recipe.class_weights),
+            "reach": self.reach,
+            "scenes": [scene.raster.path for scene in self.scenes],
+            "labels": [scene.labels.path for scene in self.scenes],
+            "held_out": [scene.is_held_out for scene in self.scenes],
+            "training_pixels": _sum(self.survey.training).tolist(),
+            "validation_pixels": _sum(self.survey.validation).tolist(),
+            "parameters": sum(p.numel() for p in self.module.parameters()),
+            "splits": [asdict(split) if split else None for split in self.survey.splits],
+        }
+
+    def calibrate(self, network: nn.Module) -> None:
+        """Give frozen norms their statistics from a batch of the first steps' tiles."""
+        shapes = [scene.raster.shape_yx for scene in self.scenes if scene.trains]
+        side = min(256, *(extent for shape in shapes for extent in shape))
+        batch = self.engine.read_batch(self.draw, side, _CALIBRATED)
+        with calibrating(network):
+            self.module.logits(batch)
+
+    def make_model(self, name: str, weights: dict[str, Tensor]) -> SegmentationModel:
+        """The model of some weights of the network."""
+        import copy
+
+        network = copy.deepcopy(self.module.network)
+        network.load_state_dict(weights)
+        bands = self.start.bands if self.start else self.scenes[0].raster.band_names
+        return SegmentationModel(
+            name=name,
+            network=network.eval(),
+            bands=tuple(bands),
+            scaling=self.survey.scaling,
+            fill=self.survey.fill,
+            classes=self.classes,
+            architecture=self.start.architecture if self.start else "",
+            hyperparameters=self.start.hyperparameters if self.start else {},
+        )
+
+
+def prepare_data(
+    console: Console,
+    options: TrainOptions,
+    rasters: Sequence[Raster],
+    found: LabelClasses,
+    module: TileNetwork,
+    start: SegmentationModel | None,
+) -> TrainingData:
+    """Open labels, analyse the network, split, survey.
+
+    Raises:
+        UntileableError: a network that cannot be trained exactly.
+        UsageError: no labelled pixel to train on, or to validate on; classes without pixels.
+    """
+    bands = rasters[0].bands
+    if start is not None and len(start.bands) != bands:
+        raise UsageError(
+            f"the model takes {count_of(len(start.bands), 'band')}, the scenes have {bands}; choose with --bands"
+        )
+    label_options = replace(options.label_options, values=found.values or options.label_options.values)
+    names = [entry.name for entry in found.classes]
+    scenes = tuple(
+        TrainingScene(
+            raster=raster,
+            labels=open_labels(
+                labels, raster.place, raster.shape_yx, of=raster.path, names=names, options=label_options
+            ),
+            split=None,
+            is_held_out=scene in options.validate_on,
+        )
+        for scene, raster, labels in zip(
+            options.scenes,
+            rasters,
+            options.labels if len(options.labels) == len(rasters) else options.labels * len(rasters),
+            strict=True,
+        )
+    )
+    network: Network = analyze_network(module, bands, torch.float32)
+    reach = compute_reach(network)
+    trainable: TrainableNetwork = prepare_training(network, bands, torch.float32)
+    survey = Survey.load(options.out)
+    if survey is None:
+        survey = _survey(console, options, scenes, reach, len(names), start)
+        _require_labels(options, survey, names)
+    scenes = tuple(replace(scene, split=split) for scene, split in zip(scenes, survey.splits, strict=True))
+    with torch.no_grad():
+        module.subtract.copy_(torch.tensor(survey.scaling.subtract)[None, :, None, None])
+        module.divide.copy_(torch.tensor(survey.scaling.divide)[None, :, None, None])
+    recipe = _weigh(options, survey, len(names))
+    loss = parse_loss(recipe.loss, recipe.class_weights)
+    budget = parse_bytes(options.memory)
+    cache = min(_CACHE_BYTES, budget // 8)
+    longest = max(extent for scene in scenes for extent in scene.raster.shape_yx)
+    # What the optimiser and the average will hold comes on top: four times the weights.
+    weights = 4 * sum(p.numel() * p.element_size() for p in module.parameters())
+    predicted = require_budget(trainable, min(options.core, longest), process_bytes() + cache + weights, budget)
+    engine = StepEngine(trainable, scenes, loss, survey.fill, cache_bytes=cache)
+    shapes = tuple(scene.raster.shape_yx for scene in scenes)
+    return TrainingData(
+        scenes=scenes,
+        classes=found.classes,
+        recipe=recipe,
+        engine=engine,
+        draw=_make_draw(options, recipe, survey, shapes),
+        validation_tiles=tuple(
+            list_validation_tiles(shapes, survey.validation, survey.cell, _VALIDATED * options.core)
+        ),
+        survey=survey,
+        reach=reach,
+        start=start,
+        module=module,
+        remarks=(*_remark(survey, names, scenes), f"memory {format_bytes(predicted)} predicted at most"),
+        predicted_bytes=predicted,
+    )
+
+
+def _survey(
+    console: Console,
+    options: TrainOptions,
+    scenes: Sequence[TrainingScene],
+    reach: int,
+    classes: int,
+    start: SegmentationModel | None,
+) -> Survey:
+    """The passes over scenes and labels."""
+    shapes = [scene.raster.shape_yx for scene in scenes]
+    block = options.block or choose_block(shapes, reach)
+    share = 0.0 if options.validate_on else options.validation
+    splits: list[Split | None] = []
+    passes = (bool(share) + 2 * scene.trains + (scene.is_held_out or bool(share)) for scene in scenes)
+    pixels = sum(count * height * width for count, (height, width) in zip(passes, shapes, strict=True))
+    cell = max(1, options.core // 2)
+    moments = Moments.none(scenes[0].raster.bands)
+    training: list[Counts] = []
+    validation: list[Counts] = []
+    with console.step("survey", pixels) as step:
+        for index, scene in enumerate(scenes):
+            split: Split | None = None
+            if share:
+                counts = count_labels(scene, cell=block, classes=classes, advance=step.advance)
+                seed = options.recipe.seed
+                split = choose_split(counts, share=share, block=block, guard=reach, seed=seed, scene=index)
+            splits.append(split)
+            scene = replace(scene, split=split)
+            nothing = np.zeros((*_cells_of(scene, cell), classes), np.int64)
+            training.append(
+                count_labels(scene, cell=cell, classes=classes, part="training", advance=step.advance)
+                if scene.trains
+                else nothing
+            )
+            validation.append(
+                count_labels(scene, cell=cell, classes=classes, part="validation", advance=step.advance)
+                if scene.validates
+                else nothing
+            )
+            if scene.trains:
+                moments += measure_bands(scene, step.advance)
+    deviations = np.where(moments.deviation > 0, moments.deviation, 1.0)
+    scaling = start.scaling if start else Scaling.z_score(mean=moments.mean.tolist(), stddev=deviations.tolist())
+    raw = np.asarray(start.fill if start else moments.mean)
+    # As a reader puts it into pixels of the scene's own type, so that training and inference see the same.
+    dtype = scenes[0].raster.dtype
+    fill = np.rint(raw).astype(dtype) if not start and dtype.kind in "ui" else raw.astype(dtype)
+    return Survey(
+        splits=tuple(splits),
+        scaling=scaling,
+        fill=tuple(float(value) for value in fill),
+        means=tuple(moments.mean.tolist()),
+        deviations=tuple(deviations.tolist()),
+        cell=cell,
+        training=tuple(training),
+        validation=tuple(validation),
+    )
+
+
+def _sum(counts: Sequence[Counts]) -> Counts:
+    """(classes,): pixels of each class, in all cells of all scenes."""
+    return np.sum([entry.sum((0, 1)) for entry in counts], axis=0)
+
+
+def _cells_of(scene: TrainingScene, cell: int) -> tuple[int, int]:
+    height, width = scene.raster.shape_yx
+    return (-(-height // cell), -(-width // cell))
+
+
+def _require_labels(options: TrainOptions, survey: Survey, names: Sequence[str]) -> None:
+    """Pixels of every class that the user named, on both sides.
+
+    Raises:
+        UsageError: names what is missing and what would help.
+    """
+    trained, held = _sum(survey.training), _sum(survey.validation)
+    wants = bool(options.validate_on) or options.validation > 0
+    split = next((entry for entry in survey.splits if entry is not None), None)
+    how = (
+        f"blocks of {split.block} px, {split.guard} px from every validation block are left out"
+        if split is not None
+        else "all labels of scenes that are not held out"
+    )
+    if not trained.any():
+        raise UsageError(
+            f"no labelled pixel is left to train on ({how}); try a larger --block, another --seed, --validate-on "
+            "SCENE, or --validation 0"
+        )
+    if wants and not held.any():
+        raise UsageError(
+            f"no labelled pixel validates ({how}); try a smaller --block, a larger --validation, another --seed, "
+            "--validate-on SCENE, or --validation 0"
+        )
+    absent = [name for name, count in zip(names, trained, strict=True) if not count]
+    if absent and options.classes:
+        raise UsageError(
+            f"no training pixel has the class {', '.join(absent)} ({how}); leave it out of --classes, add a scene that "
+            "has it, or split otherwise: --seed, --block, --validation"
+        )
+
+
+def _remark(survey: Survey, names: Sequence[str], scenes: Sequence[TrainingScene]) -> tuple[str, ...]:
+    trained, held = _sum(survey.training), _sum(survey.validation)
+    lines = [
+        f"{count_of(len(scenes), 'scene')}, {trained.sum() / 1e6:.3f} Mpx to train on, {held.sum() / 1e6:.3f} Mpx to "
+        f"validate on; {count_of(len(names), 'class')}: {', '.join(names)}"
+    ]
+    for what, counts in (("trained on", trained), ("validated", held)):
+        absent = [name for name, count in zip(names, counts, strict=True) if not count]
+        if absent and counts.any():
+            lines.append(f"no pixel of {', '.join(absent)} is {what}")
+    return tuple(lines)
+
+
+def _weigh(options: TrainOptions, survey: Survey, classes: int) -> Recipe:
+    """The recipe with weights of classes: as given, or n / (classes * n_c), at most 10."""
+    recipe = options.recipe
+    if recipe.class_weights and len(recipe.class_weights) != classes:
+        raise UsageError(
+            f"--class-weights must be one for each of {count_of(classes, 'class')}, got {len(recipe.class_weights)}"
+        )
+    if not options.balanced:
+        return recipe
+    counts = _sum(survey.training).astype(np.float64)
+    weights = np.where(counts > 0, np.minimum(counts.sum() / (classes * np.maximum(counts, 1)), 10.0), 1.0)
+    return replace(recipe, class_weights=tuple(round(float(weight), 4) for weight in weights))
+
+
+def _make_draw(
+    options: TrainOptions, recipe: Recipe, survey: Survey, shapes: tuple[tuple[int, int], ...]
+) -> Callable[[int], Sequence[TrainingTile]]:
+    """The tiles of each step."""
+    if recipe.step == "image":
+        sampler = ImageSampler(
+            seed=recipe.seed,
+            shapes=shapes,
+            core=options.core,
+            counts=survey.training,
+            cell=survey.cell,
+            augmentation=recipe.augmentation,
+            deviations=survey.deviations,
+        )
+        return sampler.draw
+    tiles = TileSampler(
+        seed=recipe.seed,
+        shapes=shapes,
+        cell=survey.cell,
+        core=options.core,
+        cells=labelled_cells(survey.training),
+        augmentation=recipe.augmentation,
+        deviations=survey.deviations,
+    )
+    return lambda step: tiles.draw(step, recipe.tiles)

@@ -1,0 +1,210 @@
+"""The page on a training: curves, scores, confusion matrix, worst tiles, choices, provenance."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from .. import __version__
+from ..models.segmentation.checkpoint import write_durably
+from ..models.segmentation.sources import load_model
+from ..tiler.geometry import Window
+from ..tiler.labels import UNLABELLED
+from ..tiler.memory import format_bytes
+from ..tiler.plan import format_seconds
+from .training_data import TrainingData
+from .training_log import read_log
+
+POINTS = 360
+"""Of a curve; more steps are averaged."""
+WORST = 6
+"""Tiles that are shown."""
+_SIDE = 220
+"""Of their pictures."""
+_NODATA = (225, 227, 230)
+
+
+def write_training_report(folder: Path, data: TrainingData) -> int:
+    """Write FOLDER/report.html from training.json, train.jsonl and best.json; returns its bytes."""
+    page = render_training_report(folder, data).encode()
+    write_durably(folder / "report.html", page)
+    return len(page)
+
+
+def render_training_report(folder: Path, data: TrainingData) -> str:
+    """The page's text."""
+    training = json.loads((folder / "training.json").read_text())
+    lines = read_log(folder / "train.jsonl")
+    steps = [line for line in lines if "validation" not in line]
+    validations = [line["validation"] for line in lines if "validation" in line]
+    best = max(validations, key=lambda entry: entry["mean_iou"], default=None)
+    classes = training["data"]["classes"]
+    values: dict[str, Any] = {
+        "out": str(folder),
+        "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "version": __version__,
+        "training": training,
+        "steps": len(steps),
+        "seconds": sum(line["seconds"] for line in steps),
+        "pixels": sum(line["pixels"] for line in steps),
+        "memory": max((line["memory_bytes"] for line in steps), default=0),
+        "best": best,
+        "curves": _curves(steps, validations),
+        "classes": [(entry["name"], "#{:02x}{:02x}{:02x}".format(*entry["colour"])) for entry in classes],
+        "matrix": _matrix(best["confusion"]) if best else [],
+        "worst": _worst_tiles(folder, data, best) if best else [],
+        "choices": [(key.replace("_", " "), _text(value)) for key, value in training["fingerprint"].items()
+                    if not key.startswith(("scene", "labels"))],
+    }  # fmt: skip
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters.update(bytes=format_bytes, seconds=format_seconds, words=shlex.join, score=_score)
+    text = resources.files("outsize.pipelines").joinpath("training.html").read_text(encoding="utf-8")
+    return environment.from_string(text).render(values)
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "-"
+    return "-" if value is None else (json.dumps(value) if isinstance(value, dict) else str(value))
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most POINTS of them, each the mean of its neighbours."""
+    if len(points) <= POINTS:
+        return list(points)
+    parts = np.array_split(np.asarray(points), POINTS)
+    return [(float(part[:, 0].mean()), float(part[:, 1].mean())) for part in parts]
+
+
+def _curves(steps: Sequence[dict[str, Any]], validations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Drawings of 720 x 150: loss, scores, gradient and learning rate over the steps."""
+    last = max((line["step"] for line in steps), default=1)
+
+    def of(lines: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+        return _thinned([(line["step"], line[key]) for line in lines])
+
+    named = [
+        ("loss", [("training", "#2f7de1", of(steps, "loss"))], None),
+        (
+            "scores on validation",
+            [
+                ("mean IoU", "#1b7f4b", of(validations, "mean_iou")),
+                ("mean F1", "#8a5a00", of(validations, "mean_f1")),
+                ("accuracy", "#6b46c1", of(validations, "accuracy")),
+            ],
+            1.0,
+        ),
+        ("norm of the gradient", [("before clipping", "#b3261e", of(steps, "gradient_norm"))], None),
+        ("learning rate", [("", "#5d6678", of(steps, "rate"))], None),
+    ]
+    return [_curve(name, lines, top, last) for name, lines, top in named if any(points for _, _, points in lines)]
+
+
+def _curve(
+    name: str, lines: Sequence[tuple[str, str, list[tuple[float, float]]]], top: float | None, last: int
+) -> dict[str, Any]:
+    highest = top or 1.08 * max(value for _, _, points in lines for _, value in points) or 1.0
+
+    def place(step: float, value: float) -> str:
+        return f"{720 * step / last:.1f},{150 - 150 * value / highest:.1f}"
+
+    return {
+        "name": name,
+        "top": highest,
+        "last": last,
+        "lines": [
+            {
+                "label": label,
+                "colour": colour,
+                "points": " ".join(place(*point) for point in points),
+                "dots": [place(*point).split(",") for point in points] if len(points) <= 60 else [],
+            }
+            for label, colour, points in lines
+            if points
+        ],
+    }
+
+
+def _matrix(counts: Sequence[Sequence[int]]) -> list[list[tuple[int, float]]]:
+    """(pixels, share of the row) of each cell."""
+    return [[(count, count / sum(row) if sum(row) else 0.0) for count in row] for row in counts]
+
+
+def _worst_tiles(folder: Path, data: TrainingData, best: dict[str, Any]) -> list[dict[str, Any]]:
+    """Input, labels and result of the worst tiles of the best validation, by the best model."""
+    model = load_model(folder / "best.json", trust=True)
+    weights = {f"network.{name}": value for name, value in model.network.state_dict().items()}
+    colours = np.array([entry.colour for entry in data.classes], np.uint8)
+    found: list[dict[str, Any]] = []
+    for entry in best["worst"][:WORST]:
+        if not entry["wrong"]:
+            continue
+        y, x, height, width = entry["window"]
+        window = Window(y=y, x=x, height=height, width=width)
+        truth = data.engine.read_validation(entry["scene"], window)
+        result = data.engine.predict(entry["scene"], window, weights)
+        found.append(
+            {
+                "name": f"{Path(data.scenes[entry['scene']].raster.path).name}, window {window}",
+                "wrong": entry["wrong"] / entry["pixels"],
+                "pixels": entry["pixels"],
+                "pictures": [
+                    ("input", _picture(_stretch(data.engine.read_image(entry["scene"], window), data))),
+                    ("labels", _picture(_paint(truth, colours))),
+                    ("result", _picture(_paint(result, colours))),
+                    ("wrong", _picture(_mark(truth, result))),
+                ],
+            }
+        )
+    return found
+
+
+def _stretch(image: npt.NDArray[Any], data: TrainingData) -> npt.NDArray[np.uint8]:
+    """(height, width, 3): the first three bands, two deviations around their means."""
+    bands = [min(index, len(image) - 1) for index in range(3)]
+    mean = np.asarray(data.survey.means)[bands, None, None]
+    deviation = np.asarray(data.survey.deviations)[bands, None, None]
+    grey = np.nan_to_num((image[bands].astype(np.float64) - mean) / (4 * deviation) + 0.5)
+    return np.moveaxis((grey.clip(0, 1) * 255).astype(np.uint8), 0, 2)
+
+
+def _paint(classes: npt.NDArray[np.uint8], colours: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    painted = colours[np.minimum(classes, len(colours) - 1)]
+    painted[classes == UNLABELLED] = _NODATA
+    return painted
+
+
+def _mark(truth: npt.NDArray[np.uint8], result: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Wrong pixels red, right ones pale, others grey."""
+    painted = np.full((*truth.shape, 3), (214, 238, 224), np.uint8)
+    painted[truth != result] = (179, 38, 30)
+    painted[truth == UNLABELLED] = _NODATA
+    return painted
+
+
+def _picture(pixels: npt.NDArray[np.uint8], resize: Callable[..., Image.Image] = Image.Image.resize) -> str:
+    """A picture inside a page."""
+    picture = Image.fromarray(pixels)
+    scale = _SIDE / max(picture.size)
+    if scale < 1:
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        picture = resize(picture, size, Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

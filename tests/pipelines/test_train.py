@@ -1,0 +1,359 @@
+"""`outsize train` and `outsize evaluate`: trained, killed, continued, refused, scored."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from outsize.models import load_model
+from outsize.models.segmentation.metrics import Confusion
+from outsize.pipelines.cli import main
+from outsize.pipelines.training_log import read_log
+from outsize.tiler.georeference import Georeference
+from outsize.tiler.raster import open_raster
+from outsize.tiler.store import open_array
+from rasterio.features import shapes
+from safetensors.torch import load_file
+
+from ..tiler.rasters import CRS, TRANSFORM, write_geotiff
+
+SHAPE = (211, 173)
+SMALL = ("--widths", "4,6", "--core", "64", "--step", "tiles:2", "--warm-up", "2", "--val-every", "3")
+"""A network with a reach of 10, and steps of a fraction of a second."""
+
+
+def outsize(*words: str | Path) -> tuple[int, dict[str, Any], str]:
+    """(exit code, its JSON, stderr) of the command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    code: Any = 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            main(["--json", *map(str, words)])
+        except SystemExit as end:
+            code = end.code or 0
+    return code, json.loads(out.getvalue().splitlines()[-1]), err.getvalue()
+
+
+def done(*words: str | Path) -> dict[str, Any]:
+    code, values, err = outsize(*words)
+    assert code == 0, err
+    return values
+
+
+def refusal(*words: str | Path) -> str:
+    """The one line that says why not."""
+    code, values, err = outsize(*words)
+    assert code in (1, 2), err
+    assert "Traceback" not in err
+    assert "\n" not in values["error"]
+    return values["error"]
+
+
+def make_scene(folder: Path, seed: int = 0, name: str = "scene") -> tuple[Path, Path]:
+    """Stripes of two widths in three bands, and which is which: classes that need context; with nodata and noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[: SHAPE[0], : SHAPE[1]]
+    labels = ((y // 41 + x // 53 + seed) % 2).astype(np.uint8)
+    period = np.where(labels == 1, 8, 3)
+    bright = ((y + x) % period < period // 2) * 90
+    image = np.clip(bright + rng.normal(60, 8, (3, *SHAPE)), 1, 255).astype(np.uint8)
+    image[:, :9, 30:60] = 0
+    labels[100:104] = 255
+    folder.mkdir(exist_ok=True)
+    return (
+        write_geotiff(folder / f"{name}.tif", image, nodata=0),
+        write_geotiff(folder / f"{name}-labels.tif", labels[None]),
+    )
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_scene(tmp_path_factory.mktemp("scene"))
+
+
+@pytest.fixture(scope="module")
+def trained(scene: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Six steps without a stop."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    return out, done("train", scene[0], "--labels", scene[1], "--out", out, "--steps", "6", *SMALL)
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    a, b = load_file(one), load_file(other)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def same_log(one: Path, other: Path) -> bool:
+    def plain(path: Path) -> list[Any]:
+        text = json.dumps(read_log(path / "train.jsonl"))
+        return json.loads(re.sub(r'"(seconds|memory_bytes)": [\d.e-]+', r'"\1": 0', text))
+
+    return plain(one) == plain(other)
+
+
+_DYING = """
+import os, signal, sys
+from outsize.models.segmentation.trainer import Trainer
+from outsize.pipelines.cli import main
+made, step = 0, Trainer.make_step
+def dying(self):
+    global made
+    if made == {after}:
+        os.kill(os.getpid(), signal.{signal})
+    made += 1
+    return step(self)
+Trainer.make_step = dying
+main(sys.argv[1:])
+"""
+
+
+def run_dying(after: int, how: str, words: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, which gets a signal before the step after so many."""
+    code = _DYING.format(after=after, signal=how)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(
+    scene: tuple[Path, Path], trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    whole, _ = trained
+    out = tmp_path / "out"
+    words = ["train", scene[0], "--labels", scene[1], "--out", out, "--steps", "6", *SMALL]
+    killed = run_dying(4, "SIGKILL", words)
+    assert killed.returncode == -signal.SIGKILL
+    assert json.loads((out / "state.json").read_text())["step"] == 3
+    assert len([line for line in read_log(out / "train.jsonl") if "validation" not in line]) == 4
+    _, values, err = outsize(*words)
+    assert "goes on after step 3" in err
+    assert values["steps"] == 6
+    name = "state-00000006.safetensors"
+    assert same_tensors(whole / name, out / name)
+    for name in ("best", "last"):
+        assert same_tensors(whole / f"{name}.safetensors", out / f"{name}.safetensors")
+    assert same_log(whole, out)
+    # Another seed has other bits: the comparison sees something.
+    other = tmp_path / "other"
+    done("train", scene[0], "--labels", scene[1], "--out", other, "--steps", "6", "--seed", "1", *SMALL)
+    assert not same_tensors(whole / "last.safetensors", other / "last.safetensors")
+
+
+def test_an_interrupted_training_says_how_to_go_on_and_loses_nothing(
+    scene: tuple[Path, Path], trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = ["train", scene[0], "--labels", scene[1], "--out", out, "--steps", "6", *SMALL]
+    stopped = run_dying(5, "SIGINT", words)
+    assert stopped.returncode == 130
+    assert "stopped after step 5" in stopped.stderr
+    assert "the same command goes on where it stopped" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    done(*words)
+    assert same_tensors(trained[0] / "last.safetensors", out / "last.safetensors")
+    assert same_log(trained[0], out)
+    # Once more: nothing is left to do, and nothing changes.
+    again = done(*words)
+    assert again["steps"] == 6
+    assert same_log(trained[0], out)
+
+
+def test_what_differs_is_named(scene: tuple[Path, Path], trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out = trained[0]
+    words = ("train", scene[0], "--labels", scene[1], "--out", out)
+    assert re.search(
+        r"another training: rate 0.002 there, 0.01 now", refusal(*words, "--steps", "6", *SMALL, "--lr", "0.01")
+    )
+    assert "steps 6 there, 7 now" in refusal(*words, "--steps", "7", *SMALL)
+    copy = tmp_path / "labels.tif"
+    copy.write_bytes(scene[1].read_bytes())
+    assert "labels 1" in refusal("train", scene[0], "--labels", copy, "--out", out, "--steps", "6", *SMALL)
+    copy.unlink()
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "holds notes.txt and no training" in refusal("train", scene[0], "--labels", scene[1], "--out", tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_the_log_the_model_and_the_page_are_there(trained: tuple[Path, dict[str, Any]]) -> None:
+    out, values = trained
+    assert sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) == [
+        "best.json", "best.safetensors", "last.json", "last.safetensors", "report.html", "state-00000006.safetensors",
+        "state.json", "survey.json", "survey.safetensors", "train.jsonl", "training.json",
+    ]  # fmt: skip
+    lines = read_log(out / "train.jsonl")
+    steps = [line for line in lines if "validation" not in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(line["loss"] > 0 and line["pixels"] > 0 and line["gradient_norm"] > 0 for line in steps)
+    validations = [line["validation"] for line in lines if "validation" in line]
+    assert [line["step"] for line in validations] == [3, 6]
+    best = max(validations, key=lambda line: line["mean_iou"])
+    assert values["best"]["mean_iou"] == best["mean_iou"]
+    assert values["peak_bytes"] <= values["predicted_peak_bytes"]
+    confusion = Confusion(counts=np.array(best["confusion"]))
+    assert confusion.mean_iou == best["mean_iou"]
+    assert confusion.pixels == best["pixels"] > 1000
+    model = load_model(out / "best.json")
+    assert [entry.name for entry in model.classes] == ["class 0", "class 1"]
+    assert model.fill == tuple(float(round(v)) for v in model.fill)
+    page = (out / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert page.count("<svg") == 4
+    for text in ("Confusion matrix", "Worst tiles", "class 0", "--steps 6" if "--steps" in page else "choices"):
+        assert text.lower() in page.lower()
+
+
+def test_it_learns_classes_that_need_context_and_segment_takes_the_model(tmp_path: Path) -> None:
+    scene, labels = make_scene(tmp_path)
+    other, other_labels = make_scene(tmp_path, seed=1, name="other")
+    values = done(
+        "train", scene, "--labels", labels, "--out", tmp_path / "out", "--classes", "fine=#102030,coarse",
+        "--steps", "70",
+        "--widths", "8,12", "--core", "64", "--step", "tiles:3", "--lr", "0.01", "--warm-up", "5", "--val-every", "35",
+        "--ema", "0.8",
+    )  # fmt: skip
+    assert values["best"]["mean_iou"] > 0.6
+    out = tmp_path / "map.zarr"
+    done("segment", other, out, "--model", tmp_path / "out" / "best.json", "--no-dashboard", "--memory", "3GB")
+    scores = done("evaluate", out, other_labels)
+    assert scores["mean_iou"] > 0.6
+    assert scores["classes"] == ["fine", "coarse"]
+    found = np.asarray(open_array(out, "class")[:])
+    with rasterio.open(other_labels) as dataset:
+        truth = dataset.read(1)
+    counts = Confusion.count(truth, found, 2)
+    assert scores["confusion"] == counts.counts.tolist()
+    assert scores["precision"]["coarse"] == counts.counts[1, 1] / counts.counts[:, 1].sum()
+    assert scores["recall"]["fine"] == counts.counts[0, 0] / counts.counts[0].sum()
+
+    # Polygons drawn around the same labels score the same.
+    place = Georeference(crs_wkt=rasterio.crs.CRS.from_user_input(CRS).to_wkt(), transform=tuple(TRANSFORM)[:6])  # pyright: ignore[reportArgumentType]
+    drawn = [
+        {"type": "Feature", "properties": {"cover": ["fine", "coarse"][int(value)]}, "geometry": shape}
+        for shape, value in shapes(truth, mask=truth != 255, transform=place.affine)
+    ]
+    crs = {"type": "name", "properties": {"name": CRS}}
+    polygons = tmp_path / "polygons.geojson"
+    polygons.write_text(json.dumps({"type": "FeatureCollection", "crs": crs, "features": drawn}))
+    assert done("evaluate", out, polygons)["confusion"] == scores["confusion"]
+
+    # Several maps are scored one by one, and together.
+    both = done("evaluate", out, other_labels, out, polygons)
+    assert [entry["labels"] for entry in both["maps"]] == [str(other_labels), str(polygons)]
+    assert both["maps"][0]["confusion"] == scores["confusion"]
+    assert (np.array(both["confusion"]) == 2 * np.array(scores["confusion"])).all()
+    assert "each OUT needs its LABELS" in refusal("evaluate", out, other_labels, out)
+
+    # Going on from the model, on polygons and a whole scene a step, with another scene held out.
+    tuned = done(
+        "train", other, scene, "--labels", polygons, "--labels", labels, "--validate-on", scene, "--model",
+        tmp_path / "out" / "best.json", "--out", tmp_path / "tuned", "--step", "image", "--core", "100", "--steps", "3",
+        "--optimiser", "sgd", "--lr", "0.001", "--loss", "cross-entropy+dice", "--class-weights", "balanced",
+    )  # fmt: skip
+    assert tuned["classes"] == ["fine", "coarse"]
+    assert tuned["best"]["mean_iou"] > 0.6
+    with rasterio.open(labels) as dataset, rasterio.open(scene) as pixels:
+        wanted = (dataset.read(1) != 255) & (pixels.read() != 0).any(0)
+    assert tuned["best"]["pixels"] == wanted.sum()
+    tiles = read_log(tmp_path / "tuned" / "train.jsonl")[0]["tiles"]
+    assert tiles == 6
+
+
+def test_what_cannot_be_trained_is_refused_in_one_line(scene: tuple[Path, Path], tmp_path: Path) -> None:
+    image, labels = scene
+    raster = open_raster(image)
+    out = tmp_path / "out"
+
+    def say(*words: str | Path, labels: Path = labels) -> str:
+        return refusal("train", image, "--labels", labels, "--out", out, "--steps", "1", *SMALL, *words)
+
+    small = write_geotiff(tmp_path / "small.tif", np.zeros((1, 20, 20), np.uint8))
+    assert "one band on the grid" in say("--classes", "a,b", labels=small)
+    stored = np.zeros((1, *SHAPE), np.uint8)
+    beyond = write_geotiff(tmp_path / "beyond.tif", stored + 7)
+    assert "labels must be 0..1, got 7" in say("--classes", "a,b", labels=beyond)
+    moved = write_geotiff(tmp_path / "moved.tif", stored, transform=raster.place.moved(3, 0).affine)
+    assert "must lie on the grid of" in say("--classes", "a,b", labels=moved)
+    empty = write_geotiff(tmp_path / "empty.tif", stored + 255)
+    assert "no labelled pixel is left to train on" in say("--classes", "a,b", labels=empty)
+    assert "no training pixel has the class c" in say("--classes", "a,b,c")
+    assert "needs 2 to 255 classes, the labels have 0" in say(labels=empty)
+    assert "no labelled pixel is left to train on" in say("--block", "300", "--validation", "0.9")
+    assert "a loss must be" in say("--loss", "hinge")
+    assert "must be one for each of 2 classes, got 3" in say("--class-weights", "1,2,3")
+    assert "--validate-on must be one of the scenes" in say("--validate-on", "other.tif")
+    assert "leaves no scene to train on" in say("--validate-on", image)
+    assert "give one of them" in say("--minutes", "2")
+    assert "a step must be image, or tiles:N" in say("--step", "tiles:0")
+    assert "a new network without --model" in say("--model", _shipped(), "--classes", "a,b")
+    assert "the model takes 4 bands, the scenes have 3" in say("--model", _shipped())
+    assert re.search(r"cores of 64 px need \d+ MB, --memory is 50 MB; give as much", say("--memory", "50MB"))
+    nan = np.where(np.random.default_rng(0).random((3, *SHAPE)) < 0.01, np.nan, 1).astype(np.float32)
+    floats = write_geotiff(tmp_path / "floats.tif", nan)
+    answer = refusal("train", floats, "--labels", labels, "--out", out, "--steps", "1", *SMALL)
+    assert "pixels that are no numbers" in answer
+    # Nothing of all that is left to go on from.
+    assert not (out / "training.json").exists()
+    done("train", image, "--labels", labels, "--out", out, "--steps", "1", *SMALL)
+
+
+def _shipped() -> Path:
+    from outsize.models.segmentation.sources import default_model_path
+
+    return default_model_path()
+
+
+_WHOLE_IMAGE = """
+from torch import nn
+class Squeezed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x * x.mean((2, 3), keepdim=True).sigmoid())
+"""
+
+
+def test_a_network_that_looks_at_the_whole_image_is_refused(
+    scene: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "squeezed.py").write_text(_WHOLE_IMAGE)
+    monkeypatch.chdir(tmp_path)
+    answer = refusal(
+        "train", scene[0], "--labels", scene[1], "--out", "out", "--model", "squeezed:Squeezed", "--steps", "1"
+    )
+    assert re.search(r"mean.*whole image|whole image.*mean|aten.mean", answer)
+    assert not Path("out/training.json").exists()
+
+
+def test_two_trainings_in_one_folder_are_refused(scene: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["train", scene[0], "--labels", scene[1], "--out", out, "--minutes", "5", *SMALL]
+    command = [sys.executable, "-m", "outsize", *map(str, words)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ}) as running:
+        try:
+            deadline = time.monotonic() + 200
+            while not (out / "training.json").exists():
+                assert running.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            assert "another training runs in" in refusal(*words)
+        finally:
+            running.send_signal(signal.SIGTERM)
+        _, err = running.communicate(timeout=200)
+    assert running.returncode == 130
+    assert "goes on" in err

@@ -1,0 +1,334 @@
+"""Labels: the class of every pixel of a raster, from a raster on its grid or from polygons, window by window."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from affine import Affine
+from rasterio.features import rasterize
+
+from .errors import RasterError, UsageError
+from .geometry import Grid, Window
+from .georeference import Georeference
+from .raster import Raster, RasterReader, file_identity, open_raster
+from .vectors import Features, Geometry, bounds_of, is_vector_file, read_features, to_pixels
+
+UNLABELLED = 255
+"""Of pixels whose class is not known: nodata of the labels, or outside of all polygons."""
+BLOCK = 512
+"""Side of the blocks in which polygons are burnt."""
+_KEPT = 16
+"""Burnt blocks that a reader keeps, 4 MB."""
+
+Classes = npt.NDArray[np.uint8]
+
+
+class LabelReader(Protocol):
+    """Reads windows of labels; for one thread at a time."""
+
+    def read(self, window: Window) -> Classes:
+        """(height, width) of a window inside the raster: class numbers, UNLABELLED where none is known.
+
+        Raises:
+            RasterError: the window cannot be read.
+            UsageError: a value that is no class.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class Labels(Protocol):
+    """The class of every pixel of one raster."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def class_values(self) -> tuple[str, ...]:
+        """Value of each class in the file, in the order of the class numbers."""
+        ...
+
+    def open_reader(self) -> LabelReader: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RasterLabels:
+    """A raster of one band on the grid of another."""
+
+    raster: Raster
+    values: tuple[int, ...]
+    """Stored value of each class."""
+    origin: tuple[int, int] = (0, 0)
+    """(y, x) of the grid's first pixel in the raster of labels, which may be that of a larger whole."""
+
+    @property
+    def path(self) -> str:
+        return self.raster.path
+
+    @property
+    def class_values(self) -> tuple[str, ...]:
+        return tuple(map(str, self.values))
+
+    def open_reader(self) -> LabelReader:
+        return _RasterLabelReader(self)
+
+
+class _RasterLabelReader:
+    def __init__(self, labels: RasterLabels) -> None:
+        self._labels = labels
+        self._reader: RasterReader = labels.raster.open_reader()
+        order = np.argsort(labels.values)
+        self._sorted = np.asarray(labels.values, np.int64)[order]
+        self._class = order.astype(np.uint8)
+
+    def read(self, window: Window) -> Classes:
+        raster, (top, left) = self._labels.raster, self._labels.origin
+        place = replace(window, y=window.y + top, x=window.x + left)
+        image = self._reader.read(place)
+        missing, stored = self._reader.read_missing(place, image), image[0].astype(np.int64)
+        known = np.ones(stored.shape, np.bool_) if missing is None else ~missing
+        if raster.nodata is None and UNLABELLED not in self._labels.values:
+            known &= stored != UNLABELLED
+        at = np.searchsorted(self._sorted, stored).clip(max=len(self._sorted) - 1)
+        strange = known & (self._sorted[at] != stored)
+        if strange.any():
+            raise UsageError(
+                f"{raster.path}: labels must be {_numbers(self._labels.values)}, got {stored[strange].max()} in "
+                f"window {place}; name its classes' values with --class-values, or what is no class with --label-nodata"
+            )
+        return np.where(known, self._class[at], np.uint8(UNLABELLED))
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolygonLabels:
+    """Polygons burnt on a raster's grid: a pixel has the class of the last polygon that its centre lies in.
+
+    They are burnt in blocks that lie fixed on the grid, so that a pixel's class does not depend on the window it is
+    read in, and no more than some blocks are in memory.
+    """
+
+    path: str
+    class_values: tuple[str, ...]
+    shape_yx: tuple[int, int]
+    geometries: tuple[Geometry, ...] = field(repr=False)
+    """In (column, row) of the grid."""
+    classes: Classes = field(repr=False)
+    """Of each polygon."""
+    bounds: npt.NDArray[np.float64] = field(repr=False)
+    """(polygons, 4): least column and row, greatest column and row."""
+
+    def open_reader(self) -> LabelReader:
+        return _PolygonLabelReader(self)
+
+    def burn(self, window: Window) -> Classes:
+        """The classes of one window, burnt there and then."""
+        left, top, right, bottom = self.bounds.T
+        touching = (
+            (left <= window.columns.stop) & (right >= window.x) & (top <= window.rows.stop) & (bottom >= window.y)
+        )
+        chosen = np.flatnonzero(touching)
+        if not len(chosen):
+            return np.full(window.shape, UNLABELLED, np.uint8)
+        return rasterize(
+            [(self.geometries[index], int(self.classes[index])) for index in chosen],
+            out_shape=window.shape,
+            fill=UNLABELLED,
+            transform=Affine.translation(window.x, window.y),
+            dtype="uint8",
+        )
+
+
+class _PolygonLabelReader:
+    def __init__(self, labels: PolygonLabels) -> None:
+        self._labels = labels
+        self._grid = Grid(shape=labels.shape_yx, cell=(BLOCK, BLOCK))
+        self._blocks: OrderedDict[tuple[int, int], Classes] = OrderedDict()
+
+    def _block(self, row: int, column: int) -> Classes:
+        at = (row, column)
+        if at not in self._blocks:
+            self._blocks[at] = self._labels.burn(self._grid.window(row, column))
+            if len(self._blocks) > _KEPT:
+                self._blocks.popitem(last=False)
+        self._blocks.move_to_end(at)
+        return self._blocks[at]
+
+    def read(self, window: Window) -> Classes:
+        found = np.empty(window.shape, np.uint8)
+        for at in self._grid.cells_touching(window):
+            block = self._grid.window(*at)
+            y, x = max(block.y, window.y), max(block.x, window.x)
+            height = min(block.rows.stop, window.rows.stop) - y
+            width = min(block.columns.stop, window.columns.stop) - x
+            part = Window(y=y, x=x, height=height, width=width)
+            found[part.slices(window)] = self._block(*at)[part.slices(block)]
+        return found
+
+    def close(self) -> None:
+        self._blocks.clear()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelOptions:
+    """How labels are to be read."""
+
+    values: tuple[str, ...] = ()
+    """Of the classes, in the order of their numbers; empty: the classes' names for polygons that hold such texts,
+    else 0, 1, 2, ..."""
+    nodata: tuple[float, ...] | None = None
+    """Values of a raster of labels that mean "not known", in place of its own."""
+    field: str | None = None
+    """Attribute of polygons that tells the class."""
+    encoding: str | None = None
+    """Of a vector file's texts."""
+
+
+def open_labels(
+    src: str,
+    place: Georeference,
+    shape_yx: tuple[int, int],
+    *,
+    of: str,
+    names: Sequence[str],
+    options: LabelOptions,
+    whole: tuple[tuple[int, int], tuple[int, int]] | None = None,
+) -> Labels:
+    """Labels for a raster's grid; of rasters metadata are read, of vector files everything.
+
+    Args:
+        place: of the raster, and `shape_yx` its height and width.
+        of: the raster's name, for messages.
+        names: of the classes; as many as there are.
+        whole: (shape, origin) of a larger grid of which the raster is a part, if labels of all of it will do too.
+
+    Raises:
+        UsageError: labels on another grid, of several bands, or not of whole numbers; values that do not fit the names.
+        RasterError: a file that cannot be read, or polygons of values that are no class.
+    """
+    if options.values and len(options.values) != len(names):
+        raise UsageError(f"--class-values must be as many as the {len(names)} classes, got {len(options.values)}")
+    if is_vector_file(src):
+        return _open_polygons(src, place, shape_yx, of, names, options)
+    raster = open_raster(src, nodata=options.nodata)
+    origin = (0, 0)
+    if whole is not None and raster.shape_yx == whole[0] and raster.shape_yx != shape_yx:
+        origin = whole[1]
+    elif raster.bands != 1 or raster.shape_yx != shape_yx:
+        raise UsageError(
+            f"labels must be one band on the grid of {of}, {shape_yx[0]} x {shape_yx[1]}, got {raster.bands} "
+            f"band{'s' * (raster.bands != 1)} of {raster.shape_yx[0]} x {raster.shape_yx[1]} in {src}"
+        )
+    if raster.dtype.kind not in "ui":
+        raise UsageError(f"labels must be whole numbers, {src} has {raster.dtype}; convert them first")
+    _require_same_place(of, place, src, raster.place.moved(*origin))
+    try:
+        values = tuple(int(value) for value in options.values) or tuple(range(len(names)))
+    except ValueError:
+        raise UsageError(
+            f"--class-values of labels in a raster must be whole numbers, got {_few(options.values)}"
+        ) from None
+    if len(set(values)) != len(values):
+        raise UsageError(f"--class-values must differ from each other, got {_few(options.values)}")
+    return RasterLabels(raster=raster, values=values, origin=origin)
+
+
+def _open_polygons(
+    src: str,
+    place: Georeference,
+    shape_yx: tuple[int, int],
+    of: str,
+    names: Sequence[str],
+    options: LabelOptions,
+) -> PolygonLabels:
+    features = read_features(src, options.field, encoding=options.encoding)
+    values = polygon_values(features, names, options)
+    number = {value: index for index, value in enumerate(values)}
+    strange = sorted(set(features.values) - set(values))
+    if strange:
+        raise RasterError(
+            f"{src}: {features.field} must be one of {_few(values)}, got {_few(strange)}; name all with --classes"
+        )
+    geometries = to_pixels(features, place, of)
+    bounds = np.asarray([bounds_of(geometry) for geometry in geometries], np.float64)
+    outside = (bounds[:, 2] < 0) | (bounds[:, 3] < 0) | (bounds[:, 0] > shape_yx[1]) | (bounds[:, 1] > shape_yx[0])
+    if outside.all():
+        raise RasterError(f"{src}: all polygons lie outside of {of}; are they of one place?")
+    return PolygonLabels(
+        path=src,
+        class_values=values,
+        shape_yx=shape_yx,
+        geometries=tuple(geometries),
+        classes=np.asarray([number[value] for value in features.values], np.uint8),
+        bounds=bounds,
+    )
+
+
+def identify_labels(src: str) -> str:
+    """What changes when a file of labels does, as far as metadata tell.
+
+    Raises:
+        RasterError: no such file.
+    """
+    if not is_vector_file(src):
+        return open_raster(src).identity
+    # Of a shapefile the attributes lie beside it.
+    files = [Path(src), *(Path(src).with_suffix(suffix) for suffix in (".dbf", ".cpg", ".prj"))]
+    if not files[0].exists():
+        raise RasterError(f"no such vector file: {src}")
+    return " ".join(file_identity(file) for file in files if file.exists())
+
+
+def polygon_values(features: Features, names: Sequence[str], options: LabelOptions) -> tuple[str, ...]:
+    """Value of each class: as said, else the classes' names, else 0, 1, 2, ... where all polygons hold such numbers."""
+    if options.values:
+        return options.values
+    numbers = tuple(map(str, range(len(names))))
+    return numbers if set(features.values) <= set(numbers) and not set(features.values) & set(names) else tuple(names)
+
+
+def _require_same_place(of: str, ours: Georeference, labels: str, theirs: Georeference) -> None:
+    """Both must lie on one grid, where both say where they lie."""
+    if ours.transform is None or theirs.transform is None:
+        return
+    step = max(abs(ours.affine.a), abs(ours.affine.b), abs(ours.affine.e))
+    if ours.crs != theirs.crs or not np.allclose(ours.transform, theirs.transform, rtol=1e-9, atol=1e-3 * step):
+        raise UsageError(f"labels must lie on the grid of {of}: it is at {_place(ours)}, {labels} at {_place(theirs)}")
+
+
+def _place(place: Georeference) -> str:
+    crs = place.crs
+    return f"{place.affine.c:.10g},{place.affine.f:.10g} in {crs.to_string()[:40] if crs else 'no CRS'}"
+
+
+def _numbers(values: tuple[int, ...]) -> str:
+    """0..5, or 3, 5, 9."""
+    return f"0..{len(values) - 1}" if values == tuple(range(len(values))) else _few(values)
+
+
+def _few(values: Sequence[Any]) -> str:
+    """The first of several values."""
+    shown = ", ".join(map(str, values[:8]))
+    return f"{shown}, ... ({len(values)})" if len(values) > 8 else shown
+
+
+def flag_meanings(raster: Raster) -> dict[int, str]:
+    """Names of a raster's values where it says them, as CF does (flag_values, flag_meanings); Zarr only."""
+    if raster.kind != "zarr":
+        return {}
+    import zarr
+
+    attributes = dict(zarr.open_array(f"{raster.path}/{raster.array_path}".rstrip("/"), mode="r").attrs)
+    values, meanings = attributes.get("flag_values"), attributes.get("flag_meanings")
+    if not isinstance(values, list) or not isinstance(meanings, str) or len(values) != len(meanings.split()):
+        return {}
+    return {int(str(value)): name for value, name in zip(values, meanings.split(), strict=True)}
