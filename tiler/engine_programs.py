@@ -192,28 +192,6 @@ def pack_windows(network: Network, threads: int) -> EngineProgram:
     )
 
 
-def pack_windows(network: Network, threads: int) -> EngineProgram:
-    """The network in OpenVINO's form for windows of any size, from this machine's cache or converted.
-
-    Raises:
-        EngineError: OpenVINO has no counterpart for an operation or dtype.
-    """
-    from .engine_openvino import convert_network
-
-    if not network.is_known:  # what it computes is not told by its parts, so nothing kept can be known for it
-        return convert_network(network, threads)
-    kept = ProgramCache(cache_name(network))
-    parts = kept.read(WINDOWS)
-    if parts is None:
-        parts = split_model(*convert_network(network, threads).payload)
-        kept.write(WINDOWS, parts)
-        kept.trim()
-    graphs, weights = join_models({WINDOWS: parts})
-    return EngineProgram(
-        engine="openvino", payload=(graphs[WINDOWS], weights), has_logits=network.has_logits, threads=threads
-    )
-
-
 def open_programs(network: Network, engine: str, threads: int, shape_yx: tuple[int, int]) -> TileEngine:
     """An engine for any tile of one raster, in this process; programs are converted as they are needed."""
     if engine == "torch":

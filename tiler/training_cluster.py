@@ -139,7 +139,8 @@ class TrainingCluster:
             try:
                 self.client.wait_for_workers(1, timeout=FIRST_WORKER_S)
                 # Broadcast: a worker that dies then takes no weights with it that another does not hold.
-                (sent,) = self.client.scatter([packed], broadcast=True, hash=False)
+                scattered: Any = self.client.scatter([packed], broadcast=True, hash=False)
+                (sent,) = scattered
                 return self._submit(run_id, sent, groups, weights, with_gradients=with_gradients).result()
             except TimeoutError as error:
                 raise ClusterError(f"the Dask scheduler has no workers after {FIRST_WORKER_S} s; start some") from error
