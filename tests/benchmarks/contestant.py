@@ -24,7 +24,17 @@ from ...models import SegmentationModel, as_tile_network, load_model
 from ...models.segmentation.unet import UNet
 from ...tiler.machine import cpu_count
 
-NAMES = ("bare", "bare rewritten", "outsize", "monai 0.25", "monai 0.5", "map_overlap", "window loop", "whole")
+NAMES = (
+    "bare",
+    "bare rewritten",
+    "outsize",
+    "outsize int8",
+    "monai 0.25",
+    "monai 0.5",
+    "map_overlap",
+    "window loop",
+    "whole",
+)
 CHUNK = 1024
 WIDTHS = {
     "medium": (64, 128, 256, 512),
@@ -99,6 +109,7 @@ def run_outsize(scene: Path, out: Path, module: nn.Module, options: argparse.Nam
         workers=options.workers,
         threads=options.threads,
         core=options.core,
+        precision="int8" if options.name == "outsize int8" else None,
     )
     return {"seconds": summary.seconds, "predicted_peak_bytes": summary.predicted_peak_bytes}
 
@@ -181,7 +192,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(cpu_count())
     module, halo = make_network(options.network).eval(), HALOS[options.network]
-    if options.name == "outsize":
+    if options.name.startswith("outsize"):
         found = run_outsize(options.scene, options.out, module, options)
     else:
         with torch.inference_mode():
