@@ -220,8 +220,10 @@ def _become(request: dict[str, Any], handles: list[int]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    # Shells start background jobs with it ignored, and so this suite, perhaps.
+    # Shells start background jobs with signals ignored, and so this suite, perhaps.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     sys.argv = ["outsize", *request["words"]]
 
 
