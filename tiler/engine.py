@@ -103,6 +103,8 @@ class EngineProgram:
     shape_yx: tuple[int, int] = (0, 0)
     """Of the raster, for programs: they depend on where its edges are."""
     precision: Precision = "float32"
+    channels_last: bool = False
+    """Of torch by windows: whether the module may hold its tensors with channels next to each other."""
 
     def load_tiles(self) -> TileEngine:
         """The engine with this network, for tiles.
