@@ -45,23 +45,35 @@ def compute_halo(network: Network) -> Halo:
     return Halo(top=sides[0], bottom=sides[1], left=sides[2], right=sides[3])
 
 
+def graph_tensors(network: Network) -> dict[str, Any]:
+    """Weights and constants of the traced graph, by name."""
+    program = network.graph.program
+    return {**program.state_dict, **program.constants}
+
+
 class Program(nn.Module):
     """The network for one core: (1, bands, window) of pixels -> (finished, logits) of the core, or (finished,).
 
     Cores of one `geometry_key` along both axes have one program, with `inputs` of their own beside the image.
 
     Guarantee: equal to the core's pixels of the module on the whole (padded) image, up to floating-point rounding.
+
+    Args:
+        tensors: the graph's weights and constants, where they are not to be the network's own: on another device, say.
     """
 
-    def __init__(self, network: Network, rows: AxisGeometry, columns: AxisGeometry) -> None:
+    def __init__(
+        self, network: Network, rows: AxisGeometry, columns: AxisGeometry, tensors: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self.network = network
         self.rows, self.columns = rows, columns
         self.taps: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
+        self.device = torch.device("cpu")
+        """Of the image that runs through it."""
         self.position = {node: index for index, node in enumerate(network.pixels)}
-        program = network.graph.program
-        tensors: dict[str, Any] = {**program.state_dict, **program.constants}
-        names = [spec.target for spec in program.graph_signature.input_specs]
+        tensors = graph_tensors(network) if tensors is None else tensors
+        names = [spec.target for spec in network.graph.program.graph_signature.input_specs]
         placeholders = [node for node in network.graph.nodes if node.op == "placeholder"]
         self.constants: dict[Node, Any] = {
             node: tensors[name] for node, name in zip(placeholders, names, strict=True) if name is not None
@@ -92,7 +104,8 @@ class Program(nn.Module):
         return found
 
     def forward(self, image: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        self.taps = self._name(inputs or self.inputs())
+        self.device = image.device
+        self.taps = self._name(inputs or [_like(tensor, image) for tensor in self.inputs()])
         values: dict[Node, Any] = {}
         graph = self.network.graph
         last_use = _last_uses(graph.nodes)
@@ -124,8 +137,17 @@ class Program(nn.Module):
             return None  # asks for sizes only; they are put in as numbers
         args, kwargs = map_arg((node.args, node.kwargs), lambda source: values[source])
         assert callable(node.target)
-        self.constants[node] = node.target(*args, **kwargs)
+        self.constants[node] = node.target(*args, **self.here(kwargs))
         return self.constants[node]
+
+    def here(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What an operation makes anew is made where the image is, not where the network was traced."""
+        return {**kwargs, "device": self.device} if kwargs.get("device") is not None else kwargs
+
+
+def _like(tensor: Tensor, image: Tensor) -> Tensor:
+    """The tensor on the image's device; as it is where it is there already, so that no exporter sees a copy."""
+    return tensor if image.device.type == "cpu" else tensor.to(image.device)
 
 
 def _last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
@@ -194,7 +216,7 @@ class _Step:
             # All that is wanted lies in the padding beyond an edge.
             shape = [self.number(extent) for extent in source.meta["val"].shape]
             shape[dims[0]], shape[dims[1]] = reads[0].length, reads[1].length
-            return torch.zeros(shape, dtype=source.meta["val"].dtype)
+            return torch.zeros(shape, dtype=source.meta["val"].dtype, device=self.program.device)
         return _crop(self.values[source], dims, self.program.interval(source), reads)
 
     def value(self, argument: Any) -> Any:
@@ -257,7 +279,7 @@ def _run(step: _Step) -> Any:
             )
     args, kwargs = step.value((step.node.args, step.node.kwargs))
     assert callable(step.node.target)
-    return step.node.target(*args, **kwargs)
+    return step.node.target(*args, **step.program.here(kwargs))
 
 
 def _pad(value: Tensor, dims: tuple[int, int], amounts: list[tuple[int, int]], fill: float) -> Tensor:
@@ -421,7 +443,7 @@ def _run_pad(step: _Step) -> Tensor:
         if isinstance(rule, Mirror):
             indices = rule.indices(step.wanted[axis], step.extents(axis, source)) - reads[axis].start
             if not np.array_equal(indices, np.arange(value.shape[dims[axis]])):
-                value = _gather(value, dims[axis], torch.from_numpy(indices))
+                value = _gather(value, dims[axis], _like(torch.from_numpy(indices), value))
         elif isinstance(rule, (Shift, Slide)):
             amounts[axis] = beyond(rule.under(step.wanted[axis]), reads[axis])
     value = _pad(value, dims, amounts, fill)
@@ -487,7 +509,8 @@ def _run_expand(step: _Step) -> Tensor:
 def _run_fill(step: _Step) -> Tensor:
     known = {"aten.zeros": 0, "aten.ones": 1, "aten.empty": 0}  # empty has no channels, and so no pixel
     value = known.get(operation_name(step.node), step.arguments.get("fill_value"))
-    return torch.full(step.local_shape(), step.value(value), dtype=step.node.meta["val"].dtype)
+    dtype = step.node.meta["val"].dtype
+    return torch.full(step.local_shape(), step.value(value), dtype=dtype, device=step.program.device)
 
 
 def hash_sizes(network: Network, image: tuple[int, int]) -> str:
