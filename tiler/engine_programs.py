@@ -46,14 +46,17 @@ class TorchPrograms:
             for name, value in graph_tensors(network).items()
         }
 
-    def run_tile_with_logits(self, image: npt.NDArray[Any], tile: Tile) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    def program(self, tile: Tile) -> Program:
+        """The network for the tile's core."""
         rows, columns = (
             compute_geometry(axis, interval)
             for axis, interval in zip(self._axes, (tile.core.rows, tile.core.columns), strict=True)
         )
+        return Program(self._network, rows, columns, self._tensors)
+
+    def run_tile_with_logits(self, image: npt.NDArray[Any], tile: Tile) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         with torch.inference_mode():
-            program = Program(self._network, rows, columns, self._tensors)
-            outputs = program(torch.from_numpy(image).to(self._device)[None])
+            outputs = self.program(tile)(torch.from_numpy(image).to(self._device)[None])
         return outputs[0][0].cpu().numpy(), outputs[-1][0].cpu().numpy()
 
     def run_tile(self, image: npt.NDArray[Any], tile: Tile) -> npt.NDArray[Any]:

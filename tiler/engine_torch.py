@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .network import Network
 
 _CONTIGUOUS_ONLY = frozenset({"aten.view", "aten.as_strided"})
-"""Operations that fail, or mean something else, on tensors whose channels lie next to each other."""
+"""Operations that may fail on tensors whose channels lie next to each other."""
 
 
 def pack_network(network: Network, threads: int) -> EngineProgram:

@@ -85,7 +85,7 @@ def test_what_a_batch_raises_reaches_those_in_it_and_nobody_else() -> None:
 
 
 def test_a_runner_that_loses_a_result_is_found_out() -> None:
-    gatherer: Gatherer[str, int, int] = Gatherer(lambda key, items: [], 2)
+    gatherer: Gatherer[str, int, int] = Gatherer(lambda *_: [], 2)
     with pytest.raises(ValueError, match="shorter"):
         gatherer("k", 1)
     gatherer.close()
