@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class SceneResult:
 
 def run_dry(console: Console, scenes: list[Scene], options: SegmentOptions, folder: Path, *, dashboard: bool) -> bool:
     """List plan and cost of each scene, without reading a pixel; whether all can be planned."""
-    preparation, speed = Preparation(options), measure_flops_per_s()
+    preparation, speed_on = Preparation(options), cache(lambda device: measure_flops_per_s(device=device))
     rows: list[list[str]] = []
     values: list[dict[str, Any]] = []
     total_s, total_bytes = 0.0, 0
@@ -65,7 +66,7 @@ def run_dry(console: Console, scenes: list[Scene], options: SegmentOptions, fold
             values.append({**said, "error": str(error)})
             console.remark(f"failed    {scene.label}: {error}")
             continue
-        seconds = plan.estimate_s(speed)
+        seconds = plan.estimate_s(speed_on(plan.device))
         total_s, total_bytes = total_s + seconds, total_bytes + plan.output_bytes
         values.append(
             {

@@ -195,22 +195,46 @@ _planning = _together(
         show_default=True,
         help="What to write for each pixel.",
     ),
-    _option("--memory", default="2GB", show_default=True, metavar="SIZE", help="Budget of all processes together."),
+    _option(
+        "--memory",
+        show_default="2GB, and 2GB more for each CUDA device",
+        metavar="SIZE",
+        help="Budget of all processes together.",
+    ),
     _option(
         "--engine",
         type=click.Choice(["auto", "openvino", "torch"]),
         default="auto",
         show_default=True,
-        help="What runs the network.",
+        help="What runs the network; auto: torch where it sees a CUDA device, else OpenVINO where it is installed.",
+    ),
+    _option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="[auto|cpu|cuda|cuda:N]",
+        help="Where: cuda takes every CUDA device, with a worker process each.",
+    ),
+    _option(
+        "--device-memory",
+        metavar="SIZE",
+        help="Budget on each CUDA device; without it 80 % of what is free there.",
+    ),
+    _option(
+        "--batch",
+        type=click.IntRange(1),
+        help="Windows that torch runs together; without it what a CUDA device is busy with, 1 on the CPU.",
     ),
     _option(
         "--precision",
-        type=click.Choice(["float32", "int8"]),
+        type=click.Choice(["float32", "int8", "bfloat16", "float16", "tf32"]),
         default="float32",
         show_default=True,
         help="What the engine computes in. int8 is faster, and needs outsize[int8]: ranges are found on windows of the "
-        "raster, and what it costs is measured and printed.",
+        "raster. bfloat16 and float16: torch.autocast; tf32: CUDA devices only. What fewer bits cost is measured and "
+        "printed.",
     ),
+    _option("--compile", "compiles", is_flag=True, help="Run torch's windows by torch.compile."),
     _option(
         "--method",
         type=click.Choice(["auto", "window", "program"]),
@@ -340,8 +364,12 @@ def _segment_options(source: str, options: dict[str, Any]) -> Any:
         "output",
         "memory",
         "engine",
+        "device",
+        "device_memory",
+        "batch",
         "method",
         "precision",
+        "compiles",
         "workers",
         "threads",
         "core",
@@ -665,7 +693,12 @@ def face_train(console: Any, **options: Any) -> None:
 @_option("--repair", is_flag=True, help="Compute damaged tiles again, and only those.")
 @_option("--model", metavar="MODEL", help="The one that made OUT, as segment takes it; without it the shipped one.")
 @_model_options
-@_option("--memory", default="2GB", show_default=True, metavar="SIZE", help="Budget of a repair.")
+@_option(
+    "--memory",
+    show_default="2GB, and 2GB more for each CUDA device",
+    metavar="SIZE",
+    help="Budget of a repair.",
+)
 @_cluster
 @click.pass_obj
 def verify(console: Any, out: Path, **options: Any) -> None:

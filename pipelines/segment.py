@@ -29,7 +29,7 @@ from ..tiler.events import (
 from ..tiler.geometry import Window
 from ..tiler.georeference import window_of_bounds
 from ..tiler.machine import has_int8_instructions, measure_flops_per_s
-from ..tiler.memory import format_bytes, parse_bytes
+from ..tiler.memory import find_budget, format_bytes
 from ..tiler.memory_probe import memory_lookup
 from ..tiler.network import Network, analyze_network
 from ..tiler.plan import TilePlan, format_seconds
@@ -53,7 +53,8 @@ class SegmentOptions:
     reading: ReadOptions
     model: str | None
     output: Output
-    memory: str
+    memory: str | None
+    """Of all processes; None: what `find_budget` says."""
     engine: str | None
     method: str | None
     precision: str | None
@@ -65,6 +66,10 @@ class SegmentOptions:
     bounds: tuple[float, float, float, float] | None = None
     """(west, south, east, north) in the raster's CRS."""
     mark_nodata_context: bool = False
+    device: str | None = None
+    device_memory: str | None = None
+    batch: int | None = None
+    compiles: bool = False
     weights: str | None = None
     trust_model: bool = False
     sha256: str | None = None
@@ -157,18 +162,22 @@ PROBING = "memory    measuring what the engine adds to this network, once on thi
 def make_plan(
     console: Console, options: SegmentOptions, raster: Raster, network: Network, *, dashboard: bool, to_store: bool
 ) -> TilePlan:
-    budget = parse_bytes(options.memory)
+    budget = find_budget(options.memory)
     return plan_tiles(
         raster,
         network,
         memory=options.memory,
         engine=options.engine,
+        device=options.device,
+        device_memory=options.device_memory,
+        batch=options.batch,
         workers=options.workers,
         threads=options.threads,
         core=options.core,
         region=_region(options, raster),
         method=options.method,
         precision=options.precision,
+        compiles=options.compiles,
         mark_nodata_context=options.mark_nodata_context,
         dashboard=dashboard,
         to_store=to_store,
@@ -191,7 +200,7 @@ def run_plan(console: Console, options: SegmentOptions, *, dashboard: bool = Tru
     if plan.precision == "int8":
         require_quantiser()
     warn_of_precision(console, plan)
-    speed = measure_flops_per_s()
+    speed = measure_flops_per_s(device=plan.device)
     console.result(
         f"model     {model.name}\n{plan.explain(speed)}",
         {"model": model.name, "plan": plan.to_json(), "estimated_s": round(plan.estimate_s(speed), 1)},
@@ -304,12 +313,16 @@ def segment_raster(
         cluster=cluster,
         memory=options.memory,
         engine=options.engine,
+        device=options.device,
+        device_memory=options.device_memory,
+        batch=options.batch,
         workers=options.workers,
         threads=options.threads,
         core=options.core,
         region=_region(options, raster),
         method=options.method,
         precision=options.precision,
+        compiles=options.compiles,
         mark_nodata_context=options.mark_nodata_context,
         zarr_format=writing.zarr_format,
         space_check=writing.space_check,

@@ -40,7 +40,7 @@ class VerifyOptions:
     weights: str | None
     trust_model: bool
     sha256: str | None
-    memory: str
+    memory: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +131,8 @@ def _find_maker(
         engine=plan.engine,
         method=plan.method,
         precision=plan.precision,
+        device=plan.device.partition(":")[0],
+        compiles=plan.compiles,
         workers=None,
         threads=None,
         core=None,

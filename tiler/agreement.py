@@ -6,7 +6,7 @@ sizes on the guard's other side, and at awkward small sizes in any case.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,22 @@ def require_agreement(module: nn.Module, graph: TracedGraph, bands: int, dtype: 
                 f"the network takes another path on an image of {size[0]} x {size[1]} than on others; "
                 "remove control flow that depends on sizes, and randomness"
             )
+
+
+def takes_batches(run: Callable[[Tensor], Tensor], bands: int, size: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether images of that size come out together as they do one by one: a module was traced with one, and may join
+    several, or fix their number.
+
+    Args:
+        run: the module, or its logits.
+    """
+    image = _random_image(bands, size, dtype)
+    images = torch.cat([image, image.flip(2), image.flip(3)])
+    try:
+        with torch.no_grad():
+            return _same(run(images), torch.cat([run(one[None]) for one in images]))
+    except Exception:  # noqa: BLE001 - any failure is the answer
+        return False
 
 
 class _Sizes(torch.fx.Interpreter):

@@ -6,14 +6,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dask import config
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Nanny
 from distributed.security import Security
 
 from .errors import TilerError
@@ -75,14 +75,31 @@ def worker_environment(gdal_cache_bytes: int) -> dict[str, str]:
     }
 
 
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
+
+
+def visible_device(index: int, shown: str | None) -> str:
+    """What a worker's CUDA_VISIBLE_DEVICES says, so that it sees one device only.
+
+    Args:
+        index: of the device, as this process counts.
+        shown: CUDA_VISIBLE_DEVICES of this process: a list of numbers or names, which it counts along; None: all.
+    """
+    names = [name.strip() for name in shown.split(",")] if shown else []
+    return names[index] if index < len(names) else str(index)
+
+
 @contextmanager
-def open_client(options: ClusterOptions, *, workers: int, threads: int, gdal_cache_bytes: int) -> Iterator[Client]:
+def open_client(
+    options: ClusterOptions, *, workers: int, threads: int, gdal_cache_bytes: int, cuda: Sequence[int] = ()
+) -> Iterator[Client]:
     """A client for the run; what was started here is closed at the end.
 
     Args:
         workers: processes to start, if no scheduler is named.
         threads: tasks at once in each.
         gdal_cache_bytes: GDAL's block cache in each.
+        cuda: indices of CUDA devices; worker i sees the i-th of them only. Empty: workers see what this process does.
 
     Raises:
         ClusterError: the scheduler does not answer.
@@ -122,7 +139,7 @@ def open_client(options: ClusterOptions, *, workers: int, threads: int, gdal_cac
     with config.set(settings):
         if not options.processes:
             os.environ.setdefault("GDAL_CACHEMAX", worker_environment(gdal_cache_bytes)["GDAL_CACHEMAX"])
-        with _start_local(options, workers, threads) as cluster, Client(cluster) as client:
+        with _start_local(options, workers, threads, cuda) as cluster, Client(cluster) as client:
             yield client
 
 
@@ -134,15 +151,17 @@ class ClusterKeeper:
         self.options = options
         self._open = ExitStack()
         self._client: Client | None = None
-        self._shape: tuple[int, int] | None = None
+        self._shape: tuple[int, int, tuple[int, ...]] | None = None
 
     @contextmanager
-    def open(self, *, workers: int, threads: int, gdal_cache_bytes: int) -> Iterator[Client]:
+    def open(self, *, workers: int, threads: int, gdal_cache_bytes: int, cuda: Sequence[int] = ()) -> Iterator[Client]:
         """As `open_client`, but what is opened stays."""
-        shape = (workers, threads)
+        shape = (workers, threads, tuple(cuda))
         if self._client is None or self._client.status != "running" or shape != self._shape:
             self.close()
-            opened = open_client(self.options, workers=workers, threads=threads, gdal_cache_bytes=gdal_cache_bytes)
+            opened = open_client(
+                self.options, workers=workers, threads=threads, gdal_cache_bytes=gdal_cache_bytes, cuda=cuda
+            )
             self._client, self._shape = self._open.enter_context(opened), shape
         yield self._client
 
@@ -161,7 +180,15 @@ STARTS = 3
 """Attempts to start workers: one that dies in its first second takes its cluster with it."""
 
 
-def _start_local(options: ClusterOptions, workers: int, threads: int) -> LocalCluster:
+class _DeviceNanny(Nanny):
+    """Starts a worker that sees one CUDA device. Workers are numbered, and one that is restarted keeps its number."""
+
+    def __init__(self, *arguments: Any, name: Any = None, cuda: Sequence[int] = (), **settings: Any) -> None:
+        shown = visible_device(cuda[int(name)], os.environ.get(VISIBLE_DEVICES))
+        super().__init__(*arguments, name=name, env={VISIBLE_DEVICES: shown}, **settings)
+
+
+def _start_local(options: ClusterOptions, workers: int, threads: int, cuda: Sequence[int]) -> LocalCluster:
     """Workers on this machine.
 
     Raises:
@@ -171,6 +198,8 @@ def _start_local(options: ClusterOptions, workers: int, threads: int) -> LocalCl
     of_processes: dict[str, Any] = (
         {"death_timeout": WORKER_DEATH_TIMEOUT, "host": "127.0.0.1"} if options.processes else {}
     )
+    if cuda and options.processes:
+        of_processes |= {"worker_class": _DeviceNanny, "cuda": tuple(cuda)}
     reason = ""
     for _ in range(STARTS):
         try:

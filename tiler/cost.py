@@ -112,6 +112,11 @@ def count_peak_bytes(graph: TracedGraph, shapes: Shapes) -> int:
     return peak
 
 
+def count_output_bytes(graph: TracedGraph, shapes: Shapes) -> int:
+    """Of what the graph returns: the result, and the logits where it has them."""
+    return sum(_bytes(node, shapes) for node in graph.output_nodes)
+
+
 def compute_peak_bytes(graph: TracedGraph, shape_yx: tuple[int, int]) -> int:
     """`count_peak_bytes` on an image of that size."""
     return count_peak_bytes(graph, image_shapes(graph, shape_yx))

@@ -1,15 +1,14 @@
-"""Engines: what runs a program. The protocol, what is shipped to workers, and the choice."""
+"""Engines: what runs a program. The protocol, and what is shipped to workers."""
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy.typing as npt
 
 from .errors import EngineError, UsageError
-from .memory import MB, EngineMemory
+from .memory import CUDA_HOST_BYTES, MB, EngineMemory
 
 if TYPE_CHECKING:
     from .network import Network
@@ -18,10 +17,13 @@ if TYPE_CHECKING:
 EngineName = Literal["openvino", "torch"]
 Method = Literal["window", "program"]
 """How a tile is computed: the module on a window of the image, or a program for its core."""
-Precision = Literal["float32", "int8"]
+Precision = Literal["float32", "int8", "bfloat16", "float16", "tf32"]
 """What an engine computes in: the network's own numbers, or fewer bits for each."""
-PRECISIONS: dict[EngineName, tuple[Precision, ...]] = {"openvino": ("float32", "int8"), "torch": ("float32",)}
-"""What each engine offers."""
+PRECISIONS: dict[EngineName, tuple[Precision, ...]] = {
+    "openvino": ("float32", "int8"),
+    "torch": ("float32", "bfloat16", "float16", "tf32"),
+}
+"""What each engine offers; tf32 on CUDA only."""
 
 # Measured with PSS on Linux (docs/memory.md); OpenVINO workers never import torch, oneDNN copies more in eager torch.
 WORKER_BYTES = 95 * MB
@@ -39,14 +41,24 @@ PROGRAM_MEMORY: dict[str, EngineMemory] = {
 
 INT8_MEMORY = EngineMemory(worker_bytes=WORKER_BYTES, factor=0.5, constant_bytes=90 * MB, calibration_bytes=500 * MB)
 """Of OpenVINO by windows; calibration is a process of its own (tiler/quantise.py)."""
+CUDA_MEMORY = EngineMemory(
+    worker_bytes=WORKER_BYTES,
+    factor=0.0,
+    constant_bytes=CUDA_HOST_BYTES,
+    device_factor=2.0,
+    device_constant_bytes=300 * MB,
+)
+"""On a CUDA device the tensors are there and not on the host. Nothing of this was measured here: the factor is that of
+torch on the CPU, which holds the operands of a convolution in two orders at most."""
 
 WIDER_PIXELS = {"uint16": "int32", "uint32": "int64"}
 """Pixel types that OpenVINO's converter does not know, and what holds all their values."""
 
-ENGINE_EFFICIENCY: dict[str, float] = {"openvino": 0.6, "torch": 0.15}
-"""Share of a large matrix product's speed that the default network reaches in a run; measured, for estimates only."""
-PRECISION_SPEED: dict[Precision, float] = {"float32": 1.0, "int8": 2.5}
-"""How many times faster than float32 that is; measured, for estimates only."""
+ENGINE_EFFICIENCY: dict[str, float] = {"openvino": 0.6, "torch": 0.15, "cuda": 0.3}
+"""Share of a large matrix product's speed that the default network reaches in a run; measured, on CUDA supposed; for
+estimates only."""
+PRECISION_SPEED: dict[Precision, float] = {"float32": 1.0, "int8": 2.5, "bfloat16": 1.0, "float16": 1.0, "tf32": 2.0}
+"""How many times faster than float32 that is; measured for int8, for estimates only."""
 
 
 class Engine(Protocol):
@@ -62,7 +74,7 @@ class Engine(Protocol):
 
 
 class TileEngine(Protocol):
-    """Runs tiles of one raster; one thread at a time."""
+    """Runs tiles of one raster; one thread at a time, unless `EngineProgram.is_shared`."""
 
     def run_tile(self, image: npt.NDArray[Any], tile: Tile) -> npt.NDArray[Any]:
         """(bands, h, w) of the tile's window -> (channels, h', w') of its core. The result is valid until the next
@@ -103,6 +115,21 @@ class EngineProgram:
     shape_yx: tuple[int, int] = (0, 0)
     """Of the raster, for programs: they depend on where its edges are."""
     precision: Precision = "float32"
+    channels_last: bool = False
+    """Of torch by windows: whether the module may hold its tensors with channels next to each other."""
+    device: str = "cpu"
+    """"cpu", "cuda" (the first that the worker sees), or "cuda:N"."""
+    device_limit_bytes: int = 0
+    """That torch may hold on a CUDA device; 0: all of it."""
+    batch: int = 1
+    """Windows of one shape that run together."""
+    compiles: bool = False
+    """By torch.compile, for each window shape anew."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several threads may be in the engine at once: it orders them by itself."""
+        return self.engine == "torch" and self.method == "window" and (self.device != "cpu" or self.batch > 1)
 
     def load_tiles(self) -> TileEngine:
         """The engine with this network, for tiles.
@@ -118,10 +145,14 @@ class EngineProgram:
             from .engine_programs import load_torch_programs
 
             return load_torch_programs(self)
+        if self.is_shared:
+            from .engine_cuda import load_batches
+
+            return load_batches(self)
         return WindowTiles(self.load())
 
     def load(self) -> Engine:
-        """The engine with this network, for windows.
+        """The engine with this network, for windows one by one, on the CPU.
 
         Raises:
             EngineError: the engine is not installed here.
@@ -133,25 +164,6 @@ class EngineProgram:
         from .engine_torch import TorchEngine
 
         return TorchEngine.from_program(self)
-
-
-def choose_engine(name: str | None = None) -> EngineName:
-    """The engine to use: the one named, else OpenVINO where it is installed, else torch.
-
-    Raises:
-        UsageError: no such engine.
-        EngineError: it is not installed.
-    """
-    installed = importlib.util.find_spec("openvino") is not None
-    if name in (None, "auto"):
-        return "openvino" if installed else "torch"
-    if name == "openvino":
-        if not installed:
-            raise EngineError("engine openvino is not installed; pip install openvino, or use --engine torch")
-        return "openvino"
-    if name == "torch":
-        return "torch"
-    raise UsageError(f"engine must be auto, openvino or torch, got {name!r}")
 
 
 def choose_precision(name: str | None, engine: EngineName) -> Precision:

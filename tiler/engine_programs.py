@@ -23,7 +23,7 @@ from .errors import EngineError
 from .fingerprint import hash_network
 from .geometry import Interval
 from .network import Network, analyze_network
-from .program import Program, hash_sizes
+from .program import Program, graph_tensors, hash_sizes
 from .program_cache import ProgramCache
 from .program_ir import ModelParts, join_models, split_model
 
@@ -41,18 +41,26 @@ Report = Callable[[int, int], None]
 class TorchPrograms:
     """By torch, operation by operation; the reference."""
 
-    def __init__(self, network: Network, shape_yx: tuple[int, int]) -> None:
-        self._network = network
+    def __init__(self, network: Network, shape_yx: tuple[int, int], device: torch.device | None = None) -> None:
+        self._network, self._device = network, device or torch.device("cpu")
         self._axes = network.on_image(shape_yx)
+        self._tensors = {
+            name: value.to(self._device) if isinstance(value, torch.Tensor) else value
+            for name, value in graph_tensors(network).items()
+        }
 
-    def run_tile_with_logits(self, image: npt.NDArray[Any], tile: Tile) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    def program(self, tile: Tile) -> Program:
+        """The network for the tile's core."""
         rows, columns = (
             compute_geometry(axis, interval)
             for axis, interval in zip(self._axes, (tile.core.rows, tile.core.columns), strict=True)
         )
+        return Program(self._network, rows, columns, tensors=self._tensors)
+
+    def run_tile_with_logits(self, image: npt.NDArray[Any], tile: Tile) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         with torch.inference_mode():
-            outputs = Program(self._network, rows, columns)(torch.from_numpy(image)[None])
-        return outputs[0][0].numpy(), outputs[-1][0].numpy()
+            outputs = self.program(tile)(torch.from_numpy(image).to(self._device)[None])
+        return outputs[0][0].cpu().numpy(), outputs[-1][0].cpu().numpy()
 
     def run_tile(self, image: npt.NDArray[Any], tile: Tile) -> npt.NDArray[Any]:
         return self.run_tile_with_logits(image, tile)[0]
@@ -192,10 +200,12 @@ def pack_windows(network: Network, threads: int) -> EngineProgram:
     )
 
 
-def open_programs(network: Network, engine: str, threads: int, shape_yx: tuple[int, int]) -> TileEngine:
+def open_programs(
+    network: Network, engine: str, threads: int, shape_yx: tuple[int, int], device: str = "cpu"
+) -> TileEngine:
     """An engine for any tile of one raster, in this process; programs are converted as they are needed."""
     if engine == "torch":
-        return TorchPrograms(network, shape_yx)
+        return TorchPrograms(network, shape_yx, _open_device(device))
     converter = Converter(network, shape_yx)
 
     def graph(rows: AxisGeometry, columns: AxisGeometry) -> tuple[bytes, bytes]:
@@ -215,4 +225,13 @@ def load_torch_programs(packed: EngineProgram) -> TorchPrograms:
     """The engine in a worker process: the network is traced once more there."""
     torch.set_num_threads(packed.threads)
     module, bands, dtype = pickle.loads(packed.payload[0])
-    return TorchPrograms(analyze_network(module, bands, dtype), packed.shape_yx)
+    device = _open_device(packed.device, packed.device_limit_bytes)
+    return TorchPrograms(analyze_network(module, bands, dtype), packed.shape_yx, device)
+
+
+def _open_device(device: str, limit_bytes: int = 0) -> torch.device | None:
+    if device == "cpu":
+        return None
+    from .engine_cuda import open_cuda
+
+    return open_cuda(device, limit_bytes=limit_bytes)

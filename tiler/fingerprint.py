@@ -20,6 +20,10 @@ MIXED = "changed while it was read"
 """In place of an input's identity: no raster has it, so that nothing continues such an output."""
 
 
+BEFORE = {"precision": "float32", "device": "cpu", "compiled": False}
+"""What outputs are that were begun when there was no other."""
+
+
 def hash_network(network: Network) -> str:
     """SHA-256 of the traced graph and of every weight in it."""
     if network.is_known:
@@ -55,6 +59,9 @@ def make_fingerprint(
         "engine_version": version(plan.engine),
         "method": plan.method,
         "precision": plan.precision,
+        # Devices of one kind may be changed for each other; a CPU and a GPU round otherwise.
+        "device": plan.device.partition(":")[0],
+        "compiled": plan.compiles,
         "fill": list(fill),
     }
 
@@ -80,8 +87,7 @@ def find_differences(
         paths: of the input, there and now.
     """
     phrases: list[str] = []
-    if "precision" in ours:
-        stored = {"precision": "float32", **stored}  # outputs begun when there was no other
+    stored = {**{name: value for name, value in BEFORE.items() if name in ours}, **stored}
     if stored.get("input") == MIXED:
         phrases.append("the input was changed while that run read it")
     elif stored.get("input") != ours.get("input"):

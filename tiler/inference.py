@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .engine import Method, TileEngine, WindowTiles, choose_engine, compile_program
+from .devices import find_facts
+from .engine import Method, TileEngine, WindowTiles, compile_program
+from .engine_choice import choose_engine, needs_cuda_facts
 from .engine_torch import TorchEngine
 from .errors import UsageError
 from .geometry import Window
@@ -29,19 +32,22 @@ Array = npt.NDArray[Any]
 _ENGINES: OrderedDict[tuple[Any, ...], tuple[Network, TileEngine]] = OrderedDict()
 
 
-def _engine_for(network: Network, name: str | None, method: Method, shape_yx: tuple[int, int]) -> TileEngine:
+def _engine_for(
+    network: Network, name: str | None, device: str | None, method: Method, shape_yx: tuple[int, int]
+) -> TileEngine:
     """This process's engine for a network; the last two are kept."""
-    engine = choose_engine(name)
-    key = (id(network), engine, method, shape_yx if method == "program" else None)
+    choice = choose_engine(find_facts(with_cuda=needs_cuda_facts(name, device)), name, device)
+    engine = choice.engine
+    key = (id(network), engine, choice.device, method, shape_yx if method == "program" else None)
     if key not in _ENGINES:
         if method == "program":
             from .engine_programs import open_programs
 
-            found: TileEngine = open_programs(network, engine, cpu_count(), shape_yx)
-        elif engine == "torch":
+            found: TileEngine = open_programs(network, engine, cpu_count(), shape_yx, choice.device)
+        elif engine == "torch" and choice.device == "cpu":
             found = WindowTiles(TorchEngine(network.module))
         else:
-            found = compile_program(network, engine, cpu_count()).load_tiles()
+            found = replace(compile_program(network, engine, cpu_count()), device=choice.device).load_tiles()
         _ENGINES[key] = (network, found)
         if len(_ENGINES) > 2:
             _ENGINES.popitem(last=False)
@@ -66,6 +72,7 @@ def predict_window(
     *,
     fill: tuple[float, ...] | None = None,
     engine: str | None = None,
+    device: str | None = None,
 ) -> Array:
     """One window of the whole-image result: (channels, height, width).
 
@@ -75,7 +82,8 @@ def predict_window(
     Args:
         window: in output pixels, inside the output.
         fill: raw value of each band for nodata pixels; None: 0.
-        engine: "openvino" or "torch"; None: OpenVINO where it is installed.
+        engine: "openvino" or "torch"; None: torch where it sees a CUDA device, else OpenVINO where it is installed.
+        device: "cpu", "cuda" or "cuda:N"; None: as for the engine.
 
     Raises:
         UsageError: a window outside the output, or another number of bands than the network takes.
@@ -91,7 +99,7 @@ def predict_window(
         filled = read_filled(reader, raster, source, fill)
     finally:
         reader.close()
-    result = _engine_for(network, engine, method, raster.shape_yx).run_tile(filled.image, tile).copy()
+    result = _engine_for(network, engine, device, method, raster.shape_yx).run_tile(filled.image, tile).copy()
     if filled.missing is not None:
         result[:, missing_in_output(filled.missing, source, window, network.scale)] = output_nodata(result.dtype)
     return result
@@ -104,6 +112,7 @@ def lazy_predict(
     chunk: int = 1024,
     fill: tuple[float, ...] | None = None,
     engine: str | None = None,
+    device: str | None = None,
 ) -> dask.array.Array:
     """The whole result as a lazy dask array (channels, height, width); each block is one `predict_window`.
 
@@ -117,7 +126,7 @@ def lazy_predict(
     def block(block_info: Any = None) -> Array:
         (_, (y0, y1), (x0, x1)) = block_info[None]["array-location"]
         window = Window(y=y0, x=x0, height=y1 - y0, width=x1 - x0)
-        return predict_window(raster, network, window, fill=fill, engine=engine)
+        return predict_window(raster, network, window, fill=fill, engine=engine, device=device)
 
     chunks = ((network.channels,), _chunk_sizes(height, chunk), _chunk_sizes(width, chunk))
     return dask.array.map_blocks(block, chunks=chunks, dtype=dtype, meta=np.empty((0, 0, 0), dtype))

@@ -23,18 +23,25 @@ def cpu_count() -> int:
     return int(CPU_COUNT)
 
 
-def measure_flops_per_s(seconds: float = 0.25) -> float:
-    """Float32 operations a second in a large matrix product on all cores: the yardstick of estimated times."""
+def measure_flops_per_s(seconds: float = 0.25, device: str = "cpu") -> float:
+    """Float32 operations a second in a large matrix product, on all cores or a CUDA device: the yardstick of estimated
+    times."""
     import torch
 
-    size = 1024
-    a = torch.ones(size, size)
-    b = torch.ones(size, size)
-    torch.mm(a, b)
+    size = 1024 if device == "cpu" else 8192
+    a = torch.ones(size, size, device=device)
+    b = torch.ones(size, size, device=device)
+
+    def multiply() -> None:
+        torch.mm(a, b)
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+
+    multiply()
     began, best = time.perf_counter(), float("inf")
     while time.perf_counter() - began < seconds:
         start = time.perf_counter()
-        torch.mm(a, b)
+        multiply()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 

@@ -10,14 +10,16 @@ import json
 import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .devices import find_cuda, pick_index
 from .errors import EngineError
 from .memory import MB, EngineMemory
 from .meter import process_bytes, sample_peak
@@ -40,15 +42,19 @@ NOISE = 2
 """Windows that a network is quantised on for the probe."""
 MARGIN = 1.04
 """On what was measured: the peak of one run differs from that of the next."""
-MemoryLookup = Callable[["EngineName", "Method", "Precision", int], EngineMemory]
+MemoryLookup = Callable[["EngineName", "Method", "Precision", int, str], EngineMemory]
 log = logging.getLogger(__name__)
 
 
-def constant_memory(engine: EngineName, method: Method, precision: Precision, threads: int) -> EngineMemory:
+def constant_memory(
+    engine: EngineName, method: Method, precision: Precision, threads: int, device: str = "cpu"
+) -> EngineMemory:
     """What was measured once with the default network, for all."""
-    from .engine import ENGINE_MEMORY, INT8_MEMORY, PROGRAM_MEMORY
+    from .engine import CUDA_MEMORY, ENGINE_MEMORY, INT8_MEMORY, PROGRAM_MEMORY
 
     del threads
+    if device != "cpu":
+        return CUDA_MEMORY
     if precision == "int8":
         return INT8_MEMORY
     return PROGRAM_MEMORY[engine] if method == "program" else ENGINE_MEMORY[engine]
@@ -66,8 +72,10 @@ def memory_lookup(
     if shape_yx[0] * shape_yx[1] < SMALLEST_RASTER and network.is_known:
         return constant_memory
 
-    def lookup(engine: EngineName, method: Method, precision: Precision, threads: int) -> EngineMemory:
-        return _find(network, engine, method, precision, threads, budget, begins)
+    def lookup(
+        engine: EngineName, method: Method, precision: Precision, threads: int, device: str = "cpu"
+    ) -> EngineMemory:
+        return _find(network, engine, method, precision, threads, device, budget, begins)
 
     return lookup
 
@@ -78,6 +86,7 @@ def _find(
     method: Method,
     precision: Precision,
     threads: int,
+    device: str,
     budget: int,
     begins: Callable[[], None] | None,
 ) -> EngineMemory:
@@ -88,28 +97,26 @@ def _find(
     kept = ProgramCache(cache_name(network))
     cores = choose_cores(network, budget)
     name = f"memory-{engine}-{method}-{precision}-{threads}-{cores[0]}"
+    if device != "cpu":
+        name += "-" + re.sub(r"\W+", "-", find_cuda()[pick_index(device)].name)
     try:
         return EngineMemory(**json.loads(kept.read_text(name) or ""))
     except (ValueError, TypeError):
         pass
-    usual = constant_memory(engine, method, precision, threads)
+    usual = constant_memory(engine, method, precision, threads, device)
     try:
         if begins is not None:
             begins()
         quantised = _quantise_noise(network, threads) if precision == "int8" else None
         packed = quantised.pack(network, threads) if quantised else None
-        points = [probe_core(network, engine, method, precision, threads, core, packed) for core in cores]
+        points = [probe_core(network, engine, method, precision, threads, core, device, packed) for core in cores]
     except (OSError, ValueError, EngineError, subprocess.SubprocessError) as error:
         if not network.is_known:
             raise EngineError(f"what this network's tensors take cannot be measured: {error}") from error
         log.warning("the engine's memory could not be measured, planning with constants: %s", error)
         return usual
-    (small_live, small), (large_live, large) = sorted(points)
-    factor = max(0.5, (large - small) / max(1, large_live - small_live))
-    found = EngineMemory(
-        worker_bytes=usual.worker_bytes,
-        factor=MARGIN * factor,
-        constant_bytes=max(0, round(MARGIN * (large - factor * large_live))),
+    found = replace(
+        fit_memory(points, usual, on_device=device != "cpu"),
         calibration_bytes=round(MARGIN * quantised.peak_bytes) if quantised else 0,
     )
     kept.write_text(name, json.dumps(asdict(found)))
@@ -126,6 +133,39 @@ def _quantise_noise(network: Network, threads: int) -> QuantisedNetwork:
     image = (random.random(shape, np.float32) * 100).astype(dtype)
     made = quantise_network(network, [image] * NOISE, threads)
     return replace(made, peak_bytes=made.peak_bytes + (CALIBRATED - NOISE) * image.nbytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbedCore:
+    """What one core took."""
+
+    live_bytes: int
+    """Of the graph's tensors."""
+    host_bytes: int
+    """That the engine added to a worker."""
+    device_bytes: int = 0
+    """That torch held on a CUDA device."""
+
+
+def fit_memory(points: Sequence[ProbedCore], usual: EngineMemory, *, on_device: bool) -> EngineMemory:
+    """The line through two cores; on a CUDA device that of the device, while the host holds the same for any core."""
+    small, large = sorted(points, key=lambda point: point.live_bytes)
+
+    def line(low: int, high: int) -> tuple[float, int]:
+        factor = max(0.5, (high - low) / max(1, large.live_bytes - small.live_bytes))
+        return MARGIN * factor, max(0, round(MARGIN * (high - factor * large.live_bytes)))
+
+    if not on_device:
+        factor, constant = line(small.host_bytes, large.host_bytes)
+        return EngineMemory(worker_bytes=usual.worker_bytes, factor=factor, constant_bytes=constant)
+    factor, constant = line(small.device_bytes, large.device_bytes)
+    return EngineMemory(
+        worker_bytes=usual.worker_bytes,
+        factor=0.0,
+        constant_bytes=round(MARGIN * max(small.host_bytes, large.host_bytes)),
+        device_factor=factor,
+        device_constant_bytes=constant,
+    )
 
 
 def choose_cores(network: Network, budget: int) -> tuple[int, int]:
@@ -147,9 +187,10 @@ def probe_core(
     precision: Precision,
     threads: int,
     core: int,
+    device: str = "cpu",
     packed: EngineProgram | None = None,
-) -> tuple[int, int]:
-    """(live bytes of the graph, bytes that the engine adds to a worker) for one inner tile of that core.
+) -> ProbedCore:
+    """What one inner tile of that core takes.
 
     Args:
         packed: the network for windows; None: it is converted here.
@@ -165,7 +206,16 @@ def probe_core(
     scale = max(float(s) for s in network.scale)
     side = int(3 * core / min(1.0, scale)) + 2 * margin + 1
     plan = plan_tiles(
-        (network.bands, side, side), network, engine=engine, method=method, precision=precision, core=core, memory="1TB"
+        (network.bands, side, side),
+        network,
+        engine=engine,
+        method=method,
+        precision=precision,
+        core=core,
+        memory="1TB",
+        device=device,
+        device_memory=None if device == "cpu" else "1TB",
+        batch=1,
     )
     rows, columns = plan.grid.counts
     tile = plan.tile(rows // 2, columns // 2)
@@ -180,10 +230,11 @@ def probe_core(
     live = count_live_bytes(network, method, (side, side), tile)
     shape = (network.bands, *tile.window.shape)
     dtype = str(network.dtype).removeprefix("torch.")
-    return live, _measure(packed, tile, shape, dtype)
+    host, on_device = _measure(replace(packed, device=device), tile, shape, dtype)
+    return ProbedCore(live_bytes=live, host_bytes=host, device_bytes=on_device)
 
 
-def _measure(packed: EngineProgram, tile: Tile, shape: tuple[int, ...], dtype: str) -> int:
+def _measure(packed: EngineProgram, tile: Tile, shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
     from .cluster import worker_environment
     from .plan import GDAL_CACHE_BYTES
 
@@ -198,11 +249,13 @@ def _measure(packed: EngineProgram, tile: Tile, shape: tuple[int, ...], dtype: s
     )
     if completed.returncode:
         raise ValueError((completed.stderr.decode().strip().splitlines() or ["it was killed"])[-1])
-    return int(completed.stdout.split()[-1])
+    host, on_device = completed.stdout.split()[-2:]
+    return int(host), int(on_device)
 
 
 def main() -> None:
-    """Run the tile as a worker would, and print by how many bytes that grew the process, its image apart."""
+    """Run the tile as a worker would, and print by how many bytes that grew the process, its image apart, and how many
+    torch held on a CUDA device."""
     from . import jobs, store, worker  # what a worker holds before its first tile
 
     del jobs, store, worker
@@ -213,7 +266,8 @@ def main() -> None:
         engine = packed.load_tiles()
         for _ in range(2):
             engine.run_tile(image, tile)
-    print(max(0, peak[0] - before))
+    on_device = getattr(engine, "device_peak_bytes", None)
+    print(max(0, peak[0] - before), on_device() if on_device is not None else 0)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .devices import pick_index
 from .engine import ENGINE_EFFICIENCY, PRECISION_SPEED, EngineName, Method, Precision
 from .geometry import Grid, Halo, Interval, Window
 from .memory import MB, MemoryPrediction, format_bytes
@@ -86,6 +87,17 @@ class TilePlan:
     read_amplification: float
     """Pixels decoded for each wanted pixel, by one worker that keeps as many blocks as the plan allows."""
     precision: Precision = "float32"
+    device: str = "cpu"
+    """"cpu", "cuda" (a worker for each device) or "cuda:N"."""
+    device_names: tuple[str, ...] = ()
+    """Of the CUDA devices, one for each worker."""
+    device_bytes: int = 0
+    """Predicted peak on each CUDA device."""
+    device_budget_bytes: int = 0
+    batch: int = 1
+    """Windows of one shape that run together."""
+    compiles: bool = False
+    """By torch.compile, for each window shape anew."""
     strip_rows: int = 1
     """Rows of tiles that are done together, column by column, so that neighbours find their blocks decoded."""
     cache_bytes: int = 0
@@ -101,6 +113,14 @@ class TilePlan:
     @property
     def grid(self) -> Grid:
         return Grid(shape=self.output_shape[1:], cell=self.core)
+
+    @property
+    def device_indices(self) -> tuple[int, ...]:
+        """Of the CUDA devices, one for each worker; empty on the CPU."""
+        if self.device == "cpu":
+            return ()
+        first = pick_index(self.device)
+        return tuple(range(first, first + self.workers))
 
     @property
     def output_bytes(self) -> int:
@@ -166,8 +186,12 @@ class TilePlan:
         return largest_window(self.rows, self.columns)
 
     def estimate_s(self, flops_per_s: float) -> float:
-        """Seconds of the tiles, on one machine of that matrix product speed."""
-        return self.flops / (flops_per_s * ENGINE_EFFICIENCY[self.engine] * PRECISION_SPEED[self.precision])
+        """Seconds of the tiles, on one machine, or on CUDA devices, of that matrix product speed."""
+        if self.device != "cpu":
+            efficiency = self.workers * ENGINE_EFFICIENCY["cuda"]
+        else:
+            efficiency = ENGINE_EFFICIENCY[self.engine]
+        return self.flops / (flops_per_s * efficiency * PRECISION_SPEED[self.precision])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` gives the same plan."""
@@ -183,6 +207,7 @@ class TilePlan:
             "method": self.method,
             "engine": self.engine,
             "precision": self.precision,
+            "device": self.device,
             "workers": self.workers,
             "threads": self.threads,
             "tiles": len(self.grid),
@@ -205,6 +230,13 @@ class TilePlan:
         fields["halo"] = Halo(**values["halo"])
         fields["memory"] = MemoryPrediction(**values["memory"])
         return cls(**fields)
+
+    def _device_text(self) -> str:
+        """Where the engine runs: cpu, cuda:1 (NAME), cuda (2 x NAME)."""
+        if not self.device_names:
+            return self.device
+        names = [f"{self.device_names.count(name)} x {name}" for name in dict.fromkeys(self.device_names)]
+        return f"{self.device} ({', '.join(names)})"
 
     def explain(self, flops_per_s: float | None = None) -> str:
         """The plan in words, with an estimated time where the machine's speed is given."""
@@ -243,7 +275,8 @@ class TilePlan:
             ),
             (
                 "engine",
-                f"{self.engine} in {self.precision}, {self.workers} worker process"
+                f"{self.engine}{', compiled,' if self.compiles else ''} in {self.precision} on {self._device_text()}, "
+                f"{self.workers} worker process"
                 f"{'es' if self.workers != 1 else ''} x {self.threads} "
                 f"thread{'s' if self.threads != 1 else ''}, {self.in_flight} tiles in flight each",
             ),
@@ -259,6 +292,16 @@ class TilePlan:
                 f"{self.flops / 1e12:.3g} TFLOP, {self.flops_bare / wanted / 1e3:.1f} kFLOP a pixel",
             ),
         ]
+        if self.device_names:
+            together = f"batches of {self.batch} windows" if self.batch > 1 else "one window at a time"
+            lines.insert(
+                -1,
+                (
+                    "device",
+                    f"{format_bytes(self.device_bytes)} predicted peak on each device, budget "
+                    f"{format_bytes(self.device_budget_bytes)}, {together}",
+                ),
+            )
         if self.region != (0, 0, height, width):
             y, x, region_height, region_width = self.region
             lines.insert(1, ("region", f"{region_height} x {region_width} px from row {y}, column {x}"))

@@ -8,14 +8,29 @@ from math import lcm
 
 import numpy as np
 
+from .agreement import takes_batches
 from .axis_geometry import AxisGeometry, compute_geometry, geometry_key
+from .batches import LANES
 from .check import PATCH, larger_core, larger_window
-from .cost import count_flops, count_peak_bytes, program_shapes
-from .engine import Method, choose_engine, choose_precision
+from .cost import count_flops, count_output_bytes, count_peak_bytes, image_shapes, program_shapes
+from .devices import MachineFacts, find_facts
+from .engine import Method
+from .engine_choice import EngineChoice, choose_engine, needs_cuda_facts
 from .errors import BudgetError, UntileableError, UsageError
 from .geometry import Halo, Interval, Window, align_up
 from .machine import cpu_count
-from .memory import MB, MemoryPrediction, format_bytes, parse_bytes, predict_memory
+from .memory import (
+    DEVICE_SHARE,
+    MB,
+    EngineMemory,
+    MemoryPrediction,
+    find_budget,
+    format_bytes,
+    parse_bytes,
+    predict_device,
+    predict_memory,
+    predict_pinned,
+)
 from .memory_probe import MemoryLookup, constant_memory
 from .network import Network
 from .plan import GDAL_CACHE_BYTES, STORE_BYTES, Span, Tile, TilePlan, largest_window
@@ -25,7 +40,11 @@ CORES = (4096, 3072, 2048, 1024, 512, 256, 128, 64)
 """Sides of a core that a plan may choose, in output pixels."""
 LARGEST_CHUNK = 1024
 IN_FLIGHT = 2
-"""Tiles that a worker holds at once: one computes while the other is read or written."""
+"""Tiles that a worker holds at once: one computes while the other is read or written; with batches, as many times."""
+BATCHES = (16, 8, 4, 2)
+"""Windows that may run together on a CUDA device."""
+BATCH_PIXELS = 2048 * 2048
+"""Of all windows of a batch, at most: such a device is busy with less, and larger batches only take memory."""
 TILES_PER_WORKER: dict[Method, int] = {"window": 16, "program": 64}
 """Cores above one chunk are used where every worker gets at least this many. Larger cores save halos, but each of up to
 nine kinds of tile touches memory of its own first, as long as the halos of that many take (docs/benchmarks.md)."""
@@ -155,8 +174,11 @@ def plan_tiles(
     raster: Raster | tuple[int, int, int],
     network: Network,
     *,
-    memory: str | int = "2GB",
+    memory: str | int | None = None,
     engine: str | None = None,
+    device: str | None = None,
+    device_memory: str | int | None = None,
+    batch: int | None = None,
     workers: int | None = None,
     threads: int | None = None,
     core: int | None = None,
@@ -164,31 +186,38 @@ def plan_tiles(
     mark_nodata_context: bool = False,
     method: str | None = None,
     precision: str | None = None,
+    compiles: bool = False,
     to_store: bool = False,
     dashboard: bool = False,
     memory_of: MemoryLookup = constant_memory,
+    facts: MachineFacts | None = None,
 ) -> TilePlan:
     """Decide how to run a network over a raster within a memory budget.
 
     Args:
         raster: an open raster, or its shape (bands, height, width).
-        memory: budget of all processes together, such as "2GB".
-        engine: "openvino" or "torch"; None: OpenVINO where it is installed.
-        workers: worker processes; None: one for each 8 cores.
+        memory: budget of all processes together, such as "2GB"; None: that, and 2 GB more for each CUDA device.
+        engine: "openvino" or "torch"; None: torch where it sees a CUDA device, else OpenVINO where it is installed.
+        device: "cpu", "cuda" (all CUDA devices, a worker each) or "cuda:N"; None: as for the engine.
+        device_memory: budget on each CUDA device; None: 80 % of what is free there.
+        batch: windows of one shape that run together; None: what a CUDA device is busy with, 1 on the CPU.
+        workers: worker processes; None: one for each 8 cores, or for each CUDA device.
         threads: compute threads of each worker; None: the cores divided among the workers.
         core: side of the cores in output pixels; None: the largest that the budget allows.
         region: what is wanted, in pixels of the raster; None: all of it. Its result equals the whole image's there.
         mark_nodata_context: also write which pixels' receptive fields touch nodata.
         method: "window" or "program"; None: what is faster and exact.
         precision: what the engine computes in; None: float32.
+        compiles: run torch's windows by torch.compile.
         to_store: the output is in an object store.
         dashboard: the planning process serves Dask's dashboard too.
-        memory_of: what (engine, method, precision, threads) add to the network's tensors; `memory_lookup` measures
-            it.
+        memory_of: what (engine, method, precision, threads, device) add to the network's tensors; `memory_lookup`
+            measures it.
+        facts: what engines and devices there are; None: those of this machine.
 
     Raises:
         UsageError: another number or kind of bands than the network takes; options below 1; a region outside.
-        EngineError: the engine is not installed, or does not compute in that precision.
+        EngineError: the engine is not installed, or does not compute in that precision; no such device.
         BudgetError: no core fits the budget; names the smallest budget that can be kept.
     """
     shape = raster.shape if isinstance(raster, Raster) else tuple(raster)
@@ -196,10 +225,9 @@ def plan_tiles(
         raise UsageError(f"a raster's shape must be (bands, height, width), each >= 1, got {shape}")
     if shape[0] != network.bands:
         raise UsageError(f"the network takes {network.bands} bands, the raster has {shape[0]}; choose a fitting model")
-    for name, value in (("workers", workers), ("threads", threads), ("core", core)):
+    for name, value in (("workers", workers), ("threads", threads), ("core", core), ("batch", batch)):
         if value is not None and value < 1:
             raise UsageError(f"{name} must be >= 1, got {value}")
-    budget = parse_bytes(memory)
     dtype = str(network.dtype).removeprefix("torch.")
     if isinstance(raster, Raster) and raster.dtype != np.dtype(dtype):
         raise UsageError(f"the network was analysed for {dtype} pixels, the raster has {raster.dtype}; analyse again")
@@ -207,18 +235,29 @@ def plan_tiles(
         raise UsageError("OpenVINO needs a traced network, and this one's halo is only stated; use --engine torch")
     # OpenVINO has no pixels of 64 bits without sign, and does not pool what is one pixel high or wide.
     is_odd = not network.is_known or dtype == "uint64" or min(shape[1:]) < SMALLEST_SIDE
-    engine_name = choose_engine("torch" if engine in (None, "auto") and is_odd else engine)
-    chosen_precision = choose_precision(precision, engine_name)
+    wanted_engine = "torch" if engine in (None, "auto") and is_odd else engine
+    facts = facts or find_facts(with_cuda=needs_cuda_facts(wanted_engine, device))
+    choice = choose_engine(facts, wanted_engine, device, precision, compiles=compiles)
+    engine_name, on_cuda = choice.engine, bool(choice.cuda)
+    budget, device_budget = find_budget(memory, len(choice.cuda)), _find_device_budget(choice, device_memory)
     is_long = network.count_flops(network.padded_shape((shape[1], shape[2]))) >= PROGRAM_FLOPS
     does_pay = engine_name == "openvino" and is_long and not mark_nodata_context
-    if chosen_precision == "int8":
+    if choice.precision == "int8":
         chosen = _choose_int8_method(network, method, (shape[1], shape[2]))
     else:
         chosen = choose_method(network, method, (shape[1], shape[2]), prefer="program" if does_pay else "window")
     if mark_nodata_context and network.window_refusal:
         raise UsageError("--mark-nodata-context is for networks that windows can run; leave it out")
+    _refuse_batch(choice, chosen, batch)
+    if compiles and chosen == "program":
+        raise UsageError("--compile is for windows, and this network runs by programs; leave --compile out")
     cpus = cpu_count()
-    workers = workers or max(1, cpus // CORES_PER_WORKER)
+    if on_cuda and workers is not None and workers > len(choice.cuda):
+        raise UsageError(
+            f"on CUDA workers must be at most one for each of {len(choice.cuda)} devices, got {workers}; leave "
+            "--workers out"
+        )
+    workers = workers or (len(choice.cuda) if on_cuda else max(1, cpus // CORES_PER_WORKER))
     threads = threads or max(1, cpus // workers)
     shape_yx = (shape[1], shape[2])
     region = region or Window.whole(shape_yx)
@@ -233,9 +272,10 @@ def plan_tiles(
     client_bytes = (
         CLIENT_BYTES[engine_name, chosen] + CLIENT_WEIGHTS * network.weight_bytes + CHECK_FACTOR * check_near.live_bytes
     )
-    engine_memory = memory_of(engine_name, chosen, chosen_precision, threads)
+    engine_memory = memory_of(engine_name, chosen, choice.precision, threads, choice.device)
     store_bytes = STORE_BYTES if to_store or (isinstance(raster, Raster) and raster.is_far) else 0
     smallest: MemoryPrediction | None = None
+    smallest_device = 0
     for side in [core] if core else CORES:
         if max(wanted.shape) > MOST_TILES * side:
             continue
@@ -259,20 +299,26 @@ def plan_tiles(
                 f"a core above {LARGEST_CHUNK} must be a multiple of it, so that a tile owns whole chunks, got {side}"
             )
         reading = _plan_reading(raster, side, network, budget) if isinstance(raster, Raster) else None
-        prediction = predict_memory(
+        load = _Load(
             engine=engine_memory,
+            on_cuda=on_cuda,
             workers=workers,
-            in_flight=min(IN_FLIGHT, tiles),
+            tiles=tiles,
             client_bytes=client_bytes + store_bytes + (DASHBOARD_BYTES if dashboard else 0),
             activation_bytes=_largest_peak(network, by_row, by_column) if by_row else network.count_live_bytes(window),
-            window_bytes=pixels * (shape[0] * itemsize + 1 + (8 if mark_nodata_context else 0)),
+            window_bytes=pixels * shape[0] * itemsize,
+            mask_bytes=pixels * (1 + (8 if mark_nodata_context else 0)),
             result_bytes=network.channels * output_itemsize * core_pixels,
+            output_bytes=_output_bytes(network, window),
             chunk_bytes=2 * chunk[0] * chunk[1] * output_itemsize,
             cache_bytes=store_bytes + (reading.held_bytes if reading else 0),
         )
-        smallest = prediction
-        if prediction.total_bytes > budget:
+        least = batch or 1
+        smallest, smallest_device = load.predict_host(least), load.predict_device(least)
+        if smallest.total_bytes > budget or smallest_device > device_budget:
             continue
+        together = batch or _choose_batch(network, chosen, load, pixels, budget, device_budget)
+        prediction = load.predict_host(together)
         # What is left of the budget goes to a start check that looks further.
         further = CHECK_FACTOR * (check_far.live_bytes - check_near.live_bytes)
         check = check_far if prediction.total_bytes + further <= budget else check_near
@@ -298,10 +344,16 @@ def plan_tiles(
             size_multiple=network.size_multiple,
             method=chosen,
             engine=engine_name,
-            precision=chosen_precision,
+            precision=choice.precision,
             workers=workers,
             threads=threads,
-            in_flight=IN_FLIGHT,
+            in_flight=IN_FLIGHT * together,
+            device=choice.device,
+            device_names=tuple(found.name for found in choice.cuda[:workers]),
+            device_bytes=load.predict_device(together),
+            device_budget_bytes=device_budget,
+            batch=together,
+            compiles=compiles,
             memory_budget_bytes=budget,
             memory=prediction,
             flops=_program_flops(network, rows, columns, by_row, by_column)
@@ -321,6 +373,12 @@ def plan_tiles(
         raise UsageError(
             f"a raster of {shape[1]} x {shape[2]} px has more than {MOST_TILES} tiles along one side; give a --region"
         )
+    if smallest_device > device_budget:
+        raise BudgetError(
+            f"device memory must be at least {format_bytes(smallest_device + 0.5 * MB)} for this network (core "
+            f"{core or CORES[-1]}), got {format_bytes(device_budget)} on each device; free the device, raise "
+            "--device-memory, or use --device cpu"
+        )
     if isinstance(raster, Raster) and raster.block_bytes > budget // 4:
         raise BudgetError(
             f"memory must be at least {format_bytes(smallest.total_bytes + 0.5 * MB)}: one block of {raster.path} is "
@@ -332,6 +390,107 @@ def plan_tiles(
         f"{workers} worker{'s' if workers != 1 else ''} (core {core or CORES[-1]}), got {format_bytes(budget)}; "
         "raise --memory, or use fewer workers"
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Load:
+    """What the tiles of one core size ask of memory."""
+
+    engine: EngineMemory
+    on_cuda: bool
+    workers: int
+    tiles: int
+    client_bytes: int
+    activation_bytes: int
+    """Of the graph's tensors on the largest window."""
+    window_bytes: int
+    """Of its pixels."""
+    mask_bytes: int
+    """Of what is known of its pixels beside them."""
+    result_bytes: int
+    output_bytes: int
+    """Of all that the network gives on the largest window."""
+    chunk_bytes: int
+    cache_bytes: int
+
+    def predict_host(self, batch: int) -> MemoryPrediction:
+        """Of all processes, with batches of that many windows."""
+        copied = {"window_bytes": self.window_bytes, "output_bytes": self.output_bytes}
+        return predict_memory(
+            engine=self.engine,
+            workers=self.workers,
+            in_flight=min(IN_FLIGHT * batch, self.tiles),
+            client_bytes=self.client_bytes,
+            activation_bytes=batch * self.activation_bytes,
+            window_bytes=self.window_bytes + self.mask_bytes,
+            result_bytes=self.result_bytes,
+            chunk_bytes=self.chunk_bytes,
+            cache_bytes=self.cache_bytes,
+            pinned_bytes=predict_pinned(batch=batch, lanes=LANES, **copied) if self.on_cuda or batch > 1 else 0,
+        )
+
+    def predict_device(self, batch: int) -> int:
+        """On each CUDA device; 0 without."""
+        if not self.on_cuda:
+            return 0
+        return predict_device(
+            self.engine,
+            batch=batch,
+            lanes=LANES,
+            activation_bytes=self.activation_bytes,
+            window_bytes=self.window_bytes,
+            output_bytes=self.output_bytes,
+        )
+
+
+def _find_device_budget(choice: EngineChoice, device_memory: str | int | None) -> int:
+    """Of each CUDA device; 0 without."""
+    if not choice.cuda:
+        if device_memory is not None:
+            raise UsageError("--device-memory is for CUDA devices, and this run is on the CPU; use --memory")
+        return 0
+    if device_memory is not None:
+        return parse_bytes(device_memory)
+    return int(DEVICE_SHARE * min(device.free_bytes for device in choice.cuda))
+
+
+def _refuse_batch(choice: EngineChoice, method: Method, batch: int | None) -> None:
+    if batch is not None and batch > 1 and (choice.engine != "torch" or method != "window"):
+        raise UsageError(
+            f"batches are for torch on windows, this run is {choice.engine} by {method}s; leave --batch out, or use "
+            "--engine torch --method window"
+        )
+
+
+def _choose_batch(network: Network, method: Method, load: _Load, pixels: int, budget: int, device_budget: int) -> int:
+    """The most windows of that many pixels that both budgets hold and a CUDA device needs to be busy; every worker must
+    get some batches of them."""
+    if not load.on_cuda or method == "program":
+        return 1
+    for batch in BATCHES:
+        if (
+            batch * pixels <= BATCH_PIXELS
+            and IN_FLIGHT * batch * load.workers <= load.tiles
+            and load.predict_host(batch).total_bytes <= budget
+            and load.predict_device(batch) <= device_budget
+            and _takes_batches(network)
+        ):
+            return batch
+    return 1
+
+
+def _takes_batches(network: Network) -> bool:
+    height, width = (align_up(max(40, smallest), network.size_multiple) for smallest in network.smallest)
+    run = network.module.logits if network.has_logits else network.module
+    return takes_batches(run, network.bands, (height, width), network.dtype)  # pyright: ignore[reportArgumentType]
+
+
+def _output_bytes(network: Network, window: tuple[int, int]) -> int:
+    """Of the network's result on a window, and of its logits."""
+    if network.is_known:
+        return count_output_bytes(network.graph, image_shapes(network.graph, window))
+    pixels = int(window[0] * network.scale[0] + 1) * int(window[1] * network.scale[1] + 1)
+    return network.channels * network.output_dtype.itemsize * pixels
 
 
 def _largest_peak(network: Network, by_row: Geometries, by_column: Geometries) -> int:

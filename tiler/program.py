@@ -46,6 +46,12 @@ def compute_halo(network: Network) -> Halo:
     return Halo(top=sides[0], bottom=sides[1], left=sides[2], right=sides[3])
 
 
+def graph_tensors(network: Network) -> dict[str, Any]:
+    """Weights and constants of the traced graph, by name."""
+    program = network.graph.program
+    return {**program.state_dict, **program.constants}
+
+
 class Program(nn.Module):
     """The network for one core: (1, bands, window) of pixels -> (finished, logits) of the core, or (finished,).
 
@@ -112,7 +118,7 @@ class Program(nn.Module):
 
     def forward(self, image: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         self.device = image.device
-        self.taps = self._name(inputs or [tensor.to(image.device) for tensor in self.inputs()])
+        self.taps = self._name(inputs or [_like(tensor, image) for tensor in self.inputs()])
         values: dict[Node, Any] = {self.network.graph.input_node: image}
         last_use = _last_uses(self.order)
         if not (self.cuts and torch.is_grad_enabled()):
@@ -167,10 +173,19 @@ class Program(nn.Module):
             return None  # asks for sizes only; they are put in as numbers
         args, kwargs = map_arg((node.args, node.kwargs), lambda source: values[source])
         assert callable(node.target)
-        value = node.target(*args, **kwargs)
+        value = node.target(*args, **self.here(kwargs))
         if not self.is_trained:
             self.constants[node] = value
         return value
+
+    def here(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What an operation makes anew is made where the image is, not where the network was traced."""
+        return {**kwargs, "device": self.device} if kwargs.get("device") is not None else kwargs
+
+
+def _like(tensor: Tensor, image: Tensor) -> Tensor:
+    """The tensor on the image's device; as it is where it is there already, so that no exporter sees a copy."""
+    return tensor if image.device.type == "cpu" else tensor.to(image.device)
 
 
 def name_placeholders(network: Network) -> dict[Node, str]:
@@ -320,7 +335,7 @@ def _run(step: _Step) -> Any:
     keeps = step.program.is_trained and torch.is_grad_enabled()
     target = _out_of_place(step.node) if keeps else step.node.target
     assert callable(target)
-    return target(*args, **kwargs)
+    return target(*args, **step.program.here(kwargs))
 
 
 def _out_of_place(node: Node) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +45,17 @@ def is_unfinished(out: Path, fingerprint: dict[str, Any]) -> bool:
 def require_continuable(
     out: Path,
     fingerprint: dict[str, Any],
+    now: TilePlan,
     *,
     paths: Sequence[str],
     resume: bool,
-    budget: int,
     core: int | None,
     remedy: str = "--overwrite",
 ) -> TilePlan:
     """The plan of an existing output that this run may continue.
 
     Args:
+        now: the plan that a new output would get: its budgets and devices are this call's.
         paths: of the raster.
         remedy: what replaces the output.
 
@@ -71,12 +72,27 @@ def require_continuable(
         raise OutputError(f"{out} was made by another run: {'; '.join(differences)}; {remedy} replaces it")
     if core is not None and plan.core != (core, core):
         raise OutputError(f"{out} was begun with cores of {plan.core[0]}, got {core}; leave --core out, or {remedy}")
-    if plan.memory.total_bytes > budget:
+    if plan.memory.total_bytes > now.memory_budget_bytes:
         raise BudgetError(
             f"memory must be at least {format_bytes(plan.memory.total_bytes)} to continue {out} with its own plan, "
-            f"got {format_bytes(budget)}; raise --memory, or {remedy}"
+            f"got {format_bytes(now.memory_budget_bytes)}; raise --memory, or {remedy}"
         )
-    return plan
+    if plan.device_bytes > now.device_budget_bytes:
+        raise BudgetError(
+            f"device memory must be at least {format_bytes(plan.device_bytes)} to continue {out} with its own plan, "
+            f"got {format_bytes(now.device_budget_bytes)}; raise --device-memory, or {remedy}"
+        )
+    if plan.device == "cpu":
+        return plan
+    # The devices may be others than before, or fewer; never more, since host memory was planned for so many workers.
+    workers = min(plan.workers, now.workers)
+    return replace(
+        plan,
+        device=now.device,
+        device_names=now.device_names[:workers],
+        device_budget_bytes=now.device_budget_bytes,
+        workers=workers,
+    )
 
 
 def keep_tiles(

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from .files import remove_store
 from .fingerprint import MIXED, make_fingerprint
 from .geometry import Interval, Window
 from .machine import find_versions, release_freed_memory
-from .memory import parse_bytes
+from .memory import CUDA_CONTEXT_BYTES, find_budget
 from .memory_probe import memory_lookup
 from .meter import MemoryMeter
 from .network import Network
@@ -72,7 +72,7 @@ from .store import (
     write_status,
 )
 from .tile_map import backdrop_message, begin_message, kept_cells, tile_message
-from .worker import RunSpec, check_tiles
+from .worker import RunSpec, check_tiles, device_peak
 
 Array = npt.NDArray[Any]
 
@@ -102,6 +102,10 @@ class RunSummary:
     read_amplification: float
     engine: str
     precision: str
+    device: str
+    device_peak_bytes: int
+    """Most that torch held on a CUDA device, its context apart; 0 on the CPU."""
+    predicted_device_peak_bytes: int
     loss: PrecisionLoss | None = None
     """Of a precision below float32: what it cost, measured when the output was begun."""
 
@@ -124,6 +128,9 @@ class RunSummary:
             "engine": self.engine,
             "precision": self.precision,
             "precision_loss": self.loss.to_json() if self.loss else None,
+            "device": self.device,
+            "device_peak_bytes": self.device_peak_bytes,
+            "predicted_device_peak_bytes": self.predicted_device_peak_bytes,
         }
 
 
@@ -145,8 +152,11 @@ def predict(
     fill: tuple[float, ...] | None = None,
     client: Client | None = None,
     cluster: ClusterOptions | ClusterKeeper | None = None,
-    memory: str | int = "2GB",
+    memory: str | int | None = None,
     engine: str | None = None,
+    device: str | None = None,
+    device_memory: str | int | None = None,
+    batch: int | None = None,
     workers: int | None = None,
     threads: int | None = None,
     core: int | None = None,
@@ -155,6 +165,7 @@ def predict(
     zarr_format: ZarrFormat = 3,
     method: str | None = None,
     precision: str | None = None,
+    compiles: bool = False,
     space_check: bool = True,
     resume: bool = True,
     overwrite: bool = False,
@@ -176,11 +187,13 @@ def predict(
         description: what the output means; None: told from the network's output dtype and channels.
         fill: raw value of each band that stands in for nodata; None: 0.
         client: a Dask client to use; None: one is opened as `cluster` says.
-        memory: budget of all processes together; `plan_tiles` has the other planning options.
+        memory: budget of all processes together; None: 2 GB, and 2 GB more for each CUDA device. `plan_tiles` has the
+            other planning options.
         region: what is wanted, in pixels of the raster; None: all of it. Context comes from beyond it.
         mark_nodata_context: also write an array `nodata_context`: 1 where a pixel's receptive field touches nodata.
         method: "window" or "program"; None: windows where they are exact.
         precision: what the engine computes in; None: float32.
+        compiles: run torch's windows by torch.compile.
         zarr_format: 3, or 2 for readers that know no other, such as GDAL before 3.12.
         space_check: refuse an output that might not fit on the disk.
         resume: continue an output whose fingerprint agrees; False: refuse an existing output.
@@ -215,6 +228,9 @@ def predict(
             network,
             memory=memory,
             engine=engine,
+            device=device,
+            device_memory=device_memory,
+            batch=batch,
             workers=workers,
             threads=threads,
             core=core,
@@ -222,9 +238,10 @@ def predict(
             mark_nodata_context=mark_nodata_context,
             method=method,
             precision=precision,
+            compiles=compiles,
             to_store=is_remote(out),
             dashboard=client is None and options.serves_dashboard,
-            memory_of=memory_lookup(network, raster.shape_yx, parse_bytes(memory), lambda: tell(MemoryProbed())),
+            memory_of=memory_lookup(network, raster.shape_yx, find_budget(memory), lambda: tell(MemoryProbed())),
         )
         fingerprint = make_fingerprint(raster, network, description.kind, plan, fill, zarr_format)
         require_apart(raster, out)
@@ -243,12 +260,9 @@ def predict(
                 if plan.precision == "int8":
                     require_quantiser()
             else:
-                budget = parse_bytes(memory)
                 paths = reference_to(raster)["paths"]
                 remedy = "--overwrite" if rest else "segment --overwrite"
-                plan = require_continuable(
-                    out, fingerprint, paths=paths, resume=resume, budget=budget, core=core, remedy=remedy
-                )
+                plan = require_continuable(out, fingerprint, plan, paths=paths, resume=resume, core=core, remedy=remedy)
                 kept = keep_tiles(
                     out, plan, description.kind, folder, zarr_format, retry_failed=retry_failed, redo=redo
                 )
@@ -309,6 +323,9 @@ def predict(
                 engine=plan.engine,
                 precision=plan.precision,
                 loss=run.loss,
+                device=plan.device,
+                device_peak_bytes=run.device_peak_bytes,
+                predicted_device_peak_bytes=plan.device_bytes,
             )
             folder.result["summary"] = summary.to_json()
             if todo and is_whole:
@@ -329,10 +346,15 @@ def _open(
     """The client that was given, or one with the plan's workers."""
     if client is not None:
         return contextlib.nullcontext(client)
-    workers, threads = plan.workers, plan.in_flight
+    settings: dict[str, Any] = {
+        "workers": plan.workers,
+        "threads": plan.in_flight,
+        "gdal_cache_bytes": GDAL_CACHE_BYTES,
+        "cuda": plan.device_indices,
+    }
     if isinstance(cluster, ClusterKeeper):
-        return cluster.open(workers=workers, threads=threads, gdal_cache_bytes=GDAL_CACHE_BYTES)
-    return open_client(cluster, workers=workers, threads=threads, gdal_cache_bytes=GDAL_CACHE_BYTES)
+        return cluster.open(**settings)
+    return open_client(cluster, **settings)
 
 
 class _States:
@@ -401,6 +423,7 @@ class _Run:
         """Of a network in few bits, in this process: the start check's reference."""
         self.began: float | None = None
         self.ended: float | None = None
+        self.device_peak_bytes = 0
         self._program: Future[EngineProgram] | None = None
 
     def convert(self) -> None:
@@ -463,7 +486,14 @@ class _Run:
         """Start check, then all tiles of `todo`."""
         run_id = uuid.uuid4().hex[:8]
         assert self._program is not None
-        program = self._program.result()
+        plan = self.plan
+        program = replace(
+            self._program.result(),
+            device=plan.device,
+            device_limit_bytes=max(0, plan.device_budget_bytes - CUDA_CONTEXT_BYTES),
+            batch=plan.batch,
+            compiles=plan.compiles,
+        )
         spec = RunSpec(
             run_id=run_id,
             raster=self.raster,
@@ -502,6 +532,9 @@ class _Run:
                     update_header(self.out, {"start_check": self.check.to_json(), **loss})
                     self._run_tiles(client, run_id, todo, watch)
                     self.ended = time.perf_counter()
+                    if self.plan.device != "cpu":
+                        peaks: Any = client.run(device_peak, run_id)
+                        self.device_peak_bytes = max(peaks.values(), default=0)
                     self.folder.sync()
                     self.guard.require()
             except SourceChangedError:

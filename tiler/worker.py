@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -18,6 +19,7 @@ from .errors import OutputError, RasterError
 from .events import TileRecord
 from .geometry import Interval, Window, footprint
 from .jobs import runner_of
+from .machine import release_freed_memory
 from .places import place_of
 from .plan import Tile, TilePlan
 from .raster import FilledWindow, Raster, RasterReader, read_filled
@@ -109,7 +111,11 @@ class TileRunner:
     def __init__(self, spec: RunSpec, *, watched: bool = False) -> None:
         self.spec = spec
         self._sketches: dict[tuple[int, int], bytes] | None = {} if watched else None
-        self._read_lock, self._compute_lock = threading.Lock(), threading.Lock()
+        self._read_lock, self._load_lock = threading.Lock(), threading.Lock()
+        # An engine that is shared orders its callers by itself: it wants many at once.
+        self._computing: contextlib.AbstractContextManager[Any] = (
+            contextlib.nullcontext() if spec.program.is_shared else threading.Lock()
+        )
         self._reader: RasterReader | None = None
         self._engine: TileEngine | None = None
         self._checked: dict[tuple[int, int], npt.NDArray[Any]] = {}
@@ -131,9 +137,10 @@ class TileRunner:
             self._reader = None
 
     def _loaded(self) -> TileEngine:
-        if self._engine is None:
-            self._engine = self.spec.program.load_tiles()
-        return self._engine
+        with self._load_lock:
+            if self._engine is None:
+                self._engine = self.spec.program.load_tiles()
+            return self._engine
 
     def run(self, row: int, column: int) -> TileRecord:
         """Do one tile; a failure is a record too, after more tries with the source opened anew."""
@@ -170,7 +177,7 @@ class TileRunner:
             result = np.full(shape, output_nodata(dtype), dtype)
             computed = computing = time.perf_counter()
         else:
-            with self._compute_lock:
+            with self._computing:
                 computing = time.perf_counter()
                 # The engine reuses its output memory: copy the core before the next tile may run.
                 ready = self._checked.pop((tile.row, tile.column), None)
@@ -244,7 +251,7 @@ class TileRunner:
             except RasterError:
                 self._reopen()
                 continue
-            with self._compute_lock:
+            with self._computing:
                 finished, logits = self._loaded().run_tile_with_logits(image, tile)
                 if self.spec.plan.method == "program" and finished.nbytes <= KEPT_BYTES:
                     # A program is one for both; a window's is another with its logits, and might round otherwise.
@@ -256,9 +263,16 @@ class TileRunner:
                         results[index] = (finished[:, rows, columns].copy(), logits[:, rows, columns].copy())
         return results
 
+    def device_peak_bytes(self) -> int:
+        """Most that the engine has held on a CUDA device; 0 where it has none, or does not know."""
+        known = getattr(self._engine, "device_peak_bytes", None)
+        return known() if known is not None else 0
+
     def close(self) -> None:
         self._reopen()
         self._engine = None
+        if self.spec.program.is_shared:
+            release_freed_memory()  # its threads and buffers hold each other, and the next run needs the device
 
 
 def _process_name() -> str:
@@ -268,3 +282,8 @@ def _process_name() -> str:
 def check_tiles(run_id: str, patches: list[CheckPatch]) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]] | None]:
     """A task: the start check's patches."""
     return runner_of(run_id).check(patches)
+
+
+def device_peak(run_id: str) -> int:
+    """A task on every worker: what the run took of its CUDA device."""
+    return runner_of(run_id).device_peak_bytes()

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from outsize.models.segmentation.unet import UNet
-from outsize.tiler.engine import choose_engine, choose_precision, compile_program
-from outsize.tiler.errors import EngineError, UsageError
+from outsize.tiler.engine import compile_program
 from outsize.tiler.network import analyze_network
 from torch import nn
 
@@ -64,24 +63,6 @@ def test_raw_pixels_go_in_and_finished_bytes_come_out_with_their_logits(engine: 
     assert result.dtype == np.uint8
     assert np.abs(result.astype(int) - expected.astype(int)).max() <= 1
     assert np.array_equal(loaded.run(image), result)
-
-
-def test_the_engine_is_chosen_by_name_or_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_engine(None) == choose_engine("auto") == "openvino"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "openvino" else object())
-    assert choose_engine(None) == "torch"
-    with pytest.raises(EngineError, match="not installed"):
-        choose_engine("openvino")
-    with pytest.raises(UsageError, match="engine must be auto, openvino or torch"):
-        choose_engine("onnx")
-
-
-def test_the_precision_is_what_is_asked_for_where_the_engine_offers_it() -> None:
-    assert choose_precision(None, "torch") == choose_precision("float32", "openvino") == "float32"
-    with pytest.raises(EngineError, match="engine torch computes in float32, got int8"):
-        choose_precision("int8", "torch")
-    with pytest.raises(UsageError, match="precision must be float32 or int8, got 'int4'"):
-        choose_precision("int4", "openvino")
 
 
 def test_importing_an_engine_loads_nothing_that_reports_home() -> None:

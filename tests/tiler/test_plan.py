@@ -131,7 +131,7 @@ def test_the_plan_explains_itself() -> None:
 def test_the_precision_stands_in_the_plan() -> None:
     plan = plan_tiles((4, 300, 300), default_network(), engine="torch", precision="float32")
     assert plan.precision == plan.summarise()["precision"] == plan.to_json()["precision"] == "float32"
-    assert "torch in float32, " in plan.explain()
+    assert "torch in float32 on cpu, " in plan.explain()
     before = {name: value for name, value in plan.to_json().items() if name != "precision"}
     assert TilePlan.from_json(before) == plan
 

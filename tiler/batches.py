@@ -1,0 +1,68 @@
+"""Batches: what waits to be computed, gathered by kind, so that a device works on several at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+LANES = 2
+"""Batches under way at once: one is computed while the next one's pixels and the last one's result are copied."""
+
+Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Gatherer(Generic[Key, Item, Result]):
+    """Many threads call it with an item each; they are served together.
+
+    Guarantee: `run` gets 1 to `size` items of one key, each item once, and is called by at most `LANES` threads at
+    once. What has waited longest goes first and says which key is next, so that nothing waits for ever; nobody waits
+    for a batch to become full, since what a device does not do now it has to do later.
+    """
+
+    def __init__(self, run: Callable[[Key, Sequence[Item]], Sequence[Result]], size: int) -> None:
+        self._run, self._size = run, size
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[Key, Item, Future[Result]]] = []
+        self._pool = ThreadPoolExecutor(LANES, thread_name_prefix="batch")
+
+    def __call__(self, key: Key, item: Item) -> Result:
+        """The item's result; blocks until it is there.
+
+        Raises:
+            whatever `run` raised for the batch that the item was in.
+        """
+        ticket: Future[Result] = Future()
+        with self._lock:
+            self._waiting.append((key, item, ticket))
+        self._pool.submit(self._serve)
+        return ticket.result()
+
+    def _take(self) -> list[tuple[Key, Item, Future[Result]]]:
+        with self._lock:
+            key = self._waiting[0][0] if self._waiting else None
+            taken = [entry for entry in self._waiting if entry[0] == key][: self._size]
+            tickets = {id(ticket) for _, _, ticket in taken}
+            self._waiting = [entry for entry in self._waiting if id(entry[2]) not in tickets]
+        return taken
+
+    def _serve(self) -> None:
+        taken = self._take()
+        if not taken:
+            return  # others were served together with this one
+        tickets = [ticket for _, _, ticket in taken]
+        try:
+            served = list(zip(tickets, self._run(taken[0][0], [item for _, item, _ in taken]), strict=True))
+        except BaseException as error:  # noqa: BLE001 - each caller is told
+            for ticket in tickets:
+                ticket.set_exception(error)
+            return
+        for ticket, result in served:
+            ticket.set_result(result)
+
+    def close(self) -> None:
+        """Let go of the threads; what waits is served first."""
+        self._pool.shutdown()
