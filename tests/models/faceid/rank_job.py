@@ -1,4 +1,7 @@
-"""What the ranks of a test run: python rank_job.py RANK RANKS FOLDER, with the cases in FOLDER/cases.json."""
+"""What the ranks of a test run: python rank_job.py RANKS:FOLDER..., with the cases in FOLDER/cases.json.
+
+Each rank is a process of its own, forked when torch is imported.
+"""
 
 from __future__ import annotations
 
@@ -73,6 +76,22 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         dist.destroy_process_group()
 
 
+def run_ranks(ranks: int, folder: Path) -> None:
+    """All ranks, until they have ended."""
+    pids = []
+    for rank in range(ranks):
+        pid = os.fork()
+        if not pid:
+            main(rank, ranks, folder)
+            sys.exit()
+        pids.append(pid)
+    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
+    if any(statuses):
+        sys.exit(f"a rank of {ranks} ended badly")
+
+
 if __name__ == "__main__":
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    for job in sys.argv[1:]:
+        count, _, place = job.partition(":")
+        run_ranks(int(count), Path(place))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -129,15 +130,20 @@ def test_the_last_generations_stay_and_latest_names_the_newest(tmp_path: Path) -
 
 
 JOB = """
-    import sys
+    import os, sys
     import torch
     from outsize.models.faceid.checkpoint import load_checkpoint, list_generations, save_checkpoint
     from outsize.models.faceid.head import ShardedMarginHead
     from outsize.models.faceid.row_rules import SGD
     torch.set_num_threads(1)
+    while os.fork():  # each job is a process of its own, but torch is imported once
+        os.wait()
+        print("dead", flush=True)
+        if not sys.stdin.readline():
+            sys.exit()
     head = ShardedMarginHead(40_000, 16, rule=SGD(lr=0.1), tablet_rows=512, block_rows=512)
     number = list_generations(sys.argv[1])[0].step if list_generations(sys.argv[1]) else 0
-    print("ready", flush=True)
+    print(os.getpid(), flush=True)
     while True:
         number += 1
         head.rows.fill_(number % 1000)  # every row says which generation it is of
@@ -151,19 +157,24 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_generation(tmp_path: Path
     save_checkpoint(head, tmp_path, 0)
     random.seed(7)
     newest = 0
-    for _ in range(5):
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", textwrap.dedent(JOB), str(tmp_path)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        promised = int(process.stdout.readline())  # however slow the disk is: each job saves at least once
-        time.sleep(random.uniform(0.0, 0.5))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        generation = load_checkpoint(head, tmp_path)
-        assert generation.step >= promised > newest
-        newest = generation.step
-        assert (head.dense_weight() == newest % 1000).all()
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(JOB), str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, start_new_session=True) as jobs:
+        assert jobs.stdin is not None
+        assert jobs.stdout is not None
+        try:
+            for _ in range(5):
+                pid = int(jobs.stdout.readline())
+                promised = int(jobs.stdout.readline())  # however slow the disk is: each job saves at least once
+                time.sleep(random.uniform(0.0, 0.5))
+                os.kill(pid, signal.SIGKILL)
+                while jobs.stdout.readline() != "dead\n":
+                    pass
+                generation = load_checkpoint(head, tmp_path)
+                assert generation.step >= promised > newest
+                newest = generation.step
+                assert (head.dense_weight() == newest % 1000).all()
+                jobs.stdin.write("another\n")
+                jobs.stdin.flush()
+        finally:
+            os.killpg(jobs.pid, signal.SIGKILL)

@@ -43,27 +43,27 @@ OTHERS = {
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
     """Of 1, 2, 3 and 4 ranks, each with all cases that it has."""
-    found: dict[int, Results] = {}
-    saved = tmp_path_factory.mktemp("saved")
+    saved, folder = tmp_path_factory.mktemp("saved"), tmp_path_factory.mktemp("ranks")
+    cases: dict[int, dict[str, Any]] = {}
     for ranks in (2, 1, 3, 4):  # what 2 save, the others load
         split = SPLITS[ranks]
-        folder = tmp_path_factory.mktemp(f"{ranks}-ranks")
-        cases = {rule: {**case, "split": split} for rule, case in HALF.items()}
-        cases |= {name: case for name, (count, case) in DENSE.items() if count == ranks}
-        cases |= OTHERS if ranks == 2 else {}
         verb = "save" if ranks == 2 else "load"
-        cases |= {f"{verb} {rule}": {**case, "split": split, verb: str(saved / rule)} for rule, case in HALF.items()}
-        (folder / "cases.json").write_text(json.dumps(cases))
-        command = [sys.executable, "-W", "ignore", rank_job.__file__]
-        processes = [
-            subprocess.Popen([*command, str(rank), str(ranks), str(folder)], stderr=subprocess.PIPE, text=True)
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-        of_ranks = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
-        found[ranks] = {name: [of_rank[name] for of_rank in of_ranks] for name in cases}
+        cases[ranks] = {
+            **{rule: {**case, "split": split} for rule, case in HALF.items()},
+            **{name: case for name, (count, case) in DENSE.items() if count == ranks},
+            **(OTHERS if ranks == 2 else {}),
+            **{f"{verb} {rule}": {**case, "split": split, verb: str(saved / rule)} for rule, case in HALF.items()},
+        }
+        (folder / str(ranks)).mkdir()
+        (folder / str(ranks) / "cases.json").write_text(json.dumps(cases[ranks]))
+    jobs = [f"{ranks}:{folder / str(ranks)}" for ranks in cases]
+    command = [sys.executable, "-W", "ignore", rank_job.__file__, *jobs]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[int, Results] = {}
+    for ranks, names in cases.items():
+        of_ranks = [torch.load(folder / str(ranks) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+        found[ranks] = {name: [of_rank[name] for of_rank in of_ranks] for name in names}
     return found
 
 
