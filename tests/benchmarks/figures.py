@@ -2,8 +2,8 @@
 
     python -m outsize.tests.benchmarks.figures RUNS.json... --folder docs
 
-Writes benchmarks.json (every run), benchmarks-size.png (time and memory over the raster's pixels) and
-benchmarks-budget.png (over the budget), and prints the tables as Markdown. matplotlib comes with .[bench].
+Writes benchmarks.json (every run) and benchmarks-size.png (time and memory over the raster's pixels), and prints the
+tables as Markdown. matplotlib comes with .[bench].
 """
 
 from __future__ import annotations
@@ -93,14 +93,8 @@ def format_markdown(measured: dict[Series, Measured]) -> str:
     return "\n".join(lines)
 
 
-def draw(
-    path: Path, measured: dict[Series, Measured], along: str, points: dict[Series, float], *, logarithmic: bool
-) -> None:
-    """Two panels over `along`: seconds, and the peak of all processes.
-
-    Args:
-        points: where each series' point lies along the horizontal axis; others are left out.
-    """
+def draw(path: Path, measured: dict[Series, Measured]) -> None:
+    """Two panels over the pixels of the raster: seconds, and the peak of all processes."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -109,25 +103,21 @@ def draw(
     figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
     for name, colour in COLOURS.items():
         mine = sorted(
-            (points[series], row) for series, row in measured.items() if series in points and series[3] == name
+            (series[1] ** 2 / 1e6, row.seconds, row.peak_bytes) for series, row in measured.items() if series[3] == name
         )
         if mine:
-            where = [point for point, _ in mine]
+            pixels, seconds, peaks = zip(*mine, strict=True)
             style = {"color": colour, "marker": "o", "markersize": 4, "label": name}
-            panels[0].plot(where, [row.seconds for _, row in mine], **style)
-            panels[1].plot(where, [row.peak_bytes / 1e9 for _, row in mine], **style)
+            panels[0].plot(pixels, seconds, **style)
+            panels[1].plot(pixels, [peak / 1e9 for peak in peaks], **style)
     panels[0].set_ylabel("seconds, first read to last chunk")
     panels[1].set_ylabel("peak of all processes, GB")
     for panel in panels:
-        panel.set_xlabel(along)
+        panel.set_xlabel("Mpx of the raster")
         panel.grid(visible=True, color="#dadce0", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
-        if logarithmic:
-            panel.set_xscale("log")
-    if logarithmic:
-        panels[0].set_yscale("log")
-    else:
-        panels[0].set_ylim(bottom=0)
+        panel.set_xscale("log")
+    panels[0].set_yscale("log")
     panels[1].set_ylim(bottom=0)
     panels[1].legend(frameon=False)
     figure.savefig(path, dpi=110)
@@ -143,16 +133,8 @@ def main() -> None:
     files = [json.loads(path.read_text()) for path in options.runs]
     measured = collect(files)
     (options.folder / "benchmarks.json").write_text(json.dumps(files, indent=1) + "\n")
-    sizes = {series: series[1] ** 2 / 1e6 for series in measured if series[0] == "small" and series[2] == "2GB"}
-    draw(options.folder / "benchmarks-size.png", measured, "Mpx of the raster", sizes, logarithmic=True)
-    largest = max((series[1] for series in measured if series[2] != "2GB"), default=0)
-    budgets = {
-        series: float(series[2].removesuffix("GB"))
-        for series in measured
-        if series[:2] == ("small", largest) and series[3] == "outsize"
-    }
-    if budgets:
-        draw(options.folder / "benchmarks-budget.png", measured, "budget, GB", budgets, logarithmic=False)
+    usual = {series: row for series, row in measured.items() if series[0] == "small" and series[2] == "2GB"}
+    draw(options.folder / "benchmarks-size.png", usual)
     print(format_markdown(measured))
 
 

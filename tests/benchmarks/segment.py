@@ -143,7 +143,9 @@ def main() -> None:
     print(format_table(["", "Mpx/s", "ratio to bare", "peak GB", "flipped px"], rows))
     if options.json:
         values = {
-            "command": " ".join(["python -m outsize.tests.benchmarks.segment", *sys.argv[1:]]),
+            "options": {
+                key: value for key, value in vars(options).items() if not isinstance(value, Path) and value is not None
+            },
             "size": options.size,
             "network": options.network,
             "memory": options.memory,
