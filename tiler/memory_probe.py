@@ -133,6 +133,8 @@ def _quantise_noise(network: Network, threads: int) -> QuantisedNetwork:
     image = (random.random(shape, np.float32) * 100).astype(dtype)
     made = quantise_network(network, [image] * NOISE, threads)
     return replace(made, peak_bytes=made.peak_bytes + (CALIBRATED - NOISE) * image.nbytes)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbedCore:
     """What one core took."""
