@@ -8,7 +8,8 @@ from typing import Any
 
 from ..models.segmentation.model import SegmentationModel
 from ..tiler.cluster import ClusterOptions
-from ..tiler.engine import Engine
+from ..tiler.engine import Engine, compile_program
+from ..tiler.engine_torch import AUTOCAST, load_reference
 from ..tiler.errors import OutputError, TilerError, UsageError
 from ..tiler.fingerprint import find_differences, fingerprint_raster, hash_network
 from ..tiler.memory import format_bytes
@@ -52,7 +53,7 @@ class _Maker:
     network: Network
     options: SegmentOptions
     engine: Engine | None = None
-    """Of a network in int8: float32 tells nothing exact of it."""
+    """Of a network in few bits: float32 tells nothing exact of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,18 +167,20 @@ def _find_maker(
     # The run's own fill: its caller may have chosen another than the model's.
     filled = replace(model, fill=tuple(fingerprint["fill"]))
     try:
-        engine = _open_int8(out, network, fingerprint, plan)
+        engine = _open_fewer_bits(out, network, fingerprint, plan)
     except TilerError as error:
         return None, error
     return _Maker(raster=raster, model=filled, network=network, options=known, engine=engine), UsageError("")
 
 
-def _open_int8(out: Path, network: Network, fingerprint: dict[str, Any], plan: TilePlan) -> Engine | None:
-    """The network in int8 that made an output; None where it was made in float32.
+def _open_fewer_bits(out: Path, network: Network, fingerprint: dict[str, Any], plan: TilePlan) -> Engine | None:
+    """The network in few bits that made an output; None where float32 is near enough to compare with.
 
     Raises:
         OutputError: it is not in the run's folder, or damaged.
     """
+    if plan.precision in AUTOCAST:
+        return load_reference(compile_program(network, "torch", plan.threads, plan.precision))
     if plan.precision != "int8":
         return None
     found = QuantisedNetwork.read(run_folder(out), str(fingerprint.get("quantised")))

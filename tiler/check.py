@@ -19,6 +19,14 @@ PATCH = 64
 """Side of a compared patch, in output pixels; patches lie at the corners of cores, where a short halo shows."""
 RELATIVE_TOLERANCE = 1e-4
 """Of the largest logit. Engines differ by 1e-6 to 1e-5 in float32; a missing row of halo by far more."""
+FEWER_BITS = {"bfloat16": 4 * 2.0**-8, "float16": 4 * 2.0**-11, "tf32": 8 * 2.0**-11}
+"""The same for precisions whose own rounding is coarser: two ways to add up the same products may part by a last bit at
+every layer."""
+
+
+def relative_tolerance(precision: str) -> float:
+    """Of the largest logit, by which tiles and larger windows of one precision may differ."""
+    return FEWER_BITS.get(precision, RELATIVE_TOLERANCE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +118,13 @@ def compare_patches(
     tiles: int,
     has_logits: bool,
     by: str = "torch",
+    relative: float = RELATIVE_TOLERANCE,
 ) -> StartCheck:
-    """Compare (finished, logits, reference finished, reference logits) of each patch."""
+    """Compare (finished, logits, reference finished, reference logits) of each patch.
+
+    Args:
+        relative: of the largest logit, by which they may differ.
+    """
     max_abs, largest, flipped, pixels = 0.0, 0.0, 0, 0
     for finished, logits, expected_finished, expected in pairs:
         ours, theirs = logits.astype(np.float64), expected.astype(np.float64)
@@ -132,7 +145,7 @@ def compare_patches(
         max_abs=max_abs,
         largest=largest,
         flipped=flipped,
-        tolerance=RELATIVE_TOLERANCE * largest,
+        tolerance=relative * largest,
         by=by,
     )
 

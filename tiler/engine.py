@@ -110,7 +110,7 @@ class EngineProgram:
     payload: tuple[bytes, ...]
     has_logits: bool
     threads: int
-    """Compute threads of one worker process."""
+    """Compute threads of one worker process; 0: as many as it has anyway."""
     method: Method = "window"
     shape_yx: tuple[int, int] = (0, 0)
     """Of the raster, for programs: they depend on where its edges are."""

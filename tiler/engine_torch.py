@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -127,6 +128,11 @@ def prepare_compiler() -> None:
     torch._dynamo.config.recompile_limit = 1024
 
 
+def load_reference(program: EngineProgram) -> TorchEngine:
+    """What a worker's program computes, on the CPU of this process, one window at a time: for the start check."""
+    return TorchEngine.from_program(replace(program, device="cpu", batch=1, compiles=False, threads=0))
+
+
 class TorchEngine:
     """Runs the module on the CPU, eagerly unless it is compiled.
 
@@ -157,7 +163,7 @@ class TorchEngine:
     def from_program(cls, program: EngineProgram) -> TorchEngine:
         return cls(
             pickle.loads(program.payload[0]),
-            program.threads,
+            program.threads or None,
             has_logits=program.has_logits,
             channels_last=program.channels_last,
             precision=program.precision,

@@ -14,7 +14,7 @@ from .batches import LANES
 from .check import PATCH, larger_core, larger_window
 from .cost import count_flops, count_output_bytes, count_peak_bytes, image_shapes, program_shapes
 from .devices import MachineFacts, find_facts
-from .engine import Method
+from .engine import Method, Precision
 from .engine_choice import EngineChoice, choose_engine, needs_cuda_facts
 from .errors import BudgetError, UntileableError, UsageError
 from .geometry import Halo, Interval, Window, align_up
@@ -72,6 +72,8 @@ DASHBOARD_BYTES = 60 * MB
 """Of Dask's dashboard with the tile map and a visitor; measured."""
 CLIENT_WEIGHTS = 3
 """Copies of the weights that it holds: the module's, the engine's, and the one that goes to workers."""
+FEWER_BITS_WEIGHTS = 2
+"""Copies more of them for the start check, where float32 tells nothing exact."""
 CHECK_FACTOR = 2
 """Of the live bytes of the start check's windows, which torch runs there."""
 
@@ -155,18 +157,27 @@ def choose_method(
     return "window" if network.program_refusal else prefer
 
 
-def _choose_int8_method(network: Network, method: str | None, shape_yx: tuple[int, int]) -> Method:
-    """Windows: one network of fixed ranges runs all of them, where each program would be quantised anew.
+def _choose_fewer_bits_method(
+    network: Network, method: str | None, shape_yx: tuple[int, int], precision: Precision
+) -> Method:
+    """Windows: one network of fixed ranges runs all of them, where each program would be quantised anew; and the start
+    check has the same network for larger windows.
 
     Raises:
         UsageError: programs were asked for.
         UntileableError: windows cannot be exact.
     """
     if method == "program":
-        raise UsageError("precision int8 runs windows, got --method program; leave it out, or use --precision float32")
+        raise UsageError(
+            f"precision {precision} runs windows, got --method program; leave it out, or use --precision float32"
+        )
+    if not network.is_known:
+        raise UsageError(
+            f"a halo that is only stated is checked in float32, got --precision {precision}; use --precision float32"
+        )
     refusal = find_window_refusal(network, shape_yx)
     if refusal:
-        raise UntileableError(f"precision int8 runs windows, use --precision float32: {refusal}")
+        raise UntileableError(f"precision {precision} runs windows, use --precision float32: {refusal}")
     return choose_method(network, "window", shape_yx)
 
 
@@ -242,8 +253,8 @@ def plan_tiles(
     budget, device_budget = find_budget(memory, len(choice.cuda)), _find_device_budget(choice, device_memory)
     is_long = network.count_flops(network.padded_shape((shape[1], shape[2]))) >= PROGRAM_FLOPS
     does_pay = engine_name == "openvino" and is_long and not mark_nodata_context
-    if choice.precision == "int8":
-        chosen = _choose_int8_method(network, method, (shape[1], shape[2]))
+    if choice.precision != "float32":
+        chosen = _choose_fewer_bits_method(network, method, (shape[1], shape[2]), choice.precision)
     else:
         chosen = choose_method(network, method, (shape[1], shape[2]), prefer="program" if does_pay else "window")
     if mark_nodata_context and network.window_refusal:
@@ -269,8 +280,9 @@ def plan_tiles(
     itemsize, output_itemsize = np.dtype(dtype).itemsize, np.dtype(output_dtype).itemsize
 
     check_near, check_far = _check_margins(network, choose_method(network, None, shape_yx), shape_yx)
+    copies = CLIENT_WEIGHTS + (FEWER_BITS_WEIGHTS if choice.precision != "float32" else 0)
     client_bytes = (
-        CLIENT_BYTES[engine_name, chosen] + CLIENT_WEIGHTS * network.weight_bytes + CHECK_FACTOR * check_near.live_bytes
+        CLIENT_BYTES[engine_name, chosen] + copies * network.weight_bytes + CHECK_FACTOR * check_near.live_bytes
     )
     engine_memory = memory_of(engine_name, chosen, choice.precision, threads, choice.device)
     store_bytes = STORE_BYTES if to_store or (isinstance(raster, Raster) and raster.is_far) else 0

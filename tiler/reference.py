@@ -25,6 +25,9 @@ from .program import make_program
 from .raster import Raster, RasterReader, read_filled
 from .worker import missing_in_output
 
+ComputedPatch = tuple[Window, tuple[Array, Array]]
+"""A patch in output pixels, and its (finished, logits)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
@@ -60,7 +63,8 @@ class Reference:
         y, x = patch.y - top, patch.x - left
         cut = (slice(None), slice(y, y + patch.height), slice(x, x + patch.width))
         if self.engine is not None:
-            finished, logits = self.engine.run_with_logits(image)
+            with one_thread():
+                finished, logits = self.engine.run_with_logits(image)
             return finished[cut].copy(), logits[cut].copy()
         with one_thread():  # the workers compute meanwhile
             finished, logits = TorchEngine(network.module, has_logits=network.has_logits).run_with_logits(image)
@@ -83,18 +87,31 @@ class Reference:
             pairs, precision=self.plan.precision, has_logits=self.network.has_logits, held_out=len(held_out)
         )
 
+    def measure_tiles(self, patches: Sequence[ComputedPatch]) -> PrecisionLoss:
+        """What tiles cost against the module in float32: of what the workers made of the start check's patches."""
+        pairs = self._pairs([patch for patch, _ in patches], [computed for _, computed in patches])
+        return compare_with_float32(
+            pairs, precision=self.plan.precision, has_logits=self.network.has_logits, held_out=0
+        )
+
     def _patch_pairs(self) -> Iterator[Pair]:
+        return self._pairs([patch.window for patch in sample_patches(self.plan)])
+
+    def _pairs(
+        self, windows: Sequence[Window], computed: Sequence[tuple[Array, Array]] | None = None
+    ) -> Iterator[Pair]:
+        """Patches in few bits, as they were computed or by the engine, and in float32."""
         in_float32, reader = replace(self, engine=None), self.raster.open_reader()
         try:
-            for patch in sample_patches(self.plan):
+            for index, window in enumerate(windows):
                 try:
-                    ours, theirs = self.run(reader, patch.window), in_float32.run(reader, patch.window)
-                    missing = self.find_missing(reader, patch.window)
+                    ours = self.run(reader, window) if computed is None else computed[index]
+                    theirs, missing = in_float32.run(reader, window), self.find_missing(reader, window)
                 except RasterError:
                     reader.close()
                     reader = self.raster.open_reader()
                     continue
-                valid = np.ones(patch.window.shape, np.bool_) if missing is None else ~missing
+                valid = np.ones(window.shape, np.bool_) if missing is None else ~missing
                 yield (*ours, *theirs, valid)
         finally:
             reader.close()

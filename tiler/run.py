@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +17,12 @@ from distributed import Client
 
 from .backdrop import draw_backdrop
 from .calibration import read_calibration
-from .check import StartCheck, compare_patches, require_exact, sample_patches
+from .check import StartCheck, compare_patches, relative_tolerance, require_exact, sample_patches
 from .cluster import ClusterKeeper, ClusterOptions, open_client
 from .dashboard import Watch
 from .engine import Engine, EngineProgram, compile_program
 from .engine_programs import pack_programs
+from .engine_torch import AUTOCAST, load_reference
 from .errors import OutputError, RasterError, UsageError
 from .events import (
     Calibrating,
@@ -52,7 +53,7 @@ from .quantise import QuantisedNetwork, quantise_network, require_quantiser
 from .raster import Raster, open_raster, require_apart
 from .raster_parts import reference_to
 from .records import RunFolder, is_there, log, writing
-from .reference import Reference
+from .reference import ComputedPatch, Reference
 from .resume import Records, SourceChangedError, SourceGuard, is_unfinished, keep_tiles, require_continuable
 from .schedule import Lost, count_threads, job_on, run_cells
 from .store import (
@@ -471,10 +472,17 @@ class _Run:
         else:
             stored = read_header(self.out).get("precision_loss")
             self.loss = PrecisionLoss.from_json(stored) if stored else None
+        self._tell_loss()
+        return program
+
+    def _measure_loss(self, patches: list[ComputedPatch]) -> None:
+        self.loss = self._reference().measure_tiles(patches)
+        self._tell_loss()
+
+    def _tell_loss(self) -> None:
         if self.loss is not None:
             log.info("loss: %s", self.loss.sentence())
             self.tell(LossMeasured(loss=self.loss))
-        return program
 
     def _reference(self) -> Reference:
         return Reference(raster=self.raster, plan=self.plan, network=self.network, fill=self.fill, engine=self._engine)
@@ -519,7 +527,10 @@ class _Run:
             self.began = time.perf_counter()
             try:
                 with self._backdrop(watch, run_id):
-                    self.check = run_start_check(client, spec, self._reference())
+                    if plan.precision in AUTOCAST:
+                        self._engine = load_reference(program)
+                    measure = self._measure_loss if plan.engine == "torch" and plan.precision != "float32" else None
+                    self.check = run_start_check(client, spec, self._reference(), measure)
                     self._engine = None
                     log.info("start check: %s", self.check.sentence())
                     release_freed_memory()
@@ -617,9 +628,17 @@ CHECK_ATTEMPTS = 4
 """Sets of tiles that the start check tries where the raster cannot be read in the first ones."""
 
 
-def run_start_check(client: Client, spec: RunSpec, reference: Reference) -> StartCheck:
+def run_start_check(
+    client: Client,
+    spec: RunSpec,
+    reference: Reference,
+    computed_by_tiles: Callable[[list[ComputedPatch]], None] | None = None,
+) -> StartCheck:
     """Compare patches that workers compute as tiles with the reference: the module in larger windows, or programs of
     other cores by torch; of a network in few bits that network itself in larger windows.
+
+    Args:
+        computed_by_tiles: gets what the workers made of the patches.
 
     Raises:
         RasterError: none of several tiles can be read.
@@ -648,8 +667,14 @@ def run_start_check(client: Client, spec: RunSpec, reference: Reference) -> Star
         ]
         if both:
             tiles = len({(patch.row, patch.column) for patch, _ in both})
+            if computed_by_tiles is not None:
+                computed_by_tiles([(patch.window, pair[:2]) for patch, pair in both])
             return compare_patches(
-                [pair for _, pair in both], tiles=tiles, has_logits=reference.network.has_logits, by=reference.by
+                [pair for _, pair in both],
+                tiles=tiles,
+                has_logits=reference.network.has_logits,
+                by=reference.by,
+                relative=relative_tolerance(spec.plan.precision),
             )
     raise RasterError(f"no tile of {CHECK_ATTEMPTS} sets can be read for the start check; {failure}")
 

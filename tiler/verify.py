@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from .check import RELATIVE_TOLERANCE, sample_patches
+from .check import relative_tolerance, sample_patches
 from .errors import OutputError, RasterError
 from .files import sizes_below
 from .geometry import Window
@@ -237,7 +237,9 @@ def recompute_samples(
             seen[at] = None
             if missing is not None:
                 finished = np.where(missing, np.asarray(output_nodata(finished.dtype), finished.dtype), finished)
-            differs, tied = _compare(_stored(array, plan, patch.window), finished, logits, kind)
+            differs, tied = _compare(
+                _stored(array, plan, patch.window), finished, logits, kind, relative_tolerance(plan.precision)
+            )
             pixels, ties = pixels + differs.size, ties + int(tied.sum())
             if differs.any():
                 wrong[at] = f"{int(differs.sum())} of {differs.size} sampled pixels differ from the reference"
@@ -261,18 +263,19 @@ def _stored(array: Any, plan: TilePlan, window: Window) -> Array:
     return np.asarray(array[rows, columns])[None] if array.ndim == 2 else np.asarray(array[:, rows, columns])
 
 
-def _compare(stored: Array, finished: Array, logits: Array, kind: str) -> tuple[Array, Array]:
+def _compare(stored: Array, finished: Array, logits: Array, kind: str, relative: float) -> tuple[Array, Array]:
     """(differs, tied), each (height, width), beyond and within rounding."""
     finite = np.abs(logits[np.isfinite(logits)].astype(np.float64))
-    tolerance = RELATIVE_TOLERANCE * float(finite.max(initial=0.0))
+    tolerance = relative * float(finite.max(initial=0.0))
     with np.errstate(invalid="ignore"):
         if kind == "logits":
             near = np.abs(stored.astype(np.float64) - finished) <= tolerance
             same = near | (stored == finished) | (np.isnan(stored) & np.isnan(finished))
             return np.logical_not(np.all(same, axis=0)), np.zeros(stored.shape[1:], bool)
         if kind == "probability":
-            # One level of 254: a probability that lies between two.
-            near = np.abs(stored.astype(np.int16) - finished.astype(np.int16)) <= 1
+            # One level of 254, for a probability that lies between two, and what logits move it: half as far at most.
+            levels = 1 + int(min(254.0, 254 * tolerance / 2))
+            near = np.abs(stored.astype(np.int16) - finished.astype(np.int16)) <= levels
             return np.logical_not(np.all(near, axis=0)), np.zeros(stored.shape[1:], bool)
     other: Array = np.any(stored != finished, axis=0)
     if len(logits) < 2:
