@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 
 from .errors import HeadError
 from .head import ShardedMarginHead
-from .tablet_file import FileSum, file_name, read_tablet, write_file, write_tablet
+from .tablet_file import FileSum, file_name, read_tablet, sync_folder, write_file, write_tablet
 
 FORMAT = 1
 MANIFEST, LATEST = "manifest.json", "LATEST"
@@ -92,7 +91,7 @@ def save_checkpoint(
         for name, value in extra.items():
             written = write_file(generation / name, [value])
             files[name] = {"sha256": written.sha256, "size": written.size}
-        _sync_folder(generation)
+        sync_folder(generation)
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -108,10 +107,10 @@ def save_checkpoint(
             "files": files,
         }
         write_file(generation / MANIFEST, [json.dumps(manifest, indent=1).encode()])
-        _sync_folder(generation)
-        _sync_folder(root)
+        sync_folder(generation)
+        sync_folder(root)
         write_file(root / LATEST, [generation.name.encode()])
-        _sync_folder(root)
+        sync_folder(root)
         _remove_old(root, keep)
     ranks.add(torch.zeros(1))  # nobody goes on before the generation is complete
     return generation
@@ -183,15 +182,6 @@ def _read_all(head: ShardedMarginHead, generation: Generation) -> str:
     except (OSError, HeadError, KeyError) as error:
         return f"step {generation.step}: {error}"
     return ""
-
-
-def _sync_folder(folder: Path) -> None:
-    """Names of files are on the disk only when their folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove_old(root: Path, keep: int) -> None:

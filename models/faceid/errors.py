@@ -1,8 +1,8 @@
-"""Errors of the giant layer."""
+"""Errors of the giant layer and of galleries."""
 
 from __future__ import annotations
 
-from ...tiler.errors import BudgetError, UsageError
+from ...tiler.errors import BudgetError, TilerError, UsageError
 
 
 class HeadError(UsageError):
@@ -11,3 +11,7 @@ class HeadError(UsageError):
 
 class HeadMemoryError(BudgetError):
     """The layer does not fit; carries what it needs and what there is."""
+
+
+class GalleryError(TilerError):
+    """A gallery that is none, is damaged, is being changed, or was made by another embedder."""

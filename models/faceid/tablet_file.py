@@ -33,10 +33,6 @@ def file_name(tablet: Tablet) -> str:
     return f"tablet-{tablet.index:06d}.rows"
 
 
-def _as_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")  # pyright: ignore[reportArgumentType]
-
-
 def _header(tablet: Tablet, rows: Tensor, state: Tensor, step: int) -> bytes:
     packed = _HEADER.pack(
         MAGIC,
@@ -59,9 +55,9 @@ def write_tablet(folder: Path, tablet: Tablet, rows: Tensor, state: Tensor, step
     Raises:
         OSError: the disk is full or gone; the file's old content is still there.
     """
-    parts = [_header(tablet, rows, state, step), _as_bytes(rows[: tablet.rows])]
+    parts = [_header(tablet, rows, state, step), as_bytes(rows[: tablet.rows])]
     if state.shape[1]:
-        parts.append(_as_bytes(state[: tablet.rows]))
+        parts.append(as_bytes(state[: tablet.rows]))
     return write_file(folder / file_name(tablet), parts)
 
 
@@ -82,6 +78,20 @@ def write_file(path: Path, parts: list[bytes | memoryview]) -> FileSum:
         partial.unlink(missing_ok=True)
         raise
     return FileSum(sha256=digest.hexdigest(), size=size)
+
+
+def sync_folder(folder: Path) -> None:
+    """Names of files are on the disk only when their folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's memory."""
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")  # pyright: ignore[reportArgumentType]
 
 
 def read_tablet(folder: Path, tablet: Tablet, rows: Tensor, state: Tensor, expected: FileSum) -> None:
@@ -109,7 +119,7 @@ def read_tablet(folder: Path, tablet: Tablet, rows: Tensor, state: Tensor, expec
         for tensor in (rows, state):
             if tensor.shape[1]:
                 part = tensor[: tablet.rows]
-                view = _as_bytes(part)  # memory of the layer, since rows lie contiguous
+                view = as_bytes(part)  # memory of the layer, since rows lie contiguous
                 if file.readinto(view) != view.nbytes:
                     raise HeadError(f"{path} ends too early")
                 digest.update(view)
