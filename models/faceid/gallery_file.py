@@ -16,8 +16,9 @@ import re
 import struct
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -138,7 +139,7 @@ def write_rows(
     header = _HEADER.pack(
         MAGIC, FORMAT, list(STORAGE.values()).index(rows.dtype), first, rows.shape[0], rows.shape[1]
     ).ljust(HEADER_BYTES, b"\0")
-    parts = [header, as_bytes(rows), memoryview(owners.astype("<i8")).cast("B")]
+    parts = [header, as_bytes(rows), owners.astype("<i8").data.cast("B")]
     return _named(name, write_file(folder / name, parts))
 
 
@@ -228,7 +229,7 @@ def read_names(folder: Path, manifest: Manifest, index: int) -> bytes:
     return chunk
 
 
-def _open(folder: Path, entry: NamedSum) -> BinaryIO:
+def _open(folder: Path, entry: NamedSum) -> BufferedReader:
     try:
         return (folder / entry.name).open("rb")
     except FileNotFoundError:
