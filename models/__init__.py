@@ -12,6 +12,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "faceid.interchange": ["export_safetensors", "import_insightface"],
         "faceid.reference": ["compute_dense_loss"],
         "faceid.row_rules": ["SGD", "Momentum", "RowRMS", "RowRule"],
+        "segmentation.losses": [
+            "BinaryCrossEntropy",
+            "CrossEntropy",
+            "Dice",
+            "HuberLoss",
+            "SquaredLoss",
+            "SumOfLosses",
+        ],
         "segmentation.model": [
             "SegmentationClass",
             "SegmentationModel",

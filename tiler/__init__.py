@@ -20,6 +20,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "raster_parts": ["open_mosaic", "open_stack"],
         "run": ["RunSummary", "predict"],
         "store": ["OutputDescription"],
+        "tiled_autograd": ["TiledLoss", "TiledModule", "tile_checkpoint", "tile_loss"],
+        "training_cluster": ["TrainingCluster"],
+        "training_plan": ["TrainPlan"],
         "transfer": ["copy_raster"],
     },
 )

@@ -41,7 +41,7 @@ def tile_checkpoint(module: nn.Module | Network, plan: TrainPlan) -> TiledModule
 
     Args:
         module: maps (1, bands, height, width) to floats; or its analysis.
-        plan: from `plan_training(..., keep_output=True)`.
+        plan: the tiles of an image of that shape.
 
     Raises:
         UntileableError: at the first call, for a module that cannot be tiled or trained exactly.
@@ -71,7 +71,7 @@ def tile_loss(
     Args:
         module: maps (1, bands, height, width) in the raster's dtype to logits; or its analysis. Traced at the first
             call, never again while it stays the same module in the same modes.
-        plan: from `plan_training`.
+        plan: the tiles of an image of that shape; any gives the same gradients.
         loss: see `Loss`; `outsize.CrossEntropy` and others.
         raster: (bands, height, width): an open raster, an array or a tensor, which may require gradients.
         labels: (height, width) or (bands, height, width), on the grid of the module's output.
@@ -342,7 +342,7 @@ def _begin(
             f"{_name(dtype)}; analyse it for those"
         )
     if shape != plan.image_shape:
-        raise UsageError(f"the plan is for images of {plan.image_shape}, got {shape}; plan_training it")
+        raise UsageError(f"the plan is for images of {plan.image_shape}, got {shape}; make one for that shape")
     if fill is not None and len(fill) != shape[0]:
         raise UsageError(f"fill must have one value a band, got {len(fill)} for {shape[0]} bands")
     live = network.tensors()
