@@ -28,7 +28,7 @@ demo: $(STAMP)
 	@echo "Look at $(DEMO)/map.png; open $(DEMO)/map.tif in QGIS."
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope -m "not long" tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not long" tests
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long tests

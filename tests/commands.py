@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from outsize.pipelines.cli import main
 
-TIMEOUT_S = 180.0
+TIMEOUT_S = 600.0
 COMMAND = [sys.executable, "-m", "outsize"]
 """In a fresh interpreter."""
 

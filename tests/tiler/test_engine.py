@@ -14,6 +14,7 @@ from outsize.tiler.engine import compile_program
 from outsize.tiler.network import analyze_network
 from torch import nn
 
+from .analysed import analysed
 from .zoo import ZOO, alive
 
 
@@ -37,7 +38,7 @@ class Finished(nn.Module):
 @pytest.mark.parametrize("engine", ["openvino", "torch"])
 @pytest.mark.parametrize("name", ZOO)
 def test_engines_agree_with_the_module_at_changing_sizes(name: str, engine: Any) -> None:
-    network = analyze_network(alive(ZOO[name]()).float(), bands=3)
+    network = analysed(name, torch.float32)
     loaded = compile_program(network, engine, threads=2).load()
     for size in ((48, 64), (36, 60), (48, 64)):
         image = np.random.default_rng(0).normal(size=(3, *size)).astype(np.float32)

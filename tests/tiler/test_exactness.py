@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 import pytest
 import torch
@@ -11,7 +10,8 @@ from outsize.tiler.geometry import Grid, Interval, Window, align_down
 from outsize.tiler.network import Network, analyze_network
 from torch import Tensor
 
-from .zoo import ZOO, alive, without_onednn
+from .analysed import analysed
+from .zoo import ZOO, without_onednn
 
 CASES = (
     ((1, 1), (8, 8)),
@@ -21,11 +21,6 @@ CASES = (
     ((65, 129), (32, 64)),
 )
 """(image, core): one pixel, primes, and one pixel more than the cores (last tiles of one pixel)."""
-
-
-@cache
-def analysed(name: str) -> Network:
-    return analyze_network(alive(ZOO[name]()), bands=3)
 
 
 def padded_image(network: Network, shape: tuple[int, int], seed: int = 1) -> Tensor:

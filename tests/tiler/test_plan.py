@@ -18,7 +18,8 @@ from outsize.tiler.plan import TilePlan, format_seconds
 from outsize.tiler.planner import plan_tiles
 from torch import nn
 
-from .zoo import ZOO, PlainUNet, alive
+from .analysed import analysed
+from .zoo import PlainUNet, alive
 
 
 @cache
@@ -45,7 +46,7 @@ def test_windows_hold_what_their_cores_need(shape: tuple[int, int], core: int) -
 
 @pytest.mark.parametrize("name", ["strided", "enlarged nearest", "plain unet", "cropped"])
 def test_tiles_of_any_scale_agree_with_the_network(name: str) -> None:
-    network = analyze_network(alive(ZOO[name]()), bands=3)
+    network = analysed(name)
     shape = (203, 310)
     plan = plan_tiles((3, *shape), network, core=64, memory="8GB")
     for at in plan.grid:

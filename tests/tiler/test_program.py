@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +23,10 @@ from outsize.tiler.store import open_array
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .architectures import ARCHITECTURES, REFUSED
+from .analysed import NETWORKS, analysed
+from .architectures import REFUSED
 from .rasters import write_geotiff
 from .zoo import ZOO, alive
-
-NETWORKS = {**ZOO, **ARCHITECTURES}
-
-
-@cache
-def analysed(name: str) -> Network:
-    return analyze_network(alive(NETWORKS[name]()), bands=3)
 
 
 def padded_image(network: Network, shape: tuple[int, int], seed: int = 1) -> Tensor:
@@ -221,8 +214,8 @@ def test_outputs_that_are_rounded_down_are_exact(kind: str, shape: tuple[int, in
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 @pytest.mark.parametrize("name", ["deeplab", "unet bilinear corners", "convnext", "reflect padded", "unet transposed"])
 def test_engines_run_programs(name: str, engine: str) -> None:
-    network = analyze_network(alive(ARCHITECTURES[name]()).float(), bands=3)
-    shape = (90, 77)
+    network = analysed(name, torch.float32)
+    shape = (90, 64)
     image = np.random.default_rng(0).normal(size=(3, *shape)).astype(np.float32)
     with torch.no_grad():
         whole = network.module(torch.from_numpy(image)[None])[0].numpy()
@@ -237,8 +230,8 @@ def test_engines_run_programs(name: str, engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 def test_a_run_by_programs_is_the_whole_image(tmp_path: Path, client: Client, engine: str) -> None:
-    network = analyze_network(alive(ARCHITECTURES["deeplab"]()).float(), bands=3)
-    image = np.random.default_rng(0).normal(100, 60, (3, 131, 150)).astype(np.float32)
+    network = analysed("deeplab", torch.float32)
+    image = np.random.default_rng(0).normal(100, 60, (3, 101, 150)).astype(np.float32)
     image[:, 20:50, 30:60] = -1
     source = write_geotiff(tmp_path / "s.tif", image, nodata=-1)
     fill = (100.0, 100.0, 100.0)
@@ -252,7 +245,7 @@ def test_a_run_by_programs_is_the_whole_image(tmp_path: Path, client: Client, en
     missing = np.isnan(found).all(0)
     assert np.array_equal(missing, (image == -1).all(0))
     assert np.abs(found - whole)[:, ~missing].max() < 1e-4 * np.abs(whole).max()
-    window = Window(y=60, x=70, height=40, width=33)
+    window = Window(y=40, x=70, height=40, width=33)
     part = predict_window(open_raster(source), network, window, fill=fill, engine=engine)
     assert np.abs(part - found[(slice(None), *window.slices())]).max() < 1e-4 * np.abs(whole).max()
     again = predict(source, network, tmp_path / "o.zarr", client=client, engine=engine, core=64, fill=fill)
@@ -262,7 +255,7 @@ def test_a_run_by_programs_is_the_whole_image(tmp_path: Path, client: Client, en
 def test_a_program_that_misses_a_row_is_found_by_the_start_check(
     tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network = analyze_network(alive(ARCHITECTURES["deeplab"]()).float(), bands=3)
+    network = analysed("deeplab", torch.float32)
     source = write_geotiff(tmp_path / "s.tif", np.random.default_rng(0).normal(size=(3, 131, 150)).astype(np.float32))
     right = TorchPrograms.run_tile_with_logits
 

@@ -13,14 +13,14 @@ from outsize.tiler.proof import prove_network
 from outsize.tiler.receptive import Extents, Slide
 from torch import nn
 
-from .architectures import ARCHITECTURES
-from .zoo import ZOO, alive
+from .analysed import analysed
+from .zoo import alive
 
 
 @pytest.mark.parametrize("method", ["window", "program"])
 @pytest.mark.parametrize("name", ["unet depth 2", "strided", "average pooled", "plain unet"])
 def test_exact_networks_are_proved(name: str, method: str) -> None:
-    proof = prove_network(analyze_network(alive(ZOO[name]()).float(), bands=3), method)
+    proof = prove_network(analysed(name, torch.float32), method)
     assert proof.passed, proof
     assert proof.method == method
     assert [step.name for step in proof.steps] == ["equality", "NaN outside", "1e30 outside", "one pixel less"]
@@ -28,7 +28,7 @@ def test_exact_networks_are_proved(name: str, method: str) -> None:
 
 @pytest.mark.parametrize("name", ["deeplab", "unet bilinear corners", "hrnet"])
 def test_networks_that_only_programs_run_are_proved_by_them(name: str) -> None:
-    proof = prove_network(analyze_network(alive(ARCHITECTURES[name]()).float(), bands=3))
+    proof = prove_network(analysed(name, torch.float32))
     assert proof.method == "program"
     assert proof.passed, proof
 

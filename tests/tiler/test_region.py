@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +22,17 @@ from outsize.tiler.store import CONTEXT, open_array, read_header
 from outsize.tiler.worker import touches_nodata
 from torch import Tensor, nn
 
+from .analysed import analysed
 from .rasters import TRANSFORM, has_all_chunks, write_geotiff
-from .zoo import ZOO, alive
+from .zoo import alive
 
 
 def image_of(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).normal(100, 60, (3, height, width)).astype(np.float32)
 
 
-@cache
 def network_of(name: str) -> Network:
-    return analyze_network(alive(ZOO[name]()).float(), bands=3)
+    return analysed(name, torch.float32)
 
 
 NAMES = ["unet depth 2", "strided", "enlarged nearest"]

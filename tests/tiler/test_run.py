@@ -27,8 +27,9 @@ from outsize.tiler.run import RunSummary, predict
 from outsize.tiler.store import open_array, read_header
 from torch import Tensor, nn
 
+from .analysed import analysed
 from .rasters import write_geotiff
-from .zoo import ZOO, PlainUNet, alive
+from .zoo import alive
 
 
 class Classify(nn.Module):
@@ -54,9 +55,8 @@ def class_network() -> Network:
     return analyze_network(Classify(network).eval(), bands=3, dtype=torch.float32)
 
 
-@cache
 def logit_network(name: str) -> Network:
-    return analyze_network(alive(ZOO[name]() if name in ZOO else PlainUNet()).float(), bands=3)
+    return analysed(name, torch.float32)
 
 
 def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -58,7 +58,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
         (folder / str(ranks) / "cases.json").write_text(json.dumps(cases[ranks]))
     jobs = [f"{ranks}:{folder / str(ranks)}" for ranks in cases]
     command = [sys.executable, "-W", "ignore", rank_job.__file__, *jobs]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=240, check=False)
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[int, Results] = {}
     for ranks, names in cases.items():
