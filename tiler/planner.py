@@ -18,7 +18,7 @@ from .engine import Method, Precision
 from .engine_choice import EngineChoice, choose_engine, needs_cuda_facts
 from .errors import BudgetError, UntileableError, UsageError
 from .geometry import Halo, Interval, Window, align_up
-from .machine import cpu_count
+from .machine import cpu_count, one_thread
 from .memory import (
     DEVICE_SHARE,
     MB,
@@ -479,22 +479,22 @@ def _choose_batch(network: Network, method: Method, load: _Load, pixels: int, bu
     get some batches of them."""
     if not load.on_cuda or method == "program":
         return 1
-    for batch in BATCHES:
-        if (
-            batch * pixels <= BATCH_PIXELS
-            and IN_FLIGHT * batch * load.workers <= load.tiles
-            and load.predict_host(batch).total_bytes <= budget
-            and load.predict_device(batch) <= device_budget
-            and _takes_batches(network)
-        ):
-            return batch
-    return 1
+    fitting = [
+        batch
+        for batch in BATCHES
+        if batch * pixels <= BATCH_PIXELS
+        and IN_FLIGHT * batch * load.workers <= load.tiles
+        and load.predict_host(batch).total_bytes <= budget
+        and load.predict_device(batch) <= device_budget
+    ]
+    return fitting[0] if fitting and _takes_batches(network) else 1
 
 
 def _takes_batches(network: Network) -> bool:
     height, width = (align_up(max(40, smallest), network.size_multiple) for smallest in network.smallest)
     run = network.module.logits if network.has_logits else network.module
-    return takes_batches(run, network.bands, (height, width), network.dtype)  # pyright: ignore[reportArgumentType]
+    with one_thread():
+        return takes_batches(run, network.bands, (height, width), network.dtype)  # pyright: ignore[reportArgumentType]
 
 
 def _output_bytes(network: Network, window: tuple[int, int]) -> int:
