@@ -24,10 +24,13 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("tiler", "models", "pipelines", "sample_data")
 PICKLES = {
     # What comes from the commanding process, by Dask or a pipe.
+    "tiler/engine_cuda.py": {"pickle.loads"},
     "tiler/engine_openvino.py": {"pickle.loads"},
     "tiler/engine_programs.py": {"pickle.loads"},
     "tiler/engine_torch.py": {"pickle.loads"},
     "tiler/memory_probe.py": {"pickle.loads"},
+    "tiler/quantise.py": {"pickle.loads"},
+    "tiler/training_cluster.py": {"pickle.loads"},
 }
 """Files that unpickle, and how; tests/models has what models that could run code ask for."""
 
