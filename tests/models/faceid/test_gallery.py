@@ -188,7 +188,8 @@ JOB = """
     while True:
         number += 1
         names = [f"{number}-{place}" for place in range(64)]
-        gallery.remove(list(gallery.names())[:64])
+        if held := list(gallery.names())[:64]:  # else the one before was killed between removing and enrolling
+            gallery.remove(held)
         gallery.enroll(names, np.roll(rows, number, axis=0))
         print(number, flush=True)
 """
