@@ -25,6 +25,9 @@ from ..models.segmentation.sources import load_model
 from ..sample_data.scene import Scene
 from ..sample_data.write import write_scene
 from ..tiler.cluster import ClusterOptions
+from ..tiler.devices import find_facts
+from ..tiler.engine_choice import choose_engine
+from ..tiler.errors import EngineError
 from ..tiler.geometry import Window
 from ..tiler.machine import cpu_count, measure_flops_per_s
 from ..tiler.memory import format_bytes
@@ -94,8 +97,16 @@ def _machine() -> dict[str, Any]:
 
 def _engines() -> dict[str, Any]:
     found: dict[str, Any] = {"torch": f"{torch.get_num_threads()} threads"}
-    if torch.cuda.is_available():
-        found["torch"] += f", {count_of(torch.cuda.device_count(), 'CUDA device')}"
+    try:
+        facts = find_facts()
+    except EngineError as error:
+        facts = find_facts(with_cuda=False)
+        found["cuda"] = str(error)
+    for index, device in enumerate(facts.cuda):
+        free, total = format_bytes(device.free_bytes), format_bytes(device.total_bytes)
+        found[f"cuda:{index}"] = f"{device.name} ({free} of {total} free)"
+    choice = choose_engine(facts)
+    found["chosen"] = f"{choice.engine} on {choice.device}"
     if importlib.util.find_spec("openvino") is None:
         return {**found, "openvino": "not installed: pip install openvino"}
     import openvino

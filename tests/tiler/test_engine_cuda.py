@@ -31,7 +31,9 @@ from .architectures import ARCHITECTURES
 from .test_engine import Finished
 from .zoo import ZOO, alive
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here")
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="torch sees no CUDA device (OUTSIZE_TEST_CUDA=1 shows it)"
+)
 
 
 def tile_of(image: np.ndarray, crop: tuple[int, int, int, int] | None = None) -> Tile:
