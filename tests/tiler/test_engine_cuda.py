@@ -291,6 +291,7 @@ def test_programs_make_all_their_tensors_on_the_images_device(name: str) -> None
             assert tuple(output.shape[2:]) == tile.core.shape
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # inductor's own
 @pytest.mark.long
 def test_a_compiled_module_gives_the_same() -> None:
     network = analyze_network(Finished().eval(), bands=3, dtype="uint8")
