@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import base64
 import io
-import shlex
 import statistics
 from dataclasses import dataclass
-from datetime import datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .. import __version__
 from ..tiler.check import StartCheck
 from ..tiler.errors import OutputError, UsageError
 from ..tiler.files import upload_bytes
 from ..tiler.machine import find_versions
 from ..tiler.memory import format_bytes
-from ..tiler.plan import TilePlan, format_seconds
+from ..tiler.plan import TilePlan
 from ..tiler.precision_loss import PrecisionLoss
 from ..tiler.records import is_there, read_records, read_runs, run_folder, writing
 from ..tiler.store import read_header
 from ..tiler.tile_map import group_failures
 from .areas import Areas, count_areas
 from .console import Console, count_of
+from .page import render_page
 from .quicklook import Quicklook, make_quicklook
 
 BINS = 120
@@ -107,8 +103,6 @@ def render_report(console: Console, out: Path, stop: StoppedRun | None = None) -
         "check": stop.check.sentence() if stop and stop.check else None,
         "check_passed": stop.check.passed if stop and stop.check else None,
         "loss": stop.loss.sentence() if stop and stop.loss else None,
-        "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "version": __version__,
         "runs": runs,
         "commands": {tuple(run.get("command", ())) for run in runs},
         "versions": find_versions(),
@@ -120,10 +114,7 @@ def render_report(console: Console, out: Path, stop: StoppedRun | None = None) -
         header = None  # somebody else's, which is why the run stopped
     if header is not None:
         values.update(_describe_output(console, out, header, pictures=not (stop and stop.is_brief)))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters.update(bytes=format_bytes, seconds=format_seconds, moment=_format_moment, words=shlex.join)
-    text = resources.files("outsize.pipelines").joinpath("report.html").read_text(encoding="utf-8")
-    return environment.from_string(text).render(values)
+    return render_page("report.html", "report", values, moment=_format_moment)
 
 
 def _plan_lines(plan: TilePlan) -> list[list[str]]:

@@ -5,25 +5,19 @@ from __future__ import annotations
 import base64
 import io
 import json
-import shlex
 from collections.abc import Callable, Sequence
-from datetime import datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .. import __version__
-from ..models.segmentation.checkpoint import write_durably
 from ..models.segmentation.sources import load_model
+from ..tiler.files import write_durably
 from ..tiler.geometry import Window
 from ..tiler.labels import UNLABELLED
-from ..tiler.memory import format_bytes
-from ..tiler.plan import format_seconds
+from .page import render_page
 from .training_data import TrainingData
 from .training_log import read_log
 
@@ -53,8 +47,6 @@ def render_training_report(folder: Path, data: TrainingData) -> str:
     classes = training["data"]["classes"]
     values: dict[str, Any] = {
         "out": str(folder),
-        "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "version": __version__,
         "training": training,
         "steps": len(steps),
         "seconds": sum(line["seconds"] for line in steps),
@@ -68,10 +60,7 @@ def render_training_report(folder: Path, data: TrainingData) -> str:
         "choices": [(key.replace("_", " "), _text(value)) for key, value in training["fingerprint"].items()
                     if not key.startswith(("scene", "labels"))],
     }  # fmt: skip
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters.update(bytes=format_bytes, seconds=format_seconds, words=shlex.join, score=_score)
-    text = resources.files("outsize.pipelines").joinpath("training.html").read_text(encoding="utf-8")
-    return environment.from_string(text).render(values)
+    return render_page("training.html", "training", values, score=_score)
 
 
 def _score(value: float | None) -> str:

@@ -1,0 +1,33 @@
+"""Pages: one HTML file that needs no other, in the house's style, from a template beside this file."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import jinja2
+
+from .. import __version__
+from ..tiler.memory import format_bytes
+from ..tiler.plan import format_seconds
+
+
+def render_page(template: str, kind: str, values: dict[str, Any], **filters: Callable[[Any], str]) -> str:
+    """The page of a template that extends page.html.
+
+    Args:
+        kind: what the page is, for its title.
+        values: what the template names; `out` is the heading.
+        filters: beside bytes, seconds and words.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("outsize.pipelines", package_path="."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters.update(bytes=format_bytes, seconds=format_seconds, words=shlex.join, **filters)
+    made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+    return environment.get_template(template).render(kind=kind, made=made, version=__version__, **values)
