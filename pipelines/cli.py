@@ -18,6 +18,7 @@ from .. import __version__
 from ..tiler.errors import TilerError
 from .cli_train import label_options, make_label_options, train_options
 from .interrupts import heed_interrupts
+from .option_types import Numbers, Place, option, together
 
 EXIT_FAILED, EXIT_USAGE, EXIT_FAILED_TILES, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -98,53 +99,6 @@ def cli(context: click.Context, as_json: bool, debug: bool) -> None:  # noqa: AR
     context.obj = Console(as_json=as_json)
 
 
-class _Place(click.ParamType):
-    """A path, or the URL of an object store."""
-
-    name = "path"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:  # noqa: ARG002
-        from ..tiler.places import place_of
-
-        return value if isinstance(value, Path) else place_of(value)
-
-
-def _option(*names: str, **settings: Any) -> Callable[[_Command], _Command]:
-    """An option whose variable is OUTSIZE_NAME too, whatever the command."""
-    variable = "OUTSIZE_" + names[0].lstrip("-").replace("-", "_").upper()
-    return click.option(*names, envvar=settings.pop("envvar", variable), **settings)
-
-
-def _together(*decorators: Callable[[Any], Any]) -> Callable[[_Command], _Command]:
-    def decorate(command: _Command) -> _Command:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
-
-
-class _Numbers(click.ParamType):
-    """Numbers between commas."""
-
-    name = "numbers"
-
-    def __init__(self, kind: type[int] | type[float], count: int | None = None) -> None:
-        self.kind, self.count = kind, count
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
-        try:
-            numbers = tuple(self.kind(part) for part in parts)
-            if any(float(part) != number for part, number in zip(parts, numbers, strict=True)):
-                raise ValueError
-        except (TypeError, ValueError):
-            self.fail(f"numbers between commas, got {value!r}", param, ctx)
-        if self.count is not None and len(numbers) != self.count:
-            self.fail(f"{self.count} numbers between commas, got {value!r}", param, ctx)
-        return numbers
-
-
 class _NodataValue(click.ParamType):
     """A number, nan, or none."""
 
@@ -174,58 +128,58 @@ class _MaskBand(click.ParamType):
             self.fail(f"a band and its values that mean nodata, such as 8=2,4; got {value!r}", param, ctx)
 
 
-_overwrite = _option("--overwrite", is_flag=True, help="Replace an existing output.")
-_model_options = _together(
-    _option("--weights", type=click.Path(), help="A factory's weights: .safetensors, or a state dict (.pt)."),
-    _option("--trust-model", is_flag=True, help="Load model files that could run code."),
-    _option("--sha256", metavar="HEX", help="Load the one file of this hash that could run code."),
+_overwrite = option("--overwrite", is_flag=True, help="Replace an existing output.")
+_model_options = together(
+    option("--weights", type=click.Path(), help="A factory's weights: .safetensors, or a state dict (.pt)."),
+    option("--trust-model", is_flag=True, help="Load model files that could run code."),
+    option("--sha256", metavar="HEX", help="Load the one file of this hash that could run code."),
 )
-_planning = _together(
-    _option(
+_planning = together(
+    option(
         "--model",
         metavar="MODEL",
         help="A model's .json, package.module:factory, or .pt2 and others that could run code; "
         "without it the shipped one.",
     ),
     _model_options,
-    _option(
+    option(
         "--output",
         type=click.Choice(["class", "probability", "logits"]),
         default="class",
         show_default=True,
         help="What to write for each pixel.",
     ),
-    _option(
+    option(
         "--memory",
         show_default="2GB, and 2GB more for each CUDA device",
         metavar="SIZE",
         help="Budget of all processes together.",
     ),
-    _option(
+    option(
         "--engine",
         type=click.Choice(["auto", "openvino", "torch"]),
         default="auto",
         show_default=True,
         help="What runs the network; auto: torch where it sees a CUDA device, else OpenVINO where it is installed.",
     ),
-    _option(
+    option(
         "--device",
         default="auto",
         show_default=True,
         metavar="[auto|cpu|cuda|cuda:N]",
         help="Where: cuda takes every CUDA device, with a worker process each.",
     ),
-    _option(
+    option(
         "--device-memory",
         metavar="SIZE",
         help="Budget on each CUDA device; without it 80 % of what is free there.",
     ),
-    _option(
+    option(
         "--batch",
         type=click.IntRange(1),
         help="Windows that torch runs together; without it what a CUDA device is busy with, 1 on the CPU.",
     ),
-    _option(
+    option(
         "--precision",
         type=click.Choice(["float32", "int8", "bfloat16", "float16", "tf32"]),
         default="float32",
@@ -234,92 +188,92 @@ _planning = _together(
         "raster. bfloat16 and float16: torch.autocast; tf32: CUDA devices only. What fewer bits cost is measured and "
         "printed.",
     ),
-    _option("--compile", "compiles", is_flag=True, help="Run torch's windows by torch.compile."),
-    _option(
+    option("--compile", "compiles", is_flag=True, help="Run torch's windows by torch.compile."),
+    option(
         "--method",
         type=click.Choice(["auto", "window", "program"]),
         default="auto",
         show_default=True,
         help="Run the network on windows of the raster, or specialised to each tile; auto: what is faster and exact.",
     ),
-    _option(
+    option(
         "--halo",
         type=click.IntRange(0),
         metavar="PX",
         help="Of a network that cannot be traced: pixels around each that its result depends on. The start check "
         "stops a run whose halo is too small.",
     ),
-    _option(
+    option(
         "--halo-stride",
         type=click.IntRange(1),
         metavar="PX",
         help="With --halo: windows start on multiples of this, which the network's own stride must divide; 64 if left "
         "out.",
     ),
-    _option("--workers", type=click.IntRange(1), help="Worker processes; without it one for each 8 cores."),
-    _option("--threads", type=click.IntRange(1), help="Compute threads of each worker."),
-    _option("--core", type=click.IntRange(1), help="Side of a tile's core; without it what the budget allows."),
-    _option(
+    option("--workers", type=click.IntRange(1), help="Worker processes; without it one for each 8 cores."),
+    option("--threads", type=click.IntRange(1), help="Compute threads of each worker."),
+    option("--core", type=click.IntRange(1), help="Side of a tile's core; without it what the budget allows."),
+    option(
         "--region",
-        type=_Numbers(int, 4),
+        type=Numbers(int, 4),
         metavar="Y,X,HEIGHT,WIDTH",
         help="Only these pixels; their result equals the whole raster's.",
     ),
-    _option(
+    option(
         "--bounds",
-        type=_Numbers(float, 4),
+        type=Numbers(float, 4),
         metavar="W,S,E,N",
         help="Only what these bounds in the raster's CRS touch.",
     ),
-    _option(
+    option(
         "--mark-nodata-context",
         is_flag=True,
         help="Also write nodata_context: 1 where a pixel's receptive field touches nodata.",
     ),
 )
-_reading = _together(
-    _option("--axes", metavar="ORDER", help="Order of a Zarr array's dimensions, such as yxb."),
-    _option("--bands", type=_Numbers(int), metavar="N,N,...", help="Bands to read, from 1, in this order."),
-    _option(
+_reading = together(
+    option("--axes", metavar="ORDER", help="Order of a Zarr array's dimensions, such as yxb."),
+    option("--bands", type=Numbers(int), metavar="N,N,...", help="Bands to read, from 1, in this order."),
+    option(
         "--nodata",
         type=_NodataValue(),
         multiple=True,
         metavar="VALUE",
         help="Nodata value in place of the file's; repeat it for several; none: no value.",
     ),
-    _option("--nodata-any", is_flag=True, help="A pixel is nodata where one band is; without it where all are."),
-    _option("--alpha", is_flag=True, help="Take the band tagged alpha for a mask, not for a band."),
-    _option(
+    option("--nodata-any", is_flag=True, help="A pixel is nodata where one band is; without it where all are."),
+    option("--alpha", is_flag=True, help="Take the band tagged alpha for a mask, not for a band."),
+    option(
         "--mask-band",
         type=_MaskBand(),
         metavar="N=V,V,...",
         help="Band N is a mask; where it holds one of the values, a pixel is nodata.",
     ),
 )
-_writing = _together(
-    _option(
+_writing = together(
+    option(
         "--zarr-format",
         type=click.Choice(["2", "3"]),
         default="3",
         show_default=True,
         help="2 for readers that know no other, such as GDAL before 3.12.",
     ),
-    _option("--no-space-check", is_flag=True, help="Begin even if the disk might be too small."),
+    option("--no-space-check", is_flag=True, help="Begin even if the disk might be too small."),
 )
-_cluster = _together(
-    _option("--scheduler", metavar="ADDRESS", help="A running Dask scheduler, such as tcp://host:8786."),
-    _option("--scheduler-file", type=click.Path(), help="A running Dask scheduler's file."),
-    _option("--tls-ca-file", type=click.Path(), help="CA certificate of the scheduler."),
-    _option("--tls-cert", type=click.Path(), help="Certificate of this client."),
-    _option("--tls-key", type=click.Path(), help="Key of this client."),
-    _option(
+_cluster = together(
+    option("--scheduler", metavar="ADDRESS", help="A running Dask scheduler, such as tcp://host:8786."),
+    option("--scheduler-file", type=click.Path(), help="A running Dask scheduler's file."),
+    option("--tls-ca-file", type=click.Path(), help="CA certificate of the scheduler."),
+    option("--tls-cert", type=click.Path(), help="Certificate of this client."),
+    option("--tls-key", type=click.Path(), help="Key of this client."),
+    option(
         "--dashboard-address",
         default="127.0.0.1:8787",
         show_default=True,
         metavar="ADDRESS",
         help="Of the dashboard that a run on this machine shows.",
     ),
-    _option("--no-dashboard", is_flag=True, help="Show no dashboard."),
+    option("--no-dashboard", is_flag=True, help="Show no dashboard."),
 )
 
 
@@ -416,12 +370,12 @@ def sample(
 
 @cli.command()
 @click.argument("src", nargs=-1, required=True)
-@click.argument("dst", type=_Place())
-@_option("--stack", is_flag=True, help="Several SRC are bands of one grid, in this order.")
-@_option("--mosaic", is_flag=True, help="Several SRC are pieces of one grid; the first with data counts.")
+@click.argument("dst", type=Place())
+@option("--stack", is_flag=True, help="Several SRC are bands of one grid, in this order.")
+@option("--mosaic", is_flag=True, help="Several SRC are pieces of one grid; the first with data counts.")
 @_reading
-@_option("--memory", default="2GB", show_default=True, metavar="SIZE", help="Budget of all processes together.")
-@_option("--workers", type=click.IntRange(1), help="Worker processes; without it one for each core.")
+@option("--memory", default="2GB", show_default=True, metavar="SIZE", help="Budget of all processes together.")
+@option("--workers", type=click.IntRange(1), help="Worker processes; without it one for each core.")
 @_writing
 @_cluster
 @_overwrite
@@ -466,7 +420,7 @@ def ingest(
 @click.argument("src")
 @_reading
 @_planning
-@_option("--prove", is_flag=True, help="Try instead, on a small image in float64, that tiles equal the whole.")
+@option("--prove", is_flag=True, help="Try instead, on a small image in float64, that tiles equal the whole.")
 @click.pass_obj
 def plan(console: Any, src: str, prove: bool, **options: Any) -> None:
     """Show what `segment` would do: tiles, halo and why, memory, time. Reads no pixel.
@@ -485,13 +439,13 @@ def plan(console: Any, src: str, prove: bool, **options: Any) -> None:
 
 @cli.command()
 @click.argument("sources", nargs=-1, metavar="SRC... [OUT]")
-@_option(
+@option(
     "--out-dir",
-    type=_Place(),
+    type=Place(),
     metavar="DIR",
     help="A batch: all arguments are inputs, each written to DIR/NAME.zarr.",
 )
-@_option(
+@option(
     "--list",
     "lists",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -499,27 +453,27 @@ def plan(console: Any, src: str, prove: bool, **options: Any) -> None:
     metavar="FILE",
     help="Of a batch: a text file with a path on each line, and a name after a tab if wanted.",
 )
-@_option(
+@option(
     "--asset",
     "assets",
     multiple=True,
     metavar="KEY",
     help="Of STAC items: the asset to read; several are the bands of one raster. Without it the one of role data.",
 )
-@_option("--dry-run", is_flag=True, help="List plan and cost of each scene; read and write nothing.")
+@option("--dry-run", is_flag=True, help="List plan and cost of each scene; read and write nothing.")
 @_reading
 @_planning
 @_writing
 @_cluster
-@_option("--no-resume", is_flag=True, help="Refuse an existing output instead of continuing it.")
-@_option(
+@option("--no-resume", is_flag=True, help="Refuse an existing output instead of continuing it.")
+@option(
     "--report",
-    type=_Place(),
+    type=Place(),
     metavar="FILE.html",
     help="Also write a page on the run: pictures, areas, plan, checks, speed, failures; when it failed, too.",
 )
-@_option("--retry-failed", is_flag=True, help="Also try tiles again that failed in an earlier call.")
-@_option(
+@option("--retry-failed", is_flag=True, help="Also try tiles again that failed in an earlier call.")
+@option(
     "--tile-timeout",
     type=click.FloatRange(1),
     default=300.0,
@@ -557,7 +511,7 @@ def segment(console: Any, sources: tuple[str, ...], out_dir: Path | None, **opti
         raise click.UsageError(f"one SRC and its OUT, or inputs and --out-dir DIR; got {len(sources)} arguments")
     from .segment import run_plan, run_segment
 
-    known, out = _segment_options(sources[0], options), _Place().convert(sources[1], None, None)
+    known, out = _segment_options(sources[0], options), Place().convert(sources[1], None, None)
     cluster = _cluster_options(options)
     if options["dry_run"]:
         from ..tiler.places import is_remote
@@ -602,7 +556,7 @@ def _segment_batch(console: Any, sources: tuple[str, ...], folder: Path, options
         raise SystemExit(EXIT_FAILED_TILES)
 
 
-_layer = _together(
+_layer = together(
     click.option(
         "--batch", type=click.IntRange(1), default=64, show_default=True, help="Samples a step, of all ranks."
     ),
@@ -688,12 +642,12 @@ def face_train(console: Any, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("out", type=_Place())
-@_option("--samples", type=click.IntRange(0), default=12, show_default=True, help="Tiles to compute again in part.")
-@_option("--repair", is_flag=True, help="Compute damaged tiles again, and only those.")
-@_option("--model", metavar="MODEL", help="The one that made OUT, as segment takes it; without it the shipped one.")
+@click.argument("out", type=Place())
+@option("--samples", type=click.IntRange(0), default=12, show_default=True, help="Tiles to compute again in part.")
+@option("--repair", is_flag=True, help="Compute damaged tiles again, and only those.")
+@option("--model", metavar="MODEL", help="The one that made OUT, as segment takes it; without it the shipped one.")
 @_model_options
-@_option(
+@option(
     "--memory",
     show_default="2GB, and 2GB more for each CUDA device",
     metavar="SIZE",
@@ -725,7 +679,7 @@ def verify(console: Any, out: Path, **options: Any) -> None:
 @train_options
 @click.option("--model", metavar="MODEL", help="Start from this one, as segment takes it; without it a new U-Net.")
 @_model_options
-@_option("--memory", default="2GB", show_default=True, metavar="SIZE", help="Budget of the process.")
+@option("--memory", default="2GB", show_default=True, metavar="SIZE", help="Budget of the process.")
 @_reading
 @_overwrite
 @click.pass_obj
@@ -765,13 +719,13 @@ def evaluate(console: Any, pairs: tuple[str, ...], **options: Any) -> None:
 
     if len(pairs) % 2:
         raise click.UsageError(f"each OUT needs its LABELS after it, got {len(pairs)} arguments")
-    maps = [_Place().convert(out, None, None) for out in pairs[::2]]
+    maps = [Place().convert(out, None, None) for out in pairs[::2]]
     run_evaluate(console, list(zip(maps, pairs[1::2], strict=True)), make_label_options(options))
 
 
 @cli.command()
-@click.argument("out", type=_Place())
-@click.argument("file", type=_Place(), required=False)
+@click.argument("out", type=Place())
+@click.argument("file", type=Place(), required=False)
 @_overwrite
 @click.pass_obj
 def report(console: Any, out: Path, file: Path | None, overwrite: bool) -> None:
@@ -788,8 +742,8 @@ def report(console: Any, out: Path, file: Path | None, overwrite: bool) -> None:
 
 
 @cli.command()
-@click.argument("out", type=_Place())
-@click.argument("file", type=_Place())
+@click.argument("out", type=Place())
+@click.argument("file", type=Place())
 @_overwrite
 @click.pass_obj
 def export(console: Any, out: Path, file: Path, overwrite: bool) -> None:

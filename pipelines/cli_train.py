@@ -2,70 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-
-
-def together(*decorators: Callable[[Any], Any]) -> Callable[[_Command], _Command]:
-    """Several decorators as one, in their order."""
-
-    def decorate(command: _Command) -> _Command:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
-
-
-class _Texts(click.ParamType):
-    """Texts between commas; a list in a TOML file."""
-
-    name = "texts"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        parts = tuple(value) if isinstance(value, (list, tuple)) else tuple(str(value).split(","))
-        texts = tuple(str(part).strip() for part in parts)
-        if not all(texts):
-            self.fail(f"texts between commas, got {value!r}", param, ctx)
-        return texts
-
-
-class _Numbers(_Texts):
-    """Numbers between commas; with `word` also that word."""
-
-    name = "numbers"
-
-    def __init__(self, kind: type[int] | type[float], word: str | None = None) -> None:
-        self.kind, self.word = kind, word
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if self.word is not None and value == self.word:
-            return value
-        try:
-            return tuple(self.kind(part) for part in super().convert(value, param, ctx))
-        except ValueError:
-            also = f"{self.word}, or " if self.word else ""
-            self.fail(f"{also}numbers between commas, got {value!r}", param, ctx)
-
+from .option_types import Numbers, Texts, option, together
 
 label_options = together(
-    click.option("--label-field", metavar="NAME", help="Attribute of polygons that tells the class."),
-    click.option("--label-encoding", metavar="NAME", help="Of a vector file's texts, such as latin1."),
-    click.option(
+    option("--label-field", metavar="NAME", help="Attribute of polygons that tells the class."),
+    option("--label-encoding", metavar="NAME", help="Of a vector file's texts, such as latin1."),
+    option(
         "--label-nodata",
         type=float,
         multiple=True,
         metavar="VALUE",
         help="Value of a raster of labels that means unlabelled, in place of its own; repeat it for several.",
     ),
-    click.option(
+    option(
         "--class-values",
-        type=_Texts(),
+        type=Texts(),
         metavar="V,V,...",
         help="Value of each class in the labels; without it 0, 1, 2, ..., or of polygons the classes' names.",
     ),
@@ -85,7 +41,7 @@ def make_label_options(options: dict[str, Any]) -> Any:
 
 
 train_options = together(
-    click.option(
+    option(
         "--labels",
         multiple=True,
         required=True,
@@ -93,64 +49,60 @@ train_options = together(
         help="Of each scene, in their order: a raster on its grid, or polygons (GeoJSON; .shp, .gpkg and others with "
         "the extra vectors). One vector file may serve all. What has no label is not trained on.",
     ),
-    click.option(
-        "--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder of the training."
-    ),
-    click.option(
+    option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder of the training."),
+    option(
         "--classes",
-        type=_Texts(),
+        type=Texts(),
         metavar="NAME,NAME,...",
         help="In the order of their numbers, each with a colour if wanted: water=#2667B2. Without it those of "
         "--model, or of the labels.",
     ),
     label_options,
-    click.option(
+    option(
         "--step",
         default="tiles:8",
         show_default=True,
         metavar="KIND",
         help="Gradient of a step: image, of a whole scene; tiles:N, of N tiles with their true context.",
     ),
-    click.option("--core", type=click.IntRange(1), default=256, show_default=True, help="Side of the tiles' cores."),
-    click.option("--steps", type=click.IntRange(1), help="Steps in all; 1000 where --minutes is not given."),
-    click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Train so long, in place of --steps."),
-    click.option(
+    option("--core", type=click.IntRange(1), default=256, show_default=True, help="Side of the tiles' cores."),
+    option("--steps", type=click.IntRange(1), help="Steps in all; 1000 where --minutes is not given."),
+    option("--minutes", type=click.FloatRange(0, min_open=True), help="Train so long, in place of --steps."),
+    option(
         "--loss",
         default="cross-entropy",
         show_default=True,
         metavar="NAME",
         help="cross-entropy, dice, or a sum: cross-entropy+0.5*dice.",
     ),
-    click.option(
+    option(
         "--class-weights",
-        type=_Numbers(float, "balanced"),
+        type=Numbers(float, word="balanced"),
         metavar="W,W,...",
         help="In cross-entropy; or: balanced. Without it all 1.",
     ),
-    click.option("--optimiser", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True),
-    click.option(
-        "--lr", type=click.FloatRange(0, min_open=True), default=2e-3, show_default=True, help="At its highest."
-    ),
-    click.option("--weight-decay", type=click.FloatRange(0), default=1e-4, show_default=True),
-    click.option("--warm-up", type=click.IntRange(0), default=50, show_default=True, help="Steps in which it rises."),
-    click.option(
+    option("--optimiser", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True),
+    option("--lr", type=click.FloatRange(0, min_open=True), default=2e-3, show_default=True, help="At its highest."),
+    option("--weight-decay", type=click.FloatRange(0), default=1e-4, show_default=True),
+    option("--warm-up", type=click.IntRange(0), default=50, show_default=True, help="Steps in which it rises."),
+    option(
         "--ema",
         type=click.FloatRange(0, 1, max_open=True),
         default=0.99,
         show_default=True,
         help="Decay of the weights' average, which is validated and kept; 0: the weights themselves.",
     ),
-    click.option(
+    option(
         "--clip", type=click.FloatRange(0), default=1.0, show_default=True, help="Largest norm of the gradient; 0: any."
     ),
-    click.option(
+    option(
         "--augment",
         default="flips,turns,radiometry=0.1",
         show_default=True,
         metavar="KINDS",
         help="flips, turns by right angles, radiometry (gain and offset of each band), or none.",
     ),
-    click.option(
+    option(
         "--validation",
         type=click.FloatRange(0, 1, max_open=True),
         default=0.2,
@@ -158,27 +110,23 @@ train_options = together(
         metavar="SHARE",
         help="Of blocks that are held out of every scene, with a guard of the network's reach around them.",
     ),
-    click.option(
+    option(
         "--validate-on",
         multiple=True,
         metavar="SCENE",
         help="Hold out this whole scene instead; repeat it for several.",
     ),
-    click.option(
-        "--block", type=click.IntRange(1), metavar="PX", help="Side of validation blocks; without it by size."
-    ),
-    click.option(
-        "--val-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between validations."
-    ),
-    click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True),
-    click.option(
+    option("--block", type=click.IntRange(1), metavar="PX", help="Side of validation blocks; without it by size."),
+    option("--val-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between validations."),
+    option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True),
+    option(
         "--widths",
-        type=_Numbers(int),
+        type=Numbers(int),
         default="16,32,64,128",
         show_default=True,
         help="Of a new U-Net: channels of each level.",
     ),
-    click.option(
+    option(
         "--norm", type=click.Choice(["frozen", "none"]), default="frozen", show_default=True, help="Of a new U-Net."
     ),
 )

@@ -1,0 +1,76 @@
+"""What options of all commands are made of: their variables, and values that click does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def option(*names: str, **settings: Any) -> Callable[[_Command], _Command]:
+    """An option whose variable is OUTSIZE_NAME too, whatever the command."""
+    variable = "OUTSIZE_" + names[0].lstrip("-").replace("-", "_").upper()
+    return click.option(*names, envvar=settings.pop("envvar", variable), **settings)
+
+
+def together(*decorators: Callable[[Any], Any]) -> Callable[[_Command], _Command]:
+    """Several decorators as one, in their order."""
+
+    def decorate(command: _Command) -> _Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+class Place(click.ParamType):
+    """A path, or the URL of an object store."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:  # noqa: ARG002
+        from ..tiler.places import place_of
+
+        return value if isinstance(value, Path) else place_of(value)
+
+
+class Texts(click.ParamType):
+    """Texts between commas; a list in a TOML file."""
+
+    name = "texts"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        parts = tuple(value) if isinstance(value, (list, tuple)) else tuple(str(value).split(","))
+        texts = tuple(str(part).strip() for part in parts)
+        if not all(texts):
+            self.fail(f"texts between commas, got {value!r}", param, ctx)
+        return texts
+
+
+class Numbers(click.ParamType):
+    """Numbers between commas, `count` of them; or that one word."""
+
+    name = "numbers"
+
+    def __init__(self, kind: type[int] | type[float], count: int | None = None, word: str | None = None) -> None:
+        self.kind, self.count, self.word = kind, count, word
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if self.word is not None and value == self.word:
+            return value
+        parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
+        try:
+            numbers = tuple(self.kind(part) for part in parts)
+            if any(float(part) != number for part, number in zip(parts, numbers, strict=True)):
+                raise ValueError
+        except (TypeError, ValueError):
+            also = f"{self.word}, or " if self.word else ""
+            self.fail(f"{also}numbers between commas, got {value!r}", param, ctx)
+        if self.count is not None and len(numbers) != self.count:
+            self.fail(f"{self.count} numbers between commas, got {value!r}", param, ctx)
+        return numbers
