@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from .. import __version__
 from ..models.segmentation.augmentation import Augmentation
-from ..models.segmentation.checkpoint import load_state, save_state, write_durably
+from ..models.segmentation.checkpoint import load_state, save_state
 from ..models.segmentation.classes import LabelClasses, find_classes, parse_classes
 from ..models.segmentation.metrics import Confusion
 from ..models.segmentation.model import SegmentationModel, TileNetwork
@@ -30,9 +30,10 @@ from ..models.segmentation.trainer import StepRecord, Trainer
 from ..models.segmentation.unet import Norm, UNet
 from ..models.segmentation.validation import Validation, ValidationTile, validate
 from ..tiler.errors import OutputError, UsageError
+from ..tiler.files import write_durably
 from ..tiler.fingerprint import fingerprint_raster
 from ..tiler.labels import LabelOptions, identify_labels
-from ..tiler.machine import find_versions
+from ..tiler.machine import find_versions, map_large_blocks
 from ..tiler.memory import format_bytes
 from ..tiler.meter import MemoryMeter
 from ..tiler.plan import format_seconds
@@ -84,6 +85,7 @@ class TrainOptions:
 
 def run_train(console: Console, options: TrainOptions) -> None:
     """Train, or go on, and leave best.json, last.json, train.jsonl and report.html in the folder."""
+    map_large_blocks()
     # GDAL would keep up to a twentieth of the machine's memory in decoded blocks.
     with _owning(options), rasterio.Env(GDAL_CACHEMAX=_GDAL_CACHE_MB), MemoryMeter() as meter:
         run = _Run(console, options, meter)

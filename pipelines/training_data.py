@@ -13,7 +13,6 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from ..models.segmentation.checkpoint import write_durably
 from ..models.segmentation.classes import LabelClasses
 from ..models.segmentation.loss_text import parse_loss
 from ..models.segmentation.model import SegmentationClass, SegmentationModel, TileNetwork
@@ -29,6 +28,7 @@ from ..models.segmentation.step_memory import require_budget
 from ..models.segmentation.survey import Counts, count_labels, measure_bands
 from ..models.segmentation.validation import ValidationTile, list_validation_tiles
 from ..tiler.errors import UsageError
+from ..tiler.files import write_durably
 from ..tiler.labels import open_labels
 from ..tiler.memory import MB, format_bytes, parse_bytes
 from ..tiler.meter import process_bytes

@@ -62,16 +62,35 @@ def write_whole(place: Path, value: bytes) -> None:
             raise
 
 
+def write_durably(path: Path, content: bytes) -> None:
+    """Write or replace a file of this machine: after a power cut it holds the one content or the other."""
+    fresh = path.with_name(f".{path.name}.new")
+    with fresh.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+    sync_folder(path.parent)
+
+
 def flush_file(place: Path) -> None:
     """Have a file and its name on the disk, so that it is there after a power cut; objects are, once written."""
-    if is_remote(place):
-        return
-    for name in (place, place.parent):
-        handle = os.open(name, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    if not is_remote(place):
+        _flush(place)
+        sync_folder(place.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder of this machine outlast a power cut."""
+    _flush(folder)
+
+
+def _flush(name: Path) -> None:
+    handle = os.open(name, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def touch(place: Path, value: bytes) -> None:

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from ...tiler.files import sync_folder
 from .errors import HeadError
 from .head import ShardedMarginHead
-from .tablet_file import FileSum, file_name, read_tablet, sync_folder, write_file, write_tablet
+from .tablet_file import FileSum, file_name, read_tablet, write_file, write_tablet
 
 FORMAT = 1
 MANIFEST, LATEST = "manifest.json", "LATEST"

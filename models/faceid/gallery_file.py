@@ -25,8 +25,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ...tiler.files import sync_folder
 from .errors import GalleryError
-from .tablet_file import FileSum, as_bytes, sync_folder, write_file
+from .tablet_file import FileSum, as_bytes, write_file
 
 FORMAT = 1
 MAGIC = b"OUTGALL\0"

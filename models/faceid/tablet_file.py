@@ -80,15 +80,6 @@ def write_file(path: Path, parts: list[bytes | memoryview]) -> FileSum:
     return FileSum(sha256=digest.hexdigest(), size=size)
 
 
-def sync_folder(folder: Path) -> None:
-    """Names of files are on the disk only when their folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def as_bytes(tensor: Tensor) -> memoryview:
     """A contiguous tensor's memory."""
     return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")  # pyright: ignore[reportArgumentType]

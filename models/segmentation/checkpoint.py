@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...tiler.errors import OutputError
+from ...tiler.files import write_durably
 
 NAME = "state.json"
 
@@ -29,26 +30,6 @@ class TrainingState:
     tensors: Mapping[str, Tensor]
     values: Mapping[str, Any]
     """Plain JSON values."""
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write or replace a file: after a power cut it holds the one content or the other."""
-    fresh = path.with_name(f".{path.name}.new")
-    with fresh.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names in a folder outlast a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save_state(folder: Path, state: TrainingState) -> None:

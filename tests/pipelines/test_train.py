@@ -310,7 +310,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(scene: tuple[Path, Path],
     assert "a step must be image, or tiles:N" in say("--step", "tiles:0")
     assert "a new network without --model" in say("--model", _shipped(), "--classes", "a,b")
     assert "the model takes 4 bands, the scenes have 3" in say("--model", _shipped())
-    assert re.search(r"cores of 64 px need \d+ MB, --memory is 50 MB; give as much", say("--memory", "50MB"))
+    assert re.search(r"cores of 64 px need [\d.]+ [MG]B, --memory is 50 MB; give as much", say("--memory", "50MB"))
     nan = np.where(np.random.default_rng(0).random((3, *SHAPE)) < 0.01, np.nan, 1).astype(np.float32)
     floats = write_geotiff(tmp_path / "floats.tif", nan)
     answer = refusal("train", floats, "--labels", labels, "--out", out, "--steps", "1", *SMALL)
