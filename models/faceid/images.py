@@ -103,7 +103,7 @@ def read_picture(path: Path, height: int, width: int, *, resize: bool = False) -
                 was_resized = colours.size != (width, height)
                 if was_resized:
                     colours = colours.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
-                return Picture(pixels=np.asarray(colours), was_grey=image.mode in _GREY, was_resized=was_resized)
+                return Picture(pixels=np.array(colours), was_grey=image.mode in _GREY, was_resized=was_resized)
     except ImageError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:

@@ -35,7 +35,7 @@ def score_of(key: int) -> float:
 
 def first_edges() -> npt.NDArray[np.float64]:
     """The lower edges of the bins of the first digit."""
-    return (np.arange(1 << FIRST_BITS) * 2.0**32 - _OFFSET) / 2.0**FRACTION_BITS
+    return np.ldexp((np.arange(1 << FIRST_BITS, dtype=np.float64) * 2.0**32 - _OFFSET), -FRACTION_BITS)
 
 
 def count_first(keys: Keys) -> Counts:

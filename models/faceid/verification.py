@@ -63,7 +63,7 @@ class Verification:
         """(edges, shares of genuine pairs, shares of impostor pairs) over the scores that occur."""
         edges = first_edges()
         used = np.flatnonzero(self.genuine + self.impostor)
-        low, high = edges[used[0]], edges[min(used[-1] + 1, len(edges) - 1)]
+        low, high = float(edges[used[0]]), float(edges[min(used[-1] + 1, len(edges) - 1)])
         genuine, cuts = np.histogram(edges, bins, (low, high), weights=self.genuine.astype(np.float64))
         impostor, _ = np.histogram(edges, bins, (low, high), weights=self.impostor.astype(np.float64))
         return cuts, genuine / self.genuine_pairs, impostor / self.impostor_pairs

@@ -134,6 +134,40 @@ def test_rows_from_the_disk_and_from_memory_answer_the_same_within_the_plan(tmp_
         Gallery.open(tmp_path / "g", memory="300MB").identify(queries)
 
 
+MEASURED = """
+    import sys
+    import numpy as np
+    from outsize.models.faceid.gallery import Gallery
+    from outsize.tiler.meter import MemoryMeter, process_bytes
+    gallery = Gallery.open(sys.argv[1], memory=sys.argv[2], threads=2)
+    queries = np.random.default_rng(1).normal(size=(300, 64))
+    before = process_bytes()
+    with MemoryMeter() as meter:
+        gallery.identify(queries, 5)
+    plan = gallery.plan_identify(300, 5)
+    print(plan.reads_disk, max(meter.peak_bytes, meter.current_bytes), plan.total_bytes, before)
+"""
+
+
+def test_memory_stays_below_the_plan_and_does_not_grow_with_rows_on_the_disk(tmp_path: Path) -> None:
+    """200,000 rows of 51 MB, in a process of its own: kept where the budget allows it, else read for each pass."""
+    gallery = Gallery.create(tmp_path / "g", dim=64, embedder="e", threads=1)
+    gallery.enroll([str(n) for n in range(200_000)], np.random.default_rng(0).normal(size=(200_000, 64)))
+    grown = {}
+    for budget in ("650MB", "580MB"):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", textwrap.dedent(MEASURED), str(tmp_path / "g"), budget],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        reads_disk, peak, total, before = done.stdout.split()
+        assert int(peak) < int(total) < int(budget[:-2]) * 1_000_000
+        grown[reads_disk] = int(peak) - int(before)
+    assert grown.keys() == {"True", "False"}
+    assert grown["False"] - grown["True"] > 40_000_000
+
+
 def test_nothing_is_left_of_whom_was_removed(tmp_path: Path) -> None:
     gallery = make(tmp_path / "g")
     rows = vectors(30, 0)
