@@ -138,7 +138,7 @@ class Gallery:
             raise HeadError(f"storage must be one of {', '.join(STORAGE)}, got {storage}")
         if dim < 1 or tablet_rows < 1 or not embedder:
             raise HeadError(f"dim must be >= 1 and embedder named, got {dim} and {embedder!r}")
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)  # embeddings are biometric data
         if any(root.iterdir()):
             raise HeadError(f"{root} must be a new or empty folder, got files there")
         manifest = Manifest(

@@ -171,6 +171,7 @@ def test_memory_stays_below_the_plan_and_does_not_grow_with_rows_on_the_disk(tmp
 
 def test_nothing_is_left_of_whom_was_removed(tmp_path: Path) -> None:
     gallery = make(tmp_path / "g")
+    assert (tmp_path / "g").stat().st_mode & 0o777 == 0o700
     rows = vectors(30, 0)
     names = [f"person {number}" for number in range(30)]
     gallery.enroll(names, rows)
