@@ -16,6 +16,7 @@ import click
 
 from .. import __version__
 from ..tiler.errors import TilerError
+from .cli_face_gallery import COMMANDS as FACE_COMMANDS
 from .cli_train import label_options, make_label_options, train_options
 from .interrupts import heed_interrupts
 from .option_types import Numbers, Place, option, together
@@ -582,9 +583,17 @@ _layer = together(
 )
 
 
-@cli.group()
+@cli.group(cls=_Group)
 def face() -> None:
-    """The giant classification layer for face identities."""
+    """Faces: the giant classification layer, an embedder trained through it, and galleries of persons.
+
+    \b
+    outsize face train faces/                                  an embedder
+    outsize face sample people/                                pictures to try with
+    outsize face evaluate people/ --embedder faces/
+    outsize face enroll staff/ people/ --embedder faces/
+    outsize face identify staff/ door.png --embedder faces/
+    """
 
 
 @face.command("benchmark")
@@ -639,6 +648,10 @@ def face_train(console: Any, **options: Any) -> None:
     from .face import FaceTrainOptions, run_face_train
 
     run_face_train(console, FaceTrainOptions(**options))
+
+
+for _command in FACE_COMMANDS:
+    face.add_command(_command)
 
 
 @cli.command()

@@ -21,11 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..models.faceid.checkpoint import list_generations, load_checkpoint, save_checkpoint
 from ..models.faceid.embedder import SmallEmbedder
+from ..models.faceid.embedder_file import BACKBONE, DESCRIPTION, EmbedderDescription
 from ..models.faceid.head import ShardedMarginHead
 from ..models.faceid.row_rules import RULES
-from ..sample_data.identities import make_batch
+from ..sample_data.identities import PIXEL_MEAN, PIXEL_SCALE, SIZE, make_batch
 
-BACKBONE, OPTIMISER = "backbone.safetensors", "optimiser.safetensors"
+OPTIMISER = "optimiser.safetensors"
 HELD_OUT = 500
 """Identities that are never trained on, for rank-1."""
 
@@ -127,7 +128,7 @@ def run_rank(rank: int, spec: TrainSpec, folder: Path) -> None:
             line = f"step {done} of {spec.steps}: loss {mean:.3f}, {speed:.0f} images/s, {left:.0f} s left"
             print(line, file=sys.stderr, flush=True)
         if done % spec.save_every == 0 or done == spec.steps:
-            save_checkpoint(head, spec.out, done, extra=_pack(embedder, optimiser) if rank == 0 else None)
+            save_checkpoint(head, spec.out, done, extra=_pack(spec, embedder, optimiser) if rank == 0 else None)
     if rank == 0:
         result = {
             "loss": sum(losses) / max(1, len(losses)),
@@ -140,13 +141,20 @@ def run_rank(rank: int, spec: TrainSpec, folder: Path) -> None:
         dist.destroy_process_group()
 
 
-def _pack(embedder: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, bytes]:
+def _pack(spec: TrainSpec, embedder: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, bytes]:
     moments = {
         f"{index}.{name}": cast("Tensor", value)
         for index, state in optimiser.state_dict()["state"].items()
         for name, value in state.items()
     }
-    return {BACKBONE: safetensors.torch.save(embedder.state_dict()), OPTIMISER: safetensors.torch.save(moments)}
+    description = EmbedderDescription(
+        architecture="small", dim=spec.dim, height=SIZE, width=SIZE, mean=PIXEL_MEAN, scale=PIXEL_SCALE
+    )
+    return {
+        DESCRIPTION: description.to_bytes(),
+        BACKBONE: safetensors.torch.save(embedder.state_dict()),
+        OPTIMISER: safetensors.torch.save(moments),
+    }
 
 
 def _resume(spec: TrainSpec, embedder: nn.Module, head: ShardedMarginHead, optimiser: torch.optim.Optimizer) -> int:

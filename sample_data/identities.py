@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 SIZE = 32
 """Height and width of a sample."""
+PIXEL_MEAN, PIXEL_SCALE = 128.0, 40.0
+"""A value v becomes the pixel 128 + 40 v, rounded, of 0 ... 255."""
 WAVES = 6
 """Of each channel."""
 
@@ -48,3 +50,9 @@ def make_sample(seed: int, identity: int, sample: int) -> npt.NDArray[np.float32
 def make_batch(seed: int, identities: npt.NDArray[np.int64], samples: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """(batch, 3, SIZE, SIZE)."""
     return np.stack([make_sample(seed, int(i), int(s)) for i, s in zip(identities, samples, strict=True)])
+
+
+def to_pixels(image: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """(3, height, width) of values -> (height, width, 3) of 0 ... 255."""
+    pixels = np.rint(PIXEL_MEAN + PIXEL_SCALE * image.transpose(1, 2, 0))
+    return np.clip(pixels, 0, 255).astype(np.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -105,6 +106,7 @@ class Gallery:
         self._threads = threads or torch.get_num_threads()
         self._ranks = Ranks.of(group)
         self._kept: dict[int, Tensor] = {}
+        self._keeping = threading.Lock()
         self._state = _State.read(folder)
         self._most_rows = count_most(self._state.owners)
 
@@ -136,7 +138,7 @@ class Gallery:
             raise HeadError(f"storage must be one of {', '.join(STORAGE)}, got {storage}")
         if dim < 1 or tablet_rows < 1 or not embedder:
             raise HeadError(f"dim must be >= 1 and embedder named, got {dim} and {embedder!r}")
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)  # embeddings are biometric data
         if any(root.iterdir()):
             raise HeadError(f"{root} must be a new or empty folder, got files there")
         manifest = Manifest(
@@ -326,6 +328,16 @@ class Gallery:
         plan = self._plan(len(unit), k, ranks.size)
         source = _GalleryRows(self, keep=not plan.reads_disk)
         return search_rows(source, unit, k, layout, ranks=ranks, threads=self._threads, query_part=plan.query_part)
+
+    def _keep_tablet(self, tablet: Tablet, block_rows: int) -> Tensor:
+        """A tablet's rows in memory, padded to whole blocks, read by the first thread that wants them."""
+        with self._keeping:
+            if tablet.index not in self._kept:
+                padded = -(-tablet.rows // block_rows) * block_rows
+                rows = torch.zeros((padded, self.dim), dtype=STORAGE[self.storage])
+                read_rows(self.folder, self._state.manifest, tablet.index, 0, rows[: tablet.rows])
+                self._kept[tablet.index] = rows
+            return self._kept[tablet.index]
 
     def enroll(self, names: Sequence[str], embeddings: npt.ArrayLike, *, add: bool = False) -> int:
         """Add persons; returns how many are new. Nothing is trained.
@@ -630,24 +642,21 @@ class _GalleryReader:
     """One thread's blocks."""
 
     def __init__(self, source: _GalleryRows, block_rows: int) -> None:
-        self._gallery, self._keep = source.gallery, source.keep
-        self._block = torch.zeros((block_rows, source.dim))
-        storage = STORAGE[self._gallery.storage]
-        self._raw = self._block if storage == torch.float32 else torch.zeros_like(self._block, dtype=storage)
+        self._gallery, self._keep, self._size = source.gallery, source.keep, block_rows
+        self._storage = STORAGE[self._gallery.storage]
+        self._buffers: dict[torch.dtype, Tensor] = {}
+
+    def _buffer(self, dtype: torch.dtype) -> Tensor:
+        """A block of a type, made when it is first wanted."""
+        if dtype not in self._buffers:
+            self._buffers[dtype] = torch.zeros((self._size, self._gallery.dim), dtype=dtype)
+        return self._buffers[dtype]
 
     def read(self, tablet: Tablet, start: int) -> Tensor:
-        kept = self._gallery._kept
-        size = len(self._block)
-        if tablet.index in kept:
-            rows = kept[tablet.index][start : start + size]
-        elif self._keep:
-            state, folder = self._gallery._state, self._gallery.folder
-            whole = torch.zeros((-(-tablet.rows // size) * size, self._block.shape[1]), dtype=self._raw.dtype)
-            read_rows(folder, state.manifest, tablet.index, 0, whole[: tablet.rows])
-            kept[tablet.index] = whole
-            rows = whole[start : start + size]
+        if self._keep:
+            rows = self._gallery._keep_tablet(tablet, self._size)[start : start + self._size]
         else:
-            count = min(size, tablet.rows - start)
-            rows = self._raw
-            read_rows(self._gallery.folder, self._gallery._state.manifest, tablet.index, start, rows[:count])
-        return rows if rows.dtype == torch.float32 else self._block.copy_(rows)
+            rows = self._buffer(self._storage)
+            there = rows[: min(self._size, tablet.rows - start)]
+            read_rows(self._gallery.folder, self._gallery._state.manifest, tablet.index, start, there)
+        return rows if rows.dtype == torch.float32 else self._buffer(torch.float32).copy_(rows)

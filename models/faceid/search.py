@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -128,28 +127,36 @@ def search_rows(
 
 
 def _search_part(source: RowSource, queries: Floats, k: int, layout: TabletLayout, ranks: Ranks, threads: int) -> Best:
-    mine = layout.owned(ranks.rank)
+    tablets = layout.owned(ranks.rank)
+    # Few tablets are cut for the threads; of many, each is one thread's.
+    whole = len(tablets) >= 4 * threads
+    mine = [
+        (tablet, range(start, min(tablet.rows, start + length), layout.block_rows))
+        for tablet in tablets
+        for length in (tablet.rows if whole else layout.block_rows,)
+        for start in range(0, tablet.rows, length)
+    ]
     crew = [
         (TopK(queries, k, source.most_rows, layout.block_rows), source.open_reader(layout.block_rows))
         for _ in range(max(1, min(threads, len(mine))))
     ]
 
-    def look(worker: tuple[TopK, RowReader], tablet: Tablet) -> None:
-        top, reader = worker
-        for start, owners in _blocks(source, tablet, layout.block_rows):
+    def look(worker: tuple[TopK, RowReader], item: tuple[Tablet, range]) -> None:
+        (top, reader), (tablet, starts) = worker, item
+        for start in starts:
+            owners = _owners_of(source, tablet, start, layout.block_rows)
             top.look(reader.read(tablet, start), owners, source.name_of(tablet))
 
     run_tablets(look, mine, crew)
     return gather_best(merge_best([top.best for top, _ in crew]), ranks)
 
 
-def _blocks(source: RowSource, tablet: Tablet, block_rows: int) -> Iterator[tuple[int, npt.NDArray[np.integer]]]:
-    """(first row in the tablet, owners of all rows of the block, NOBODY beyond the end)."""
-    for start in range(0, tablet.rows, block_rows):
-        owners = source.owners[tablet.first + start : min(tablet.first + start + block_rows, tablet.stop)]
-        if len(owners) < block_rows:
-            owners = np.concatenate([owners, np.full(block_rows - len(owners), NOBODY, owners.dtype)])
-        yield start, owners
+def _owners_of(source: RowSource, tablet: Tablet, start: int, block_rows: int) -> npt.NDArray[np.integer]:
+    """(block rows,): of a block, NOBODY beyond the tablet's end."""
+    owners = source.owners[tablet.first + start : min(tablet.first + start + block_rows, tablet.stop)]
+    if len(owners) < block_rows:
+        owners = np.concatenate([owners, np.full(block_rows - len(owners), NOBODY, owners.dtype)])
+    return owners
 
 
 def gather_best(mine: Best, ranks: Ranks) -> Best:

@@ -155,8 +155,19 @@ class TopK:
         if bool(torch.isnan(highest).any() | (highest > LARGEST_NORM**2).any()):
             raise HeadError(f"{name} is damaged: it holds rows that are not of length 1")
         reached = self._reached(scores)
-        for columns in self._groups(scores, np.flatnonzero(highest.numpy() >= reached), reached):
-            self._take(scores, block, owners, columns, reached, name)
+        columns = np.flatnonzero(highest.numpy() >= reached)
+        if not len(columns):
+            return
+        chosen = scores if len(columns) == len(reached) else scores[:, torch.from_numpy(columns)]
+        mask = chosen >= torch.from_numpy(reached[columns])
+        if int(mask.sum()) <= PART:
+            self._take(chosen, mask, block, owners, columns, name)
+            return
+        # Queries in parts that have few candidates each.
+        parts = np.cumsum(mask.sum(dim=0).numpy()) // PART
+        for places in np.split(np.arange(len(columns)), np.flatnonzero(np.diff(parts)) + 1):
+            part = torch.from_numpy(places)
+            self._take(chosen[:, part], mask[:, part], block, owners, columns[places], name)
 
     def _reached(self, scores: Tensor) -> Floats:
         """(Q,): float32 scores below it cannot be among the best."""
@@ -168,33 +179,30 @@ class TopK:
             sure[open_] = torch.topk(columns, enough, dim=0).values[-1].double().numpy() - 2 * self._bound
         return sure.astype(np.float32) - np.float32(2.0**-22)
 
-    def _groups(self, scores: Tensor, columns: Numbers, reached: Floats) -> list[Numbers]:
-        """Queries that have candidates, cut so that each part has few."""
-        if not len(columns):
-            return []
-        counts = (scores[:, torch.from_numpy(columns)] >= torch.from_numpy(reached[columns])).sum(dim=0).numpy()
-        return np.split(columns, np.flatnonzero(np.diff(np.cumsum(counts) // PART)) + 1)
-
     def _take(
         self,
         scores: Tensor,
+        mask: Tensor,
         block: Tensor,
         owners: npt.NDArray[np.integer],
         columns: Numbers,
-        reached: Floats,
         name: str,
     ) -> None:
-        """Score the candidates of some queries exactly, and keep the best."""
-        chosen = scores[:, torch.from_numpy(columns)]
-        found = (chosen >= torch.from_numpy(reached[columns])).nonzero().numpy()
-        found = found[owners[found[:, 0]] != NOBODY]
-        rows, which = found[:, 0], found[:, 1]
-        exact = np.empty(len(found))
+        """Score the candidates of some queries exactly, and keep the best.
+
+        Args:
+            scores, mask: (R, columns): what products gave, and who is a candidate.
+            columns: the queries.
+        """
+        rows, which = np.divmod(np.flatnonzero(mask.contiguous().numpy()), len(columns))
+        known = owners[rows] != NOBODY
+        rows, which = rows[known], which[known]
+        exact = np.empty(len(rows))
         wide = block.numpy()
-        for start in range(0, len(found), SCORED):
+        for start in range(0, len(rows), SCORED):
             part = slice(start, start + SCORED)
             exact[part] = exact_scores(wide[rows[part]], self._queries[columns[which[part]]])
-        off = np.abs(exact - chosen.numpy()[rows, which])
+        off = np.abs(exact - scores.numpy()[rows, which])
         if len(off) and off.max() > self._bound:
             raise HeadError(
                 f"{name}: products must be float32, they are off by {off.max():.1e} where rounding explains "

@@ -74,3 +74,23 @@ def test_a_folder_holds_one_training(trained: tuple[Path, dict[str, Any]]) -> No
     assert "holds another training: margin cosface there, arcface now" in said
     _, said = outsize("face", "train", str(folder.parent), *TRAINING, code=2)
     assert "must be a new or empty folder" in said
+
+
+def test_what_was_trained_can_be_evaluated_and_enrolled(tmp_path: Path, trained: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = trained
+    outsize("face", "sample", str(tmp_path / "people"), "--identities", "5", "--images", "2")
+    measured, _ = outsize("face", "evaluate", str(tmp_path / "people"), "--embedder", str(folder))
+    assert measured["verification"]["genuine_pairs"] == 5
+    assert measured["embedder_source"].endswith("step-000000008")
+    made, _ = outsize("face", "enroll", str(tmp_path / "g"), str(tmp_path / "people"), "--embedder", str(folder))
+    assert (made["people"], made["dim"]) == (5, 16)
+    _, said = outsize(
+        "face",
+        "enroll",
+        str(tmp_path / "g"),
+        str(tmp_path / "people"),
+        "--embedder",
+        str(folder / "step-000000004"),
+        code=1,
+    )
+    assert "was made by another embedder" in said

@@ -1,0 +1,235 @@
+"""Options of the commands that know faces: evaluate, enroll, identify, calibrate, remove, gallery, sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+EXIT_FAILED, EXIT_SOME_FAILED = 1, 3
+
+_place = click.Path(path_type=Path)
+_gallery = click.argument("gallery", type=_place)
+_memory = click.option(
+    "--memory", default="2GB", show_default=True, metavar="SIZE", help="Budget; rows are kept in it where they fit."
+)
+_resize = click.option(
+    "--resize", is_flag=True, help="Take pictures of other sizes too, of the embedder's shape, and scale them."
+)
+
+
+def _embedder(*, required: bool) -> Any:
+    return click.option(
+        "--embedder",
+        type=_place,
+        required=required,
+        metavar="RUN",
+        help="A folder of face train (its newest generation), or one of its generations.",
+    )
+
+
+@click.command("sample", short_help="Write pictures of synthetic identities, and pairs of them.")
+@click.argument("folder", type=_place)
+@click.option("--identities", type=click.IntRange(2), default=40, show_default=True)
+@click.option("--images", type=click.IntRange(2), default=4, show_default=True, help="Of each identity.")
+@click.option(
+    "--first", type=click.IntRange(0), default=1_000_000, show_default=True, help="Number of the first identity."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.pass_obj
+def sample(console: Any, folder: Path, **options: Any) -> None:
+    """Write FOLDER/NAME/NAME_0001.png ... of synthetic identities, and FOLDER/pairs.txt, ten folds of pairs in LFW's
+    format.
+
+    \b
+    outsize face sample people/
+    outsize face sample strangers/ --first 2000000 --identities 200
+    """
+    from .face_sample import run_face_sample
+
+    run_face_sample(console, folder, **options)
+
+
+@click.command("evaluate", short_help="Measure an embedder: verification, pair lists, identification.")
+@click.argument("images", type=_place, required=False)
+@_embedder(required=False)
+@click.option("--embeddings", type=_place, metavar="FILE.npy", help="(pictures, dim) in place of IMAGES.")
+@click.option("--labels", type=_place, metavar="FILE", help="The person of each embedding: lines of text, or .npy.")
+@click.option("--pairs", type=_place, metavar="FILE", help="Pairs in the format of LFW's pairs.txt.")
+@click.option(
+    "--far",
+    default="1e-1,1e-2,1e-3,1e-4,1e-5,1e-6",
+    show_default=True,
+    metavar="F,F,..",
+    help="False accept rates, of all pairs.",
+)
+@click.option(
+    "--fpir",
+    default="1e-1,1e-2,1e-3",
+    show_default=True,
+    metavar="F,F,..",
+    help="Rates of strangers who are named.",
+)
+@click.option(
+    "--enrolled", type=click.IntRange(1), default=1, show_default=True, help="Pictures of each person in the gallery."
+)
+@click.option(
+    "--strangers",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.2,
+    show_default=True,
+    help="Share of the persons who are not enrolled.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of who is a stranger.")
+@_resize
+@_memory
+@click.option("--report", type=_place, metavar="FILE.html", help="Also write a page with curves.")
+@click.option("--overwrite", is_flag=True, help="Replace the page.")
+@click.pass_obj
+def evaluate(console: Any, **options: Any) -> None:
+    """Measure how well an embedder tells persons apart: true accept rates at false accept rates over all pairs,
+    accuracy on pairs in folds, rank-1 and error rates of identification with strangers. IMAGES has a folder for each
+    person.
+
+    \b
+    outsize face evaluate people/ --embedder faces/ --report people.html
+    outsize face evaluate people/ --embedder faces/ --pairs people/pairs.txt
+    outsize --json face evaluate --embeddings e.npy --labels names.txt
+    """
+    from .face_evaluate import EvaluateOptions, run_face_evaluate
+
+    if not run_face_evaluate(console, EvaluateOptions(**options)):
+        raise SystemExit(EXIT_SOME_FAILED)
+
+
+@click.command("enroll", short_help="Put persons into a gallery.")
+@_gallery
+@click.argument("images", type=_place)
+@_embedder(required=True)
+@click.option(
+    "--templates",
+    type=click.Choice(["mean", "each"]),
+    default="mean",
+    show_default=True,
+    help="One template a person, the mean of her embeddings; or one of each picture.",
+)
+@click.option("--replace", is_flag=True, help="Persons who are there already get these pictures in place of the old.")
+@click.option("--add", is_flag=True, help="Persons who are there already get more templates.")
+@click.option(
+    "--storage",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of a new gallery's rows.",
+)
+@click.option(
+    "--calibrate/--no-calibrate", default=True, show_default=True, help="Compare up to 1,000 persons with all others."
+)
+@_resize
+@_memory
+@click.pass_obj
+def enroll(console: Any, *, replace: bool, add: bool, **options: Any) -> None:
+    """Put the persons of IMAGES into GALLERY, which is made if it is not there; IMAGES has a folder for each person, of
+    her name. Nothing is trained. Exit code 3 where some pictures cannot be used.
+
+    \b
+    outsize face enroll staff/ people/ --embedder faces/
+    outsize face enroll staff/ newcomers/ --embedder faces/ --templates each
+    outsize face enroll staff/ people/ --embedder faces/ --replace
+    """
+    from .face_gallery import EnrollOptions, run_enroll
+
+    if replace and add:
+        raise click.UsageError("give either --replace or --add, not both")
+    existing = "replace" if replace else "add" if add else "refuse"
+    if not run_enroll(console, EnrollOptions(existing=existing, **options)):
+        raise SystemExit(EXIT_SOME_FAILED)
+
+
+@click.command("identify", short_help="Say who is on pictures.")
+@_gallery
+@click.argument("images", type=_place, nargs=-1, required=True, metavar="IMAGE...")
+@_embedder(required=True)
+@click.option("-k", type=click.IntRange(1), default=5, show_default=True, help="Persons that are named at most.")
+@click.option("--threshold", type=click.FloatRange(-1, 1), help="Name persons beyond this score only.")
+@click.option(
+    "--fpir",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="The threshold that this share of strangers exceeds, by the gallery's calibration.",
+)
+@_resize
+@_memory
+@click.pass_obj
+def identify(console: Any, **options: Any) -> None:
+    """Say who is on each IMAGE, a picture or a folder of pictures: the nearest persons of GALLERY, exactly, by cosine.
+    Exit code 3 where some pictures cannot be used.
+
+    \b
+    outsize face identify staff/ door.png --embedder faces/
+    outsize face identify staff/ visitors/ --embedder faces/ --fpir 0.01 -k 1
+    outsize --json face identify staff/ door.png --embedder faces/ --threshold 0.45
+    """
+    from .face_gallery import IdentifyOptions, run_identify
+
+    if not run_identify(console, IdentifyOptions(**options)):
+        raise SystemExit(EXIT_SOME_FAILED)
+
+
+@click.command("calibrate", short_help="Learn how like strangers are.")
+@_gallery
+@click.argument("strangers", type=_place, required=False)
+@_embedder(required=False)
+@_resize
+@_memory
+@click.pass_obj
+def calibrate(
+    console: Any, gallery: Path, strangers: Path | None, embedder: Path | None, resize: bool, memory: str
+) -> None:
+    """Learn how like somebody in GALLERY those are who are not in it, for --fpir: from pictures of STRANGERS, a folder
+    with a folder for each person; without them from up to 1,000 persons of the gallery, each compared with all others.
+
+    \b
+    outsize face calibrate staff/
+    outsize face calibrate staff/ strangers/ --embedder faces/
+    """
+    from .face_gallery import run_calibrate
+
+    if not run_calibrate(console, gallery, strangers, embedder, resize=resize, memory=memory):
+        raise SystemExit(EXIT_SOME_FAILED)
+
+
+@click.command("remove", short_help="Delete persons from a gallery.")
+@_gallery
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.pass_obj
+def remove(console: Any, gallery: Path, names: tuple[str, ...]) -> None:
+    """Delete persons from GALLERY: their names and templates are in none of its files afterwards.
+
+    \b
+    outsize face remove staff/ "Ada Lovelace"
+    """
+    from .face_gallery import run_remove
+
+    run_remove(console, gallery, names)
+
+
+@click.command("gallery", short_help="Show what a gallery holds.")
+@_gallery
+@click.option("--names", is_flag=True, help="Also list all persons, in the order of enrolment.")
+@click.option("--verify", is_flag=True, help="Read every file against its checksum; exit code 1 where one is damaged.")
+@click.pass_obj
+def gallery(console: Any, gallery: Path, names: bool, verify: bool) -> None:
+    """Show what GALLERY holds: persons, templates, embedder, calibration.
+
+    \b
+    outsize face gallery staff/
+    outsize --json face gallery staff/ --names --verify
+    """
+    from .face_gallery import run_gallery
+
+    if not run_gallery(console, gallery, names=names, verify=verify):
+        raise SystemExit(EXIT_FAILED)
+
+
+COMMANDS = (sample, evaluate, enroll, identify, calibrate, remove, gallery)

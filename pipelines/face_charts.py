@@ -1,0 +1,113 @@
+"""Curves of a page on an embedder, as points of SVG drawings of 720 x 240."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+WIDTH, HEIGHT = 720, 240
+BINS = 160
+BLUE, RED = "#2f7de1", "#c2410c"
+Curve = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One curve."""
+
+    name: str
+    colour: str
+    points: str
+    """As SVG's polyline has them."""
+    filled: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """A drawing with its axes."""
+
+    title: str
+    x_name: str
+    y_name: str
+    x_ticks: list[tuple[float, str]]
+    """(place, text)."""
+    y_ticks: list[tuple[float, str]]
+    lines: list[Line]
+    marks: list[tuple[float, float, str]]
+    """Points that are measured exactly, with what they say."""
+
+
+def _points(x: Curve, y: Curve) -> str:
+    return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x.tolist(), y.tolist(), strict=True))
+
+
+def draw_roc(far: Curve, tar: Curve, measured: Sequence[tuple[float, float]], pairs: int) -> Chart:
+    """True accepts over false accepts, whose axis is logarithmic and ends where one pair stands."""
+    lowest = 10.0 ** math.floor(math.log10(1 / pairs))
+    decades = round(-math.log10(lowest))
+
+    def place(rates: Curve) -> Curve:
+        return WIDTH * (1 - np.log10(np.maximum(rates, lowest)) / math.log10(lowest))
+
+    # Of thousands of bins those that the drawing can show: the last of each half pixel.
+    x = place(far)
+    shown = np.flatnonzero((far > 0) & np.append(np.diff(np.floor(2 * x)) > 0, True))
+    return Chart(
+        title="ROC",
+        x_name="false accept rate",
+        y_name="true accept rate",
+        x_ticks=[(WIDTH * n / decades, f"1e-{decades - n}" if n < decades else "1") for n in range(decades + 1)],
+        y_ticks=[(HEIGHT * (1 - share), f"{share:g}") for share in (0, 0.25, 0.5, 0.75, 1)],
+        lines=[Line(name="all thresholds", colour=BLUE, points=_points(x[shown], HEIGHT * (1 - tar[shown])))],
+        marks=[
+            (float(place(np.array([rate]))[0]), HEIGHT * (1 - true), f"FAR {rate:.0e}: TAR {true:.4f}")
+            for rate, true in measured
+        ],
+    )
+
+
+def draw_scores(edges: Curve, genuine: Curve, impostor: Curve) -> Chart:
+    """Shares of pairs by score."""
+    low, high = float(edges[0]), float(edges[-1])
+    top = float(max(genuine.max(), impostor.max())) * 1.05
+
+    def steps(shares: Curve) -> str:
+        x = np.repeat((edges - low) / (high - low) * WIDTH, 2)
+        y = np.concatenate([[HEIGHT], np.repeat(HEIGHT * (1 - shares / top), 2), [HEIGHT]])
+        return _points(x, y)
+
+    return Chart(
+        title="Scores",
+        x_name="score",
+        y_name="share of pairs",
+        x_ticks=[(WIDTH * n / 4, f"{low + (high - low) * n / 4:.2f}") for n in range(5)],
+        y_ticks=[(HEIGHT * (1 - share), f"{100 * top * share:.2g} %") for share in (0, 0.5, 1)],
+        lines=[
+            Line(name="two persons", colour=RED, points=steps(impostor), filled=True),
+            Line(name="one person", colour=BLUE, points=steps(genuine), filled=True),
+        ],
+        marks=[],
+    )
+
+
+def draw_cmc(match_rates: Sequence[float]) -> Chart:
+    """Share of known pictures whose person is among the first."""
+    count = len(match_rates)
+    low = min(0.95, math.floor(20 * min(match_rates)) / 20)
+    rates = np.array(match_rates)
+    x = np.zeros(1) if count == 1 else WIDTH * np.arange(count) / (count - 1)
+    y = HEIGHT * (1 - (rates - low) / (1 - low))
+    ticks = sorted({1, count, *(rank for rank in (5, 10, 20, 50, 100) if rank < count)})
+    return Chart(
+        title="CMC",
+        x_name="rank",
+        y_name="person found",
+        x_ticks=[(float(x[rank - 1]), str(rank)) for rank in ticks],
+        y_ticks=[(HEIGHT * (1 - share), f"{low + (1 - low) * share:.3g}") for share in (0, 0.25, 0.5, 0.75, 1)],
+        lines=[Line(name="known persons", colour=BLUE, points=_points(x, y))],
+        marks=[(float(x[rank - 1]), float(y[rank - 1]), f"rank {rank}: {match_rates[rank - 1]:.4f}") for rank in ticks],
+    )

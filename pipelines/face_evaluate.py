@@ -1,0 +1,303 @@
+"""`outsize face evaluate`: how well an embedder tells persons apart, as numbers and as a page."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .. import __version__
+from ..models.faceid.embedder_file import load_embedder
+from ..models.faceid.errors import HeadError
+from ..models.faceid.identification import RANKS, Identification, measure_identification, split_pictures
+from ..models.faceid.images import ImageError, find_people
+from ..models.faceid.pair_list import PairList, Shot, read_pairs
+from ..models.faceid.top_k import exact_scores, unit_rows
+from ..models.faceid.verification import (
+    FoldAccuracy,
+    Verification,
+    measure_folds,
+    measure_verification,
+    parse_rates,
+)
+from ..tiler.errors import UsageError
+from ..tiler.files import upload_bytes
+from ..tiler.machine import find_versions
+from ..tiler.meter import MemoryMeter
+from ..tiler.records import writing
+from .console import Console, count_of, format_table
+from .face_charts import BINS, draw_cmc, draw_roc, draw_scores
+from .face_gallery import require_memory
+from .face_pictures import embed_people
+from .report import require_report_target
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateOptions:
+    """What `face evaluate` is told."""
+
+    images: Path | None
+    embedder: Path | None
+    embeddings: Path | None
+    labels: Path | None
+    pairs: Path | None
+    far: str
+    fpir: str
+    enrolled: int
+    strangers: float
+    seed: int
+    resize: bool
+    memory: str
+    report: Path | None
+    overwrite: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Faces:
+    """What is evaluated."""
+
+    unit: npt.NDArray[np.float32]
+    names: list[str]
+    """The person of each."""
+    stems: list[str]
+    """Names of the pictures without their ending, or empty texts."""
+    values: Values
+    """Of where they come from, for JSON."""
+
+
+def run_face_evaluate(console: Console, options: EvaluateOptions) -> bool:
+    """Measure what the faces allow to; False where some pictures could not be used.
+
+    Raises:
+        UsageError: inputs that contradict each other, or cannot be read.
+        HeadError: faces that allow no measurement at all.
+    """
+    rates, stranger_rates = parse_rates(options.far.split(",")), parse_rates(options.fpir.split(","))
+    if options.report is not None:
+        require_report_target(options.report, overwrite=options.overwrite)
+    pair_list = read_pairs(options.pairs) if options.pairs is not None else None
+    with MemoryMeter() as meter:
+        faces = _load(console, options)
+        labels = np.unique(faces.names, return_inverse=True)[1]
+        folds = _measure_pairs(console, faces, pair_list) if pair_list is not None else None
+        verification = _try(console, lambda: measure_verification(faces.unit, labels, rates))
+        identification = _try(
+            console,
+            lambda: measure_identification(
+                faces.unit,
+                labels,
+                split_pictures(labels, templates=options.enrolled, stranger_share=options.strangers, seed=options.seed),
+                rates=stranger_rates,
+                threads=torch.get_num_threads(),
+            ),
+        )
+    if verification is None and identification is None and folds is None:
+        raise HeadError("these faces allow no measurement; what is missing stands above")
+    values = {
+        **faces.values,
+        "people": len(set(faces.names)),
+        "pairs": _describe_folds(*folds, options.pairs) if folds else None,
+        "verification": _describe_verification(verification) if verification else None,
+        "identification": asdict(identification) if identification else None,
+        "peak_bytes": meter.peak_bytes,
+    }
+    source = str(options.images or options.embeddings)
+    if options.report is not None:
+        page = _render(source, values, verification, identification).encode()
+        with writing(options.report):
+            upload_bytes(options.report, page)
+        values["report"] = str(options.report)
+    console.result(_sentence(source, values), values)
+    return not values["failed"]
+
+
+def _try(console: Console, measure: Any) -> Any:
+    """None, with a remark, where the faces do not allow it."""
+    try:
+        return measure()
+    except HeadError as error:
+        console.remark(str(error))
+        return None
+
+
+def _load(console: Console, options: EvaluateOptions) -> _Faces:
+    if (options.images is None) == (options.embeddings is None):
+        raise UsageError("give either a folder of pictures with --embedder, or --embeddings with --labels")
+    if options.embeddings is not None:
+        if options.labels is None:
+            raise UsageError("--embeddings needs --labels, the person of each")
+        unit, names = _read_embeddings(options.embeddings, options.labels)
+        values = {"images": len(names), "failed": [], "embedder": None}
+        return _Faces(unit=unit, names=names, stems=[""] * len(names), values=values)
+    assert options.images is not None
+    if options.embedder is None:
+        raise UsageError("pictures need --embedder, a folder of outsize face train")
+    embedder = load_embedder(options.embedder)
+    require_memory(embedder, options.memory)
+    found = find_people(options.images)
+    pictures = embed_people(console, embedder, found, resize=options.resize)
+    if not pictures.paths:
+        raise ImageError(f"none of the pictures in {options.images} can be used; what is wrong stands above")
+    values = {**pictures.counts(), "embedder": embedder.sha256, "embedder_source": embedder.source}
+    stems = [path.stem for path in pictures.paths]
+    return _Faces(unit=pictures.embeddings, names=pictures.names, stems=stems, values=values)
+
+
+def _read_embeddings(path: Path, labels: Path) -> tuple[npt.NDArray[np.float32], list[str]]:
+    try:
+        vectors = np.load(path, allow_pickle=False)
+        if labels.suffix == ".npy":
+            names = [str(label) for label in np.load(labels, allow_pickle=False).tolist()]
+        else:
+            names = labels.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError, EOFError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"{path} and {labels} must be an array and labels that can be read: {reason}") from error
+    if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
+        raise UsageError(
+            f"{path} must hold real numbers as (pictures, dim), got {getattr(vectors, 'shape', 'archives')}"
+        )
+    if len(names) != len(vectors):
+        raise UsageError(f"each embedding needs a label, got {len(vectors)} and {len(names)} in {labels}")
+    return unit_rows(vectors), names
+
+
+def _measure_pairs(console: Console, faces: _Faces, pairs: PairList) -> tuple[FoldAccuracy, int] | None:
+    """(accuracy in folds, pairs left out since a picture of theirs is not there)."""
+    places = _number_shots(faces)
+    known = [pair for pair in pairs.pairs if pair.first in places and pair.second in places]
+    for pair in pairs.pairs:
+        for shot in (pair.first, pair.second):
+            if shot not in places:
+                console.remark(f"line {pair.line} of the pairs: there is no picture {shot[1]} of {shot[0]}")
+    if not known:
+        raise UsageError("not one of the pairs has both its pictures here; names and numbers must be those of the list")
+    first = faces.unit[[places[pair.first] for pair in known]]
+    second = faces.unit[[places[pair.second] for pair in known]]
+    same, fold = np.array([pair.is_same for pair in known]), np.array([pair.fold for pair in known])
+    measured = _try(console, lambda: measure_folds(exact_scores(first, second), same, fold))
+    return (measured, len(pairs.pairs) - len(known)) if measured is not None else None
+
+
+def _number_shots(faces: _Faces) -> dict[Shot, int]:
+    """Where each picture is: of files NAME_0003 by their number, of embeddings by their order for each label."""
+    counts: Counter[str] = Counter()
+    places: dict[Shot, int] = {}
+    for place, (name, stem) in enumerate(zip(faces.names, faces.stems, strict=True)):
+        counts[name] += 1
+        if not stem:
+            places[name, counts[name]] = place
+        elif (number := stem.removeprefix(f"{name}_")).isdecimal() and stem != number:
+            places[name, int(number)] = place
+    return places
+
+
+def _describe_folds(accuracy: FoldAccuracy, left_out: int, path: Path | None) -> Values:
+    return {
+        "list": str(path),
+        "accuracy": accuracy.mean,
+        "standard_error": accuracy.standard_error,
+        "folds": accuracy.accuracies,
+        "thresholds": accuracy.thresholds,
+        "pairs": accuracy.pairs,
+        "left_out": left_out,
+    }
+
+
+def _describe_verification(verification: Verification) -> Values:
+    return {
+        "genuine_pairs": verification.genuine_pairs,
+        "impostor_pairs": verification.impostor_pairs,
+        "points": [asdict(point) for point in verification.points],
+    }
+
+
+def _sentence(source: str, values: Values) -> str:
+    lines = [f"{source}: {count_of(values['people'], 'person')} with {count_of(values['images'], 'picture')}"]
+    if values["failed"]:
+        lines[0] += f", {len(values['failed'])} failed"
+    if verification := values["verification"]:
+        rows = [
+            [f"{p['rate']:.0e}", *(_cells(p["threshold"], p["true_accept_rate"], p["false_accepts"], p["is_sure"]))]
+            for p in verification["points"]
+        ]
+        lines += [
+            "",
+            f"verification of {verification['genuine_pairs']:,} pairs of one person and "
+            f"{verification['impostor_pairs']:,} of two",
+            format_table(("false accept rate", "threshold", "true accept rate", "false accepts"), rows),
+        ]
+    if pairs := values["pairs"]:
+        lines += [
+            "",
+            f"accuracy on {pairs['pairs']:,} pairs in {len(pairs['folds'])} folds: {100 * pairs['accuracy']:.2f} % +- "
+            f"{100 * pairs['standard_error']:.2f}" + (f", {pairs['left_out']} left out" if pairs["left_out"] else ""),
+        ]
+    if found := values["identification"]:
+        shown = [rank for rank in RANKS if rank <= len(found["match_rates"])]
+        ranks = ", ".join(f"rank-{rank} {100 * found['match_rates'][rank - 1]:.2f} %" for rank in shown)
+        rows = [
+            [f"{p['rate']:.0e}", *(_cells(p["threshold"], p["missed_rate"], p["named_strangers"], p["is_sure"]))]
+            for p in found["points"]
+        ]
+        lines += [
+            "",
+            f"identification of {found['known']:,} pictures among {found['people']:,} persons: {ranks}",
+            format_table(("strangers named", "threshold", "known missed", "strangers"), rows),
+        ]
+    if any("?" in line for line in lines):
+        lines.append("? fewer than 10 are allowed: uncertain; - not even one: these pictures cannot tell")
+    return "\n".join(lines)
+
+
+def _cells(threshold: float | None, share: float | None, count: int, is_sure: bool) -> list[str]:
+    if threshold is None or share is None:
+        return ["-", "-", "-"]
+    return [f"{threshold:.6f}", f"{share:.4f}{'' if is_sure else ' ?'}", f"{count:,}"]
+
+
+def _render(
+    source: str, values: Values, verification: Verification | None, identification: Identification | None
+) -> str:
+    """The page's text."""
+    sure = [point for point in verification.points if point.is_sure] if verification else []
+    content: Values = {
+        "source": source,
+        "values": values,
+        "headline": asdict(sure[-1]) if sure else None,
+        "folds": list(zip(values["pairs"]["folds"], values["pairs"]["thresholds"], strict=True))
+        if values["pairs"]
+        else [],
+        "roc": None,
+        "scores": None,
+        "cmc": draw_cmc(identification.match_rates) if identification else None,
+        "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "version": __version__,
+        "versions": find_versions(),
+        "command": sys.argv[1:],
+    }
+    if verification is not None:
+        far, tar = verification.curve()
+        measured = [
+            (point.rate, point.true_accept_rate)
+            for point in verification.points
+            if point.true_accept_rate is not None and point.is_sure
+        ]
+        content["roc"] = draw_roc(far, tar, measured, verification.impostor_pairs)
+        content["scores"] = draw_scores(*verification.histogram(BINS))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["words"] = shlex.join
+    text = resources.files("outsize.pipelines").joinpath("face_evaluate.html").read_text(encoding="utf-8")
+    return environment.from_string(text).render(content)

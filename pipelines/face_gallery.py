@@ -1,0 +1,355 @@
+"""`outsize face enroll`, `identify`, `calibrate`, `remove` and `gallery`: persons into a gallery, and out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..models.faceid.embedder_file import Embedder, load_embedder
+from ..models.faceid.errors import GalleryError, HeadMemoryError
+from ..models.faceid.gallery import Answer, Gallery
+from ..models.faceid.head_plan import PROCESS_BYTES
+from ..models.faceid.images import FORMATS, ImageError, find_people, is_picture
+from ..tiler.errors import UsageError
+from ..tiler.memory import format_bytes, parse_bytes
+from ..tiler.meter import MemoryMeter
+from .console import Console, count_of, format_table
+from .face_pictures import BATCH, Pictures, embed_files, embed_people, group_by_person
+
+SHOWN = 20
+"""Names that are listed in a sentence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnrollOptions:
+    """What `face enroll` is told."""
+
+    gallery: Path
+    images: Path
+    embedder: Path
+    templates: str
+    existing: str
+    """What happens to persons who are there already: "refuse", "replace" them, or "add" templates."""
+    storage: str
+    resize: bool
+    calibrate: bool
+    memory: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdentifyOptions:
+    """What `face identify` is told."""
+
+    gallery: Path
+    images: tuple[Path, ...]
+    embedder: Path
+    k: int
+    threshold: float | None
+    fpir: float | None
+    resize: bool
+    memory: str
+
+
+def run_enroll(console: Console, options: EnrollOptions) -> bool:
+    """Enrol the persons of a folder; False where some pictures or persons could not be.
+
+    Raises:
+        GalleryError: the gallery is another embedder's, or damaged, or being changed.
+        UsageError: no pictures; persons who are there already.
+        ImageError: not one picture could be used.
+    """
+    with MemoryMeter() as meter:
+        embedder = load_embedder(options.embedder)
+        require_memory(embedder, options.memory)
+        is_new = not options.gallery.exists() or (options.gallery.is_dir() and not any(options.gallery.iterdir()))
+        gallery = None if is_new else _open(options.gallery, embedder, options.memory)
+        found = find_people(options.images)
+        there = gallery.find(found.people) if gallery is not None else set()
+        if there and options.existing == "refuse":
+            raise UsageError(
+                f"{_list_names(sorted(there))} in {options.gallery} already; --replace puts these pictures in place of "
+                f"the old, --add gives them more templates"
+            )
+        pictures = embed_people(console, embedder, found, resize=options.resize)
+        if not pictures.paths:
+            raise ImageError(f"none of the pictures in {options.images} can be used; what is wrong stands above")
+        if gallery is None:
+            gallery = Gallery.create(
+                options.gallery,
+                dim=embedder.description.dim,
+                embedder=embedder.sha256,
+                storage=options.storage,
+                memory=options.memory,
+            )
+        names, templates = group_by_person(pictures, each=options.templates == "each")
+        lost = sorted(found.people.keys() - set(names) - {path for path, _ in pictures.failed})
+        for name in lost:
+            console.remark(f"{name}: not one of its pictures can be used")
+            pictures.failed.append((name, "not one of its pictures can be used"))
+        of = gallery.calibration.of if gallery.calibration else "enrolled"
+        new = _store(gallery, names, templates, there, options.existing)
+        if options.calibrate:
+            _calibrate_again(console, gallery, of)
+    values = {
+        **describe(gallery),
+        "new_people": new,
+        "changed_people": len(set(names)) - new,
+        **pictures.counts(),
+        "embedder_source": embedder.source,
+        "peak_bytes": meter.peak_bytes,
+    }
+    changed = f", {count_of(values['changed_people'], 'person')} changed" if values["changed_people"] else ""
+    console.result(
+        f"{options.gallery}: {count_of(new, 'person')} enrolled{changed} from "
+        f"{count_of(len(pictures.paths), 'picture')}{_failed_sentence(pictures)}; {_sentence(gallery)}",
+        values,
+    )
+    return not pictures.failed
+
+
+def _store(gallery: Gallery, names: list[str], templates: Any, there: set[str], existing: str) -> int:
+    """Put templates of known and new persons into the gallery; how many persons are new."""
+    if existing == "add":
+        return gallery.enroll(names, templates, add=True)
+    old = [place for place, name in enumerate(names) if name in there]
+    fresh = [place for place, name in enumerate(names) if name not in there]
+    if old:
+        gallery.replace([names[place] for place in old], templates[old])
+    return gallery.enroll([names[place] for place in fresh], templates[fresh]) if fresh else 0
+
+
+def run_identify(console: Console, options: IdentifyOptions) -> bool:
+    """Say who is on each picture; False where some pictures could not be read.
+
+    Raises:
+        GalleryError: the gallery is another embedder's, or damaged.
+        UsageError: no pictures; a threshold and a rate at once.
+        ImageError: not one picture could be used.
+    """
+    if options.threshold is not None and options.fpir is not None:
+        raise UsageError("give either --threshold or --fpir, not both")
+    paths = _pictures_of(options.images)
+    with MemoryMeter() as meter:
+        embedder = load_embedder(options.embedder)
+        require_memory(embedder, options.memory)
+        gallery = _open(options.gallery, embedder, options.memory)
+        threshold = options.threshold if options.fpir is None else gallery.threshold_for(options.fpir)
+        if threshold is None:
+            console.remark("no threshold: the nearest are named, whoever is on the picture; --fpir rejects strangers")
+        plan = gallery.plan_identify(len(paths), options.k)
+        console.remark(plan.explain())
+        pictures = embed_files(console, embedder, paths, resize=options.resize)
+        if not pictures.paths:
+            raise ImageError("none of the pictures can be used; what is wrong stands above")
+        answers = gallery.identify(pictures.embeddings, options.k, threshold)
+    predicted = max(plan.total_bytes, PROCESS_BYTES + embedder.plan_bytes(BATCH))
+    faces = [_describe_answer(gallery, path, answer) for path, answer in zip(pictures.paths, answers, strict=True)]
+    console.result(
+        "\n".join(
+            _answer_sentence(gallery, path, answer) for path, answer in zip(pictures.paths, answers, strict=True)
+        ),
+        {
+            "faces": faces,
+            "threshold": threshold,
+            "fpir": options.fpir,
+            **pictures.counts(),
+            "peak_bytes": meter.peak_bytes,
+            "predicted_peak_bytes": predicted,
+        },
+    )
+    return not pictures.failed
+
+
+def _describe_answer(gallery: Gallery, path: Path, answer: Answer) -> dict[str, Any]:
+    matches = [
+        {"name": match.name, "score": match.score, "stranger_rate": gallery.rate_of(match.score)}
+        for match in answer.matches
+    ]
+    nearest = answer.nearest if gallery.people else None
+    return {"image": str(path), "known": bool(matches), "matches": matches, "nearest": nearest}
+
+
+def _answer_sentence(gallery: Gallery, path: Path, answer: Answer) -> str:
+    if not answer.matches:
+        nearest = f" (nearest {answer.nearest:.4f})" if gallery.people else " (the gallery is empty)"
+        return f"{path}: unknown{nearest}"
+    parts = []
+    for match in answer.matches:
+        parts.append(f"{match.name} {match.score:.4f}{_rate_sentence(gallery, match.score)}")
+    return f"{path}: {', '.join(parts)}"
+
+
+def _rate_sentence(gallery: Gallery, score: float) -> str:
+    rate, calibration = gallery.rate_of(score), gallery.calibration
+    if rate is None or calibration is None:
+        return ""
+    return f" ({100 * rate:.2g} % of strangers)" if rate else f" (none of {len(calibration.scores)} strangers)"
+
+
+def _pictures_of(places: tuple[Path, ...]) -> list[Path]:
+    """Files as they are named; of folders the pictures that lie in them."""
+    found: list[Path] = []
+    for place in places:
+        if place.is_dir():
+            inside = sorted(path for path in place.iterdir() if is_picture(path) and not path.is_dir())
+            if not inside:
+                raise UsageError(f"{place} must hold pictures ({', '.join(FORMATS)}), got none")
+            found += inside
+        elif not place.exists():
+            raise UsageError(f"{place} is not there")
+        else:
+            found.append(place)
+    return found
+
+
+def run_remove(console: Console, place: Path, names: tuple[str, ...]) -> None:
+    """Remove persons; their names and templates are in no file afterwards."""
+    gallery = Gallery.open(place)
+    before = gallery.calibration
+    templates = gallery.remove(names)
+    if before is not None:
+        _calibrate_again(console, gallery, before.of)
+    console.result(
+        f"{place}: {count_of(len(set(names)), 'person')} removed with {count_of(templates, 'template')}; "
+        f"{_sentence(gallery)}",
+        {**describe(gallery), "removed_people": len(set(names)), "removed_templates": templates},
+    )
+
+
+def _calibrate_again(console: Console, gallery: Gallery, of: str) -> None:
+    """A change discards the calibration; make one of the gallery's own persons."""
+    if of == "strangers":
+        console.remark(
+            "the calibration by strangers is out of date and deleted; outsize face calibrate makes a new one"
+        )
+    if gallery.people > 1:
+        gallery.calibrate()
+
+
+def run_calibrate(
+    console: Console, place: Path, strangers: Path | None, embedder_run: Path | None, *, resize: bool, memory: str
+) -> bool:
+    """Learn how like strangers are; False where some of their pictures could not be read.
+
+    Raises:
+        UsageError: strangers without an embedder.
+    """
+    if strangers is None:
+        gallery, pictures = Gallery.open(place, memory=memory), None
+        calibration = gallery.calibrate()
+    else:
+        if embedder_run is None:
+            raise UsageError("pictures of strangers need --embedder, the one that made the gallery")
+        embedder = load_embedder(embedder_run)
+        require_memory(embedder, memory)
+        gallery = _open(place, embedder, memory)
+        found = find_people(strangers)
+        there = gallery.find(found.people)
+        if there:
+            raise UsageError(f"strangers must not be in the gallery, but {_list_names(sorted(there))}")
+        pictures = embed_people(console, embedder, found, resize=resize)
+        if not pictures.paths:
+            raise ImageError(f"none of the pictures in {strangers} can be used; what is wrong stands above")
+        calibration = gallery.calibrate(pictures.embeddings)
+    count = len(calibration.scores)
+    rates = [rate for rate in (0.1, 0.01, 0.001, 0.0001) if rate * count >= 10]
+    thresholds = {f"{rate:g}": gallery.threshold_for(rate) for rate in rates}
+    rows = [[rate, f"{threshold:.4f}"] for rate, threshold in thresholds.items()]
+    whose = "persons of the gallery, each compared with all others" if calibration.of == "enrolled" else "strangers"
+    table = f"\n{format_table(('false positive rate', 'threshold'), rows)}" if rows else ""
+    console.result(
+        f"{place}: calibrated by {count_of(count, 'picture')} of {whose}; the highest score "
+        f"{calibration.scores[0]:.4f}{table}",
+        {
+            **describe(gallery),
+            "thresholds": thresholds,
+            "highest": calibration.scores[0],
+            **(pictures.counts() if pictures else {"failed": []}),
+        },
+    )
+    return not (pictures and pictures.failed)
+
+
+def run_gallery(console: Console, place: Path, *, names: bool, verify: bool) -> bool:
+    """Print what a gallery holds; False where it is damaged."""
+    gallery = Gallery.open(place)
+    values = describe(gallery)
+    lines = [
+        f"{place}: {_sentence(gallery)}",
+        f"embedder    {gallery.embedder}",
+        f"generation  {gallery.generation}",
+        f"calibration {_calibration_sentence(gallery)}",
+    ]
+    if verify:
+        damaged = gallery.find_damage()
+        values["damaged"] = damaged
+        lines += [f"damaged     {entry}" for entry in damaged] or ["verified    every file has its checksum"]
+    if names:
+        values["names"] = list(gallery.names())
+        lines += values["names"]
+    console.result("\n".join(lines), values)
+    return not (verify and values["damaged"])
+
+
+def _calibration_sentence(gallery: Gallery) -> str:
+    calibration = gallery.calibration
+    if calibration is None:
+        return "none; outsize face calibrate makes one, which --fpir needs"
+    whose = "persons of the gallery" if calibration.of == "enrolled" else "strangers"
+    return f"{count_of(len(calibration.scores), 'score')} of {whose}, the highest {calibration.scores[0]:.4f}"
+
+
+def require_memory(embedder: Embedder, memory: str) -> None:
+    """Refuse a budget that not even the embedder fits.
+
+    Raises:
+        HeadMemoryError: says what is needed.
+    """
+    needed, budget = PROCESS_BYTES + embedder.plan_bytes(BATCH), parse_bytes(memory)
+    if needed > budget:
+        raise HeadMemoryError(
+            f"embedding {BATCH} pictures needs {format_bytes(needed)}, the budget is {format_bytes(budget)}; allow "
+            f"more memory"
+        )
+
+
+def describe(gallery: Gallery) -> dict[str, Any]:
+    """What a gallery holds, for JSON."""
+    calibration = gallery.calibration
+    return {
+        "gallery": str(gallery.folder),
+        "people": gallery.people,
+        "templates": gallery.templates,
+        "dim": gallery.dim,
+        "storage": gallery.storage,
+        "embedder": gallery.embedder,
+        "generation": gallery.generation,
+        "stored_bytes": gallery.stored_bytes,
+        "calibration": {"scores": len(calibration.scores), "of": calibration.of} if calibration else None,
+    }
+
+
+def _sentence(gallery: Gallery) -> str:
+    return (
+        f"{count_of(gallery.people, 'person')} with {count_of(gallery.templates, 'template')} of {gallery.dim} numbers "
+        f"in {gallery.storage}, {format_bytes(gallery.stored_bytes)}"
+    )
+
+
+def _failed_sentence(pictures: Pictures) -> str:
+    return f", {len(pictures.failed)} failed" if pictures.failed else ""
+
+
+def _list_names(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more} {'is' if len(names) == 1 else 'are'}"
+
+
+def _open(place: Path, embedder: Embedder, memory: str) -> Gallery:
+    try:
+        return Gallery.open(place, embedder=embedder.sha256, memory=memory)
+    except GalleryError as error:
+        if "another embedder" in str(error):
+            raise GalleryError(f"{error} (now: {embedder.source})") from error
+        raise

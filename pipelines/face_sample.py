@@ -1,0 +1,39 @@
+"""`outsize face sample`: pictures of synthetic identities, to try the commands with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..models.faceid.pair_list import Pair, PairList, write_pairs
+from ..sample_data.faces import FOLDS, draw_pairs, write_faces
+from ..tiler.errors import UsageError
+from .console import Console, count_of
+
+PAIRS = 30
+"""Of one identity, and of two, in each fold."""
+
+
+def run_face_sample(console: Console, folder: Path, *, identities: int, images: int, first: int, seed: int) -> None:
+    """Write the pictures, and pairs where there are identities enough for ten folds.
+
+    Raises:
+        UsageError: the folder holds something.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise UsageError(f"{folder} must be a new or empty folder, got files there")
+    written = write_faces(folder, identities=identities, images=images, first=first, seed=seed)
+    pairs = None
+    if identities >= 2 * FOLDS:
+        drawn = draw_pairs(identities=identities, images=images, count=PAIRS, first=first, seed=seed)
+        numbered = [
+            Pair(fold=place // (2 * PAIRS), first=one, second=two, line=place + 2)
+            for place, (one, two) in enumerate(drawn)
+        ]
+        pairs = folder / "pairs.txt"
+        write_pairs(pairs, PairList(folds=FOLDS, pairs=numbered))
+    console.result(
+        f"{folder}: {count_of(written, 'picture')} of {identities} synthetic identities"
+        f"{f', pairs in {pairs}' if pairs else ''}",
+        {"out": str(folder), "images": written, "identities": identities, "pairs": str(pairs) if pairs else None},
+    )

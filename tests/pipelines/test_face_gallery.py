@@ -1,0 +1,312 @@
+"""`outsize face sample, evaluate, enroll, identify, calibrate, remove, gallery` as their user calls them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from outsize.models.faceid.checkpoint import save_checkpoint
+from outsize.models.faceid.embedder import SmallEmbedder
+from outsize.models.faceid.embedder_file import BACKBONE, DESCRIPTION, EmbedderDescription, load_embedder
+from outsize.models.faceid.gallery import Gallery
+from outsize.models.faceid.head import ShardedMarginHead
+from outsize.models.faceid.images import read_picture
+from outsize.models.faceid.row_rules import SGD
+from outsize.models.faceid.top_k import unit_rows
+from outsize.sample_data.identities import PIXEL_MEAN, PIXEL_SCALE, SIZE
+from outsize.tests import commands
+from PIL import Image
+
+PEOPLE, PICTURES, DIM = 24, 3, 32
+
+
+def outsize(*words: str | Path, code: int = 0) -> tuple[dict[str, Any], str]:
+    """(values, what stands on stderr) of a command."""
+    done = commands.outsize_here("--json", "face", *words)
+    assert done.returncode == code, done.stderr
+    return (json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else {}), done.stderr
+
+
+def make_embedder(folder: Path, seed: int) -> None:
+    """An embedder that nothing has trained, as `face train` saves it."""
+    torch.manual_seed(seed)
+    described = EmbedderDescription(
+        architecture="small", dim=DIM, height=SIZE, width=SIZE, mean=PIXEL_MEAN, scale=PIXEL_SCALE
+    )
+    weights = safetensors.torch.save(SmallEmbedder(DIM).state_dict())
+    head = ShardedMarginHead(5, DIM, rule=SGD(lr=1), tablet_rows=8, block_rows=8)
+    save_checkpoint(head, folder, 1, extra={DESCRIPTION: described.to_bytes(), BACKBONE: weights})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """people/ and strangers/ of synthetic identities, faces/ and other/ of embedders."""
+    root = tmp_path_factory.mktemp("world")
+    outsize("sample", root / "people", "--identities", str(PEOPLE), "--images", str(PICTURES))
+    outsize("sample", root / "strangers", "--identities", "7", "--images", "2", "--first", "5000")
+    make_embedder(root / "faces", 0)
+    make_embedder(root / "other", 1)
+    return root
+
+
+@pytest.fixture
+def gallery(world: Path, tmp_path: Path) -> Path:
+    outsize("enroll", tmp_path / "g", world / "people", "--embedder", world / "faces")
+    return tmp_path / "g"
+
+
+def name(number: int) -> str:
+    return f"identity-{1_000_000 + number:06d}"
+
+
+def test_the_sample_is_the_same_for_the_same_options(world: Path, tmp_path: Path) -> None:
+    outsize("sample", tmp_path / "again", "--identities", str(PEOPLE), "--images", str(PICTURES))
+    files = sorted(path.relative_to(world / "people") for path in (world / "people").rglob("*.*"))
+    assert len(files) == PEOPLE * PICTURES + 1
+    assert all((tmp_path / "again" / file).read_bytes() == (world / "people" / file).read_bytes() for file in files)
+    assert outsize("sample", tmp_path / "again", code=2)[1].startswith(f"outsize: error: {tmp_path / 'again'} must be")
+
+
+def test_persons_are_enrolled_found_and_removed(world: Path, tmp_path: Path) -> None:
+    place, embedder = tmp_path / "g", ("--embedder", world / "faces")
+    made, _ = outsize("enroll", place, world / "people", *embedder)
+    assert (made["new_people"], made["people"], made["templates"], made["images"]) == (PEOPLE, PEOPLE, PEOPLE, 72)
+    assert made["failed"] == []
+    assert made["calibration"] == {"scores": PEOPLE, "of": "enrolled"}
+    assert made["embedder"] == load_embedder(world / "faces").sha256
+    # The template is the mean of the unit embeddings; the answer is the dense one.
+    loaded = load_embedder(world / "faces")
+    vectors = [
+        unit_rows(loaded.embed(torch.from_numpy(read_picture(path, SIZE, SIZE).pixels)[None]))[0]
+        for path in sorted((world / "people").glob("*/*.png"))
+    ]
+    rows = unit_rows(np.array(vectors, np.float64).reshape(PEOPLE, PICTURES, DIM).mean(axis=1))
+    pictures = [world / "people" / name(n) / f"{name(n)}_0002.png" for n in (3, 9)]
+    found, said = outsize("identify", place, *pictures, *embedder, "-k", "3")
+    assert "no threshold" in said
+    assert "kept in memory" in said
+    for face, number in zip(found["faces"], (3, 9), strict=True):
+        scores = rows @ vectors[number * PICTURES + 1]
+        best = np.argsort(-scores)[:3]
+        assert [match["name"] for match in face["matches"]] == [name(n) for n in best]
+        assert [match["score"] for match in face["matches"]] == pytest.approx(scores[best].tolist(), abs=1e-5)
+        assert face["nearest"] == face["matches"][0]["score"]
+        assert 0 <= face["matches"][0]["stranger_rate"] <= face["matches"][2]["stranger_rate"] <= 1
+    gone, _ = outsize("remove", place, name(3), name(5))
+    assert (gone["removed_people"], gone["people"], gone["calibration"]["scores"]) == (2, PEOPLE - 2, PEOPLE - 2)
+    shown, _ = outsize("gallery", place, "--names", "--verify")
+    assert shown["names"] == [name(n) for n in range(PEOPLE) if n not in (3, 5)]
+    assert shown["damaged"] == []
+    assert outsize("remove", place, name(3), code=2)[1].endswith(f"error: {name(3)} is not in the gallery\n")
+
+
+def test_who_is_there_already_is_refused_replaced_or_given_more(world: Path, gallery: Path, tmp_path: Path) -> None:
+    embedder = ("--embedder", world / "faces")
+    shutil.copytree(world / "people" / name(2), tmp_path / "two" / name(2))
+    shutil.copytree(world / "strangers" / "identity-005001", tmp_path / "two" / "Ada Lovelace")
+    _, said = outsize("enroll", gallery, tmp_path / "two", *embedder, code=2)
+    assert f"{name(2)} is in {gallery} already; --replace puts" in said
+    added, _ = outsize("enroll", gallery, tmp_path / "two", *embedder, "--add", "--templates", "each")
+    assert (added["new_people"], added["changed_people"], added["templates"]) == (1, 1, PEOPLE + 5)
+    replaced, _ = outsize("enroll", gallery, tmp_path / "two", *embedder, "--replace", "--no-calibrate")
+    assert (replaced["new_people"], replaced["changed_people"], replaced["templates"]) == (0, 2, PEOPLE + 1)
+    assert replaced["calibration"] is None
+    outsize("enroll", gallery, tmp_path / "two", *embedder, "--replace", "--add", code=2)
+
+
+def test_another_embedder_is_refused_by_its_hash(world: Path, gallery: Path) -> None:
+    picture = world / "people" / name(0) / f"{name(0)}_0001.png"
+    hashes = [load_embedder(world / kind).sha256[:16] for kind in ("faces", "other")]
+    for words in (("identify", gallery, picture), ("enroll", gallery, world / "strangers")):
+        _, said = outsize(*words, "--embedder", world / "other", code=1)
+        assert f"was made by another embedder: {hashes[0]} there, {hashes[1]} now" in said
+        assert str(world / "other") in said
+    assert (
+        "must be a folder that outsize face train made"
+        in outsize("identify", gallery, picture, "--embedder", world / "people", code=1)[1]
+    )
+
+
+def test_bad_pictures_are_named_and_counted_and_the_others_enrolled(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    for number in range(4):
+        shutil.copytree(world / "people" / name(number), folder / name(number))
+    (folder / name(0) / "cut.png").write_bytes((folder / name(0) / f"{name(0)}_0001.png").read_bytes()[:600])
+    Image.new("RGB", (SIZE + 1, SIZE)).save(folder / name(0) / "large.png")
+    Image.open(folder / name(1) / f"{name(1)}_0001.png").convert("L").save(folder / name(1) / "grey.png")
+    shutil.copy(folder / name(1) / f"{name(1)}_0001.png", folder / name(1) / "twice.png")
+    shutil.copy(folder / name(1) / f"{name(1)}_0002.png", folder / name(2) / "stolen.png")
+    (folder / "nobody").mkdir()
+    (folder / "only bad").mkdir()
+    (folder / "only bad" / "x.jpg").write_bytes(b"x")
+    (folder / "notes.txt").touch()
+    made, said = outsize("enroll", tmp_path / "g", folder, "--embedder", world / "faces", code=3)
+    reasons = {Path(entry["path"]).name: entry["reason"] for entry in made["failed"]}
+    assert reasons.keys() == {"cut.png", "large.png", "stolen.png", "x.jpg", "nobody", "only bad"}
+    assert "it must have that size, 32 x 32 pixels, got 32 x 33" in reasons["large.png"]
+    assert reasons["stolen.png"].startswith("it is the same file as")
+    assert "its folder has no picture" in reasons["nobody"]
+    assert reasons["only bad"] == "not one of its pictures can be used"
+    assert (made["people"], made["images"], made["grey_images"], made["doubled_images"]) == (4, 13, 1, 1)
+    for line in ("1 file left alone", "1 picture without colour", "the same file comes twice for one person"):
+        assert line in said
+    found, _ = outsize("identify", tmp_path / "g", folder / name(0), "--embedder", world / "faces", code=3)
+    assert (len(found["faces"]), len(found["failed"])) == (3, 2)
+    bad = ("identify", tmp_path / "g", folder / "only bad" / "x.jpg", "--embedder", world / "faces")
+    assert "none of the pictures can be used" in outsize(*bad, code=1)[1]
+    empty = ("identify", tmp_path / "g", folder / "nobody", "--embedder", world / "faces")
+    assert "must hold pictures" in outsize(*empty, code=2)[1]
+    assert (
+        "must hold a folder for each person"
+        in outsize("enroll", tmp_path / "g", folder / "nobody", "--embedder", world / "faces", code=2)[1]
+    )
+    assert (
+        "is not there"
+        in outsize("identify", tmp_path / "g", folder / "none.png", "--embedder", world / "faces", code=2)[1]
+    )
+    resized, _ = outsize(
+        "identify", tmp_path / "g", folder / name(0), "--embedder", world / "faces", "--resize", code=3
+    )
+    assert (resized["images"], resized["resized_images"]) == (3, 0)  # 32 x 33 is of another shape
+
+
+def test_strangers_set_the_threshold(world: Path, gallery: Path) -> None:
+    embedder = ("--embedder", world / "faces")
+    picture = world / "strangers" / "identity-005000"
+    _, said = outsize("identify", gallery, picture, *embedder, "--fpir", "0.1", code=2)
+    assert "needs a calibration of at least 100 faces, this one has 24" in said
+    made, _ = outsize("calibrate", gallery, world / "strangers", *embedder)
+    assert made["calibration"] == {"scores": 14, "of": "strangers"}
+    found, _ = outsize("identify", gallery, world / "strangers" / "identity-005000", *embedder, "--fpir", "0.8")
+    assert found["threshold"] == Gallery.open(gallery).threshold_for(0.8)
+    everyone = [
+        outsize("identify", gallery, folder, *embedder, "--threshold", str(made["highest"]))[0]["faces"]
+        for folder in sorted((world / "strangers").iterdir())
+        if folder.is_dir()
+    ]
+    assert not any(face["known"] for faces in everyone for face in faces)
+    assert all(face["nearest"] is not None for faces in everyone for face in faces)
+    _, said = outsize("enroll", gallery, world / "strangers", *embedder)
+    assert "the calibration by strangers is out of date" in said
+    assert (
+        "strangers must not be in the gallery"
+        in outsize("calibrate", gallery, world / "strangers", *embedder, code=2)[1]
+    )
+    assert "need --embedder" in outsize("calibrate", gallery, world / "strangers", code=2)[1]
+    assert outsize("calibrate", gallery)[0]["calibration"] == {"scores": PEOPLE + 7, "of": "enrolled"}
+    both = ("identify", gallery, picture, *embedder, "--threshold", "0.5", "--fpir", "0.5")
+    assert "either --threshold or --fpir" in outsize(*both, code=2)[1]
+
+
+def test_damage_ends_with_code_1(gallery: Path) -> None:
+    rows = next(gallery.glob("rows-*"))
+    rows.write_bytes(rows.read_bytes()[:-1] + b"\7")
+    shown, _ = outsize("gallery", gallery, "--verify", code=1)
+    assert shown["damaged"] == [f"{rows.name}: its checksum is not the manifest's"]
+    assert "is no gallery" in outsize("gallery", gallery.parent, code=1)[1]
+
+
+class _Page(HTMLParser):
+    """Tags in their order, and that each is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_an_embedder_is_evaluated_with_a_page(world: Path, tmp_path: Path) -> None:
+    people, page = world / "people", tmp_path / "page.html"
+    words = ("evaluate", people, "--embedder", world / "faces", "--pairs", people / "pairs.txt", "--report", page)
+    found, said = outsize(*words, "--far", "0.5,1e-1,1e-6")
+    assert found["verification"]["genuine_pairs"] == PEOPLE * 3
+    assert found["verification"]["impostor_pairs"] == 72 * 71 // 2 - PEOPLE * 3
+    half, tenth, none = found["verification"]["points"]
+    assert 0.2 < tenth["true_accept_rate"] < half["true_accept_rate"] <= 1
+    assert (none["threshold"], none["true_accept_rate"]) == (None, None)
+    assert len(found["pairs"]["folds"]) == 10
+    assert found["pairs"]["pairs"] == 600
+    assert 0.5 < found["pairs"]["accuracy"] < 1
+    assert 0.1 < found["identification"]["match_rates"][0] <= found["identification"]["match_rates"][-1] == 1.0
+    text = page.read_text()
+    parser = _Page()
+    parser.feed(text)
+    assert parser.open == []
+    lines = [attributes["points"] or "" for tag, attributes in parser.seen if tag == "polyline"]
+    assert len(lines) == 4  # ROC, two of scores, CMC
+    for line in lines:
+        points = np.array([point.split(",") for point in line.split()], float)
+        assert points.min() >= -0.1
+        assert (points.max(axis=0) <= (720.1, 240.1)).all()
+        assert len(points) > 5
+    assert not re.search(r"(src|href)=", text)
+    assert "http" not in text
+    assert "too few pairs to tell" in text
+    assert "exists" in outsize(*words, code=1)[1]
+    assert found["failed"] == []
+    assert "1 file left alone" in said
+
+
+def test_embeddings_give_the_same_numbers_as_pictures(world: Path, tmp_path: Path) -> None:
+    people = world / "people"
+    embedder = load_embedder(world / "faces")
+    files = sorted(people.glob("*/*.png"))
+    pixels = torch.from_numpy(np.stack([read_picture(file, SIZE, SIZE).pixels for file in files]))
+    np.save(tmp_path / "e.npy", embedder.embed(pixels).numpy())
+    (tmp_path / "names.txt").write_text("\n".join(file.parent.name for file in files))
+    arrays = ("--embeddings", tmp_path / "e.npy", "--labels", tmp_path / "names.txt")
+    found, _ = outsize("evaluate", *arrays, "--pairs", people / "pairs.txt")
+    expected, _ = outsize("evaluate", people, "--embedder", world / "faces", "--pairs", people / "pairs.txt")
+    assert found["pairs"]["accuracy"] == pytest.approx(expected["pairs"]["accuracy"], abs=0.01)
+    for one, other in zip(found["verification"]["points"], expected["verification"]["points"], strict=True):
+        assert (one["allowed"], one["is_sure"]) == (other["allowed"], other["is_sure"])
+        if one["threshold"] is not None:
+            assert one["threshold"] == pytest.approx(other["threshold"], abs=1e-5)
+    assert found["identification"]["match_rates"] == pytest.approx(expected["identification"]["match_rates"], abs=0.03)
+    np.save(tmp_path / "labels.npy", np.arange(len(files)) // PICTURES)
+    numbered, _ = outsize("evaluate", "--embeddings", tmp_path / "e.npy", "--labels", tmp_path / "labels.npy")
+    assert numbered["verification"]["points"] == found["verification"]["points"]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((), "give either a folder of pictures with --embedder, or --embeddings"),
+        (("{people}",), "pictures need --embedder"),
+        (("--embeddings", "{e}"), "--embeddings needs --labels"),
+        (
+            ("--embeddings", "{people}/pairs.txt", "--labels", "{people}/pairs.txt"),
+            "an array and labels that can be read",
+        ),
+        (("--embeddings", "{e}", "--labels", "{people}/pairs.txt"), "each embedding needs a label, got 3 and 601"),
+        (("{people}", "--embedder", "{faces}", "--far", "2"), "a rate must be"),
+        (("{people}", "--embedder", "{faces}", "--report", "x.png"), "its name ends in .html"),
+        (("{people}", "--embedder", "{faces}", "--pairs", "{e}"), "must be a list of pairs as text"),
+        (("{people}", "--embedder", "{faces}", "--memory", "300MB"), "the budget is 300 MB"),
+    ],
+)
+def test_contradictions_are_refused_before_the_work(
+    world: Path, tmp_path: Path, words: tuple[str, ...], reason: str
+) -> None:
+    np.save(tmp_path / "e.npy", np.eye(3))
+    places = {"people": world / "people", "faces": world / "faces", "e": tmp_path / "e.npy"}
+    _, said = outsize("evaluate", *(word.format(**places) for word in words), code=2)
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("outsize: error: ")
+    assert reason in last
