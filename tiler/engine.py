@@ -54,10 +54,10 @@ torch on the CPU, which holds the operands of a convolution in two orders at mos
 WIDER_PIXELS = {"uint16": "int32", "uint32": "int64"}
 """Pixel types that OpenVINO's converter does not know, and what holds all their values."""
 
-ENGINE_EFFICIENCY: dict[str, float] = {"openvino": 0.6, "torch": 0.15, "cuda": 0.3}
+ENGINE_EFFICIENCY: dict[str, float] = {"openvino": 0.8, "torch": 0.15, "cuda": 0.3}
 """Share of a large matrix product's speed that the default network reaches in a run; measured, on CUDA supposed; for
 estimates only."""
-PRECISION_SPEED: dict[Precision, float] = {"float32": 1.0, "int8": 2.5, "bfloat16": 1.0, "float16": 1.0, "tf32": 2.0}
+PRECISION_SPEED: dict[Precision, float] = {"float32": 1.0, "int8": 2.0, "bfloat16": 1.0, "float16": 1.0, "tf32": 2.0}
 """How many times faster than float32 that is; measured for int8, for estimates only."""
 
 
