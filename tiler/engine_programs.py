@@ -9,7 +9,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,7 @@ class Converter:
         self.axes = self.network.on_image(shape_yx)
         self._sizes = hash_sizes(self.network, self.network.padded_shape(shape_yx))
         self._cache = ProgramCache(cache_name(self.network))
+        self._used, self._is_new = set[str](), False
 
     def convert(self, rows: AxisGeometry, columns: AxisGeometry) -> ModelParts:
         """The program of the cores that share those geometries.
@@ -84,11 +85,17 @@ class Converter:
         """
         key = f"{geometry_key(rows)}-{geometry_key(columns)}-{self._sizes}"
         found = self._cache.read(key)
+        self._used.add(key)
         if found is None:
             found = _convert(Program(self.network, rows, columns))
             self._cache.write(key, found)
-            self._cache.trim()
+            self._is_new = True
         return found
+
+    def tidy(self) -> None:
+        """Where programs were made, keep the cache's limit."""
+        if self._is_new:
+            self._cache.trim(self._used)
 
 
 def _name(network: Network) -> str:
@@ -97,17 +104,23 @@ def _name(network: Network) -> str:
 
 def cache_name(network: Network) -> str:
     """Of what is kept on this machine for a network: equal only where the same weights go through the same code."""
-    parts = [hash_network(network), _name(network), _hash_sources(), version("torch"), version("openvino")]
+    parts = [hash_network(network), _name(network), _hash_sources(), version("torch"), _openvino_version()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _openvino_version() -> str:
+    try:
+        return version("openvino")
+    except PackageNotFoundError:  # the memory that torch takes is kept too
+        return "absent"
 
 
 @cache
 def _hash_sources() -> str:
-    """Of the files that decide what a program computes."""
+    """Of every file of this folder: which of them decide what a program computes is not worth being wrong about."""
     digest = hashlib.sha256()
-    names = ("axis_geometry", "engine_openvino", "engine_programs", "openvino_rewrite", "operations", "program")
-    for name in (*names, "program_ir", "receptive", "rules"):
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()
 
 
@@ -165,6 +178,7 @@ def pack_programs(
             models[f"{row_key}-{column_key}"] = converter.convert(row, column)
             if report is not None:
                 report(len(models), len(pairs))
+        converter.tidy()
         graphs, weights = join_models(models)
         payload = (pickle.dumps((converter.axes, _name(converter.network), graphs)), weights)
     return EngineProgram(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .engine import EngineProgram, Precision
 from .errors import EngineError
 from .graph import WithLogits, operation_name
-from .program_cache import cache_folder
+from .program_cache import compiled_folder
 
 if TYPE_CHECKING:
     from .network import Network
@@ -122,7 +122,7 @@ class Forward:
 def prepare_compiler() -> None:
     """What is compiled is kept in the user's cache, and made in this process alone: a pool of compilers has memory that
     no plan knows of."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_folder()))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     # Each window shape is compiled for itself; the default would give up after eight.
     torch._dynamo.config.recompile_limit = 1024

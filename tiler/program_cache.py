@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from .memory import parse_bytes
@@ -56,10 +57,11 @@ class ProgramCache:
             return None
         with contextlib.suppress(OSError):
             os.utime(self._folder)
+            os.utime(self._folder / f"{key}.xml")
         return ModelParts(graph=graph, constants=constants)
 
     def write(self, key: str, model: ModelParts) -> None:
-        """Keep a program; the network's that were not used for longest go where there is too much."""
+        """Keep a program."""
         try:
             (self._folder / "constants").mkdir(mode=0o700, parents=True, exist_ok=True)
             for name, value in model.constants.items():
@@ -82,18 +84,40 @@ class ProgramCache:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _write(self._folder / name, text.encode())
 
-    def trim(self) -> None:
-        """Delete other networks' programs, those not used for longest first, until the limit is kept."""
+    def trim(self, used: Collection[str] = ()) -> None:
+        """Until the limit is kept, delete what was not used for longest: other networks and what torch.compile keeps,
+        then this network's programs that are not `used`."""
         limit = parse_bytes(os.environ.get(LIMIT_VARIABLE) or LIMIT)
         with contextlib.suppress(OSError):
-            folders = sorted((p for p in self._root.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
-            sizes = {p: sum(file.stat().st_size for file in p.rglob("*") if file.is_file()) for p in folders}
-            for folder in folders:
-                if sum(sizes.values()) <= limit:
-                    break
-                if folder != self._folder:
+            folders = [place for place in self._root.iterdir() if place.is_dir()]
+            compiled = compiled_folder()
+            folders += [compiled] if compiled.is_dir() else []
+            sizes = {folder: _size_of(folder) for folder in folders}
+            for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime):
+                if sum(sizes.values()) > limit and folder != self._folder:
                     shutil.rmtree(folder, ignore_errors=True)
                     del sizes[folder]
+            if sum(sizes.values()) > limit:
+                self._trim_own(sum(sizes.values()) - limit, used)
+
+    def _trim_own(self, excess: int, used: Collection[str]) -> None:
+        graphs = sorted(self._folder.glob("*.xml"), key=lambda graph: graph.stat().st_mtime)
+        needed = {graph: set(names_of(graph.read_bytes()[65:])) for graph in graphs}
+        for graph in graphs:
+            if excess > 0 and graph.stem not in used:
+                freed = needed.pop(graph).difference(*needed.values())
+                for file in (graph, *(self._folder / "constants" / name for name in freed)):
+                    excess -= file.stat().st_size
+                    file.unlink()
+
+
+def compiled_folder() -> Path:
+    """Where torch.compile keeps what it has made."""
+    return cache_folder() / "compiled"
+
+
+def _size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _write(path: Path, value: bytes) -> None:

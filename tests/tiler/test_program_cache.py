@@ -137,6 +137,26 @@ def test_the_limit_is_kept_and_the_newest_stay(folder: Path, monkeypatch: pytest
     assert sorted(path.name for path in (folder / "programs").iterdir()) == ["newer", "newest"]
 
 
+def test_the_networks_own_programs_keep_the_limit_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but those in use, the oldest first, with the constants that nothing else needs."""
+    net = network()
+    pack_programs(net, "openvino", 2, SHAPE, ROWS, COLUMNS)
+    graphs = list((folder / "programs").rglob("*.xml"))
+    middle = graphs[len(graphs) // 2].stem
+    cache = ProgramCache(graphs[0].parent.name)
+    monkeypatch.setenv("OUTSIZE_CACHE_LIMIT", "1kB")
+    before = cache.read(middle)
+    assert before is not None
+    cache.trim({middle})
+    (left,) = (folder / "programs").rglob("*.xml")
+    assert left.stem == middle
+    assert cache.read(middle) == before
+    assert {file.name for file in (folder / "programs").rglob("constants/*")} == set(before.constants)
+    cache.trim()
+    assert not list((folder / "programs").rglob("*.xml"))
+    assert not list((folder / "programs").rglob("constants/*"))
+
+
 def test_programs_of_position_dependent_weights_are_few() -> None:
     """Indices and weights of resampling are inputs: tiles share programs though each has its own."""
     net = network("unet bilinear corners")
