@@ -45,8 +45,10 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
-	$(BIN)/python -m outsize.tests.benchmarks.segment
-	$(BIN)/python -m outsize.tests.benchmarks.segment --size 2048 --peers
+	mkdir -p bench
+	$(BIN)/python -m outsize.tests.benchmarks.segment --json bench/8192.json
+	$(BIN)/python -m outsize.tests.benchmarks.segment --size 2048 --peers --json bench/2048.json
+	$(BIN)/python -m outsize.tests.benchmarks.figures bench/*.json --folder bench
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info $(DEMO)

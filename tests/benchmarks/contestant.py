@@ -33,6 +33,7 @@ NAMES = (
     "monai 0.5",
     "map_overlap",
     "window loop",
+    "window loop openvino",
     "whole",
 )
 CHUNK = 1024
@@ -151,25 +152,54 @@ def run_map_overlap(scene: Path, out: Path, module: nn.Module, halo: int) -> dic
     return {"seconds": time.perf_counter() - began}
 
 
-def run_window_loop(scene: Path, out: Path, module: nn.Module, halo: int) -> dict[str, Any]:
-    """What one writes by hand: windows of a tiled GeoTIFF with the exact halo, by rasterio, and torch."""
+Infer = Callable[[np.ndarray], np.ndarray]
+"""(bands, height, width) -> (1, height, width) classes."""
+
+
+def infer_by_torch(module: nn.Module) -> Infer:
+    module = module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    def infer(image: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return module(torch.from_numpy(image)[None].contiguous(memory_format=torch.channels_last))[0].numpy()
+
+    return infer
+
+
+def infer_by_openvino(module: nn.Module, bands: int, dtype: str) -> Infer:
+    """The graph as it is, compiled once for each shape of windows."""
+    import outsize
+
+    from ...tiler.engine_openvino import OpenVinoEngine, convert_network
+
+    converted = convert_network(outsize.analyze_network(module, bands=bands, dtype=dtype), cpu_count())
+    engines: dict[tuple[int, ...], OpenVinoEngine] = {}
+
+    def infer(image: np.ndarray) -> np.ndarray:
+        if image.shape not in engines:
+            engines[image.shape] = OpenVinoEngine(converted, rewrite=False)
+        return engines[image.shape].run(image)
+
+    return infer
+
+
+def run_window_loop(scene: Path, out: Path, infer: Infer, halo: int) -> dict[str, Any]:
+    """What one writes by hand: windows of a tiled GeoTIFF with the exact halo, by rasterio."""
     import rasterio
     from rasterio.windows import Window
 
-    module = module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     source = scene.parent / "image.tif"
     began = time.perf_counter()
     with rasterio.open(source) as dataset:
         height, width = dataset.shape
         profile = {**dataset.profile, "count": 1}
-        with rasterio.open(out.with_suffix(".tif"), "w", **profile) as result, torch.inference_mode():
+        with rasterio.open(out.with_suffix(".tif"), "w", **profile) as result:
             for y in range(0, height, CHUNK):
                 for x in range(0, width, CHUNK):
                     top, left = max(0, y - halo), max(0, x - halo)
                     bottom, right = min(height, y + CHUNK + halo), min(width, x + CHUNK + halo)
                     image = dataset.read(window=Window(left, top, right - left, bottom - top))
-                    tensor = torch.from_numpy(image)[None].contiguous(memory_format=torch.channels_last)
-                    classes = module(tensor)[0, 0].numpy()
+                    classes = infer(image)[0]
                     core = classes[y - top : y - top + CHUNK, x - left : x - left + CHUNK]
                     result.write(core, 1, window=Window(x, y, core.shape[1], core.shape[0]))
     seconds = time.perf_counter() - began
@@ -205,8 +235,12 @@ def main() -> None:
                 found = run_monai(options.scene, options.out, module, float(options.name.split()[1]))
             elif options.name == "map_overlap":
                 found = run_map_overlap(options.scene, options.out, module, halo)
+            elif options.name == "window loop":
+                found = run_window_loop(options.scene, options.out, infer_by_torch(module), halo)
             else:
-                found = run_window_loop(options.scene, options.out, module, halo)
+                image = zarr.open_array(options.scene, path="image", mode="r")
+                infer = infer_by_openvino(module, image.shape[0], str(image.dtype))
+                found = run_window_loop(options.scene, options.out, infer, halo)
     print(json.dumps(found))
 
 

@@ -22,6 +22,7 @@ COLOURS = {
     "outsize": "#1a73e8",
     "outsize int8": "#12805c",
     "window loop": "#e8710a",
+    "window loop openvino": "#8d4e00",
     "map_overlap": "#9334e6",
     "monai 0.25": "#d93025",
     "monai 0.5": "#f29900",

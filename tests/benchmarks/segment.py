@@ -11,9 +11,11 @@ and with --json writes every run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
-import statistics
+import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -25,14 +27,14 @@ import numpy as np
 import psutil
 import zarr
 
-from ...pipelines.console import format_table
 from ...sample_data.scene import Scene
 from ...sample_data.write import write_scene
-from ...tiler.machine import cpu_count
+from ...tiler.machine import cpu_count, find_versions
 from ...tiler.meter import process_bytes
 from .contestant import NAMES
+from .figures import collect, format_markdown
 
-PEERS = ("monai 0.25", "monai 0.5", "map_overlap", "window loop")
+PEERS = ("monai 0.25", "monai 0.5", "map_overlap", "window loop", "window loop openvino")
 LARGEST_WHOLE = 2048
 """Side up to which the whole image is run at once."""
 
@@ -46,7 +48,10 @@ def run(name: str, scene: Path, out: Path, options: argparse.Namespace, *more: s
     command = [sys.executable, "-W", "ignore", "-m", "outsize.tests.benchmarks.contestant", name, str(scene), str(out)]
     command += ["--network", options.network, "--memory", options.memory, *more]
     peak = 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with (
+        tempfile.TemporaryFile("w+") as errors,  # nobody empties a pipe while the memory is watched
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
         me = psutil.Process(process.pid)
         while process.poll() is None:
             try:
@@ -54,9 +59,11 @@ def run(name: str, scene: Path, out: Path, options: argparse.Namespace, *more: s
             except psutil.NoSuchProcess:
                 break
             time.sleep(1)
-        answer, errors = process.communicate()
+        answer, _ = process.communicate()
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
     if process.returncode:
-        return {"name": name, "error": (errors.strip().splitlines() or ["killed"])[-1]}
+        return {"name": name, "error": (said or ["killed"])[-1]}
     found = json.loads(answer.splitlines()[-1])
     return {"name": name, "mpx_per_s": options.size**2 / found["seconds"] / 1e6, "peak_bytes": peak, **found}
 
@@ -106,7 +113,7 @@ def main() -> None:
         scene = folder / "scene.zarr"
         if not scene.exists():
             write_scene(folder, Scene(height=options.size, width=options.size, seed=1))
-        if "window loop" in names and not (folder / "image.tif").exists():
+        if any("loop" in name for name in names) and not (folder / "image.tif").exists():
             write_geotiff(scene)
         reference = Path(temporary, "outsize.zarr")
         if options.size <= LARGEST_WHOLE:
@@ -121,39 +128,29 @@ def main() -> None:
                     found["flipped"] = count_flipped(out, reference)
                 runs.append({"round": number + 1, **found})
                 print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
-    rows: list[list[str]] = []
-    bare = [r.get("mpx_per_s", float("nan")) for r in runs if r["name"] == "bare"]
-    for name in names:
-        mine = [r for r in runs if r["name"] == name and "error" not in r]
-        if not mine:
-            rows.append([name, next(r["error"] for r in runs if r["name"] == name), "", "", ""])
-            continue
-        speeds = [r["mpx_per_s"] for r in mine]
-        ratios = [speed / b for speed, b in zip(speeds, bare, strict=False)]
-        flipped = [r["flipped"] for r in mine if "flipped" in r]
-        rows.append(
-            [
-                name,
-                f"{statistics.median(speeds):.2f}",
-                f"{statistics.median(ratios):.3f}" if ratios else "",
-                f"{max(r['peak_bytes'] for r in mine) / 1e9:.2f}",
-                f"{max(flipped):,}" if flipped else "",
-            ]
-        )
-    print(format_table(["", "Mpx/s", "ratio to bare", "peak GB", "flipped px"], rows))
+    measured = {
+        "command": shlex.join(["python", "-m", "outsize.tests.benchmarks.segment", *sys.argv[1:]]),
+        "machine": describe_machine(),
+        "size": options.size,
+        "network": options.network,
+        "memory": options.memory,
+        "runs": runs,
+    }
+    print(format_markdown(collect([measured])))
+    for error in dict.fromkeys(f"{found['name']}: {found['error']}" for found in runs if "error" in found):
+        print(error)
     if options.json:
-        values = {
-            "options": {
-                key: value for key, value in vars(options).items() if not isinstance(value, Path) and value is not None
-            },
-            "size": options.size,
-            "network": options.network,
-            "memory": options.memory,
-            "cpus": cpu_count(),
-            "machine": platform.processor() or platform.machine(),
-            "runs": runs,
-        }
-        options.json.write_text(json.dumps(values, indent=1) + "\n")
+        options.json.write_text(json.dumps(measured, indent=1) + "\n")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, memory and versions."""
+    model = platform.machine()
+    with contextlib.suppress(OSError):
+        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        model = names[0] if names else model
+    memory = psutil.virtual_memory().total
+    return {"processor": model, "cpus": cpu_count(), "memory_bytes": memory, "versions": find_versions()}
 
 
 if __name__ == "__main__":
