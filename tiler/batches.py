@@ -19,14 +19,15 @@ class Gatherer(Generic[Key, Item, Result]):
     """Many threads call it with an item each; they are served together.
 
     Guarantee: `run` gets 1 to `size` items of one key, each item once, and is called by at most `LANES` threads at
-    once. What has waited longest goes first and says which key is next, so that nothing waits for ever; nobody waits
-    for a batch to become full, since what a device does not do now it has to do later.
+    once. What has waited longest says which key is next, so that nothing waits for ever. A batch that is not full costs
+    a device as much as a full one, so it goes only where nothing else is under way.
     """
 
     def __init__(self, run: Callable[[Key, Sequence[Item]], Sequence[Result]], size: int) -> None:
         self._run, self._size = run, size
         self._lock = threading.Lock()
         self._waiting: list[tuple[Key, Item, Future[Result]]] = []
+        self._running = 0
         self._pool = ThreadPoolExecutor(LANES, thread_name_prefix="batch")
 
     def __call__(self, key: Key, item: Item) -> Result:
@@ -45,6 +46,9 @@ class Gatherer(Generic[Key, Item, Result]):
         with self._lock:
             key = self._waiting[0][0] if self._waiting else None
             taken = [entry for entry in self._waiting if entry[0] == key][: self._size]
+            if len(taken) < self._size and self._running:
+                return []
+            self._running += bool(taken)
             tickets = {id(ticket) for _, _, ticket in taken}
             self._waiting = [entry for entry in self._waiting if id(entry[2]) not in tickets]
         return taken
@@ -52,16 +56,25 @@ class Gatherer(Generic[Key, Item, Result]):
     def _serve(self) -> None:
         taken = self._take()
         if not taken:
-            return  # others were served together with this one
+            return  # others were served together with this one, or it is served when what is under way has ended
         tickets = [ticket for _, _, ticket in taken]
         try:
             served = list(zip(tickets, self._run(taken[0][0], [item for _, item, _ in taken]), strict=True))
         except BaseException as error:  # noqa: BLE001 - each caller is told
+            self._end()
             for ticket in tickets:
                 ticket.set_exception(error)
             return
+        self._end()
         for ticket, result in served:
             ticket.set_result(result)
+
+    def _end(self) -> None:
+        with self._lock:
+            self._running -= 1
+            waits = bool(self._waiting)
+        if waits:
+            self._pool.submit(self._serve)
 
     def close(self) -> None:
         """Let go of the threads; what waits is served first."""

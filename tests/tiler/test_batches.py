@@ -59,9 +59,11 @@ def test_what_waits_longest_says_what_is_next() -> None:
     gatherer = Gatherer(run, 3)
     with ThreadPoolExecutor(20) as pool:
         # Both lanes are taken while the others come, one after the other.
-        for number in range(LANES):
+        pool.submit(gatherer, "first", 0)
+        assert started.acquire(timeout=10)
+        for number in range(3):
             pool.submit(gatherer, "first", number)
-            assert started.acquire(timeout=10)
+        assert started.acquire(timeout=10)
         waiting = []
         for number, key in enumerate(["b", "a", "b", "a", "b", "b"]):
             waiting.append(pool.submit(gatherer, key, number))
@@ -72,6 +74,34 @@ def test_what_waits_longest_says_what_is_next() -> None:
         assert [future.result(10) for future in waiting] == [0, 1, 2, 3, 4, 5]
     gatherer.close()
     assert sorted(seen[LANES:], key=str) == [("a", [1, 3]), ("b", [0, 2, 4]), ("b", [5])]
+
+
+def test_a_batch_that_is_not_full_goes_only_where_nothing_is_under_way() -> None:
+    started, go, sizes = threading.Semaphore(0), threading.Semaphore(0), []
+
+    def run(_: str, items: Sequence[int]) -> list[int]:
+        sizes.append(len(items))
+        started.release()
+        assert go.acquire(timeout=10)
+        return list(items)
+
+    gatherer = Gatherer(run, 4)
+    with ThreadPoolExecutor(20) as pool:
+        futures = [pool.submit(gatherer, "k", 0)]
+        assert started.acquire(timeout=10)
+        futures += [pool.submit(gatherer, "k", number) for number in (1, 2, 3)]
+        assert not started.acquire(timeout=0.2)
+        futures.append(pool.submit(gatherer, "k", 4))
+        assert started.acquire(timeout=10)  # full: on the other lane
+        futures += [pool.submit(gatherer, "k", number) for number in (5, 6)]
+        go.release()
+        assert not started.acquire(timeout=0.2)
+        go.release()
+        assert started.acquire(timeout=10)  # nothing else is under way
+        go.release()
+        assert [future.result(10) for future in futures] == list(range(7))
+    gatherer.close()
+    assert sizes == [1, 4, 2]
 
 
 def test_what_a_batch_raises_reaches_those_in_it_and_nobody_else() -> None:
