@@ -85,14 +85,20 @@ class TileEngine(Protocol):
         """(result, logits) of the core; the result twice for a network without logits."""
         ...
 
+    def device_peak_bytes(self) -> int:
+        """Most that the engine has held on a CUDA device at once, without its context; 0 on the CPU."""
+        ...
+
 
 class WindowTiles:
     """Tiles by window runs: the network on the whole window, the core cut out."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, *, with_logits: bool) -> None:
+        self._engine, self._with_logits = engine, with_logits
 
     def run_tile(self, image: npt.NDArray[Any], tile: Tile) -> npt.NDArray[Any]:
+        if self._with_logits:
+            return self.run_tile_with_logits(image, tile)[0]
         rows, columns = tile.crop.slices()
         return self._engine.run(image)[:, rows, columns]
 
@@ -100,6 +106,9 @@ class WindowTiles:
         rows, columns = tile.crop.slices()
         finished, logits = self._engine.run_with_logits(image)
         return finished[:, rows, columns], logits[:, rows, columns]
+
+    def device_peak_bytes(self) -> int:
+        return 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +132,8 @@ class EngineProgram:
     """That torch may hold on a CUDA device; 0: all of it."""
     batch: int = 1
     """Windows of one shape that run together."""
+    with_logits: bool = False
+    """By windows: tiles are computed with their logits, so that all come from one compiled form of the network."""
     compiles: bool = False
     """By torch.compile, for each window shape anew."""
 
@@ -149,7 +160,7 @@ class EngineProgram:
             from .engine_cuda import load_batches
 
             return load_batches(self)
-        return WindowTiles(self.load())
+        return WindowTiles(self.load(), with_logits=self.with_logits)
 
     def load(self) -> Engine:
         """The engine with this network, for windows one by one, on the CPU.

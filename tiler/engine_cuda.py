@@ -243,7 +243,6 @@ class BatchTiles:
         return outputs[0], outputs[-1]
 
     def device_peak_bytes(self) -> int:
-        """Most that torch has held on the device at once, without the CUDA context; 0 on the CPU."""
         return self._streams.peak_bytes()
 
 

@@ -222,3 +222,6 @@ class OpenVinoPrograms:
     def run_tile_with_logits(self, image: npt.NDArray[Any], tile: Tile) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         outputs = self._infer(image, tile)
         return outputs[0], outputs[-1]
+
+    def device_peak_bytes(self) -> int:
+        return 0

@@ -65,6 +65,9 @@ class TorchPrograms:
     def run_tile(self, image: npt.NDArray[Any], tile: Tile) -> npt.NDArray[Any]:
         return self.run_tile_with_logits(image, tile)[0]
 
+    def device_peak_bytes(self) -> int:
+        return torch.cuda.max_memory_reserved(self._device) if self._device.type == "cuda" else 0
+
 
 class Converter:
     """Makes programs of one network for OpenVINO; those made before on this machine come from its cache."""

@@ -45,7 +45,7 @@ def _engine_for(
 
             found: TileEngine = open_programs(network, engine, cpu_count(), shape_yx, choice.device)
         elif engine == "torch" and choice.device == "cpu":
-            found = WindowTiles(TorchEngine(network.module))
+            found = WindowTiles(TorchEngine(network.module), with_logits=False)
         else:
             found = replace(compile_program(network, engine, cpu_count()), device=choice.device).load_tiles()
         _ENGINES[key] = (network, found)

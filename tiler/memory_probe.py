@@ -266,8 +266,7 @@ def main() -> None:
         engine = packed.load_tiles()
         for _ in range(2):
             engine.run_tile(image, tile)
-    on_device = getattr(engine, "device_peak_bytes", None)
-    print(max(0, peak[0] - before), on_device() if on_device is not None else 0)
+    print(max(0, peak[0] - before), engine.device_peak_bytes())
 
 
 if __name__ == "__main__":

@@ -96,6 +96,8 @@ class TilePlan:
     device_budget_bytes: int = 0
     batch: int = 1
     """Windows of one shape that run together."""
+    with_logits: bool = False
+    """By windows: tiles are computed with their logits as the start check's are, which are then done already."""
     compiles: bool = False
     """By torch.compile, for each window shape anew."""
     strip_rows: int = 1

@@ -57,6 +57,8 @@ PROGRAM_FLOPS = 4e12
 LARGEST_CACHE_BYTES = 128 * MB
 STRIP_BLOCKS = (8, 4, 2, 1)
 """Heights of a strip of tiles, in blocks of the raster: the strips' borders are decoded twice."""
+FEW_TILES = 64
+"""Up to which the start check's tiles are worth more than the logits of all others cost, 1 or 2 % of their time."""
 CACHE_SHARE = 16
 """Of the budget, at most, goes to decoded blocks that a worker keeps."""
 CORES_PER_WORKER = 8
@@ -365,6 +367,10 @@ def plan_tiles(
             device_bytes=load.predict_device(together),
             device_budget_bytes=device_budget,
             batch=together,
+            with_logits=chosen == "window"
+            and engine_name == "openvino"
+            and network.has_logits
+            and len(rows) * len(columns) <= FEW_TILES,
             compiles=compiles,
             memory_budget_bytes=budget,
             memory=prediction,

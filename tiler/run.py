@@ -500,6 +500,7 @@ class _Run:
             device=plan.device,
             device_limit_bytes=max(0, plan.device_budget_bytes - CUDA_CONTEXT_BYTES),
             batch=plan.batch,
+            with_logits=plan.with_logits,
             compiles=plan.compiles,
         )
         spec = RunSpec(

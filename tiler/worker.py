@@ -253,8 +253,9 @@ class TileRunner:
                 continue
             with self._computing:
                 finished, logits = self._loaded().run_tile_with_logits(image, tile)
-                if self.spec.plan.method == "program" and finished.nbytes <= KEPT_BYTES:
-                    # A program is one for both; a window's is another with its logits, and might round otherwise.
+                plan = self.spec.plan
+                if (plan.method == "program" or plan.with_logits) and finished.nbytes <= KEPT_BYTES:
+                    # Computed by the very code of the run: without its logits a network might round otherwise.
                     self._checked[row, column] = finished.copy()
                 for index, patch in enumerate(patches):
                     if (patch.row, patch.column) == (row, column):
@@ -264,9 +265,8 @@ class TileRunner:
         return results
 
     def device_peak_bytes(self) -> int:
-        """Most that the engine has held on a CUDA device; 0 where it has none, or does not know."""
-        known = getattr(self._engine, "device_peak_bytes", None)
-        return known() if known is not None else 0
+        """Most that the engine has held on a CUDA device."""
+        return self._engine.device_peak_bytes() if self._engine is not None else 0
 
     def close(self) -> None:
         self._reopen()

@@ -13,7 +13,9 @@ import pytest
 import torch
 from distributed import Client
 from outsize.models.segmentation.unet import UNet
+from outsize.tiler import worker
 from outsize.tiler.cluster import ClusterOptions
+from outsize.tiler.engine_openvino import OpenVinoEngine
 from outsize.tiler.errors import BudgetError, ExactnessError, OutputError, RasterError, TilerError, UsageError
 from outsize.tiler.events import ClusterReady, Event, RunPlanned, StartChecked, TileFinished
 from outsize.tiler.geometry import Window
@@ -249,6 +251,25 @@ def test_foreign_folders_are_neither_continued_nor_overwritten(tmp_path: Path, c
     assert (out / "thesis.txt").read_text() == "years of work"
     with pytest.raises(OutputError, match="lie in one another"):
         run(source, class_network(), source, client)
+
+
+def test_tiles_of_the_start_check_are_not_computed_again(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each tile once, all by one compiled form of the network; and the same result where none is kept."""
+    source, infer, asked = scene(tmp_path, 120, 130), OpenVinoEngine._infer, list[int]()
+
+    def count(engine: OpenVinoEngine, image: np.ndarray, outputs: int) -> list[np.ndarray]:
+        asked.append(outputs)
+        return infer(engine, image, outputs)
+
+    monkeypatch.setattr(OpenVinoEngine, "_infer", count)
+    run(source, class_network(), tmp_path / "o.zarr", client, engine="openvino", method="window")
+    assert asked == [2] * 6
+    monkeypatch.setattr(worker, "KEPT_BYTES", 0)
+    run(source, class_network(), tmp_path / "again.zarr", client, engine="openvino", method="window")
+    assert asked == [2] * (6 + 6 + 3)
+    assert np.array_equal(stored(tmp_path / "o.zarr"), stored(tmp_path / "again.zarr"))
 
 
 def test_a_second_run_on_the_same_output_is_kept_off(tmp_path: Path, client: Client) -> None:
