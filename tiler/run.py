@@ -494,9 +494,10 @@ class _Run:
         """Start check, then all tiles of `todo`."""
         run_id = uuid.uuid4().hex[:8]
         assert self._program is not None
-        plan = self.plan
+        plan, converted = self.plan, self._program.result()
+        release_freed_memory()  # of the conversion, before the start check needs as much
         program = replace(
-            self._program.result(),
+            converted,
             device=plan.device,
             device_limit_bytes=max(0, plan.device_budget_bytes - CUDA_CONTEXT_BYTES),
             batch=plan.batch,
