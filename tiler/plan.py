@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .devices import pick_index
 from .engine import ENGINE_EFFICIENCY, PRECISION_SPEED, EngineName, Method, Precision
@@ -164,17 +165,13 @@ class TilePlan:
         crop = Window(y=core.y - top, x=core.x - left, height=core.height, width=core.width)
         return Tile(row=row, column=column, core=core, target=target, window=window, crop=crop)
 
-    def order(self) -> list[tuple[int, int]]:
-        """Tiles in the order of the run: those of one program or window shape together, so that few are compiled; and
-        of those column by column through strips of some rows, so that blocks are decoded once for neighbours."""
-        heights = [(span.window[0] - span.window[1], span.kind) for span in self.rows]
-        widths = [(span.window[0] - span.window[1], span.kind) for span in self.columns]
-
-        def key(at: tuple[int, int]) -> tuple[Any, ...]:
-            row, column = at
-            return (heights[row], widths[column], row // self.strip_rows, column, row)
-
-        return sorted(self.grid, key=key)
+    def order(self) -> npt.NDArray[np.int32]:
+        """(tiles, 2) rows and columns of all tiles, in the order of the run: those of one program or window shape
+        together, so that few are compiled; and of those column by column through strips of some rows, so that blocks
+        are decoded once for neighbours."""
+        row, column = np.indices(self.grid.counts, np.int32).reshape(2, -1)
+        keys = (row, column, row // self.strip_rows, _ranks(self.columns)[column], _ranks(self.rows)[row])
+        return np.stack((row, column), axis=1)[np.lexsort(keys)]
 
     @property
     def geometries(self) -> int:
@@ -354,3 +351,10 @@ def _pair(values: tuple[int, int]) -> str:
 
 def largest_window(rows: Sequence[Span], columns: Sequence[Span]) -> tuple[int, int]:
     return (max(s.window[1] - s.window[0] for s in rows), max(s.window[1] - s.window[0] for s in columns))
+
+
+def _ranks(spans: Sequence[Span]) -> npt.NDArray[np.int32]:
+    """For each span its place among the kinds of spans, the longest windows first."""
+    kinds = [(span.window[0] - span.window[1], span.kind) for span in spans]
+    places = {kind: place for place, kind in enumerate(sorted(set(kinds)))}
+    return np.array([places[kind] for kind in kinds], np.int32)
