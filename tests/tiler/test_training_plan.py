@@ -145,12 +145,12 @@ def high():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 module = outsize.as_tile_network(outsize.load_model(), output="logits")
 network = outsize.analyze_network(module, bands=4, dtype="uint8")
-shape, found = (4, 300, 280), []
+shape, found = (4, 230, 240), []
 image = torch.randint(0, 255, shape, dtype=torch.uint8)
 labels = torch.randint(0, 6, shape[1:], dtype=torch.uint8)
 optimiser = torch.optim.AdamW(module.parameters())
-uncut = outsize.plan_training(image, network, core=240, cuts=(), memory="2GB")
-cut = outsize.plan_training(image, network, core=240, memory=uncut.memory.total_bytes - 1)
+uncut = outsize.plan_training(image, network, core=230, cuts=(), memory="2GB")
+cut = outsize.plan_training(image, network, core=230, memory=uncut.memory.total_bytes - 1)
 small = outsize.plan_training(image, network, core=100, memory="2GB")
 for plan in (small, cut, uncut):
     Path("/proc/self/clear_refs").write_text("5")
@@ -169,5 +169,5 @@ def test_steps_in_a_loop_of_ones_own_take_no_more_than_was_predicted() -> None:
         assert predicted < 1.25 * measured
     assert cut[2] > 0 == uncut[2]
     # What computing again saves is there to be seen.
-    assert cut[0] < uncut[0] - 20 * MB
-    assert small[0] < uncut[0] - 20 * MB
+    assert cut[0] < uncut[0] - 15 * MB
+    assert small[0] < uncut[0] - 15 * MB
