@@ -34,9 +34,9 @@ from ..tiler.files import write_durably
 from ..tiler.fingerprint import fingerprint_raster
 from ..tiler.labels import LabelOptions, identify_labels
 from ..tiler.machine import find_versions, map_large_blocks
-from ..tiler.memory import format_bytes
+from ..tiler.memory import MB, format_bytes
 from ..tiler.meter import MemoryMeter
-from ..tiler.plan import format_seconds
+from ..tiler.plan import GDAL_CACHE_BYTES, format_seconds
 from ..tiler.raster import Raster, ReadOptions, open_with
 from .console import Console, Step, count_of, describe_memory, format_table
 from .model import SourceOptions
@@ -47,7 +47,6 @@ from .training_report import write_training_report
 TRAINING, LOG, REPORT, LOCK = "training.json", "train.jsonl", "report.html", ".lock"
 SAVE_EVERY_S = 60.0
 """A kill costs at most this, and a step."""
-_GDAL_CACHE_MB = 64
 _PARTS = 1_000_000
 """Of the progress bar."""
 
@@ -73,8 +72,8 @@ class TrainOptions:
     block: int | None = None
     validate_every: int = 100
     """Steps."""
-    core: int = 256
-    """Side of cores in pixels."""
+    core: int | None = None
+    """Side of cores in pixels; None: chosen from the memory."""
     memory: str = "2GB"
     model: SourceOptions | None = None
     """Where the training starts; None: a new UNet."""
@@ -87,7 +86,7 @@ def run_train(console: Console, options: TrainOptions) -> None:
     """Train, or go on, and leave best.json, last.json, train.jsonl and report.html in the folder."""
     map_large_blocks()
     # GDAL would keep up to a twentieth of the machine's memory in decoded blocks.
-    with _owning(options), rasterio.Env(GDAL_CACHEMAX=_GDAL_CACHE_MB), MemoryMeter() as meter:
+    with _owning(options), rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES // MB), MemoryMeter() as meter:
         run = _Run(console, options, meter)
         run.start()
         try:
@@ -156,7 +155,7 @@ class _Run:
         scaling = self.start_model.scaling if self.start_model else Scaling.none(self.rasters[0].bands)
         self.module = TileNetwork(network, scaling, "logits").eval()
         self.data: TrainingData = prepare_data(
-            self.console, options, self.rasters, found, self.module, self.start_model
+            self.console, options, self.rasters, found, self.module, self.start_model, _find_tiles(self.out)
         )
         if not (self.out / TRAINING).exists():
             described = {
@@ -429,6 +428,12 @@ def _require_same(out: Path, ours: dict[str, Any]) -> None:
         said = "; ".join(f"{key.replace('_', ' ')} {_short(theirs.get(key))} there, {_short(ours.get(key))} now"
                          for key in differing[:4])  # fmt: skip
         raise OutputError(f"{out} holds another training: {said}; choose another --out, or --overwrite")
+
+
+def _find_tiles(out: Path) -> dict[str, Any] | None:
+    """Core and cuts of the training that the folder holds; None: there is none."""
+    path = out / TRAINING
+    return json.loads(path.read_text())["data"]["tiles"] if path.exists() else None
 
 
 def _short(value: Any) -> str:

@@ -25,6 +25,7 @@ from .gradient import (
     pull_back,
 )
 from .loss import Loss
+from .machine import map_large_blocks
 from .network import Network
 from .trainable import TrainableNetwork, prepare_training
 from .training_cluster import StepData, TrainingCluster
@@ -345,6 +346,8 @@ def _begin(
         raise UsageError(f"the plan is for images of {plan.image_shape}, got {shape}; make one for that shape")
     if fill is not None and len(fill) != shape[0]:
         raise UsageError(f"fill must have one value a band, got {len(fill)} for {shape[0]} bands")
+    if plan.memory is not None:
+        map_large_blocks()
     live = network.tensors()
     first: dict[int, str] = {}
     for name, tensor in live.items():

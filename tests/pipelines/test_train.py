@@ -198,6 +198,24 @@ def test_what_differs_is_named(scene: tuple[Path, Path], trained: tuple[Path, di
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_cores_follow_from_the_memory_once_and_for_all(scene: tuple[Path, Path], tmp_path: Path) -> None:
+    words = ("train", scene[0], "--labels", scene[1], "--steps", "1", "--widths", "16,32", "--step", "tiles:1")
+
+    def tiles(out: Path) -> dict[str, Any]:
+        return json.loads((out / "training.json").read_text())["data"]["tiles"]
+
+    ample, tight = tmp_path / "ample", tmp_path / "tight"
+    predicted = done(*words, "--out", ample, "--memory", "6GB")["predicted_peak_bytes"]
+    assert tiles(ample) == {"core": max(SHAPE), "cuts": []}
+    # Going on keeps the core, though the memory would now allow a smaller one alone.
+    assert f"for cores of {max(SHAPE)} px" in refusal(*words, "--out", ample, "--memory", "50MB")
+    done(*words, "--out", tight, "--memory", str(predicted - 40_000_000))
+    assert tiles(tight)["core"] < max(SHAPE) or tiles(tight)["cuts"]
+    chosen = tiles(tight)
+    done(*words, "--out", tight, "--memory", "6GB")
+    assert tiles(tight) == chosen
+
+
 def test_the_log_the_model_and_the_page_are_there(trained: tuple[Path, dict[str, Any]]) -> None:
     out, values = trained
     assert sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) == [
@@ -310,7 +328,10 @@ def test_what_cannot_be_trained_is_refused_in_one_line(scene: tuple[Path, Path],
     assert "a step must be image, or tiles:N" in say("--step", "tiles:0")
     assert "a new network without --model" in say("--model", _shipped(), "--classes", "a,b")
     assert "the model takes 4 bands, the scenes have 3" in say("--model", _shipped())
-    assert re.search(r"cores of 64 px need [\d.]+ [MG]B, --memory is 50 MB; give as much", say("--memory", "50MB"))
+    assert re.search(
+        r"memory must be at least [\d.]+ [MG]B for cores of 64 px \(process .*\), got 50 MB; give as much",
+        say("--memory", "50MB"),
+    )
     nan = np.where(np.random.default_rng(0).random((3, *SHAPE)) < 0.01, np.nan, 1).astype(np.float32)
     floats = write_geotiff(tmp_path / "floats.tif", nan)
     answer = refusal("train", floats, "--labels", labels, "--out", out, "--steps", "1", *SMALL)
