@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .option_types import option
+from .option_types import Size, option
 
 EXIT_FAILED, EXIT_SOME_FAILED = 1, 3
 
@@ -36,6 +36,7 @@ def _embedder(*, required: bool) -> Any:
 @option("--identities", type=click.IntRange(2), default=40, show_default=True)
 @option("--images", type=click.IntRange(2), default=4, show_default=True, help="Of each identity.")
 @option("--first", type=click.IntRange(0), default=1_000_000, show_default=True, help="Number of the first identity.")
+@option("--size", type=Size(), default="32", show_default=True, metavar="HxW", help="Of the pictures, in pixels.")
 @option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.pass_obj
 def sample(console: Any, folder: Path, **options: Any) -> None:
@@ -45,6 +46,7 @@ def sample(console: Any, folder: Path, **options: Any) -> None:
     \b
     outsize face sample people/
     outsize face sample strangers/ --first 2000000 --identities 200
+    outsize face sample large/ --size 112 --images 8
     """
     from .face_sample import run_face_sample
 
