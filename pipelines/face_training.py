@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 import time
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 
 from ..models.faceid.augmentation import FaceAugmentation
 from ..models.faceid.batch_loader import BatchLoader
-from ..models.faceid.checkpoint import list_generations, load_checkpoint, save_checkpoint
+from ..models.faceid.checkpoint import MANIFEST, list_generations, load_checkpoint, save_checkpoint
 from ..models.faceid.collectives import Ranks
 from ..models.faceid.embedder_file import BACKBONE, DESCRIPTION, EmbedderDescription
-from ..models.faceid.embedder_step import compute_step
+from ..models.faceid.embedder_step import centre_features, compute_step
+from ..models.faceid.errors import HeadError
 from ..models.faceid.head import ShardedMarginHead
 from ..models.faceid.rate_schedule import RateSchedule
 from ..models.faceid.row_rules import RULES
@@ -41,6 +43,8 @@ from .training_log import TrainingLog
 
 OPTIMISER, CURSOR = "optimiser.safetensors", "cursor.json"
 LOG, UNREADABLE, REPORT = "train.jsonl", "unreadable.jsonl", "report.html"
+CENTRED = 256
+"""Pictures, at least, whose features a new network has around zero."""
 MOST_SKIPPED = 10
 """Steps in a row whose loss or gradient is not finite."""
 MOST_SHOWN = 20
@@ -235,6 +239,8 @@ class _Run:
             rank=self.ranks.rank,
             ranks=self.ranks.size,
         )
+        if not self.first:
+            self._centre(loader)
         label = f"train {self.out.name}"
         quiet = Console() if self.is_first else _Silent()
         with quiet.step(label, training.steps, counts_pixels=False) as bar, self.stop.heeded():
@@ -293,6 +299,14 @@ class _Run:
                     self._measure()
             self._save()
 
+    def _centre(self, loader: BatchLoader) -> None:
+        """On every rank with the same pictures, the first of the order."""
+        steps = range(-(-CENTRED // loader.batch))
+        batches = [loader.load(step, number) for step in steps for number in range(loader.micro_batches)]
+        last = self.model.project
+        assert isinstance(last, nn.Linear)
+        centre_features(self.model, last, batches, mean=self.description.mean, scale=self.description.scale)
+
     def _follow(self, is_finite: bool) -> float | None:
         """Move the embedder; the norm of its gradient."""
         if not is_finite:
@@ -347,17 +361,35 @@ class _Run:
         self.saved = self.step
 
     def _resume(self) -> int:
-        """Load the newest whole generation of this training; the step to go on with, which is the whole cursor."""
-        if not list_generations(self.out):
-            return 0
-        generation = load_checkpoint(self.head, self.out)
-        self.model.load_state_dict(safetensors.torch.load(generation.read_extra(BACKBONE)))
-        values: dict[str, Any] = self.optimiser.state_dict()
-        for key, value in safetensors.torch.load(generation.read_extra(OPTIMISER)).items():
-            index, _, name = key.partition(".")
-            values["state"].setdefault(int(index), {})[name] = value
-        self.optimiser.load_state_dict(values)
-        return int(json.loads(generation.read_extra(CURSOR))["step"])
+        """Load the newest whole generation of this training; the step to go on with, which is the whole cursor.
+
+        Raises:
+            HeadError: there are generations, and none is whole.
+        """
+        found = list_generations(self.out)
+        for place, generation in enumerate(found):
+            try:
+                load_checkpoint(self.head, self.out, step=generation.step)
+                backbone, moments = generation.read_extra(BACKBONE), generation.read_extra(OPTIMISER)
+                cursor = json.loads(generation.read_extra(CURSOR))
+            except (HeadError, OSError) as error:
+                if place + 1 == len(found):
+                    raise
+                self.ranks.add(torch.zeros(1))  # nobody reads it any more
+                if self.ranks.rank == 0:
+                    self.console.remark(f"{generation.folder} is damaged, and made again: {error}")
+                    # The manifest first: what is half deleted must not look complete.
+                    (generation.folder / MANIFEST).unlink()
+                    shutil.rmtree(generation.folder, ignore_errors=True)
+                continue
+            self.model.load_state_dict(safetensors.torch.load(backbone))
+            values: dict[str, Any] = self.optimiser.state_dict()
+            for key, value in safetensors.torch.load(moments).items():
+                index, _, name = key.partition(".")
+                values["state"].setdefault(int(index), {})[name] = value
+            self.optimiser.load_state_dict(values)
+            return int(cursor["step"])
+        return 0
 
     def finish(self) -> dict[str, Any] | None:
         """Measure, write the report; the values of the result, on rank 0."""

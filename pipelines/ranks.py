@@ -21,6 +21,7 @@ from torch import distributed as dist
 from ..tiler.errors import TilerError
 
 INTERRUPTED = 130
+_GOOD = (0, INTERRUPTED)
 _SETTLE_S = 1.0
 """For the others to fail, once one has: the first that is seen need not be the cause."""
 
@@ -61,19 +62,20 @@ def run_ranks(module: str, ranks: int, threads: int, folder: Path) -> dict[str, 
 def _watch(processes: list[subprocess.Popen[bytes]]) -> None:
     """Wait until all have ended well, or have stopped as they were asked to."""
     while any(process.poll() is None for process in processes):
-        if any(process.returncode for process in processes):
+        if any(process.returncode not in (None, *_GOOD) for process in processes):
             deadline = time.monotonic() + _SETTLE_S
             while time.monotonic() < deadline and any(process.poll() is None for process in processes):
                 time.sleep(0.05)
             break
         time.sleep(0.05)
     codes = [process.poll() for process in processes]
-    if all(code in (0, INTERRUPTED) for code in codes):
+    if all(code in _GOOD for code in codes):
         if INTERRUPTED in codes:
             raise KeyboardInterrupt
         return
     # A rank that was killed is the cause of what others say of it.
-    rank = min((rank for rank, code in enumerate(codes) if code), key=lambda rank: codes[rank] or 0)
+    failed = [rank for rank, code in enumerate(codes) if code not in (None, *_GOOD)]
+    rank = min(failed, key=lambda rank: codes[rank] or 0)
     code = codes[rank] or 0
     if code < 0:
         raise RankError(f"rank {rank} of {len(codes)} was ended by {signal.Signals(-code).name}")

@@ -56,6 +56,29 @@ class GradientSum:
         return True
 
 
+def _scaled(batch: MicroBatch, mean: float, scale: float) -> Tensor:
+    """(n, 3, height, width)."""
+    return (batch.images.permute(0, 3, 1, 2).float() - mean) / scale
+
+
+def centre_features(
+    model: nn.Module, last: nn.Linear, batches: Sequence[MicroBatch], *, mean: float, scale: float
+) -> None:
+    """Before the first step: move the bias of the last layer so that features have mean zero over some pictures.
+
+    A new network gives all faces nearly the same feature, of which only the difference from the mean tells anything;
+    cosines would be near 1 for all. Batch norm at the end would do the same in every step, over the batch.
+    """
+
+    def embed(_: None, batch: MicroBatch) -> Tensor:
+        return model(_scaled(batch, mean, scale))[batch.labels >= 0]
+
+    features = torch.cat(run_tablets(embed, list(batches), [None] * torch.get_num_threads()))
+    if len(features):
+        with torch.no_grad():
+            last.bias -= features.double().sum(dim=0).div(len(features)).float()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What a step found."""
@@ -90,13 +113,12 @@ def compute_step(
     workers: list[None] = [None] * torch.get_num_threads()
 
     def embed(_: None, batch: MicroBatch) -> Tensor:
-        scaled = (batch.images.permute(0, 3, 1, 2).float() - mean) / scale
         # Casts are not shared between threads, whose graphs are apart.
         with (
             torch.enable_grad(),
             torch.autocast("cpu", precision, enabled=precision != torch.float32, cache_enabled=False),
         ):
-            return model(scaled).float()
+            return model(_scaled(batch, mean, scale)).float()
 
     features = run_tablets(embed, list(batches), workers)
     leaf = torch.cat([feature.detach() for feature in features]).requires_grad_()

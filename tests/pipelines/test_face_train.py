@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from outsize.pipelines.ranks import RankError, run_ranks
 from outsize.sample_data.faces import write_faces
 from outsize.tests import commands
 from PIL import Image
@@ -134,6 +136,55 @@ def test_a_finished_training_is_measured_again_and_not_trained(
     shutil.copytree(whole[0], out)
     values, _ = train(out, *STEPS)
     assert (values["first_step"], values["loss"], values["rank_1"]) == (30, None, whole[1]["rank_1"])
+    assert hashes(out, 30) == hashes(whole[0], 30)
+
+
+RANK = """
+import pathlib, signal, sys, time
+rank, folder = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+signal.signal(signal.SIGTERM, lambda *_: time.sleep(1.5 * rank) or sys.exit(130))
+(folder / str(rank)).touch()
+time.sleep(0.3 * rank)
+if (folder / "codes").exists():
+    sys.exit(int((folder / "codes").read_text().split()[rank]))
+time.sleep(60)
+"""
+"""A rank that waits to be stopped, or ends as it is told."""
+
+
+def test_ranks_are_waited_for_and_the_cause_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some_rank.py").write_text(RANK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for codes, said in (("0 4", "rank 1 of 2 ended with code 4"), ("5 4", "rank 1 of 2 ended with code 4")):
+        (tmp_path / "codes").write_text(codes)
+        with pytest.raises(RankError, match=said):
+            run_ranks("some_rank", 2, 1, tmp_path)
+    (tmp_path / "codes").unlink()
+    for rank in (0, 1):
+        (tmp_path / str(rank)).unlink()
+
+    def interrupt() -> None:
+        while not ((tmp_path / "0").exists() and (tmp_path / "1").exists()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    # One rank stops at once, the other saves for longer than failed ranks are given.
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_ranks("some_rank", 2, 1, tmp_path)
+    thread.join()
+
+
+@pytest.mark.parametrize("name", ["backbone.safetensors", "optimiser.safetensors", "tablet-000000.rows"])
+def test_a_damaged_generation_is_made_again(tmp_path: Path, whole: tuple[Path, dict[str, Any], str], name: str) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    damaged = out / "step-000000030" / name
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    values, said = train(out, *STEPS)
+    assert values["first_step"] == 20
+    assert "step-000000030 is damaged, and made again" in said
     assert hashes(out, 30) == hashes(whole[0], 30)
 
 

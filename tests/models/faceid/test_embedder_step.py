@@ -7,7 +7,7 @@ import torch
 from outsize.models.faceid.batch_loader import MicroBatch
 from outsize.models.faceid.collectives import Ranks
 from outsize.models.faceid.embedder import SmallEmbedder
-from outsize.models.faceid.embedder_step import GradientSum, StepResult, compute_step
+from outsize.models.faceid.embedder_step import GradientSum, StepResult, centre_features, compute_step
 from outsize.models.faceid.errors import HeadError
 from outsize.models.faceid.head import ShardedMarginHead
 from outsize.models.faceid.rate_schedule import RateSchedule
@@ -70,8 +70,7 @@ def test_gradients_are_those_of_the_dense_layer_in_float64() -> None:
 
 
 def _first_weights() -> dict[str, Tensor]:
-    torch.manual_seed(2)
-    return SmallEmbedder(DIM, width=8).state_dict()
+    return _make_model().state_dict()
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -84,6 +83,33 @@ def test_gradients_and_rows_have_the_same_bits_for_any_threads(precision: torch.
         exact = run(1)[1]
         error = [float((a - b).norm() / b.norm()) for a, b in zip(one[1], exact, strict=True)]
         assert 1e-4 < max(error) < 0.3
+
+
+def test_features_of_a_new_network_are_centred() -> None:
+    batches = make([list(range(7)), [-1, *range(7, 14)], [3]])
+    images = torch.cat([batch.images[batch.labels >= 0] for batch in batches]).permute(0, 3, 1, 2).float()
+    found: list[Tensor] = []
+    for threads in (1, 2):
+        model = _make_model()
+        before = torch.nn.functional.normalize(model((images - 127.5) / 127.5), dim=1)
+        count = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            centre_features(model, model.project, batches, mean=127.5, scale=127.5)
+        finally:
+            torch.set_num_threads(count)
+        features = model((images - 127.5) / 127.5)
+        assert features.mean(dim=0).abs().max() < 1e-6
+        after = torch.nn.functional.normalize(features, dim=1)
+        assert float((before @ before.T).mean().detach()) > 0.5
+        assert float((after @ after.T).mean().detach()) < 0.1
+        found.append(model.project.bias.detach())
+    assert torch.equal(*found)
+
+
+def _make_model() -> SmallEmbedder:
+    torch.manual_seed(2)
+    return SmallEmbedder(DIM, width=8)
 
 
 def test_a_sum_does_not_depend_on_the_order_of_its_parts() -> None:
