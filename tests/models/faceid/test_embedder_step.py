@@ -101,7 +101,7 @@ def test_features_of_a_new_network_are_centred() -> None:
         features = model((images - 127.5) / 127.5)
         assert features.mean(dim=0).abs().max() < 1e-6
         after = torch.nn.functional.normalize(features, dim=1)
-        assert float((before @ before.T).mean().detach()) > 0.5
+        assert float((before @ before.T).mean().detach()) > 0.2
         assert float((after @ after.T).mean().detach()) < 0.1
         found.append(model.project.bias.detach())
     assert torch.equal(*found)
