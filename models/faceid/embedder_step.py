@@ -76,7 +76,7 @@ def centre_features(
     features = torch.cat(run_tablets(embed, list(batches), [None] * torch.get_num_threads()))
     if len(features):
         with torch.no_grad():
-            last.bias -= features.double().sum(dim=0).div(len(features)).float()
+            last.bias.sub_(features.double().sum(dim=0).div(len(features)).float())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

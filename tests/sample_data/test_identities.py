@@ -44,6 +44,13 @@ def test_each_nuisance_changes_the_face(kind: str) -> None:
     assert (abs(moved - still).reshape(40, -1).max(axis=1) > 5).all()
 
 
+def test_two_identities_share_no_nuisance() -> None:
+    covered = Nuisances(pose=0, light=0, occlusion=1, noise=0)
+    samples = np.arange(40)
+    one, other = (draw_faces(0, np.full(40, identity), samples, 32, 32, covered) for identity in (0, 1))
+    assert (one == other).all(axis=3).mean() < 0.01  # a bar of one colour at one place would be a tenth
+
+
 def test_random_numbers_are_even_and_do_not_repeat() -> None:
     numbers = draw_uniform(1, 0, np.arange(2000), np.zeros(2000, np.int64), 8)
     assert numbers.min() >= 0
