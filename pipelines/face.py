@@ -46,6 +46,7 @@ class FaceBenchmarkOptions:
     storage: str
     margin: str
     keep_cosines: bool
+    sample: float
     memory: str | None
     checkpoint: Path | None
 
@@ -57,7 +58,7 @@ def run_face_benchmark(console: Console, options: FaceBenchmarkOptions) -> dict[
         HeadMemoryError: the layer does not fit the budget, or this machine.
         RankError: a rank ended early.
     """
-    plan = _plan(console, options, options.classes, keep_cosines=options.keep_cosines)
+    plan = _plan(console, options, options.classes, sample=options.sample, keep_cosines=options.keep_cosines)
     spec = BenchmarkSpec(
         classes=options.classes,
         dim=options.dim,
@@ -69,6 +70,7 @@ def run_face_benchmark(console: Console, options: FaceBenchmarkOptions) -> dict[
         storage=options.storage,
         margin=options.margin,
         keep_cosines=options.keep_cosines,
+        sample=options.sample,
         checkpoint=str(options.checkpoint) if options.checkpoint else None,
     )
     with tempfile.TemporaryDirectory() as folder, MemoryMeter() as meter:
@@ -80,7 +82,12 @@ def run_face_benchmark(console: Console, options: FaceBenchmarkOptions) -> dict[
 
 
 def _plan(
-    console: Console, options: FaceBenchmarkOptions | FaceTrainOptions, classes: int, *, keep_cosines: bool = False
+    console: Console,
+    options: FaceBenchmarkOptions | FaceTrainOptions,
+    classes: int,
+    *,
+    sample: float = 1.0,
+    keep_cosines: bool = False,
 ) -> HeadPlan:
     """The plan of the layer, shown; refused where it, or the ranks, do not fit this machine."""
     if options.ranks > cpu_count():
@@ -93,6 +100,7 @@ def _plan(
         threads=options.threads or max(1, cpu_count() // options.ranks),
         storage=getattr(torch, options.storage),
         rule=make_rule(options.rule),
+        sample=sample,
         keep_cosines=keep_cosines,
     )
     console.remark(plan.explain())
@@ -137,6 +145,7 @@ def _summarise(plan: HeadPlan, spec: BenchmarkSpec, measured: dict[str, Any], pe
     return {
         **plan.to_json(),
         "rule": spec.rule,
+        "sample": spec.sample,
         "threads": spec.threads,
         "step_seconds": median["seconds"],
         "first_pass_seconds": median["first"],
