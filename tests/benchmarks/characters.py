@@ -16,12 +16,13 @@ import math
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,14 +36,14 @@ from ...models.faceid.tablets import TabletLayout
 from ...tiler.machine import cpu_count
 
 FACES = {
+    "ipa-gothic": "ipag.ttf",
+    "ipa-mincho": "ipam.ttf",
     "uming": "uming.ttc",
     "ukai": "ukai.ttc",
     "zenhei": "wqy-zenhei.ttc",
     "microhei": "wqy-microhei.ttc",
     "noto-sans": "NotoSansCJK-Regular.ttc",
     "noto-serif": "NotoSerifCJK-Regular.ttc",
-    "ipa-gothic": "ipag.ttf",
-    "ipa-mincho": "ipam.ttf",
 }
 """Fonts drawn independently of each other."""
 CHARACTERS = range(0x4E00, 0xA000)
@@ -52,31 +53,35 @@ DIM, UNTRAINED = 128, 10
 """Numbers of a feature; every tenth character is never trained on."""
 
 
-def draw_characters(path: Path) -> dict[int, npt.NDArray[np.uint8]]:
+def draw_characters(path: Path, codes: Iterable[int]) -> dict[int, npt.NDArray[np.uint8]]:
     """(SIZE, SIZE) of each character that a font has."""
     font = ImageFont.truetype(path, GLYPH, layout_engine=ImageFont.Layout.BASIC)
-    missing = bytes(font.getmask("\uffff"))
-    found: dict[int, npt.NDArray[np.uint8]] = {}
-    for code in CHARACTERS:
-        mask = font.getmask(chr(code))
-        if not mask.getbbox() or bytes(mask) == missing:
-            continue
-        picture = Image.new("L", (SIZE, SIZE))
-        ImageDraw.Draw(picture).text((SIZE / 2, SIZE / 2), chr(code), font=font, fill=255, anchor="mm")
-        found[code] = np.asarray(picture)
-    return found
+
+    def draw(code: int) -> npt.NDArray[np.uint8]:
+        whole, picture = Image.new("L", (2 * GLYPH, 2 * GLYPH)), Image.new("L", (SIZE, SIZE))
+        ImageDraw.Draw(whole).text((GLYPH, GLYPH), chr(code), font=font, fill=255, anchor="mm")
+        if box := whole.getbbox():
+            # The longer side fills the picture, whatever size and place a font gives its characters.
+            part = ImageOps.contain(whole.crop(box), (GLYPH, GLYPH), Image.Resampling.BILINEAR)
+            picture.paste(part, ((SIZE - part.width) // 2, (SIZE - part.height) // 2))
+        return np.asarray(picture)
+
+    missing = draw(0xFFFF)  # what a font draws for what it has not
+    drawn = {code: draw(code) for code in codes}
+    return {code: picture for code, picture in drawn.items() if picture.any() and not np.array_equal(picture, missing)}
 
 
 def load_pictures(folder: Path) -> tuple[list[str], npt.NDArray[np.uint8]]:
     """(characters that all fonts have, pictures (fonts, characters, SIZE, SIZE))."""
     drawn: list[dict[int, npt.NDArray[np.uint8]]] = []
+    codes: Iterable[int] = CHARACTERS
     for file in FACES.values():
         paths = sorted(folder.rglob(file))
         if not paths:
             sys.exit(f"{folder} must hold {file}; see --help for the packages that have it")
-        drawn.append(draw_characters(paths[0]))
-        print(f"{file}: {len(drawn[-1]):,} characters", file=sys.stderr, flush=True)
-    codes = sorted(set.intersection(*map(set, drawn)))
+        drawn.append(draw_characters(paths[0], codes))
+        codes = sorted(drawn[-1])
+        print(f"{file}: {len(codes):,} characters that the fonts so far have", file=sys.stderr, flush=True)
     return [chr(code) for code in codes], np.stack([np.stack([font[code] for code in codes]) for font in drawn])
 
 
@@ -142,7 +147,8 @@ def train(pictures: npt.NDArray[np.uint8], options: argparse.Namespace) -> Small
 @torch.no_grad()
 def embed(embedder: SmallEmbedder, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """(n, DIM) of length 1."""
-    return torch.cat([F.normalize(embedder(as_images(part))) for part in np.array_split(pictures, 64)]).numpy()
+    parts = [pictures[start : start + 512] for start in range(0, len(pictures), 512)]
+    return torch.cat([F.normalize(embedder(as_images(part))) for part in parts]).numpy()
 
 
 def project(pictures: npt.NDArray[np.uint8], *of: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], ...]:
