@@ -602,6 +602,13 @@ def face() -> None:
 @click.option("--dim", type=click.IntRange(1), default=512, show_default=True, help="Numbers of a feature.")
 @click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Steps; the first is not counted.")
 @click.option("--margin", type=click.Choice(["arcface", "cosface", "softmax"]), default="arcface", show_default=True)
+@click.option(
+    "--sample",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Share of the classes that a step sees, besides the batch's own (Partial FC).",
+)
 @click.option("--keep-cosines", is_flag=True, help="Hold batch x classes numbers between the passes: less work.")
 @click.option(
     "--checkpoint", type=click.Path(path_type=Path), help="Also save the layer to this new folder and load it, timed."
@@ -614,6 +621,7 @@ def face_benchmark(console: Any, **options: Any) -> None:
     \b
     outsize face benchmark --classes 100000
     outsize face benchmark --classes 10_000_000 --ranks 2 --memory 12GB
+    outsize face benchmark --classes 1_000_000 --sample 0.1
     outsize --json face benchmark --classes 1000000 --rule momentum --checkpoint layer/
     """
     from .face import FaceBenchmarkOptions, run_face_benchmark

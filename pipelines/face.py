@@ -38,6 +38,7 @@ class FaceBenchmarkOptions:
     storage: str
     margin: str
     keep_cosines: bool
+    sample: float
     memory: str | None
     checkpoint: Path | None
 
@@ -61,6 +62,7 @@ def run_face_benchmark(console: Console, options: FaceBenchmarkOptions) -> dict[
         storage=options.storage,
         margin=options.margin,
         keep_cosines=options.keep_cosines,
+        sample=options.sample,
         checkpoint=str(options.checkpoint) if options.checkpoint else None,
     )
     with tempfile.TemporaryDirectory() as folder, MemoryMeter() as meter:
@@ -95,6 +97,7 @@ def _plan(console: Console, options: FaceBenchmarkOptions) -> HeadPlan:
         threads=options.threads or max(1, cpu_count() // options.ranks),
         storage=getattr(torch, options.storage),
         rule=make_rule(options.rule),
+        sample=options.sample,
         keep_cosines=options.keep_cosines,
     )
     console.remark(plan.explain())
@@ -110,6 +113,7 @@ def _summarise(plan: HeadPlan, spec: BenchmarkSpec, measured: dict[str, Any], pe
     return {
         **plan.to_json(),
         "rule": spec.rule,
+        "sample": spec.sample,
         "threads": spec.threads,
         "step_seconds": median["seconds"],
         "first_pass_seconds": median["first"],

@@ -23,6 +23,11 @@ def test_the_benchmark_has_one_loss_for_any_number_of_ranks(tmp_path: Path) -> N
     assert "step 2 of 2" in said
     two, _ = outsize("face", "benchmark", *options, "--ranks", "2")
     assert two["loss"] == alone["loss"]
+    sampled, said = outsize("face", "benchmark", *options, "--sample", "0.1")
+    assert f"{sampled['seen']:,} classes a step" in said
+    assert abs(sampled["seen"] - 14_000) < 100
+    assert sampled["flops"] < 0.11 * alone["flops"]
+    assert sampled["loss"] != alone["loss"]
     assert 0 < alone["sgemm_share"] < 2
     assert alone["save_seconds"] > 0
     assert alone["load_seconds"] > 0
