@@ -132,6 +132,20 @@ face_train_options = together(
     option("--margin", type=click.Choice(["arcface", "cosface", "softmax"]), default="cosface", show_default=True),
     option("--margin-value", type=click.FloatRange(0), help="Without it 0.5 of arcface, 0.35 of cosface."),
     option("--scale", type=click.FloatRange(1), default=32.0, show_default=True, help="Of cosines."),
+    option(
+        "--sample",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Share of the classes that a step sees, besides the batch's own (Partial FC).",
+    ),
+    option(
+        "--denominator",
+        type=click.Choice(["corrected", "pfc"]),
+        default="corrected",
+        show_default=True,
+        help="Of the softmax over a share: corrected by the probability of being seen, or as Partial FC has it.",
+    ),
     option("--save-every", type=click.IntRange(1), default=250, show_default=True, help="Steps."),
     option(
         "--evaluate-every",

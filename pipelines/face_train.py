@@ -120,6 +120,7 @@ def _prepare(console: Console, training: FaceTraining, ranks: int, memory: str |
         threads=training.threads,
         storage=getattr(torch, training.storage),
         rule=RULES[training.rule](lr=training.head_lr),
+        sample=training.sample,
     )
     console.remark(plan.explain())
     held = -(-loader.micro_batches // ranks) * training.micro_batch

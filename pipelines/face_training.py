@@ -38,7 +38,7 @@ from .console import Console, count_of, printable
 from .face_report import write_face_report
 from .face_sources import OpenedFaces, SyntheticOptions, open_faces
 from .face_validation import Measured, measure_embedder
-from .ranks import INTERRUPTED, join_ranks, leave_ranks
+from .ranks import INTERRUPTED, LOST, join_ranks, leave_ranks
 from .training_log import TrainingLog
 
 OPTIMISER, CURSOR = "optimiser.safetensors", "cursor.json"
@@ -90,6 +90,9 @@ class FaceTraining:
     margin: str
     margin_value: float | None
     scale: float
+    sample: float
+    """Share of the classes that a step sees, besides the batch's own."""
+    denominator: str
     rule: str
     storage: str
     seed: int
@@ -214,6 +217,8 @@ class _Run:
             scale=training.scale,
             storage=getattr(torch, training.storage),
             rule=RULES[training.rule](lr=training.head_lr),
+            sample=training.sample,
+            denominator=training.denominator,
             seed=training.seed,
         )
         self.optimiser = make_optimiser(training, self.model)
@@ -461,9 +466,9 @@ def main(rank: int, folder: Path) -> int:
             print(printable(f"outsize: error: {error}"), file=sys.stderr, flush=True)
         return error.exit_code
     except RuntimeError as error:
-        # What gloo says when another rank is gone; the command says which.
-        print(printable(f"rank {rank}: {str(error).splitlines()[0]}"), file=sys.stderr, flush=True)
-        return 1
+        if "gloo" not in str(error):
+            raise
+        return LOST  # another rank is gone; the command says which
     return 0
 
 

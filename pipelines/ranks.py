@@ -21,6 +21,8 @@ from torch import distributed as dist
 from ..tiler.errors import TilerError
 
 INTERRUPTED = 130
+LOST = 75
+"""A rank could not reach another one, which is the cause."""
 _GOOD = (0, INTERRUPTED)
 _SETTLE_S = 1.0
 """For the others to fail, once one has: the first that is seen need not be the cause."""
@@ -75,10 +77,12 @@ def _watch(processes: list[subprocess.Popen[bytes]]) -> None:
         return
     # A rank that was killed is the cause of what others say of it.
     failed = [rank for rank, code in enumerate(codes) if code not in (None, *_GOOD)]
-    rank = min(failed, key=lambda rank: codes[rank] or 0)
+    rank = min(failed, key=lambda rank: (codes[rank] == LOST, codes[rank] or 0))
     code = codes[rank] or 0
     if code < 0:
         raise RankError(f"rank {rank} of {len(codes)} was ended by {signal.Signals(-code).name}")
+    if code == LOST:
+        raise RankError(f"the {len(codes)} ranks lost each other")
     raise RankError(f"rank {rank} of {len(codes)} ended with code {code}; what it said stands above")
 
 
