@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...tiler.machine import one_thread
 from .batch_loader import MicroBatch
 from .collectives import Ranks
 from .head import ShardedMarginHead
@@ -64,7 +65,8 @@ def _scaled(batch: MicroBatch, mean: float, scale: float) -> Tensor:
 def centre_features(
     model: nn.Module, last: nn.Linear, batches: Sequence[MicroBatch], *, mean: float, scale: float
 ) -> None:
-    """Before the first step: move the bias of the last layer so that features have mean zero over some pictures.
+    """Before the first step: move and scale the last layer so that features have mean zero and mean square one over
+    some pictures.
 
     A new network gives all faces nearly the same feature, of which only the difference from the mean tells anything;
     cosines would be near 1 for all. Batch norm at the end would do the same in every step, over the batch.
@@ -73,10 +75,15 @@ def centre_features(
     def embed(_: None, batch: MicroBatch) -> Tensor:
         return model(_scaled(batch, mean, scale))[batch.labels >= 0]
 
-    features = torch.cat(run_tablets(embed, list(batches), [None] * torch.get_num_threads()))
-    if len(features):
-        with torch.no_grad():
-            last.bias.sub_(features.double().sum(dim=0).div(len(features)).float())
+    features = torch.cat(run_tablets(embed, list(batches), [None] * torch.get_num_threads())).double()
+    if len(features) < 2:
+        return
+    with torch.no_grad(), one_thread():  # sums by several threads have other last bits
+        centre = features.mean(dim=0)
+        length = float((features - centre).square().mean().sqrt())
+        if length > 0:
+            last.bias.sub_(centre.float()).div_(length)
+            last.weight.div_(length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
