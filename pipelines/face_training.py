@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import sys
 import time
 import warnings
@@ -12,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import safetensors.torch
@@ -34,12 +32,14 @@ from ..tiler.errors import TilerError
 from ..tiler.machine import die_with_parent, one_thread
 from ..tiler.memory import format_bytes
 from ..tiler.meter import MemoryMeter
-from .console import Console, count_of, printable
+from .console import Console, printable
 from .face_report import write_face_report
 from .face_sources import OpenedFaces, SyntheticOptions, open_faces
 from .face_validation import Measured, measure_embedder
+from .interrupts import StopAfterStep
 from .ranks import INTERRUPTED, LOST, join_ranks, leave_ranks
 from .training_log import TrainingLog
+from .unusable_pictures import UnusablePictures, read_unusable
 
 OPTIMISER, CURSOR = "optimiser.safetensors", "cursor.json"
 LOG, UNREADABLE, REPORT = "train.jsonl", "unreadable.jsonl", "report.html"
@@ -47,8 +47,6 @@ CENTRED = 256
 """Pictures, at least, whose features a new network has around zero."""
 MOST_SKIPPED = 10
 """Steps in a row whose loss or gradient is not finite."""
-MOST_SHOWN = 20
-"""Unusable pictures that are named on the terminal; the file has all."""
 
 
 class TrainingError(TilerError):
@@ -128,64 +126,6 @@ class FaceTraining:
         )
 
 
-class _Stop:
-    """Whether somebody has asked for the end; a second Ctrl-C does not wait."""
-
-    def __init__(self) -> None:
-        self.is_asked = False
-
-    @contextmanager
-    def heeded(self) -> Iterator[None]:
-        """Signals end the training after a step, when there is something whole to save."""
-
-        def handle(number: int, _: FrameType | None) -> None:
-            if self.is_asked and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.is_asked = True
-
-        before = {}
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, handle)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-class _Unusable:
-    """Pictures that cannot be used: each named once, on the terminal and in a file that all ranks add to."""
-
-    def __init__(self, console: Console, path: Path) -> None:
-        self._console, self._path = console, path
-        self._seen = set(read_unusable(path))
-
-    def add(self, failed: list[tuple[str, str]]) -> None:
-        for name, reason in failed:
-            if name in self._seen:
-                continue
-            self._seen.add(name)
-            with self._path.open("a") as file:  # a line at once: ranks do not cut each other's
-                file.write(json.dumps({"path": name, "reason": reason}) + "\n")
-            if len(self._seen) <= MOST_SHOWN:
-                self._console.remark(f"{name}: {reason}")
-            elif len(self._seen) == MOST_SHOWN + 1:
-                self._console.remark(f"more pictures that cannot be used are named in {self._path}")
-
-
-def read_unusable(path: Path) -> dict[str, str]:
-    """Reasons by picture; a line that a kill cut off is left out."""
-    found: dict[str, str] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            entry = json.loads(line)
-            found[entry["path"]] = entry["reason"]
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
-
-
 def train_rank(console: Console, training: FaceTraining, faces: OpenedFaces) -> dict[str, Any] | None:
     """One rank: go on from the newest whole generation, train, save, measure; rank 0 returns what came of it.
 
@@ -226,10 +166,10 @@ class _Run:
         self.step = self.saved = self.first
         self.is_first = self.ranks.rank == 0
         self.log = TrainingLog(self.out / LOG, self.first) if self.is_first else None
-        self.unusable = _Unusable(console, self.out / UNREADABLE)
+        self.unusable = UnusablePictures(console, self.out / UNREADABLE)
         if self.is_first:
             self.unusable.add(faces.left_out)
-        self.stop, self.skipped, self.seconds = _Stop(), 0, 0.0
+        self.stop, self.skipped, self.seconds = StopAfterStep(), 0, 0.0
         self.losses: list[float] = []
 
     def train(self) -> None:
@@ -437,13 +377,6 @@ class _Silent(Console):
 
     def advance(self, pixels: int, detail: str = "") -> None:
         pass
-
-
-def show_remarks(console: Console, faces: OpenedFaces) -> None:
-    for line in faces.remarks:
-        console.remark(line)
-    if faces.left_out:
-        console.remark(f"{count_of(len(faces.left_out), 'picture')} or identities left out, see below")
 
 
 def main(rank: int, folder: Path) -> int:
