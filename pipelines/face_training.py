@@ -133,11 +133,15 @@ def train_rank(console: Console, training: FaceTraining, faces: OpenedFaces) -> 
         KeyboardInterrupt: stopped by a signal, and saved.
         TrainingError: no picture of a batch can be used, or the loss is not finite again and again.
     """
+    threads = torch.get_num_threads()
     torch.set_num_threads(training.threads)
-    with MemoryMeter() as meter:
-        run = _Run(console, training, faces, meter)
-        run.train()
-        return run.finish()
+    try:
+        with MemoryMeter() as meter:
+            run = _Run(console, training, faces, meter)
+            run.train()
+            return run.finish()
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Run:

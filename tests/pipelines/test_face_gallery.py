@@ -68,6 +68,9 @@ def name(number: int) -> str:
 
 
 def test_the_sample_is_the_same_for_the_same_options(world: Path, tmp_path: Path) -> None:
+    outsize("sample", tmp_path / "large", "--identities", "2", "--images", "2", "--size", "24x16")
+    with Image.open(next((tmp_path / "large").rglob("*.png"))) as picture:
+        assert (picture.height, picture.width) == (24, 16)
     outsize("sample", tmp_path / "again", "--identities", str(PEOPLE), "--images", str(PICTURES))
     files = sorted(path.relative_to(world / "people") for path in (world / "people").rglob("*.*"))
     assert len(files) == PEOPLE * PICTURES + 1

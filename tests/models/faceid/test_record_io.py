@@ -46,19 +46,21 @@ def write(folder: Path, entries: dict[int, bytes]) -> Path:
     return folder / "train.rec"
 
 
-def picture(seed: int) -> tuple[np.ndarray, bytes]:
-    pixels = np.random.default_rng(seed).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+def picture(seed: int, size: tuple[int, int] = (10, 12)) -> tuple[np.ndarray, bytes]:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return pixels, buffer.getvalue()
 
 
-def indexed(folder: Path, labels: list[int], wrong: dict[int, float] | None = None) -> Path:
+def indexed(
+    folder: Path, labels: list[int], wrong: dict[int, float] | None = None, size: tuple[int, int] = (10, 12)
+) -> Path:
     """Pictures 1 ... n in the order of their labels, identities behind them, as published sets have it."""
     end, identities = len(labels) + 1, sorted(set(labels))
     entries = {0: entry([end, end + len(identities)], b"")}
     for key, label in enumerate(labels, 1):
-        entries[key] = entry([float((wrong or {}).get(key, label)), 0.0], picture(key)[1], key)
+        entries[key] = entry([float((wrong or {}).get(key, label)), 0.0], picture(key, size)[1], key)
     for number, identity in enumerate(identities):
         first = labels.index(identity) + 1
         entries[end + number] = entry([first, first + labels.count(identity)], b"")
