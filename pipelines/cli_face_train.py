@@ -54,10 +54,10 @@ face_train_options = together(
         show_default=True,
         help="Synthetic: share of wrong labels.",
     ),
-    option("--pose", type=_strength, default=1.0, show_default=True, help="Synthetic: strength of turns and moves."),
-    option("--light", type=_strength, default=1.0, show_default=True, help="Synthetic: strength of changes of light."),
+    option("--pose", type=_strength, default=0.5, show_default=True, help="Synthetic: strength of turns and moves."),
+    option("--light", type=_strength, default=0.5, show_default=True, help="Synthetic: strength of changes of light."),
     option(
-        "--occlusion", type=_share, default=0.3, show_default=True, help="Synthetic: share of faces partly covered."
+        "--occlusion", type=_share, default=0.1, show_default=True, help="Synthetic: share of faces partly covered."
     ),
     option("--noise", type=_strength, default=1.0, show_default=True, help="Synthetic: strength of noise."),
     option(

@@ -37,12 +37,12 @@ _GOLDEN = 0x9E3779B97F4A7C15
 class Nuisances:
     """What differs between two samples of an identity; 0: nothing of that kind."""
 
-    pose: float = 1.0
+    pose: float = 0.5
     """1: the head turns by up to 29 degrees to the sides, 17 up and down, 9 in the picture; moves and comes nearer by
     up to a twelfth."""
-    light: float = 1.0
+    light: float = 0.5
     """1: a third brighter or darker, and as much from one side to the other; a twelfth for each colour."""
-    occlusion: float = 0.3
+    occlusion: float = 0.1
     """Share of samples with dark glasses, a mask, or a bar somewhere."""
     noise: float = 1.0
     """1: a standard deviation of 8 of 255 in each pixel."""
