@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 import pytest
+from dask.utils import key_split
 from distributed import Client, LocalCluster
 from outsize.tiler import schedule
 from outsize.tiler.events import TileRecord
@@ -56,3 +57,17 @@ def test_workers_that_come_later_work_too(monkeypatch: pytest.MonkeyPatch) -> No
         assert done == 150
     # One thread had two cells; six of them are never all busy with two.
     assert max(UNDER_WAY) == 6
+
+
+def test_what_dask_remembers_of_cells_does_not_grow_with_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "FORGET_EVERY", 20)
+    sizes: list[int] = []
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=8, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+        job_on(client, Slow()),
+    ):
+        for _ in run_cells(client, "slow", ((0, index) for index in range(120)), "tile"):
+            sizes.append(key_split.cache_info().currsize)
+    assert len(sizes) == 120
+    assert max(sizes[30:]) < 70
