@@ -431,9 +431,9 @@ def _require_same(out: Path, ours: dict[str, Any]) -> None:
 
 
 def _find_tiles(out: Path) -> dict[str, Any] | None:
-    """Core and cuts of the training that the folder holds; None: there is none."""
+    """Core and cuts of the training that the folder holds; None: it says none."""
     path = out / TRAINING
-    return json.loads(path.read_text())["data"]["tiles"] if path.exists() else None
+    return json.loads(path.read_text())["data"].get("tiles") if path.exists() else None
 
 
 def _short(value: Any) -> str:
