@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -22,8 +23,9 @@ from ..models.faceid.batch_loader import BatchLoader
 from ..models.faceid.checkpoint import MANIFEST, list_generations, load_checkpoint, save_checkpoint
 from ..models.faceid.collectives import Ranks
 from ..models.faceid.embedder_file import BACKBONE, DESCRIPTION, EmbedderDescription
-from ..models.faceid.embedder_step import centre_features, compute_step
+from ..models.faceid.embedder_step import compute_step
 from ..models.faceid.errors import HeadError
+from ..models.faceid.feature_norm import FeatureNorm
 from ..models.faceid.head import ShardedMarginHead
 from ..models.faceid.rate_schedule import RateSchedule
 from ..models.faceid.row_rules import RULES
@@ -43,8 +45,6 @@ from .unusable_pictures import UnusablePictures, read_unusable
 
 OPTIMISER, CURSOR = "optimiser.safetensors", "cursor.json"
 LOG, UNREADABLE, REPORT = "train.jsonl", "unreadable.jsonl", "report.html"
-CENTRED = 256
-"""Pictures, at least, whose features a new network has around zero."""
 MOST_SKIPPED = 10
 """Steps in a row whose loss or gradient is not finite."""
 
@@ -188,8 +188,8 @@ class _Run:
             rank=self.ranks.rank,
             ranks=self.ranks.size,
         )
-        if not self.first:
-            self._centre(loader)
+        feature_norm = self.model.feature_norm
+        assert isinstance(feature_norm, FeatureNorm)
         label = f"train {self.out.name}"
         quiet = Console() if self.is_first else _Silent()
         with quiet.step(label, training.steps, counts_pixels=False) as bar, self.stop.heeded():
@@ -205,6 +205,7 @@ class _Run:
                     self.unusable.add(batch.failed)
                 result = compute_step(
                     self.model,
+                    feature_norm,
                     self.head,
                     batches,
                     micro_batches=loader.micro_batches,
@@ -217,12 +218,13 @@ class _Run:
                 now = time.perf_counter()
                 seconds, began = now - began, now
                 self.seconds += seconds
-                self.losses = [*self.losses[-49:], result.loss]
+                loss = result.loss if math.isfinite(result.loss) else None
+                self.losses = [*self.losses[-49:], loss] if loss is not None else self.losses
                 shared = torch.tensor([int(self.stop.is_asked), self.meter.current_bytes, result.samples])
                 asked, memory, samples = self.ranks.add(shared).tolist()
                 entry = {
                     "step": self.step,
-                    "loss": result.loss,
+                    "loss": loss,
                     "rate": training.lr * share,
                     "gradient_norm": norm,
                     "skipped": not result.is_finite,
@@ -233,7 +235,7 @@ class _Run:
                 if self.log:
                     self.log.add(entry)
                 detail = (
-                    f"step {self.step}/{training.steps}, loss {sum(self.losses) / len(self.losses):.3f}, "
+                    f"step {self.step}/{training.steps}, loss {sum(self.losses) / max(1, len(self.losses)):.3f}, "
                     f"{(self.step - self.first) * training.batch / self.seconds:.0f} images/s, memory "
                     f"{format_bytes(memory)}"
                 )
@@ -247,14 +249,6 @@ class _Run:
                 if training.evaluate_every and self.step % training.evaluate_every == 0 and self.step < training.steps:
                     self._measure()
             self._save()
-
-    def _centre(self, loader: BatchLoader) -> None:
-        """On every rank with the same pictures, the first of the order."""
-        steps = range(-(-CENTRED // loader.batch))
-        batches = [loader.load(step, number) for step in steps for number in range(loader.micro_batches)]
-        last = self.model.project
-        assert isinstance(last, nn.Linear)
-        centre_features(self.model, last, batches, mean=self.description.mean, scale=self.description.scale)
 
     def _follow(self, is_finite: bool) -> float | None:
         """Move the embedder; the norm of its gradient."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...tiler.machine import one_thread
 from .batch_loader import MicroBatch
 from .collectives import Ranks
+from .feature_norm import FeatureNorm, normalise_batch
 from .head import ShardedMarginHead
 from .threads import run_tablets
 
@@ -62,30 +63,6 @@ def _scaled(batch: MicroBatch, mean: float, scale: float) -> Tensor:
     return (batch.images.permute(0, 3, 1, 2).float() - mean) / scale
 
 
-def centre_features(
-    model: nn.Module, last: nn.Linear, batches: Sequence[MicroBatch], *, mean: float, scale: float
-) -> None:
-    """Before the first step: move and scale the last layer so that features have mean zero and mean square one over
-    some pictures.
-
-    A new network gives all faces nearly the same feature, of which only the difference from the mean tells anything;
-    cosines would be near 1 for all. Batch norm at the end would do the same in every step, over the batch.
-    """
-
-    def embed(_: None, batch: MicroBatch) -> Tensor:
-        return model(_scaled(batch, mean, scale))[batch.labels >= 0]
-
-    features = torch.cat(run_tablets(embed, list(batches), [None] * torch.get_num_threads())).double()
-    if len(features) < 2:
-        return
-    with torch.no_grad(), one_thread():  # sums by several threads have other last bits
-        centre = features.mean(dim=0)
-        length = float((features - centre).square().mean().sqrt())
-        if length > 0:
-            last.bias.sub_(centre.float()).div_(length)
-            last.weight.div_(length)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What a step found."""
@@ -99,6 +76,7 @@ class StepResult:
 
 def compute_step(
     model: nn.Module,
+    norm: FeatureNorm,
     head: ShardedMarginHead,
     batches: Sequence[MicroBatch],
     *,
@@ -112,6 +90,7 @@ def compute_step(
     Called by all ranks with their micro-batches of one step, in order.
 
     Args:
+        norm: of the model, which normalises its features where it is evaluated.
         micro_batches: of all ranks.
         mean, scale: a pixel p becomes (p - mean) / scale.
         precision: bfloat16: products of the network in it, by autocast; weights and sums stay float32.
@@ -128,17 +107,24 @@ def compute_step(
             return model(_scaled(batch, mean, scale)).float()
 
     features = run_tablets(embed, list(batches), workers)
-    leaf = torch.cat([feature.detach() for feature in features]).requires_grad_()
-    loss = head(leaf, torch.cat([batch.labels for batch in batches]))
-    loss.backward()
+    labels = torch.cat([batch.labels for batch in batches])
+    samples = int((labels >= 0).sum())
     for parameter in parameters:
         parameter.grad = None
-    samples = sum(int((batch.labels >= 0).sum()) for batch in batches)
+    with one_thread():
+        normalised = normalise_batch(norm, torch.cat([feature.detach() for feature in features]), labels, head.ranks)
+    if normalised is None:
+        return StepResult(loss=math.nan, samples=samples, is_finite=False)
+    leaf = normalised.features.requires_grad_()
+    loss = head(leaf, labels)
+    loss.backward()
     if head.skipped:
         return StepResult(loss=float(loss.detach()), samples=samples, is_finite=False)
     assert leaf.grad is not None
     total = GradientSum(parameters, micro_batches)
-    incoming = leaf.grad.split([len(batch.labels) for batch in batches])
+    with one_thread():
+        gradient = normalised.backward(leaf.grad, head.ranks)
+    incoming = gradient.split([len(batch.labels) for batch in batches])
 
     def descend(_: None, item: tuple[Tensor, Tensor]) -> None:
         with torch.enable_grad():

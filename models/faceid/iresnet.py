@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import HeadError
+from .feature_norm import FeatureNorm
 
 DEPTHS = {"r18": (2, 2, 2, 2), "r50": (3, 4, 14, 3), "r100": (3, 13, 30, 3)}
 """Blocks of the four stages, as ArcFace's networks have them."""
@@ -48,8 +49,8 @@ class IResNet(nn.Module):
     """(batch, 3, height, width) -> (batch, dim): a stem at full size, four stages, one linear map of all places.
 
     Layout of ArcFace's iResNets (Deng et al. 2019, after Han et al. 2017), except: group norm in place of batch norm,
-    so that a picture's features depend on no other picture, and a run not on how its batch is cut; no normalisation of
-    the features, whose length the margin head divides away; no dropout.
+    so that a picture's features depend on no other picture, and a run not on how its batch is cut; the batch norm
+    behind the last layer is `FeatureNorm`, without weights; no dropout.
 
     Args:
         depth: "r18", "r50" or "r100".
@@ -82,7 +83,8 @@ class IResNet(nn.Module):
             blocks += [_Block(channels, wider, 2)] + [_Block(wider, wider, 1) for _ in range(count - 1)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.GroupNorm(GROUPS, WIDTHS[-1])
-        self.project = nn.Linear(WIDTHS[-1] * (height // REDUCTION) * (width // REDUCTION), dim)
+        self.project = nn.Linear(WIDTHS[-1] * (height // REDUCTION) * (width // REDUCTION), dim, bias=False)
+        self.feature_norm = FeatureNorm(dim)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
@@ -95,4 +97,4 @@ class IResNet(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x)
-        return self.project(self.norm(x).flatten(1))
+        return self.feature_norm(self.project(self.norm(x).flatten(1)))

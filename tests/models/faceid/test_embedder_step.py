@@ -7,8 +7,9 @@ import torch
 from outsize.models.faceid.batch_loader import MicroBatch
 from outsize.models.faceid.collectives import Ranks
 from outsize.models.faceid.embedder import SmallEmbedder
-from outsize.models.faceid.embedder_step import GradientSum, StepResult, centre_features, compute_step
+from outsize.models.faceid.embedder_step import GradientSum, StepResult, compute_step
 from outsize.models.faceid.errors import HeadError
+from outsize.models.faceid.feature_norm import normalise_batch
 from outsize.models.faceid.head import ShardedMarginHead
 from outsize.models.faceid.rate_schedule import RateSchedule
 from outsize.models.faceid.reference import compute_dense_loss
@@ -42,7 +43,9 @@ def run(threads: int, precision: torch.dtype = torch.float32) -> tuple[StepResul
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        result = compute_step(model, head, BATCHES, micro_batches=3, mean=127.5, scale=127.5, precision=precision)
+        result = compute_step(
+            model, model.feature_norm, head, BATCHES, micro_batches=3, mean=127.5, scale=127.5, precision=precision
+        )
     finally:
         torch.set_num_threads(before)
     return result, [p.grad.clone() for p in model.parameters() if p.grad is not None], head.dense_weight()
@@ -58,7 +61,8 @@ def test_gradients_are_those_of_the_dense_layer_in_float64() -> None:
     )
     images = torch.cat([batch.images for batch in BATCHES]).permute(0, 3, 1, 2).double()
     labels = torch.cat([batch.labels for batch in BATCHES])
-    features = model((images - 127.5) / 127.5)[labels >= 0]
+    features = model.train()((images - 127.5) / 127.5)[labels >= 0]
+    features = torch.nn.functional.batch_norm(features, None, None, training=True, eps=1e-5)
     loss = compute_dense_loss(features, labels[labels >= 0], head.dense_weight().double(), head.margin, 8.0)
     loss.backward()
     assert result.loss == pytest.approx(float(loss.detach()), rel=1e-6)
@@ -85,27 +89,22 @@ def test_gradients_and_rows_have_the_same_bits_for_any_threads(precision: torch.
         assert 1e-4 < max(error) < 0.3
 
 
-def test_features_of_a_new_network_are_centred() -> None:
-    batches = make([list(range(7)), [-1, *range(7, 14)], [3]])
-    images = torch.cat([batch.images[batch.labels >= 0] for batch in batches]).permute(0, 3, 1, 2).float()
-    found: list[Tensor] = []
-    for threads in (1, 2):
-        model = _make_model()
-        before = torch.nn.functional.normalize(model((images - 127.5) / 127.5), dim=1)
-        count = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            centre_features(model, model.project, batches, mean=127.5, scale=127.5)
-        finally:
-            torch.set_num_threads(count)
-        features = model((images - 127.5) / 127.5)
-        assert features.mean(dim=0).abs().max() < 1e-5
-        assert float(features.square().mean().detach()) == pytest.approx(1, rel=1e-4)
-        after = torch.nn.functional.normalize(features, dim=1)
-        assert float((before @ before.T).mean().detach()) > 0.2
-        assert float((after @ after.T).mean().detach()) < 0.1
-        found.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
-    assert torch.equal(*found)
+def test_features_are_normalised_by_the_batch_and_later_by_what_was_seen() -> None:
+    model = _make_model()
+    features = torch.randn((9, DIM), generator=torch.Generator().manual_seed(1)) * 3 + 5
+    labels = torch.tensor([0, 1, -1, 2, 3, 4, 5, 6, 7])
+    found = normalise_batch(model.feature_norm, features, labels, Ranks.of(None))
+    assert found is not None
+    known = found.features[labels >= 0].double()
+    assert known.mean(dim=0).abs().max() < 1e-6
+    assert (known.var(dim=0, unbiased=False) - 1).abs().max() < 1e-4
+    assert torch.allclose(model.eval().feature_norm(features), found.features, atol=1e-5)  # of the first batch alone
+    assert torch.equal(model.train().feature_norm(features), features)
+    normalise_batch(model.feature_norm, features + 1, labels, Ranks.of(None))
+    assert torch.allclose(model.feature_norm.mean, features[labels >= 0].mean(dim=0) + 0.5, atol=1e-5)
+    assert normalise_batch(model.feature_norm, features, torch.full((9,), -1), Ranks.of(None)) is None
+    features[0, 0] = torch.nan
+    assert normalise_batch(model.feature_norm, features, labels, Ranks.of(None)) is None
 
 
 def _make_model() -> SmallEmbedder:

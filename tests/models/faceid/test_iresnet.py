@@ -14,7 +14,7 @@ from torch import nn
 def test_layouts_are_the_published_ones(depth: str, parameters: float, convolutions: int) -> None:
     with torch.device("meta"):  # no weights, sizes alone
         model = IResNet(depth)
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, abs=0.005)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, abs=0.01)
     assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == convolutions
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
