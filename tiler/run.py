@@ -54,7 +54,7 @@ from .raster import Raster, open_raster, require_apart
 from .raster_parts import reference_to
 from .records import RunFolder, is_there, log, writing
 from .reference import ComputedPatch, Reference
-from .resume import Records, SourceChangedError, SourceGuard, is_unfinished, keep_tiles, require_continuable
+from .resume import Kept, SourceChangedError, SourceGuard, is_unfinished, keep_tiles, require_continuable
 from .schedule import Lost, cells_of, count_threads, job_on, run_cells
 from .store import (
     CONTEXT,
@@ -253,7 +253,7 @@ def predict(
                 # A folder that is not ours is neither continued nor overwritten, nor given neighbours.
                 fingerprint |= _quantised_before(read_header(out), plan)
         with writing(out), RunFolder(out) as folder:
-            kept: Records = {}
+            kept: Kept = {}
             # An unfinished output of this very run is continued, also where a finished one would be replaced.
             begins = not is_there(out) or (overwrite and not is_unfinished(out, fingerprint))
             if begins:
@@ -362,15 +362,15 @@ def _open(
 class _States:
     """What became of every tile, in this call and before: a byte each, and the reasons of those that failed."""
 
-    def __init__(self, plan: TilePlan, kept: Records) -> None:
+    def __init__(self, plan: TilePlan, kept: Kept) -> None:
         self.status = np.zeros(plan.grid.counts, np.uint8)
         self.ended = 0
         """Tiles that ended in this call."""
         self.pixels = 0
         """Of those that were done in this call."""
         self._reasons: dict[tuple[int, int], str] = {}
-        for at, record in kept.items():
-            self._set(at, record["state"], str(record.get("error", "")))
+        for at, reason in kept.items():
+            self._set(at, "failed" if reason else "done", reason)
 
     def _set(self, at: tuple[int, int], state: str, reason: str) -> None:
         self.status[at] = DONE if state == "done" else FAILED
