@@ -241,8 +241,8 @@ def require_same_gradients(trainable: TrainableNetwork, *, image_learns: bool = 
     for name, expected, found in zip(wanted, ordinary, ours, strict=True):
         if float((expected - found).abs().max()) > _TOLERANCE * float(expected.abs().max()) + noise:
             raise UntileableError(
-                f"the gradient of {trainable.names.get(name, name)} is another than that of the operations that compute "
-                "the result; remove custom backward rules, hooks and no_grad blocks (freeze parameters by "
+                f"the gradient of {trainable.names.get(name, name)} is another than that of the operations that compute"
+                " the result; remove custom backward rules, hooks and no_grad blocks (freeze parameters by "
                 "requires_grad_(False))"
             )
 
