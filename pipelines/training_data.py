@@ -222,7 +222,7 @@ def prepare_data(
         )
     )
     network: Network = analyze_network(module, bands, torch.float32)
-    reach = compute_reach(network)
+    reach = compute_reach(network, [scene.raster.shape_yx for scene in scenes])
     trainable: TrainableNetwork = prepare_training(network, bands, torch.float32)
     budget = parse_bytes(options.memory)
     cache = min(_CACHE_BYTES, budget // 8)
