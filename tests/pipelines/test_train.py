@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,12 @@ import rasterio
 import torch
 from outsize.models import load_model
 from outsize.models.segmentation.metrics import Confusion
+from outsize.models.segmentation.scaling import Scaling
+from outsize.models.segmentation.split import Split
 from outsize.pipelines.cli import main
+from outsize.pipelines.training_data import Survey
 from outsize.pipelines.training_log import read_log
+from outsize.tiler.errors import OutputError
 from outsize.tiler.georeference import Georeference
 from outsize.tiler.raster import open_raster
 from outsize.tiler.store import open_array
@@ -180,6 +184,59 @@ def test_an_interrupted_training_says_how_to_go_on_and_loses_nothing(
     again = done_apart(*words)
     assert again["steps"] == 6
     assert same_log(trained[0], out)
+
+
+class Killed(BaseException):
+    """What no handler of errors sees."""
+
+
+def test_a_survey_is_there_whole_or_not_at_all_and_written_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    survey = Survey(
+        splits=(Split(share=0.2, block=32, guard=3, offset=0.25), None),
+        scaling=Scaling.z_score(mean=(1.5, 2.5), stddev=(3.0, 4.0)),
+        fill=(1.0, 2.0),
+        means=(1.5, 2.5),
+        deviations=(3.0, 4.0),
+        cell=8,
+        training=tuple(rng.integers(0, 9, (4, 5, 3)) for _ in range(2)),
+        validation=tuple(rng.integers(0, 9, (4, 5, 3)) for _ in range(2)),
+    )
+
+    replace = Path.replace
+
+    def dying_at(name: str) -> Callable[[Path, Path], Path]:
+        def killed(self: Path, target: Path) -> Path:
+            assert self.read_bytes()
+            if target.name == name:
+                raise Killed
+            return replace(self, target)
+
+        return killed
+
+    for name in ("survey.safetensors", "survey.json"):
+        monkeypatch.setattr(Path, "replace", dying_at(name))
+        with pytest.raises(Killed):
+            survey.save(tmp_path)
+        assert Survey.load(tmp_path) is None
+    monkeypatch.undo()
+    survey.save(tmp_path)
+    counts = tmp_path / "survey.safetensors"
+    written = [(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(tmp_path.glob("survey*"))]
+    found = Survey.load(tmp_path)
+    assert found is not None
+    assert (found.splits, found.scaling, found.cell) == (survey.splits, survey.scaling, survey.cell)
+    for ours, theirs in ((survey.training, found.training), (survey.validation, found.validation)):
+        assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    found.save(tmp_path)
+    assert written == [
+        (path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(tmp_path.glob("survey*"))
+    ]
+    counts.write_bytes(counts.read_bytes()[:-9])
+    with pytest.raises(OutputError, match=r"survey in .* cannot be read: .*; --overwrite begins anew"):
+        Survey.load(tmp_path)
 
 
 def test_what_differs_is_named(scene: tuple[Path, Path], trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
