@@ -23,9 +23,10 @@ from outsize.models import load_model
 from outsize.models.segmentation.metrics import Confusion
 from outsize.models.segmentation.scaling import Scaling
 from outsize.models.segmentation.split import Split
+from outsize.pipelines import train
 from outsize.pipelines.cli import main
 from outsize.pipelines.training_data import Survey
-from outsize.pipelines.training_log import read_log
+from outsize.pipelines.training_log import TrainingLog, read_log
 from outsize.tiler.errors import OutputError
 from outsize.tiler.georeference import Georeference
 from outsize.tiler.raster import open_raster
@@ -121,6 +122,7 @@ _DYING = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from outsize.models.segmentation.trainer import Trainer
+from outsize.pipelines import train
 from outsize.pipelines.cli import main
 made, step = 0, Trainer.make_step
 def dying(self):
@@ -184,6 +186,47 @@ def test_an_interrupted_training_says_how_to_go_on_and_loses_nothing(
     again = done_apart(*words)
     assert again["steps"] == 6
     assert same_log(trained[0], out)
+
+
+TINY = ("--widths", "4", "--core", "48", "--step", "tiles:1", "--warm-up", "1", "--memory", "1GB")
+"""Steps that take next to no time."""
+
+
+def test_a_validation_that_was_interrupted_is_made_when_the_training_goes_on(
+    scene: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", scene[0], "--labels", scene[1], "--steps", "3", "--val-every", "2", *TINY]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    expected = done(*words, "--out", whole)
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    add = TrainingLog.add
+
+    def add_and_stop(self: TrainingLog, values: Any) -> None:
+        if "validation" not in values:
+            add(self, values)
+            return
+        # The best model is there; before the line, and with it.
+        if not_yet:
+            raise KeyboardInterrupt
+        add(self, values)
+        raise KeyboardInterrupt
+
+    not_yet = True
+    for place, stop in (("validate", interrupted), ("add", add_and_stop), ("add", add_and_stop)):
+        monkeypatch.setattr(*((train, place) if place == "validate" else (TrainingLog, place)), stop)
+        code, _, err = outsize(*words, "--out", out)
+        monkeypatch.undo()
+        assert code == 130
+        assert "stopped after step 2" in err
+        not_yet = stop is interrupted
+    found = done(*words, "--out", out)
+    assert [line["validation"]["step"] for line in read_log(out / "train.jsonl") if "validation" in line] == [2, 3]
+    assert same_log(whole, out)
+    assert found["best"] == expected["best"]
+    assert same_tensors(whole / "best.safetensors", out / "best.safetensors")
 
 
 class Killed(BaseException):
