@@ -91,8 +91,8 @@ def run_train(console: Console, options: TrainOptions) -> None:
         run.start()
         try:
             run.train()
-        except KeyboardInterrupt:
-            run.interrupt()
+        except BaseException as error:
+            run.interrupt(error)
             raise
         run.finish()
 
@@ -298,10 +298,15 @@ class _Run:
         }
         save_model(self.model(), self.out / name, card)
 
-    def interrupt(self) -> None:
-        """Keep what was done."""
+    def interrupt(self, error: BaseException) -> None:
+        """Keep what was done, whatever ended it."""
         if self.trainer.is_between_steps:
-            self._save()
+            try:
+                self._save()
+            except OutputError:
+                # Of a full disk that ended it, say: the first error is the one to tell.
+                if isinstance(error, KeyboardInterrupt):
+                    raise
         self.console.remark(f"{self.out}: stopped after step {self.trainer.step}")
 
     def finish(self) -> None:

@@ -464,13 +464,24 @@ def _weigh(options: TrainOptions, survey: Survey, classes: int) -> Recipe:
 def _make_draw(
     core: int, recipe: Recipe, survey: Survey, shapes: tuple[tuple[int, int], ...]
 ) -> Callable[[int], Sequence[TrainingTile]]:
-    """The tiles of each step."""
+    """The tiles of each step; around pixels of classes of weight 0, and for scenes of those alone, there are none.
+
+    Raises:
+        UsageError: no pixel weighs anything.
+    """
+    weighed = tuple(counts * (np.array(recipe.class_weights or 1.0) > 0) for counts in survey.training)
+    if not _sum(weighed).any():
+        raise UsageError(
+            "no training pixel has a class whose weight is above 0, got --class-weights "
+            f"{','.join(f'{weight:g}' for weight in recipe.class_weights)}; weigh another class"
+        )
     if recipe.step == "image":
         sampler = ImageSampler(
             seed=recipe.seed,
             shapes=shapes,
             core=core,
-            counts=survey.training,
+            # All tiles of the scenes that remain: some losses count pixels of every class.
+            counts=tuple(counts * found.any() for counts, found in zip(survey.training, weighed, strict=True)),
             cell=survey.cell,
             augmentation=recipe.augmentation,
             deviations=survey.deviations,
@@ -481,7 +492,7 @@ def _make_draw(
         shapes=shapes,
         cell=survey.cell,
         core=core,
-        cells=labelled_cells(survey.training),
+        cells=labelled_cells(weighed),
         augmentation=recipe.augmentation,
         deviations=survey.deviations,
     )

@@ -23,11 +23,12 @@ from outsize.models import load_model
 from outsize.models.segmentation.metrics import Confusion
 from outsize.models.segmentation.scaling import Scaling
 from outsize.models.segmentation.split import Split
+from outsize.models.segmentation.trainer import Trainer
 from outsize.pipelines import train
 from outsize.pipelines.cli import main
 from outsize.pipelines.training_data import Survey
 from outsize.pipelines.training_log import TrainingLog, read_log
-from outsize.tiler.errors import OutputError
+from outsize.tiler.errors import LabelError, OutputError
 from outsize.tiler.georeference import Georeference
 from outsize.tiler.raster import open_raster
 from outsize.tiler.store import open_array
@@ -121,6 +122,7 @@ def same_log(one: Path, other: Path) -> bool:
 _DYING = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+from outsize.models.segmentation.trainer import Trainer
 from outsize.models.segmentation.trainer import Trainer
 from outsize.pipelines import train
 from outsize.pipelines.cli import main
@@ -227,6 +229,41 @@ def test_a_validation_that_was_interrupted_is_made_when_the_training_goes_on(
     assert same_log(whole, out)
     assert found["best"] == expected["best"]
     assert same_tensors(whole / "best.safetensors", out / "best.safetensors")
+
+
+def test_classes_of_weight_0_draw_no_tiles_and_an_error_keeps_what_was_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most tiles of this scene hold the class of weight 0 alone."""
+    labels = np.zeros((1, *SHAPE), np.uint8)
+    labels[:, 150:190, 120:160] = 1
+    image = np.random.default_rng(0).integers(1, 255, (3, *SHAPE)).astype(np.uint8)
+    place, truth = write_geotiff(tmp_path / "image.tif", image), write_geotiff(tmp_path / "labels.tif", labels)
+    words = ["train", place, "--labels", truth, "--validation", "0", "--steps", "8", *TINY]
+    out = tmp_path / "out"
+    step = Trainer.make_step
+
+    def failing(self: Trainer) -> Any:
+        if self.step == 5:
+            raise LabelError("nothing counts")
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "make_step", failing)
+    assert "nothing counts" in refusal(*words, "--out", out, "--class-weights", "0,1")
+    monkeypatch.undo()
+    assert json.loads((out / "state.json").read_text())["step"] == 5
+    done(*words, "--out", out, "--class-weights", "0,1")
+    steps = read_log(out / "train.jsonl")
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    # By whole scenes too, of which one holds that class alone: all tiles of the other.
+    empty = write_geotiff(tmp_path / "empty.tif", labels * 0)
+    other = tmp_path / "image"
+    two = ["train", place, place, "--labels", truth, "--labels", empty, *words[4:]]
+    done(*two, "--step", "image", "--steps", "2", "--out", other, "--class-weights", "0,1", "--classes", "a,b")
+    assert [line["tiles"] for line in read_log(other / "train.jsonl")] == [20, 20]
+    assert "no training pixel has a class whose weight is above 0, got --class-weights 0,0; weigh another" in refusal(
+        *words, "--out", tmp_path / "none", "--class-weights", "0,0"
+    )
 
 
 class Killed(BaseException):
