@@ -91,8 +91,8 @@ def run_train(console: Console, options: TrainOptions) -> None:
         run.start()
         try:
             run.train()
-        except KeyboardInterrupt:
-            run.interrupt()
+        except BaseException as error:
+            run.interrupt(error)
             raise
         run.finish()
 
@@ -135,6 +135,8 @@ class _Run:
         self.began = time.perf_counter()
         self.best: dict[str, Any] | None = None
         """Step and scores of the best validation so far."""
+        self.validated = 0
+        """The last step whose validation is done."""
         self.saved_at = time.monotonic()
 
     def start(self) -> None:
@@ -172,11 +174,11 @@ class _Run:
         state = load_state(self.out)
         if state is not None:
             self.trainer.load(state)
-            self.best = state.values["best"]
+            self.best, self.validated = state.values["best"], state.values.get("validated", state.step)
             self.console.remark(f"{self.out}: goes on after step {state.step}")
         elif not self.start_model and options.norm == "frozen":
             self.data.calibrate(network)
-        self.log = TrainingLog(self.out / LOG, self.trainer.step)
+        self.log = TrainingLog(self.out / LOG, self.trainer.step, self.validated)
         for line in self.data.remarks:
             self.console.remark(line)
 
@@ -200,15 +202,16 @@ class _Run:
 
     def train(self) -> None:
         """Step after step, with validations, states and lines of the log between them."""
-        trainer, every = self.trainer, self.options.validate_every
+        trainer = self.trainer
         label = f"train {self.out.name}"
         with self.console.step(label, _PARTS, counts_pixels=False) as bar:
             shown = self._show(bar, None, 0)
+            # That of the last step, if the training was stopped in it.
+            self._validate_if_due()
             while not trainer.is_done:
                 record = trainer.make_step()
                 self.log.add(_step_line(record, self.meter))
-                if trainer.step % every == 0 or trainer.is_done:
-                    self._validate()
+                self._validate_if_due()
                 if time.monotonic() - self.saved_at > SAVE_EVERY_S:
                     self._save()
                 shown = self._show(bar, record, shown)
@@ -222,11 +225,17 @@ class _Run:
         bar.advance(now - shown, ", ".join([*parts, describe_memory(self.meter.current_bytes)]))
         return now
 
+    def _validate_if_due(self) -> None:
+        """At every so many steps, and at the end; then the state is saved."""
+        step = self.trainer.step
+        if step > self.validated and (step % self.options.validate_every == 0 or self.trainer.is_done):
+            if self.data.validation_tiles:
+                self._validate()
+            self.validated = step
+            self._save()
+
     def _validate(self) -> None:
         """Scores of the averaged weights; the best ones are kept as best.json."""
-        if not self.data.validation_tiles:
-            self._save()
-            return
         began = time.perf_counter()
         validation = self.validate()
         scores = _scores(validation.confusion)
@@ -246,11 +255,11 @@ class _Run:
             "seconds": round(time.perf_counter() - began, 3),
         }
         if self.best is None or scores["mean_iou"] > self.best["mean_iou"]:
-            # Before the state, which says that it is there.
-            self.best = {key: line[key] for key in ("step", *scores)}
-            self._save_model("best")
+            best = {key: line[key] for key in ("step", *scores)}
+            self._save_model("best", best)
+            # Not before it is there.
+            self.best = best
         self.log.add({"validation": line})
-        self._save()
 
     def validate(self) -> Validation:
         """With the averaged weights."""
@@ -265,7 +274,7 @@ class _Run:
         return validate(self.data.validation_tiles, len(self.data.classes), predict, read_labels)
 
     def _save(self) -> None:
-        save_state(self.out, self.trainer.state({"best": self.best}))
+        save_state(self.out, self.trainer.state({"best": self.best, "validated": self.validated}))
         self.saved_at = time.monotonic()
 
     def model(self) -> SegmentationModel:
@@ -278,29 +287,34 @@ class _Run:
         }
         return self.data.make_model(self.out.absolute().name, weights)
 
-    def _save_model(self, name: str) -> None:
+    def _save_model(self, name: str, best: dict[str, Any] | None) -> None:
         card = {
             "trained_on": [raster.path for raster in self.rasters],
             "labels": list(self.options.labels),
             "steps": self.trainer.step,
             "minutes": round(self.trainer.seconds / 60, 2),
-            "validation": self.best,
+            "validation": best,
             "command": shlex.join(["outsize", *sys.argv[1:]]),
         }
         save_model(self.model(), self.out / name, card)
 
-    def interrupt(self) -> None:
-        """Keep what was done."""
+    def interrupt(self, error: BaseException) -> None:
+        """Keep what was done, whatever ended it."""
         if self.trainer.is_between_steps:
-            self._save()
+            try:
+                self._save()
+            except OutputError:
+                # Of a full disk that ended it, say: the first error is the one to tell.
+                if isinstance(error, KeyboardInterrupt):
+                    raise
         self.console.remark(f"{self.out}: stopped after step {self.trainer.step}")
 
     def finish(self) -> None:
         """The last model, the report, the result."""
         self._save()
-        self._save_model("last")
+        self._save_model("last", self.best)
         if self.best is None:
-            self._save_model("best")
+            self._save_model("best", None)
         self.data.engine.close()
         size = write_training_report(self.out, self.data)
         self.console.result(self._summary(), self._values(size))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 
 from ..models.segmentation.classes import LabelClasses
@@ -26,9 +27,10 @@ from ..models.segmentation.split import Split, choose_block, choose_split, compu
 from ..models.segmentation.step import StepEngine
 from ..models.segmentation.survey import Counts, count_labels, measure_bands
 from ..models.segmentation.validation import ValidationTile, list_validation_tiles
-from ..tiler.errors import UsageError
+from ..tiler.errors import OutputError, UsageError
 from ..tiler.files import write_durably
 from ..tiler.geometry import Window
+from ..tiler.graph import first_line
 from ..tiler.labels import RasterLabels, open_labels
 from ..tiler.memory import MB, parse_bytes
 from ..tiler.network import Network, analyze_network
@@ -72,9 +74,13 @@ class Survey:
     validation: tuple[Counts, ...] = field(repr=False)
 
     def save(self, folder: Path) -> None:
+        """Write FOLDER/survey.safetensors, then FOLDER/survey.json, without which there is no survey; if there is one,
+        it stays as it is."""
+        if (folder / SURVEY).exists():
+            return
         counts = {f"training.{i}": entry for i, entry in enumerate(self.training)}
         counts |= {f"validation.{i}": entry for i, entry in enumerate(self.validation)}
-        save_file(counts, folder / COUNTS)
+        write_durably(folder / COUNTS, save(counts))
         values = {
             "splits": [asdict(split) if split else None for split in self.splits],
             "scaling": asdict(self.scaling),
@@ -87,26 +93,35 @@ class Survey:
 
     @classmethod
     def load(cls, folder: Path) -> Survey | None:
-        """None where there is none."""
+        """None where there is none.
+
+        Raises:
+            OutputError: damaged files.
+        """
         if not (folder / SURVEY).exists():
             return None
-        values = json.loads((folder / SURVEY).read_text())
-        counts = load_file(folder / COUNTS)
-        kind = values["scaling"]["kind"]
-        return cls(
-            splits=tuple(Split(**split) if split else None for split in values["splits"]),
-            scaling=Scaling(
-                kind=cast("ScalingKind | tuple[ScalingKind, ...]", kind if isinstance(kind, str) else tuple(kind)),
-                subtract=tuple(values["scaling"]["subtract"]),
-                divide=tuple(values["scaling"]["divide"]),
-            ),
-            fill=tuple(values["fill"]),
-            means=tuple(values["means"]),
-            deviations=tuple(values["deviations"]),
-            cell=values["cell"],
-            training=tuple(counts[f"training.{i}"] for i in range(len(values["splits"]))),
-            validation=tuple(counts[f"validation.{i}"] for i in range(len(values["splits"]))),
-        )
+        try:
+            values = json.loads((folder / SURVEY).read_text())
+            counts = load_file(folder / COUNTS)
+            kind = values["scaling"]["kind"]
+            return cls(
+                splits=tuple(Split(**split) if split else None for split in values["splits"]),
+                scaling=Scaling(
+                    kind=cast("ScalingKind | tuple[ScalingKind, ...]", kind if isinstance(kind, str) else tuple(kind)),
+                    subtract=tuple(values["scaling"]["subtract"]),
+                    divide=tuple(values["scaling"]["divide"]),
+                ),
+                fill=tuple(values["fill"]),
+                means=tuple(values["means"]),
+                deviations=tuple(values["deviations"]),
+                cell=values["cell"],
+                training=tuple(counts[f"training.{i}"] for i in range(len(values["splits"]))),
+                validation=tuple(counts[f"validation.{i}"] for i in range(len(values["splits"]))),
+            )
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise OutputError(
+                f"the survey in {folder} cannot be read: {first_line(error)}; --overwrite begins anew"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +237,7 @@ def prepare_data(
         )
     )
     network: Network = analyze_network(module, bands, torch.float32)
-    reach = compute_reach(network)
+    reach = compute_reach(network, [scene.raster.shape_yx for scene in scenes])
     trainable: TrainableNetwork = prepare_training(network, bands, torch.float32)
     budget = parse_bytes(options.memory)
     cache = min(_CACHE_BYTES, budget // 8)
@@ -449,13 +464,24 @@ def _weigh(options: TrainOptions, survey: Survey, classes: int) -> Recipe:
 def _make_draw(
     core: int, recipe: Recipe, survey: Survey, shapes: tuple[tuple[int, int], ...]
 ) -> Callable[[int], Sequence[TrainingTile]]:
-    """The tiles of each step."""
+    """The tiles of each step; around pixels of classes of weight 0, and for scenes of those alone, there are none.
+
+    Raises:
+        UsageError: no pixel weighs anything.
+    """
+    weighed = tuple(counts * (np.array(recipe.class_weights or 1.0) > 0) for counts in survey.training)
+    if not _sum(weighed).any():
+        raise UsageError(
+            "no training pixel has a class whose weight is above 0, got --class-weights "
+            f"{','.join(f'{weight:g}' for weight in recipe.class_weights)}; weigh another class"
+        )
     if recipe.step == "image":
         sampler = ImageSampler(
             seed=recipe.seed,
             shapes=shapes,
             core=core,
-            counts=survey.training,
+            # All tiles of the scenes that remain: some losses count pixels of every class.
+            counts=tuple(counts * found.any() for counts, found in zip(survey.training, weighed, strict=True)),
             cell=survey.cell,
             augmentation=recipe.augmentation,
             deviations=survey.deviations,
@@ -466,7 +492,7 @@ def _make_draw(
         shapes=shapes,
         cell=survey.cell,
         core=core,
-        cells=labelled_cells(survey.training),
+        cells=labelled_cells(weighed),
         augmentation=recipe.augmentation,
         deviations=survey.deviations,
     )
