@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from ..tiler.files import write_durably
 from .face_charts import BINS, Chart, draw_roc, draw_scores, draw_series
 from .face_validation import Measured
 from .page import render_page
+from .training_folder import read_training
 from .training_log import read_log
 
 POINTS = 360
@@ -24,7 +24,8 @@ def write_face_report(
     Args:
         values: the command's result.
     """
-    training = json.loads((folder / "training.json").read_text())
+    training = read_training(folder)
+    assert training is not None
     lines = read_log(folder / "train.jsonl")
     steps = [line for line in lines if "validation" not in line]
     validations = [line["validation"] for line in lines if "validation" in line]

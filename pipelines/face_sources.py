@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -194,8 +195,6 @@ def _open_synthetic(
 
 def _find_size(pictures: Iterable[Path | bytes]) -> tuple[int, int]:
     """Of the first picture that can be opened."""
-    import io
-
     for tried, picture in enumerate(pictures):
         if tried == _TRIED:
             break

@@ -4,36 +4,32 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import distributed as dist
 from torch import nn
 
-from .. import __version__
 from ..models.faceid.augmentation import FaceAugmentation
 from ..models.faceid.batch_loader import BatchLoader
 from ..models.faceid.checkpoint import list_generations
 from ..models.faceid.head_plan import plan_head
 from ..models.faceid.row_rules import RULES
-from ..tiler.errors import BudgetError, OutputError
-from ..tiler.files import write_durably
-from ..tiler.machine import cpu_count, find_versions, map_large_blocks
+from ..tiler.errors import BudgetError
+from ..tiler.machine import cpu_count, map_large_blocks
 from ..tiler.memory import format_bytes
 from .console import Console, count_of
 from .face import available_bytes, require_cores
 from .face_sources import SYNTHETIC, OpenedFaces
 from .face_training import FaceTraining, train_rank, write_spec
 from .ranks import RankError, is_started_by_torchrun, leave_ranks, run_ranks
+from .training_folder import describe_training, owning_folder, require_same_training
 
-TRAINING, LOCK = "training.json", ".lock"
+_STRANGE = "must be a new or empty folder, or hold this training, got {name} there"
 _NOT_THE_TRAJECTORY = ("out", "threads", "save_every", "evaluate_every", "source")
 """Of `FaceTraining`: what may differ from call to call."""
 
@@ -61,7 +57,7 @@ def run_face_train(
     require_cores(ranks)
     training = replace(training, threads=threads or max(1, cpu_count() // ranks))
     out = Path(training.out)
-    with _owning(out):
+    with owning_folder(out, _STRANGE):
         faces = _prepare(console, training, ranks, memory)
         try:
             if ranks == 1:
@@ -86,7 +82,7 @@ def _run_as_rank(console: Console, training: FaceTraining, threads: int | None, 
     training = replace(training, threads=threads or max(1, cpu_count() // local))
     out = Path(training.out)
     dist.init_process_group("gloo")
-    with _owning(out) if rank == 0 else nullcontext():
+    with owning_folder(out, _STRANGE) if rank == 0 else nullcontext():
         faces = _prepare(console, training, ranks, memory) if rank == 0 else training.open()
         dist.barrier()
         result = train_rank(console, training, faces)
@@ -111,7 +107,7 @@ def _prepare(console: Console, training: FaceTraining, ranks: int, memory: str |
     )
     model = training.describe_embedder(faces.training.size).build(recompute=training.recompute)
     fingerprint = _fingerprint(training, faces)
-    _require_same(Path(training.out), fingerprint)
+    require_same_training(Path(training.out), fingerprint, "choose another folder")
     plan = plan_head(
         faces.training.identities,
         training.dim,
@@ -138,22 +134,14 @@ def _prepare(console: Console, training: FaceTraining, ranks: int, memory: str |
             f"layer and embedder need {format_bytes(total)}, there are {format_bytes(budget)}; make --batch smaller, "
             "or give --recompute"
         )
-    path = Path(training.out) / TRAINING
-    if not path.exists():
-        described = {
-            "version": __version__,
-            "fingerprint": fingerprint,
-            "command": ["outsize", *sys.argv[1:]],
-            "versions": find_versions(),
-            "data": {
-                "source": training.source,
-                "identities": faces.training.identities,
-                "samples": len(faces.training),
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "predicted_bytes": total,
-            },
-        }
-        write_durably(path, json.dumps(described, indent=1).encode() + b"\n")
+    data = {
+        "source": training.source,
+        "identities": faces.training.identities,
+        "samples": len(faces.training),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "predicted_bytes": total,
+    }
+    describe_training(Path(training.out), fingerprint, data)
     return faces
 
 
@@ -188,52 +176,6 @@ def _fingerprint(training: FaceTraining, faces: OpenedFaces) -> dict[str, Any]:
         del values["synthetic"]
     values["size"] = faces.training.size
     return json.loads(json.dumps({"faces": faces.training.describe(), **values}))
-
-
-def _require_same(out: Path, ours: dict[str, Any]) -> None:
-    """A folder holds one training.
-
-    Raises:
-        OutputError: names what differs.
-    """
-    path = out / TRAINING
-    if not path.exists():
-        return
-    try:
-        theirs = json.loads(path.read_text())["fingerprint"]
-    except (OSError, ValueError, KeyError) as error:
-        raise OutputError(f"{path} cannot be read: {error}; choose another folder") from error
-    said = [
-        f"{key.replace('_', ' ')} {json.dumps(theirs.get(key))[:80]} there, {json.dumps(ours.get(key))[:80]} now"
-        for key in sorted({*ours, *theirs})
-        if ours.get(key) != theirs.get(key)
-    ]
-    if said:
-        raise OutputError(f"{out} holds another training: {'; '.join(said[:4])}; choose another folder")
-
-
-@contextmanager
-def _owning(out: Path) -> Iterator[None]:
-    """One training in one folder at a time.
-
-    Raises:
-        OutputError: another one runs there, or something else lies there.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        strangers = [path.name for path in out.iterdir() if path.name != LOCK]
-        if strangers and not (out / TRAINING).exists():
-            raise OutputError(f"{out} must be a new or empty folder, or hold this training, got {strangers[0]} there")
-        lock = FileLock(out / LOCK)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise OutputError(f"another training runs in {out}; wait for it, or choose another folder") from None
-    except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error}; choose another folder") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _how_to_go_on(out: Path) -> str:

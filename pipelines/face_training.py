@@ -370,7 +370,7 @@ class _Silent(Console):
     """Of the ranks that show nothing of their own but what is wrong with pictures."""
 
     @contextmanager
-    def step(self, label: str, pixels: int, *, counts_pixels: bool = True) -> Iterator[Any]:  # noqa: ARG002
+    def step(self, label: str, pixels: int, *, counts_pixels: bool = True) -> Iterator[Any]:  # noqa: ARG002 - Console's
         yield self
 
     def advance(self, pixels: int, detail: str = "") -> None:

@@ -33,7 +33,7 @@ class Place(click.ParamType):
 
     name = "path"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:  # noqa: ARG002
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:  # noqa: ARG002 - click's signature
         from ..tiler.places import place_of
 
         return value if isinstance(value, Path) else place_of(value)

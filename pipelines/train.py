@@ -7,17 +7,14 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import rasterio
 import torch
-from filelock import FileLock, Timeout
 
-from .. import __version__
 from ..models.segmentation.augmentation import Augmentation
 from ..models.segmentation.checkpoint import load_state, save_state
 from ..models.segmentation.classes import LabelClasses, find_classes, parse_classes
@@ -30,10 +27,9 @@ from ..models.segmentation.trainer import StepRecord, Trainer
 from ..models.segmentation.unet import Norm, UNet
 from ..models.segmentation.validation import Validation, ValidationTile, validate
 from ..tiler.errors import OutputError, UsageError
-from ..tiler.files import write_durably
 from ..tiler.fingerprint import fingerprint_raster
 from ..tiler.labels import LabelOptions, identify_labels
-from ..tiler.machine import find_versions, map_large_blocks
+from ..tiler.machine import map_large_blocks
 from ..tiler.memory import MB, format_bytes
 from ..tiler.meter import MemoryMeter
 from ..tiler.plan import GDAL_CACHE_BYTES, format_seconds
@@ -41,10 +37,11 @@ from ..tiler.raster import Raster, ReadOptions, open_with
 from .console import Console, Step, count_of, describe_memory, format_table
 from .model import SourceOptions
 from .training_data import TrainingData, prepare_data
+from .training_folder import LOCK, describe_training, owning_folder, read_training, require_same_training
 from .training_log import TrainingLog
 from .training_report import write_training_report
 
-TRAINING, LOG, REPORT, LOCK = "training.json", "train.jsonl", "report.html", ".lock"
+LOG, REPORT = "train.jsonl", "report.html"
 SAVE_EVERY_S = 60.0
 """A kill costs at most this, and a step."""
 _PARTS = 1_000_000
@@ -86,7 +83,13 @@ def run_train(console: Console, options: TrainOptions) -> None:
     """Train, or go on, and leave best.json, last.json, train.jsonl and report.html in the folder."""
     map_large_blocks()
     # GDAL would keep up to a twentieth of the machine's memory in decoded blocks.
-    with _owning(options), rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES // MB), MemoryMeter() as meter:
+    with (
+        owning_folder(options.out, "holds {name} and no training; choose another folder"),
+        rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES // MB),
+        MemoryMeter() as meter,
+    ):
+        if options.overwrite:
+            _empty(options.out)
         run = _Run(console, options, meter)
         run.start()
         try:
@@ -97,33 +100,10 @@ def run_train(console: Console, options: TrainOptions) -> None:
         run.finish()
 
 
-@contextmanager
-def _owning(options: TrainOptions) -> Iterator[None]:
-    """One training in one folder at a time.
-
-    Raises:
-        OutputError: another one runs there, or something else lies there.
-    """
-    out = options.out
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        strangers = [path.name for path in out.iterdir() if path.name != LOCK]
-        if strangers and not (out / TRAINING).exists():
-            raise OutputError(f"{out} holds {strangers[0]} and no training; choose another folder")
-        lock = FileLock(out / LOCK)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise OutputError(f"another training runs in {out}; wait for it, or choose another folder") from None
-    except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error}; choose another folder") from error
-    try:
-        if options.overwrite:
-            for path in out.iterdir():
-                if path.is_file() and path.name != LOCK:
-                    path.unlink()
-        yield
-    finally:
-        lock.release()
+def _empty(out: Path) -> None:
+    for path in out.iterdir():
+        if path.is_file() and path.name != LOCK:
+            path.unlink()
 
 
 class _Run:
@@ -146,7 +126,7 @@ class _Run:
         _require_fitting(self.rasters, options)
         self.start_model = options.model.load() if options.model else None
         self.fingerprint = _fingerprint(self.rasters, options, self.start_model)
-        _require_same(self.out, self.fingerprint)
+        require_same_training(self.out, self.fingerprint, "choose another --out, or --overwrite")
         found = self._find_classes()
         torch.manual_seed(options.recipe.seed)
         network = (
@@ -159,15 +139,7 @@ class _Run:
         self.data: TrainingData = prepare_data(
             self.console, options, self.rasters, found, self.module, self.start_model, _find_tiles(self.out)
         )
-        if not (self.out / TRAINING).exists():
-            described = {
-                "version": __version__,
-                "fingerprint": self.fingerprint,
-                "command": ["outsize", *sys.argv[1:]],
-                "versions": find_versions(),
-                "data": self.data.describe(),
-            }
-            write_durably(self.out / TRAINING, json.dumps(described, indent=1).encode() + b"\n")
+        describe_training(self.out, self.fingerprint, self.data.describe())
         # After what makes the folder a training's own.
         self.data.survey.save(self.out)
         self.trainer = Trainer(self.module, self.data.recipe, self.data.draw, self.data.engine.compute)
@@ -424,35 +396,10 @@ def _fingerprint(rasters: Sequence[Raster], options: TrainOptions, model: Segmen
     return json.loads(json.dumps(found))
 
 
-def _require_same(out: Path, ours: dict[str, Any]) -> None:
-    """Go on only with what the folder's training was begun with.
-
-    Raises:
-        OutputError: names what differs.
-    """
-    path = out / TRAINING
-    if not path.exists():
-        return
-    try:
-        theirs = json.loads(path.read_text())["fingerprint"]
-    except (OSError, ValueError, KeyError) as error:
-        raise OutputError(f"{path} cannot be read: {error}; --overwrite begins anew") from error
-    differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
-    if differing:
-        said = "; ".join(f"{key.replace('_', ' ')} {_short(theirs.get(key))} there, {_short(ours.get(key))} now"
-                         for key in differing[:4])  # fmt: skip
-        raise OutputError(f"{out} holds another training: {said}; choose another --out, or --overwrite")
-
-
 def _find_tiles(out: Path) -> dict[str, Any] | None:
     """Core and cuts of the training that the folder holds; None: it says none."""
-    path = out / TRAINING
-    return json.loads(path.read_text())["data"].get("tiles") if path.exists() else None
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    described = read_training(out)
+    return described["data"].get("tiles") if described else None
 
 
 def make_recipe(step: str, augment: str, **values: Any) -> Recipe:

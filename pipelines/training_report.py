@@ -19,6 +19,7 @@ from ..tiler.geometry import Window
 from ..tiler.labels import UNLABELLED
 from .page import render_page
 from .training_data import TrainingData
+from .training_folder import read_training
 from .training_log import read_log
 
 POINTS = 360
@@ -39,7 +40,8 @@ def write_training_report(folder: Path, data: TrainingData) -> int:
 
 def render_training_report(folder: Path, data: TrainingData) -> str:
     """The page's text."""
-    training = json.loads((folder / "training.json").read_text())
+    training = read_training(folder)
+    assert training is not None
     lines = read_log(folder / "train.jsonl")
     steps = [line for line in lines if "validation" not in line]
     validations = [line["validation"] for line in lines if "validation" in line]

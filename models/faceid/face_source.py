@@ -57,10 +57,10 @@ class PictureFiles:
     def __len__(self) -> int:
         return len(self._paths)
 
-    def labels_of(self, samples: Whole, epochs: Whole) -> Whole:  # noqa: ARG002
+    def labels_of(self, samples: Whole, epochs: Whole) -> Whole:  # noqa: ARG002 - the same in every epoch
         return self._labels[samples]
 
-    def read(self, samples: Whole, epochs: Whole) -> Read:  # noqa: ARG002
+    def read(self, samples: Whole, epochs: Whole) -> Read:  # noqa: ARG002 - the same in every epoch
         height, width = self.size
         paths = [self._paths[sample] for sample in samples.tolist()]
         return _read_each(paths, [lambda path=path: read_picture(Path(path), height, width).pixels for path in paths])
@@ -83,10 +83,10 @@ class RecordPictures:
     def __len__(self) -> int:
         return len(self._file.keys)
 
-    def labels_of(self, samples: Whole, epochs: Whole) -> Whole:  # noqa: ARG002
+    def labels_of(self, samples: Whole, epochs: Whole) -> Whole:  # noqa: ARG002 - the same in every epoch
         return self._labels[samples]
 
-    def read(self, samples: Whole, epochs: Whole) -> Read:  # noqa: ARG002
+    def read(self, samples: Whole, epochs: Whole) -> Read:  # noqa: ARG002 - the same in every epoch
         height, width = self.size
         places = samples.tolist()
         names = [f"{self._file.path}, record {self._file.keys[place]}" for place in places]
