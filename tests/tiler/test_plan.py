@@ -82,7 +82,7 @@ def test_a_plan_survives_json_and_is_the_same_each_time() -> None:
 
 def test_the_order_keeps_window_shapes_together_and_visits_every_tile_once() -> None:
     plan = plan_tiles((4, 4500, 5200), default_network(), core=1024, memory="8GB")
-    order = plan.order()
+    order = list(plan.order())
     assert sorted(order) == list(plan.grid)
     shapes = [plan.tile(*at).window.shape for at in order]
     changes = sum(a != b for a, b in pairwise(shapes))
