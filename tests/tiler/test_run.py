@@ -25,7 +25,7 @@ from outsize.tiler.raster import open_raster
 from outsize.tiler.raster_gdal import GdalReader
 from outsize.tiler.receptive import AxisGraph, Slide
 from outsize.tiler.records import RunFolder
-from outsize.tiler.run import RunSummary, predict
+from outsize.tiler.run import RunSummary, _find_device_peak, predict
 from outsize.tiler.store import open_array, read_header
 from torch import Tensor, nn
 
@@ -433,9 +433,41 @@ def test_unreadable_corners_do_not_stop_the_start_check(
             raise RasterError("cannot be read")
         return right(reader, window)
 
+    opened, closed = list[GdalReader](), list[GdalReader]()
+    begin, end = GdalReader.__init__, GdalReader.close
+
+    def init(reader: GdalReader, *arguments: Any, **options: Any) -> None:
+        begin(reader, *arguments, **options)
+        opened.append(reader)
+
+    def close(reader: GdalReader) -> None:
+        end(reader)
+        closed.append(reader)
+
+    monkeypatch.setattr(GdalReader, "__init__", init)
+    monkeypatch.setattr(GdalReader, "close", close)
     monkeypatch.setattr(GdalReader, "read", read)
     summary = run(source, logit_network("convolution"), tmp_path / "o.zarr", client)
+    assert opened
+    assert set(map(id, opened)) == set(map(id, closed))
     assert summary.start_check is not None
     assert summary.start_check.passed
     assert summary.start_check.pixels > 0
     assert 0 < len(summary.failed_tiles) < 49
+
+
+def test_options_that_a_begun_output_does_not_take_are_told(tmp_path: Path, client: Client) -> None:
+    source, out, told = scene(tmp_path, 70, 70), tmp_path / "o.zarr", list[str]()
+
+    def listen(event: Event) -> None:
+        if isinstance(event, RunPlanned):
+            told.append(event.ignored)
+
+    for options in ({"workers": 1, "threads": 1}, {"workers": 1, "threads": 1}, {"workers": 3}, {"threads": 2}, {}):
+        run(source, class_network(), out, client, listener=listen, **options)
+    begun = "the output keeps the plan that it was begun with: "
+    assert told == ["", "", f"{begun}workers 1, not 3", f"{begun}threads 1, not 2", ""]
+
+
+def test_a_figure_that_no_worker_knows_costs_no_finished_run(client: Client) -> None:
+    assert _find_device_peak(client, "a run that is over") == 0
