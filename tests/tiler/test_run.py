@@ -25,7 +25,7 @@ from outsize.tiler.raster import open_raster
 from outsize.tiler.raster_gdal import GdalReader
 from outsize.tiler.receptive import AxisGraph, Slide
 from outsize.tiler.records import RunFolder
-from outsize.tiler.run import RunSummary, _find_device_peak, predict
+from outsize.tiler.run import RunSummary, predict
 from outsize.tiler.store import open_array, read_header
 from torch import Tensor, nn
 
@@ -467,7 +467,3 @@ def test_options_that_a_begun_output_does_not_take_are_told(tmp_path: Path, clie
         run(source, class_network(), out, client, listener=listen, **options)
     begun = "the output keeps the plan that it was begun with: "
     assert told == ["", "", f"{begun}workers 1, not 3", f"{begun}threads 1, not 2", ""]
-
-
-def test_a_figure_that_no_worker_knows_costs_no_finished_run(client: Client) -> None:
-    assert _find_device_peak(client, "a run that is over") == 0

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from outsize.tiler.events import ClusterReady, Event, TileFinished
 from outsize.tiler.memory import format_bytes
 from outsize.tiler.plan import SLOW_FLOPS_PER_S
 from outsize.tiler.planner import plan_tiles
-from outsize.tiler.run import _compare_workers
+from outsize.tiler.run import _compare_workers, _find_device_peak
 from outsize.tiler.schedule import Lost, job_on, run_cells
 
 from .test_run import class_network, run, scene, stored, whole
@@ -222,7 +222,7 @@ def test_a_worker_of_another_version_that_joins_does_no_cell(address: tuple[Loca
     cluster, client = address
     job = Idle(run_id="older", packages=("openvino",))
     with beside(cluster, openvino="2020.1") as start, job_on(client, job):
-        cells = run_cells(client, job, ((0, i) for i in count()), "tile")
+        cells = run_cells(client, job, ((0, i) for i in range(5000)), "tile")
         next(cells)
         start()
         with pytest.raises(
@@ -270,3 +270,13 @@ def test_a_worker_s_environment_is_completed_and_never_changed(address: tuple[Lo
     assert [value for name, value in found.items() if name not in here] == [("48", 4)]
     # The command's own process is its own affair.
     assert [value for name, value in found.items() if name in here] == [before]
+
+
+def test_a_figure_that_a_worker_does_not_know_costs_neither_the_run_nor_the_others_figure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two workers, the second has come as the last tile was done."""
+    monkeypatch.setattr("outsize.tiler.run.device_peak", lambda _, dask_worker: {0: 7}[dask_worker.name])
+    with threads_here(2, 1) as (_, client):
+        assert _find_device_peak(client, "over") == 7
+    assert _find_device_peak(client, "over") == 0
