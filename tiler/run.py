@@ -211,7 +211,8 @@ def predict(
         retry_failed: also do tiles again that failed in an earlier call; they hold nodata otherwise.
         redo: (row, column) of tiles to do again, done or not.
         rest: also do what no call has done yet; False: only `redo`, and an unfinished output stays so.
-        patience: seconds before a worker that does not answer is restarted, and its tile set aside.
+        patience: seconds before a worker that does not answer is restarted, and its tile set aside; more where tiles
+            take long.
         tile_map: show the run on the page /tilemap of the Dask dashboard.
         listener: called with every event.
         since: `time.perf_counter()` from which start-up is counted; None: this call.
