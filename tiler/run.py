@@ -55,7 +55,7 @@ from .raster_parts import reference_to
 from .records import RunFolder, is_there, log, writing
 from .reference import ComputedPatch, Reference
 from .resume import (
-    Records,
+    Kept,
     SourceChangedError,
     SourceGuard,
     ignored_options,
@@ -263,7 +263,7 @@ def predict(
                 # A folder that is not ours is neither continued nor overwritten, nor given neighbours.
                 fingerprint |= _quantised_before(read_header(out), plan)
         with writing(out), RunFolder(out) as folder:
-            kept: Records = {}
+            kept: Kept = {}
             ignored = ""
             # An unfinished output of this very run is continued, also where a finished one would be replaced.
             begins = not is_there(out) or (overwrite and not is_unfinished(out, fingerprint))
@@ -374,15 +374,15 @@ def _open(
 class _States:
     """What became of every tile, in this call and before: a byte each, and the reasons of those that failed."""
 
-    def __init__(self, plan: TilePlan, kept: Records) -> None:
+    def __init__(self, plan: TilePlan, kept: Kept) -> None:
         self.status = np.zeros(plan.grid.counts, np.uint8)
         self.ended = 0
         """Tiles that ended in this call."""
         self.pixels = 0
         """Of those that were done in this call."""
         self._reasons: dict[tuple[int, int], str] = {}
-        for at, record in kept.items():
-            self._set(at, record["state"], str(record.get("error", "")))
+        for at, reason in kept.items():
+            self._set(at, "failed" if reason else "done", reason)
 
     def _set(self, at: tuple[int, int], state: str, reason: str) -> None:
         self.status[at] = DONE if state == "done" else FAILED
@@ -712,9 +712,8 @@ def run_start_check(
                 try:
                     expected.append(reference.run(reader, patch.window, index % 2))
                 except RasterError as error:
-                    failure = error
                     reader.close()
-                    reader = spec.raster.open_reader()
+                    failure, reader = error, spec.raster.open_reader()
                     expected.append(None)
         finally:
             reader.close()

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from dask.typing import Key
+from dask.utils import key_split
 from distributed import Client, Future
 from distributed.client import ClosedClientError, FutureCancelledError
 from distributed.comm.core import CommClosedError
@@ -25,6 +26,8 @@ from .tile_map import Message
 
 QUEUED_PER_THREAD = 2
 """Cells known to the scheduler for each that workers may hold: enough that none waits for this process."""
+FORGET_EVERY = 10_000
+"""Cells, after which Dask is made to forget the names of those that have ended: it would remember 100,000."""
 LOOK_EVERY_S = 5.0
 """How often cells that do not come back are looked for."""
 HANGS_FACTOR = 20
@@ -181,6 +184,7 @@ class _Flight:
         self.cells: dict[Key, tuple[Cell, Future]] = {}
         self._longest = 0.0
         self._looked = self._peopled = time.monotonic()
+        self._submitted = 0
         self._since: dict[Key, tuple[str, float]] = {}
         """Worker that a cell was first seen at, and when."""
         self._room = self._count_room()
@@ -197,11 +201,20 @@ class _Flight:
         return bool(self.cells)
 
     def submit(self, cell: Cell, *, alone: bool = False) -> None:
+        self._submitted += 1
+        if self._submitted % FORGET_EVERY == 0:
+            self._forget_names()
         run_id = self._job.run_id
         key = (f"{self._label}-{run_id}{'-alone' if alone else ''}", *cell)
         future = self._client.submit(run_cell, run_id, *cell, key=key, pure=False)
         self.cells[future.key] = cell, future
         future.add_done_callback(self._ended.put)
+
+    def _forget_names(self) -> None:
+        # By a function of Dask's own: a scheduler need not have this package.
+        with contextlib.suppress(Exception):
+            self._client.run_on_scheduler(key_split.cache_clear)
+            self._client.run(key_split.cache_clear, on_error="ignore")
 
     def wait(self) -> list[tuple[Cell, Any]]:
         """What has ended, or hangs, after a moment."""

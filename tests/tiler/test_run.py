@@ -16,7 +16,14 @@ from outsize.models.segmentation.unet import UNet
 from outsize.tiler import worker
 from outsize.tiler.cluster import ClusterOptions
 from outsize.tiler.engine_openvino import OpenVinoEngine
-from outsize.tiler.errors import BudgetError, ExactnessError, OutputError, RasterError, TilerError, UsageError
+from outsize.tiler.errors import (
+    BudgetError,
+    ExactnessError,
+    OutputError,
+    RasterError,
+    TilerError,
+    UsageError,
+)
 from outsize.tiler.events import ClusterReady, Event, RunPlanned, StartChecked, TileFinished
 from outsize.tiler.geometry import Window
 from outsize.tiler.inference import lazy_predict, predict_window

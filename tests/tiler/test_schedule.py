@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dask.utils import key_split
 from distributed import Client, LocalCluster
 from outsize.tests.benchmarks.scheduling import Idle
 from outsize.tiler import schedule
@@ -280,3 +281,13 @@ def test_a_figure_that_a_worker_does_not_know_costs_neither_the_run_nor_the_othe
     with threads_here(2, 1) as (_, client):
         assert _find_device_peak(client, "over") == 7
     assert _find_device_peak(client, "over") == 0
+
+
+def test_what_dask_remembers_of_cells_does_not_grow_with_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "FORGET_EVERY", 20)
+    job, sizes = Idle(run_id="names", in_flight=8), list[int]()
+    with threads_here(1, 8) as (_, client), job_on(client, job):
+        for _ in run_cells(client, job, ((0, index) for index in range(120)), "tile"):
+            sizes.append(key_split.cache_info().currsize)
+    assert len(sizes) == 120
+    assert max(sizes[30:]) < 70
