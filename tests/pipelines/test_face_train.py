@@ -155,6 +155,15 @@ time.sleep(60)
 
 
 def test_ranks_are_waited_for_and_the_cause_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A shell's background jobs ignore it, and so would the ranks.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _check_ranks(tmp_path, monkeypatch)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _check_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "some_rank.py").write_text(RANK)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     for codes, said in (

@@ -61,6 +61,9 @@ class ObjectServer:
             "AWS_S3_ENDPOINT": f"{self.host}:{port}",
             "AWS_HTTPS": "NO",
             "AWS_VIRTUAL_HOSTING": "FALSE",
+            # rasterio holds Python's lock while GDAL looks for masks, and this process cannot serve what it may ask for
+            # then: not for long.
+            "GDAL_HTTP_TIMEOUT": "5",
             # That requests are tried again is what tests look at, not for how long others wait before.
             "GDAL_HTTP_RETRY_DELAY": "0.02",
         }.items():
