@@ -213,15 +213,20 @@ class _SceneListener:
 
     def __call__(self, event: Event) -> None:
         match event:
-            case RunPlanned(plan=plan, pixels=pixels, died=died):
+            case RunPlanned(plan=plan, pixels=pixels, died=died, ignored=ignored):
                 if died:
                     self._console.remark(f"resume    {self._label}: the run before died: {died}")
+                if ignored:
+                    self._console.remark(f"resume    {self._label}: {ignored}")
                 there = plan.output_shape[1] * plan.output_shape[2] - pixels
                 self._advance(there, f"{self._label}, planned")
             case MemoryProbed():
                 self._console.remark(PROBING)
-            case ClusterReady(dashboard=dashboard) if dashboard and self._own_page:
-                self._step.advance(0, f"{self._label}, dashboard {dashboard}")
+            case ClusterReady(dashboard=dashboard, unplanned=unplanned):
+                if unplanned:
+                    self._console.remark(f"workers   {self._label}: {unplanned}")
+                if dashboard and self._own_page:
+                    self._step.advance(0, f"{self._label}, dashboard {dashboard}")
             case TileFinished():
                 memory = format_bytes(event.memory_bytes)
                 detail = f"{self._label}, {event.finished}/{event.total} tiles, memory {memory}"

@@ -482,7 +482,7 @@ def plan(console: Any, src: str, prove: bool, **options: Any) -> None:
     show_default=True,
     metavar="SECONDS",
     help="A worker that does not answer for so long is restarted, and its tile tried alone at the end; never less than "
-    "20 times the longest tile.",
+    "20 times the longest tile, or than the largest tile's work takes a slow machine.",
 )
 @_overwrite
 @click.pass_obj

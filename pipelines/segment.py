@@ -369,7 +369,7 @@ class RunListener:
 
     def __call__(self, event: Event) -> None:
         match event:
-            case RunPlanned(plan=plan, resumed=resumed, pixels=pixels, died=died):
+            case RunPlanned(plan=plan, resumed=resumed, pixels=pixels, died=died, ignored=ignored):
                 self.plan = plan
                 self._console.remark(plan.explain())
                 warn_of_precision(self._console, plan)
@@ -378,6 +378,8 @@ class RunListener:
                     self._console.remark(f"resume    the run before died: {died}")
                 if resumed:
                     self._console.remark(f"resume    {resumed} of {len(plan.grid)} tiles are there already")
+                if ignored:
+                    self._console.remark(f"resume    {ignored}")
             case MemoryProbed():
                 self._console.remark(PROBING)
             case ProgramsMade(made=made, total=total):
@@ -390,7 +392,9 @@ class RunListener:
             case LossMeasured(loss=loss):
                 self.loss = loss
                 self._console.remark(f"loss      {loss.sentence()}")
-            case ClusterReady(dashboard=dashboard):
+            case ClusterReady(dashboard=dashboard, unplanned=unplanned):
+                if unplanned:
+                    self._console.remark(f"workers   {unplanned}")
                 self._console.remark(f"dashboard {(self._own_page and dashboard) or 'none'}")
             case StartChecked(check=check):
                 self.check = check

@@ -46,5 +46,9 @@ class EngineError(TilerError):
     """An engine that is not installed or cannot run this network."""
 
 
+class WorkerError(TilerError):
+    """A worker process whose environment cannot do the run's tiles; names it, and the remedy. No tile is to blame."""
+
+
 class LabelError(TilerError):
     """Labels that do not fit the network's output, or of which no pixel counts."""

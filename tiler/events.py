@@ -63,6 +63,8 @@ class RunPlanned:
     """Core pixels of the tiles that this run has to do."""
     died: str | None = None
     """The run before this one, where it did not end by itself."""
+    ignored: str = ""
+    """Options of this call that an output which is continued does not take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,8 @@ class ClusterReady:
 
     workers: int
     dashboard: str | None
+    unplanned: str = ""
+    """How they differ from the plan's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from .errors import UsageError
 
@@ -161,6 +166,13 @@ class Grid:
         y, x = row * self.cell[0], column * self.cell[1]
         return Window(y=y, x=x, height=min(self.cell[0], self.shape[0] - y), width=min(self.cell[1], self.shape[1] - x))
 
+    def count_pixels(self, chosen: npt.NDArray[np.bool_]) -> int:
+        """Pixels of the cells that are chosen, (rows, columns)."""
+        heights, widths = (
+            np.diff([*range(0, size, cell), size]) for size, cell in zip(self.shape, self.cell, strict=True)
+        )
+        return int(heights @ (chosen @ widths))
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
         rows, columns = self.counts
         return ((row, column) for row in range(rows) for column in range(columns))
@@ -177,3 +189,30 @@ class Grid:
         rows = range(inside.y // self.cell[0], (inside.y + inside.height - 1) // self.cell[0] + 1)
         columns = range(inside.x // self.cell[1], (inside.x + inside.width - 1) // self.cell[1] + 1)
         return [(row, column) for row in rows for column in columns]
+
+
+def order_cells(row_kinds: Sequence[Any], column_kinds: Sequence[Any], strip_rows: int) -> Iterator[tuple[int, int]]:
+    """Every (row, column) once: rows of one kind together, of these the columns of one kind, kinds in ascending order;
+    and of those column by column through strips of some rows, so that blocks are decoded once for neighbours.
+
+    Nothing as long as the grid is kept.
+
+    Args:
+        row_kinds: of each row, anything that can be sorted.
+        strip_rows: rows of a strip; strips are counted from the first row of all.
+    """
+    for rows in _by_kind(row_kinds):
+        strips = [list(strip) for _, strip in groupby(rows, key=lambda row: row // strip_rows)]
+        for columns in _by_kind(column_kinds):
+            for strip in strips:
+                for column in columns:
+                    for row in strip:
+                        yield row, column
+
+
+def _by_kind(kinds: Sequence[Any]) -> list[list[int]]:
+    """Indices of each kind."""
+    found: dict[Any, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        found.setdefault(kind, []).append(index)
+    return [found[kind] for kind in sorted(found)]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from .devices import pick_index
 from .engine import ENGINE_EFFICIENCY, PRECISION_SPEED, EngineName, Method, Precision
-from .geometry import Grid, Halo, Interval, Window
+from .geometry import Grid, Halo, Interval, Window, order_cells
 from .memory import MB, MemoryPrediction, format_bytes
 
 GDAL_CACHE_BYTES = 64 * MB
+SLOW_FLOPS_PER_S = 5e9
+"""Less than any machine makes of a network that would be used for one: it tells a long tile from a hanging worker."""
 STORE_BYTES = 70 * MB
 """Of the libraries that talk to an object store, in each process that does; measured, see docs/memory.md."""
 
@@ -165,13 +166,19 @@ class TilePlan:
         crop = Window(y=core.y - top, x=core.x - left, height=core.height, width=core.width)
         return Tile(row=row, column=column, core=core, target=target, window=window, crop=crop)
 
-    def order(self) -> npt.NDArray[np.int32]:
-        """(tiles, 2) rows and columns of all tiles, in the order of the run: those of one program or window shape
-        together, so that few are compiled; and of those column by column through strips of some rows, so that blocks
-        are decoded once for neighbours."""
-        row, column = np.indices(self.grid.counts, np.int32).reshape(2, -1)
-        keys = (row, column, row // self.strip_rows, _ranks(self.columns)[column], _ranks(self.rows)[row])
-        return np.stack((row, column), axis=1)[np.lexsort(keys)]
+    def order(self) -> Iterator[tuple[int, int]]:
+        """Tiles in the order of the run: those of one program or window shape together, so that few are compiled."""
+        heights, widths = (
+            [(span.window[0] - span.window[1], span.kind) for span in spans] for spans in (self.rows, self.columns)
+        )
+        return order_cells(heights, widths, self.strip_rows)
+
+    @property
+    def slow_tile_s(self) -> float:
+        """Seconds that the largest tile takes a slow machine, alone."""
+        rows, columns = ([span.window[1] - span.window[0] for span in spans] for spans in (self.rows, self.columns))
+        share = max(rows) * max(columns) / (sum(rows) * sum(columns))
+        return self.flops * share / SLOW_FLOPS_PER_S
 
     @property
     def geometries(self) -> int:
@@ -351,10 +358,3 @@ def _pair(values: tuple[int, int]) -> str:
 
 def largest_window(rows: Sequence[Span], columns: Sequence[Span]) -> tuple[int, int]:
     return (max(s.window[1] - s.window[0] for s in rows), max(s.window[1] - s.window[0] for s in columns))
-
-
-def _ranks(spans: Sequence[Span]) -> npt.NDArray[np.int32]:
-    """For each span its place among the kinds of spans, the longest windows first."""
-    kinds = [(span.window[0] - span.window[1], span.kind) for span in spans]
-    places = {kind: place for place, kind in enumerate(sorted(set(kinds)))}
-    return np.array([places[kind] for kind in kinds], np.int32)

@@ -96,6 +96,14 @@ def require_continuable(
     )
 
 
+def ignored_options(plan: TilePlan, workers: int | None, threads: int | None) -> str:
+    """What is asked for and not done, since an output that is continued keeps its own plan, whose memory was counted
+    for just that; empty: nothing."""
+    asked = {"workers": (workers, plan.workers), "threads": (threads, plan.threads)}
+    ignored = [f"{name} {own}, not {other}" for name, (other, own) in asked.items() if other not in (None, own)]
+    return f"the output keeps the plan that it was begun with: {', '.join(ignored)}" if ignored else ""
+
+
 def keep_tiles(
     out: Path,
     plan: TilePlan,

@@ -41,7 +41,7 @@ from .files import remove_store
 from .fingerprint import MIXED, make_fingerprint
 from .geometry import Interval, Window
 from .machine import find_versions, release_freed_memory
-from .memory import CUDA_CONTEXT_BYTES, find_budget
+from .memory import CUDA_CONTEXT_BYTES, find_budget, format_bytes
 from .memory_probe import memory_lookup
 from .meter import MemoryMeter
 from .network import Network
@@ -54,12 +54,21 @@ from .raster import Raster, open_raster, require_apart
 from .raster_parts import reference_to
 from .records import RunFolder, is_there, log, writing
 from .reference import ComputedPatch, Reference
-from .resume import Kept, SourceChangedError, SourceGuard, is_unfinished, keep_tiles, require_continuable
-from .schedule import Lost, cells_of, count_threads, job_on, run_cells
+from .resume import (
+    Kept,
+    SourceChangedError,
+    SourceGuard,
+    ignored_options,
+    is_unfinished,
+    keep_tiles,
+    require_continuable,
+)
+from .schedule import Lost, count_threads, job_on, run_cells
 from .store import (
     CONTEXT,
     DONE,
     FAILED,
+    MISSING,
     NODATA,
     OutputDescription,
     ZarrFormat,
@@ -72,7 +81,7 @@ from .store import (
     write_core,
     write_status,
 )
-from .tile_map import backdrop_message, begin_message, kept_cells, tile_message
+from .tile_map import backdrop_message, begin_message, tile_message
 from .worker import RunSpec, check_tiles, device_peak
 
 Array = npt.NDArray[Any]
@@ -202,7 +211,8 @@ def predict(
         retry_failed: also do tiles again that failed in an earlier call; they hold nodata otherwise.
         redo: (row, column) of tiles to do again, done or not.
         rest: also do what no call has done yet; False: only `redo`, and an unfinished output stays so.
-        patience: seconds before a worker that does not answer is restarted, and its tile set aside.
+        patience: seconds before a worker that does not answer is restarted, and its tile set aside; more where tiles
+            take long.
         tile_map: show the run on the page /tilemap of the Dask dashboard.
         listener: called with every event.
         since: `time.perf_counter()` from which start-up is counted; None: this call.
@@ -254,6 +264,7 @@ def predict(
                 fingerprint |= _quantised_before(read_header(out), plan)
         with writing(out), RunFolder(out) as folder:
             kept: Kept = {}
+            ignored = ""
             # An unfinished output of this very run is continued, also where a finished one would be replaced.
             begins = not is_there(out) or (overwrite and not is_unfinished(out, fingerprint))
             if begins:
@@ -264,21 +275,22 @@ def predict(
                 paths = reference_to(raster)["paths"]
                 remedy = "--overwrite" if rest else "segment --overwrite"
                 plan = require_continuable(out, fingerprint, plan, paths=paths, resume=resume, core=core, remedy=remedy)
+                ignored = ignored_options(plan, workers, threads)
                 kept = keep_tiles(
                     out, plan, description.kind, folder, zarr_format, retry_failed=retry_failed, redo=redo
                 )
             folder.result = {"versions": find_versions(), "plan": plan.summarise()}
-            todo = plan.order()
-            todo = todo[[at not in kept and (rest or at in redo) for at in cells_of(todo)]]
             states, resumed = _States(plan, kept), len(kept)
             del kept
-            pixels = sum(plan.grid.window(*at).pixels for at in cells_of(todo))
+            todo = states.find_missing(None if rest else redo)
+            count = int(todo.sum())
             tell(
                 RunPlanned(
                     plan=plan,
                     resumed=resumed,
-                    pixels=pixels,
+                    pixels=plan.grid.count_pixels(todo),
                     died=str(folder.before) if folder.before is not None and not folder.before.ended else None,
+                    ignored=ignored,
                 )
             )
             run = _Run(
@@ -298,7 +310,7 @@ def predict(
                 patience=patience,
                 tile_map=tile_map and (client is not None or options.dashboard_address is not None),
             )
-            if len(todo):
+            if count:
                 run.convert()
                 with _open(client, cluster, plan) as connected:
                     run.execute(connected, todo)
@@ -317,7 +329,7 @@ def predict(
                 mpx_per_s=pixels / seconds / 1e6 if seconds else 0.0,
                 peak_bytes=peak,
                 predicted_peak_bytes=plan.memory.total_bytes,
-                tiles=len(todo),
+                tiles=count,
                 resumed_tiles=resumed,
                 failed_tiles=states.failed,
                 start_check=run.check,
@@ -330,7 +342,7 @@ def predict(
                 predicted_device_peak_bytes=plan.device_bytes,
             )
             folder.result["summary"] = summary.to_json()
-            if len(todo) and is_whole:
+            if count and is_whole:
                 update_header(out, {"run": summary.to_json()})
             log.info("finished: %s", summary.to_json())
     return summary
@@ -382,6 +394,20 @@ class _States:
         self._set((record.row, record.column), record.state, record.error)
         self.ended += 1
         self.pixels += record.pixels if record.state == "done" else 0
+
+    def find_missing(self, redo: Collection[tuple[int, int]] | None) -> npt.NDArray[np.bool_]:
+        """(down, across) of the tiles that no call has done; of `redo` only, where that is given.
+
+        A byte each, since a run may have millions: nothing else of the command is as long as its grid.
+        """
+        missing = self.status == MISSING
+        if redo is not None:
+            wanted = np.zeros_like(missing)
+            for row, column in redo:
+                if 0 <= row < wanted.shape[0] and 0 <= column < wanted.shape[1]:
+                    wanted[row, column] = True
+            missing &= wanted
+        return missing
 
     @property
     def failed(self) -> tuple[tuple[int, int, str], ...]:
@@ -491,8 +517,8 @@ class _Run:
     def _report(self, made: int, total: int) -> None:
         self.tell(ProgramsMade(made=made, total=total))
 
-    def execute(self, client: Client, todo: npt.NDArray[np.int32]) -> None:
-        """Start check, then all tiles of `todo`, (tiles, 2)."""
+    def execute(self, client: Client, todo: npt.NDArray[np.bool_]) -> None:
+        """Start check, then all tiles of `todo` (down, across)."""
         run_id = uuid.uuid4().hex[:8]
         assert self._program is not None
         plan, converted = self.plan, self._program.result()
@@ -515,7 +541,6 @@ class _Run:
             array=self.description.kind,
             zarr_format=self.zarr_format,
             generation=self.folder.generation,
-            versions=_versions_of(plan.engine),
         )
         begin = begin_message(
             run=run_id,
@@ -523,11 +548,15 @@ class _Run:
             shape=self.plan.output_shape[1:],
             core=self.plan.core,
             counts=self.plan.grid.counts,
-            kept=kept_cells(self.plan.grid.counts, todo),
+            kept=~todo,
         )
         with job_on(client, spec, begin if self.tile_map else None) as watch:
             link = _dashboard(client, with_map=watch.is_on)
-            self.tell(ClusterReady(workers=len(count_threads(client)), dashboard=link))
+            threads = count_threads(client)
+            unplanned = _compare_workers(plan, list(threads.values()))
+            if unplanned:
+                log.warning("%s", unplanned)
+            self.tell(ClusterReady(workers=len(threads), dashboard=link, unplanned=unplanned))
             self.began = time.perf_counter()
             try:
                 with self._backdrop(watch, run_id):
@@ -545,12 +574,10 @@ class _Run:
                         self._create()
                     loss = {"precision_loss": self.loss.to_json()} if self.loss else {}
                     update_header(self.out, {"start_check": self.check.to_json(), **loss})
-                    self._run_tiles(client, run_id, todo, watch)
+                    self._run_tiles(client, spec, todo, watch)
                     self.ended = time.perf_counter()
                     if self.plan.device != "cpu":
-                        # Of the workers that are left: a finished run is lost to none that is gone.
-                        peaks: Any = client.run(device_peak, run_id, on_error="ignore")
-                        self.device_peak_bytes = max(peaks.values(), default=0)
+                        self.device_peak_bytes = _find_device_peak(client, run_id)
                     self.folder.sync()
                     self.guard.require()
             except SourceChangedError:
@@ -558,15 +585,17 @@ class _Run:
                 update_header(self.out, {"fingerprint": {**self.fingerprint, "input": MIXED}})
                 raise
 
-    def _run_tiles(self, client: Client, run_id: str, todo: npt.NDArray[np.int32], watch: Watch) -> None:
+    def _run_tiles(self, client: Client, spec: RunSpec, todo: npt.NDArray[np.bool_], watch: Watch) -> None:
         assert self.began is not None
-        pixels, synced = 0, time.monotonic()
-        for (row, column), outcome in run_cells(client, run_id, cells_of(todo), "tile", patience=self.patience):
+        pixels, synced, total = 0, time.monotonic(), int(todo.sum())
+        cells = (at for at in self.plan.order() if todo[at])
+        settings = {"patience": self.patience, "cell_s": self.plan.slow_tile_s}
+        for (row, column), outcome in run_cells(client, spec, cells, "tile", **settings):
             record = outcome
             if isinstance(outcome, Lost):
                 pixels_lost = self.plan.grid.window(row, column).pixels
                 record = TileRecord.failure(row, column, pixels_lost, outcome.reason)
-                watch.tell(tile_message(run_id, (row, column), "failed", error=outcome.reason))
+                watch.tell(tile_message(spec.run_id, (row, column), "failed", error=outcome.reason))
             self.guard.look()
             if record.state == "failed":
                 self.guard.require()
@@ -581,7 +610,7 @@ class _Run:
                 TileFinished(
                     record=record,
                     finished=self.states.ended,
-                    total=len(todo),
+                    total=total,
                     pixels=pixels,
                     elapsed_s=time.perf_counter() - self.began,
                     memory_bytes=self.meter.current_bytes,
@@ -627,6 +656,29 @@ class _Run:
             if self.plan.receptive is not None:
                 write_core(open_array(self.out, CONTEXT, "r+"), core, np.full((1, *core.shape), NODATA, np.uint8))
         write_status(self.out, status)
+
+
+def _find_device_peak(client: Client, run_id: str) -> int:
+    """A figure of the summary. Workers that have left or come meanwhile do not know it, and cost no finished run."""
+    peaks: Any = {}
+    with contextlib.suppress(Exception):
+        peaks = client.run(device_peak, run_id, on_error="ignore")
+    return max(peaks.values(), default=0)
+
+
+def _compare_workers(plan: TilePlan, threads: list[int]) -> str:
+    """How workers that others have started differ from the plan's, and what that means; empty: they do not."""
+    count, said = len(threads), list[str]()
+    if count != plan.workers:
+        # What each takes is known; all at once are here only where this is one machine.
+        each = (plan.memory.total_bytes - plan.memory.client_bytes) // plan.workers
+        processes = "1 worker process" if count == 1 else f"{count} worker processes"
+        said.append(f"{processes}, planned for {plan.workers}: up to {format_bytes(each)} each")
+    if max(threads, default=0) > plan.in_flight:
+        said.append(f"of up to {max(threads)} threads no more than {plan.in_flight} work at once in each")
+    if min(threads, default=plan.in_flight) < plan.in_flight:
+        said.append(f"with less than {plan.in_flight} threads reading and writing wait for the computation")
+    return "; ".join(said)
 
 
 CHECK_ATTEMPTS = 4
@@ -683,10 +735,6 @@ def run_start_check(
                 relative=relative_tolerance(spec.plan.precision),
             )
     raise RasterError(f"no tile of {CHECK_ATTEMPTS} sets can be read for the start check; {failure}")
-
-
-def _versions_of(engine: str) -> dict[str, str]:
-    return {name: version for name, version in find_versions().items() if name in ("outsize", engine)}
 
 
 def _ignore(event: Event) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import queue
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from dask.typing import Key
 from dask.utils import key_split
 from distributed import Client, Future
@@ -21,18 +19,20 @@ from distributed.scheduler import KilledWorker
 
 from .cluster import ClusterError
 from .dashboard import Watch, watch_run
+from .errors import WorkerError
 from .jobs import Job, JobPlugin, run_cell
 from .records import log
 from .tile_map import Message
 
 QUEUED_PER_THREAD = 2
-"""Cells known to the scheduler for each worker thread: enough that none waits for this process."""
+"""Cells known to the scheduler for each that workers may hold: enough that none waits for this process."""
 FORGET_EVERY = 10_000
 """Cells, after which Dask is made to forget the names of those that have ended: it would remember 100,000."""
 LOOK_EVERY_S = 5.0
 """How often cells that do not come back are looked for."""
 HANGS_FACTOR = 20
-"""A worker hangs when a cell takes this many times the longest one so far, and at least `patience`."""
+"""A worker hangs when a cell takes this many times the longest one so far, and at least `patience`; of the first ones
+nothing is known but the work in them."""
 FETCH_S = 30.0
 """What a worker gets to hand over a record."""
 RESTART_S = 30
@@ -63,6 +63,7 @@ def job_on(client: Client, job: Job, begin: Message | None = None) -> Iterator[W
 
     Raises:
         ClusterError: the scheduler is gone, or has no workers.
+        WorkerError: one of the workers cannot do the job.
     """
     with _told_when_lost(client):
         try:
@@ -71,8 +72,8 @@ def job_on(client: Client, job: Job, begin: Message | None = None) -> Iterator[W
             raise ClusterError(f"the Dask scheduler has no workers after {FIRST_WORKER_S} s; start some") from error
         with watch_run(client, begin) as watch:
             plugin = JobPlugin(job, watched=watch.is_on)
-            _register(client, plugin)
             try:
+                _register(client, plugin)
                 yield watch
             finally:
                 with contextlib.suppress(Exception):
@@ -89,8 +90,31 @@ def _register(client: Client, plugin: JobPlugin) -> None:
             if attempt == REGISTRATIONS or client.status != "running":
                 raise
             time.sleep(attempt)
+        except WorkerError:
+            raise
+        except Exception as error:
+            # Dask gives only the text of what a worker says that cannot even read the job.
+            _require_like(client, error)
+            raise
         else:
             return
+
+
+def _require_like(client: Client, error: Exception) -> None:
+    """Look for workers that have another `outsize`, or none, as a reason of an error.
+
+    Raises:
+        WorkerError: there are some.
+    """
+    versions: Any = client.get_versions(packages=["outsize"])
+    ours = versions["client"]["packages"]["outsize"]
+    found = {address: of["packages"]["outsize"] for address, of in versions["workers"].items()}
+    unlike = [f"{address} has {there or 'none'}" for address, there in found.items() if there != ours]
+    if unlike:
+        raise WorkerError(
+            f"every worker needs outsize {ours}, as this command has it; worker {', '.join(unlike)}; mend or remove "
+            "them, then the same command goes on"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -108,40 +132,34 @@ def _told_when_lost(client: Client) -> Iterator[None]:
         raise ClusterError(f"worker processes die over {error.task}; is there enough memory?") from error
 
 
-def cells_of(todo: npt.NDArray[np.int32]) -> Iterator[Cell]:
-    """The cells of a (cells, 2) array, one by one: a million of them take 8 MB so, and 100 as a list."""
-    for row, column in todo:
-        yield int(row), int(column)
-
-
 def run_cells(
-    client: Client, run_id: str, cells: Iterable[Cell], label: str, *, patience: float = 300.0
+    client: Client, job: Job, cells: Iterable[Cell], label: str, *, patience: float = 300.0, cell_s: float = 0.0
 ) -> Iterator[tuple[Cell, Any]]:
     """Run a job's cells in the given order; yields (cell, its record) as each ends.
 
-    The scheduler never knows more than a few cells a thread, of the workers that are there by then, so that neither its
-    memory nor this process's grows with the raster. A cell
-    whose worker dies is tried again elsewhere by Dask, up to `distributed.scheduler.allowed-failures` deaths; then it,
-    and what shared those workers, is set aside until all others are done, and tried alone. What kills or hangs its
-    worker alone too becomes `Lost`.
+    The scheduler never knows more than a few cells for each that the workers may hold, whoever has joined or left
+    meanwhile, so that its memory does not grow with the raster; `cells` are drawn as they are submitted. A cell whose
+    worker dies is tried again elsewhere by Dask, up to `distributed.scheduler.allowed-failures` deaths; then it, and
+    what shared those workers, is set aside until all others are done, and tried alone. What kills or hangs its worker
+    alone too becomes `Lost`.
 
     Args:
         label: the name of these tasks on Dask's pages.
-        patience: seconds before a worker that does not answer is restarted.
+        patience: seconds before a worker that does not answer is restarted, at least.
+        cell_s: seconds that the largest cell takes a slow machine which does nothing else.
 
     Raises:
         ClusterError: the scheduler is gone, or all workers are; within `job_on`, also where Dask raises it.
+        WorkerError: a worker cannot do the job.
         whatever a cell raises that is no record: the run cannot go on.
     """
-    flight = _Flight(client, run_id, label, patience)
+    flight = _Flight(client, job, label, patience, cell_s)
     try:
         aside: list[Cell] = []
         waiting = iter(cells)
-        flight.fill(waiting)
-        while flight.cells:
-            ended = flight.wait()
-            flight.fill(waiting)
-            for cell, outcome in ended:
+        while flight.fill(waiting):
+            for cell, outcome in flight.wait():
+                flight.fill(waiting)  # before the caller takes its time
                 if isinstance(outcome, Lost):
                     log.warning("cell %d,%d is set aside: %s", *cell, outcome.reason)
                     aside.append(cell)
@@ -158,32 +176,37 @@ def run_cells(
 class _Flight:
     """The cells that the scheduler knows."""
 
-    def __init__(self, client: Client, run_id: str, label: str, patience: float) -> None:
-        self._client, self._run_id, self._label, self._patience = client, run_id, label, patience
+    def __init__(self, client: Client, job: Job, label: str, patience: float, cell_s: float) -> None:
+        self._client, self._job, self._label, self._patience = client, job, label, patience
+        # A cell may wait at its worker for all that were sent there before it.
+        self._least_s = max(patience, QUEUED_PER_THREAD * job.in_flight * cell_s)
         self._ended: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self.cells: dict[Key, tuple[Cell, Future]] = {}
         self._longest = 0.0
         self._looked = self._peopled = time.monotonic()
-        self._room = self._count_room()
         self._submitted = 0
         self._since: dict[Key, tuple[str, float]] = {}
         """Worker that a cell was first seen at, and when."""
+        self._room = self._count_room()
 
     def _count_room(self) -> int:
-        """Cells that the workers which are there by now are kept busy with."""
-        return QUEUED_PER_THREAD * max(1, sum(count_threads(self._client).values()))
+        """Cells for the scheduler to know, with the workers that there are now."""
+        held = sum(min(threads, self._job.in_flight) for threads in count_threads(self._client).values())
+        return QUEUED_PER_THREAD * max(1, held)
 
-    def fill(self, waiting: Iterator[Cell]) -> None:
-        """Submit as many as there is room for."""
-        for cell in itertools.islice(waiting, max(0, self._room - len(self.cells))):
+    def fill(self, waiting: Iterator[Cell]) -> bool:
+        """Submit as many as there is room for; whether any are under way."""
+        for cell in islice(waiting, max(0, self._room - len(self.cells))):
             self.submit(cell)
+        return bool(self.cells)
 
     def submit(self, cell: Cell, *, alone: bool = False) -> None:
         self._submitted += 1
         if self._submitted % FORGET_EVERY == 0:
             self._forget_names()
-        key = (f"{self._label}-{self._run_id}{'-alone' if alone else ''}", *cell)
-        future = self._client.submit(run_cell, self._run_id, *cell, key=key, pure=False)
+        run_id = self._job.run_id
+        key = (f"{self._label}-{run_id}{'-alone' if alone else ''}", *cell)
+        future = self._client.submit(run_cell, run_id, *cell, key=key, pure=False)
         self.cells[future.key] = cell, future
         future.add_done_callback(self._ended.put)
 
@@ -220,6 +243,9 @@ class _Flight:
             return Lost("its worker did not hand over its record")
         except KilledWorker:
             return Lost("its worker process died")
+        except (ImportError, AttributeError) as error:
+            _require_like(self._client, error)
+            raise
         except FutureCancelledError as error:
             if error.reason and error.reason.startswith("scheduler"):
                 raise ClusterError(LOST) from error
@@ -243,7 +269,7 @@ class _Flight:
             key: (address, self._since[key][1] if self._since.get(key, ("",))[0] == address else now)
             for key, address in at.items()
         }
-        limit = max(self._patience, HANGS_FACTOR * self._longest)
+        limit = max(self._least_s, HANGS_FACTOR * self._longest)
         hanging = {key: address for key, (address, since) in self._since.items() if now - since > limit}
         found: list[tuple[Cell, Any]] = []
         for key in hanging:

@@ -238,6 +238,9 @@ class TransferJob:
     owned: str
     """The output's own name, beside which its run's folder is."""
     generation: int
+    gdal_cache_bytes: int = CACHE_BYTES
+    in_flight: int = 1
+    packages: tuple[str, ...] = ()
 
     def open(self, *, watched: bool = False) -> Copier:
         return Copier(self, watched=watched)
@@ -472,6 +475,7 @@ class _Transfer:
             zarr_format=self.zarr_format,
             owned=str(self.out),
             generation=self.folder.generation,
+            gdal_cache_bytes=self.plan.cache_bytes,
         )
         guard = SourceGuard(self.raster, "the same command begins anew")
         try:
@@ -664,7 +668,7 @@ def _copy_on(client: Client, job: TransferJob, todo: list[tuple[int, int]], *, t
         kept=kept_cells(job.grid.counts, todo),
     )
     with job_on(client, job, begin if tile_map else None) as watch:
-        for (row, column), outcome in run_cells(client, job.run_id, todo, "ingest"):
+        for (row, column), outcome in run_cells(client, job, todo, "ingest"):
             record = outcome
             if isinstance(outcome, Lost):
                 # Nothing is known of its pixels, so all of them are called unreadable.

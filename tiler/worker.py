@@ -15,15 +15,16 @@ import numpy.typing as npt
 from zarr.errors import BaseZarrError
 
 from .engine import EngineProgram, TileEngine
-from .errors import EngineError, OutputError, RasterError
+from .errors import EngineError, OutputError, RasterError, WorkerError
 from .events import TileRecord
 from .geometry import Interval, Window, footprint
-from .jobs import runner_of
-from .machine import find_versions, release_freed_memory
+from .jobs import runner_of, told_plainly, unfit_worker
+from .machine import release_freed_memory
 from .places import place_of
-from .plan import Tile, TilePlan
+from .plan import GDAL_CACHE_BYTES, Tile, TilePlan
 from .raster import FilledWindow, Raster, RasterReader, read_filled
 from .records import require_owner, writing
+from .resume import require_source
 from .store import CONTEXT, NODATA, ZarrFormat, chunks_of, open_array, output_nodata, seal_chunks, write_core
 from .tile_map import make_sketch
 
@@ -46,8 +47,18 @@ class RunSpec:
     zarr_format: ZarrFormat
     generation: int
     """Of the run's owner: when another has taken over, this run's tiles write no more."""
-    versions: dict[str, str]
-    """Of outsize and the engine, where the run was planned."""
+
+    @property
+    def in_flight(self) -> int:
+        return self.plan.in_flight
+
+    @property
+    def gdal_cache_bytes(self) -> int:
+        return GDAL_CACHE_BYTES
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return (self.plan.engine,)
 
     def open(self, *, watched: bool = False) -> TileRunner:
         return TileRunner(self, watched=watched)
@@ -118,7 +129,6 @@ class TileRunner:
         self._computing: contextlib.AbstractContextManager[Any] = (
             contextlib.nullcontext() if spec.program.is_shared else threading.Lock()
         )
-        self._places = threading.BoundedSemaphore(spec.plan.in_flight)
         self._reader: RasterReader | None = None
         self._engine: TileEngine | None = None
         self._checked: dict[tuple[int, int], npt.NDArray[Any]] = {}
@@ -142,43 +152,23 @@ class TileRunner:
     def _loaded(self) -> TileEngine:
         with self._load_lock:
             if self._engine is None:
-                self._require_versions()
                 try:
                     self._engine = self.spec.program.load_tiles()
                 except Exception as error:
-                    reason = (str(error).strip().splitlines() or [""])[0]
-                    raise EngineError(
-                        f"worker {_process_name()} cannot open engine {self.spec.program.engine}: "
-                        f"{type(error).__name__}: {reason}; give it the environment of the command"
-                    ) from error
+                    # Whatever it is: an engine that does not load is no fault of a tile, and would fail all of them.
+                    raise unfit_worker(error) from error
             return self._engine
-
-    def _require_versions(self) -> None:
-        """Other versions round otherwise, and an output has tiles of one kind only.
-
-        Raises:
-            EngineError: this process has another version of outsize or of the engine than the run was planned with.
-        """
-        mine = find_versions()
-        for name, version in self.spec.versions.items():
-            if mine.get(name) != version:
-                raise EngineError(
-                    f"worker {_process_name()} has {name} {mine.get(name, 'not at all')}, the command {version}; give "
-                    "it the environment of the command"
-                )
 
     def run(self, row: int, column: int) -> TileRecord:
         """Do one tile; a failure is a record too, after more tries with the source opened anew.
 
-        Whatever threads Dask has, no more tiles are held at once than the plan's memory counts.
-
         Raises:
-            OutputError, EngineError: no fault of the tile: others would end in the same way.
+            OutputError: the output cannot be written.
+            WorkerError: this process can do no tile: its engine is missing, broken, or out of the device's memory.
+            RasterError: this process does not see the raster's files.
         """
-        with self._places:
-            return self._try(self.spec.plan.tile(row, column))
-
-    def _try(self, tile: Tile) -> TileRecord:
+        self._loaded()  # also where the first tiles are nodata: a process that cannot do tiles says so at once
+        tile = self.spec.plan.tile(row, column)
         failure: Exception | None = None
         for attempt in range(self._attempts):
             if attempt:
@@ -186,13 +176,21 @@ class TileRunner:
                 time.sleep(self._pause_s * 2 ** (attempt - 1))
             try:
                 return self._run(tile)
-            except (OutputError, EngineError):
-                raise  # the run stops, and goes on when the output can be written, or the engine is there
+            except (OutputError, WorkerError):
+                raise  # no fault of the tile: the run stops, and goes on when they are mended
+            except (EngineError, ImportError) as error:
+                # Nor are these. A device without memory is the plan's fault, or that of another process on it: windows
+                # of one kind take the same wherever they lie, so all that follow would become nodata, quickly.
+                raise unfit_worker(error) from error
             except Exception as error:  # noqa: BLE001 - whatever else a tile raises must not end the run
                 failure = error
+        try:
+            require_source(self.spec.raster)
+        except RasterError as error:
+            raise RasterError(str(unfit_worker(error))) from error
         reason = (str(failure).strip().splitlines() or [""])[0]
         return TileRecord.failure(
-            tile.row, tile.column, tile.core.pixels, f"{type(failure).__name__}: {reason}", worker=_process_name()
+            row, column, tile.core.pixels, f"{type(failure).__name__}: {reason}", worker=_process_name()
         )
 
     def _run(self, tile: Tile) -> TileRecord:
@@ -315,7 +313,8 @@ def _process_name() -> str:
 
 def check_tiles(run_id: str, patches: list[CheckPatch]) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]] | None]:
     """A task: the start check's patches."""
-    return runner_of(run_id).check(patches)
+    with told_plainly():
+        return runner_of(run_id).check(patches)
 
 
 def device_peak(run_id: str) -> int:

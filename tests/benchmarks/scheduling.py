@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,12 @@ import psutil
 from distributed import Client
 
 from ...tiler.events import TileRecord
+from ...tiler.geometry import order_cells
 from ...tiler.meter import process_bytes
-from ...tiler.schedule import cells_of, job_on, run_cells
+from ...tiler.schedule import job_on, run_cells
 from ...tiler.tile_map import begin_message
+
+STRIP_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +38,9 @@ class Idle:
     """A job whose cells are done at once; its records are of the size that a run's are."""
 
     run_id: str
+    in_flight: int = 2
+    gdal_cache_bytes: int = 64_000_000
+    packages: tuple[str, ...] = ()
 
     def open(self, *, watched: bool) -> Idle:
         del watched
@@ -89,7 +96,6 @@ def measure(tiles: int, *, with_map: bool) -> None:
     """Print one row each time that the number of tiles has doubled, and at the end."""
     side = round(tiles**0.5)
     counts = (-(-tiles // side), side)
-    todo = np.stack(np.divmod(np.arange(tiles, dtype=np.int32), side), axis=1)
     with tempfile.TemporaryDirectory() as folder, cluster(Path(folder)) as (file, scheduler, worker):
         processes = {
             "client": psutil.Process(),
@@ -99,11 +105,14 @@ def measure(tiles: int, *, with_map: bool) -> None:
         begin = begin_message(run="idle", title="idle", shape=counts, core=(1, 1), counts=counts)
         with (
             Client(scheduler_file=str(file)) as client,
-            job_on(client, Idle(run_id="idle"), begin if with_map else None),
+            job_on(client, job := Idle(run_id="idle"), begin if with_map else None),
         ):
+            # As a run does: an order that keeps nothing, and a byte for each tile that tells whether it is wanted.
+            wanted = np.ones(counts, np.bool_)
+            cells = (at for at in order_cells([0] * counts[0], [0] * counts[1], STRIP_ROWS) if wanted[at])
             before = {name: cpu_seconds(process) for name, process in processes.items()}
             began, due = time.perf_counter(), 1000
-            for done, _ in enumerate(run_cells(client, "idle", cells_of(todo), "tile"), start=1):
+            for done, _ in enumerate(run_cells(client, job, islice(cells, tiles), "tile"), start=1):
                 if done in (due, tiles):
                     due *= 2
                     row: dict[str, float] = {"tiles": done, "per_s": done / (time.perf_counter() - began)}

@@ -12,7 +12,6 @@ from outsize.tiler.geometry import Window
 from outsize.tiler.network import analyze_network
 from outsize.tiler.planner import plan_tiles
 from outsize.tiler.raster import open_raster
-from outsize.tiler.schedule import cells_of
 from torch import Tensor, nn
 
 IMAGE = np.arange(3 * 101 * 89, dtype=np.int32).reshape(3, 101, 89)
@@ -87,7 +86,7 @@ def test_the_plan_says_how_much_is_decoded(tmp_path: Path, core: int) -> None:
         return values[(slice(None), *window.slices())]
 
     cache = BlockCache(shape_yx=raster.shape_yx, block=raster.block, limit_bytes=plan.cache_bytes, read=read)
-    for at in cells_of(plan.order()):
+    for at in plan.order():
         window = plan.tile(*at).window
         assert np.array_equal(cache.read(window), values[(slice(None), *window.slices())])
     # At the last rows and columns, which are of another kind, some of what the others have decoded is still there.

@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import replace
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from outsize.tiler import resume
 from outsize.tiler.cluster import ClusterOptions, open_client, visible_device
 from outsize.tiler.devices import CudaDevice, MachineFacts
 from outsize.tiler.engine import CUDA_MEMORY
-from outsize.tiler.errors import BudgetError, ExactnessError, OutputError, UsageError
+from outsize.tiler.engine_torch import Forward
+from outsize.tiler.errors import BudgetError, ExactnessError, OutputError, UsageError, WorkerError
 from outsize.tiler.fingerprint import find_differences, make_fingerprint
 from outsize.tiler.geometry import Window
 from outsize.tiler.inference import predict_window
@@ -232,6 +234,26 @@ def test_a_run_in_batches_equals_the_whole_image(tmp_path: Path) -> None:
     assert np.array_equal(stored(tmp_path / "o.zarr"), whole(class_network(), source))
     plan = read_header(tmp_path / "o.zarr")["plan"]
     assert (plan["batch"], plan["in_flight"]) == (3, 6)
+
+
+def test_a_device_without_memory_stops_the_run_and_fails_no_tile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = scene(tmp_path, 331, 203), tmp_path / "o.zarr"
+    truth, calls = Forward.__call__, count()
+
+    def forward(self: Forward, *arguments: Any, **options: Any) -> Any:
+        if next(calls) >= 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return truth(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Forward, "__call__", forward)
+        with pytest.raises(WorkerError, match=r"worker .* no memory left for 3 x .* then the same command goes on"):
+            run_here(source, out, batch=3)
+    summary = run_here(source, out, batch=3)
+    assert summary.failed_tiles == ()
+    assert np.array_equal(stored(out), whole(class_network(), source))
 
 
 def test_bfloat16_is_checked_against_its_own_kind_and_its_loss_is_told(tmp_path: Path, client: Client) -> None:

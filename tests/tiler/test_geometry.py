@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from outsize.tiler.errors import UsageError
-from outsize.tiler.geometry import Grid, Interval, Window, align_down, align_up, halve
+from outsize.tiler.geometry import Grid, Interval, Window, align_down, align_up, halve, order_cells
 
 extents = st.integers(1, 97)
 positions = st.integers(-200, 200)
@@ -90,3 +92,32 @@ def test_impossible_rectangles_are_refused() -> None:
         Grid(shape=(0, 3), cell=(1, 1))
     with pytest.raises(UsageError, match="outside the grid of 2 x 2"):
         Grid(shape=(4, 4), cell=(2, 2)).window(2, 0)
+
+
+kinds = st.lists(st.sampled_from([(-3, ""), (-3, "a"), (-1, "b"), (0, "")]), min_size=1, max_size=12)
+
+
+@given(kinds, kinds, st.integers(1, 5))
+def test_cells_come_by_kind_and_then_column_by_column_through_strips(
+    rows: list[tuple[int, str]], columns: list[tuple[int, str]], strip_rows: int
+) -> None:
+    cells = [(row, column) for row in range(len(rows)) for column in range(len(columns))]
+    expected = sorted(cells, key=lambda at: (rows[at[0]], columns[at[1]], at[0] // strip_rows, at[1], at[0]))
+    assert list(order_cells(rows, columns, strip_rows)) == expected
+
+
+def test_an_order_keeps_nothing_as_long_as_its_grid() -> None:
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in order_cells([0] * 1000, [0] * 1000, 4)) == 1_000_000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000  # a list of the cells takes 99 MB
+
+
+@given(extents, extents, extents, extents, st.integers(0, 2**32))
+def test_pixels_of_chosen_cells_are_counted(height: int, width: int, cell_h: int, cell_w: int, seed: int) -> None:
+    grid = Grid(shape=(height, width), cell=(cell_h, cell_w))
+    chosen = np.random.default_rng(seed).random(grid.counts) < 0.5
+    assert grid.count_pixels(chosen) == sum(grid.window(*at).pixels for at in grid if chosen[at])

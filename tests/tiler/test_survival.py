@@ -309,6 +309,28 @@ def test_a_source_that_is_gone_stops_the_run_and_fails_no_tile(tmp_path: Path, c
     assert np.array_equal(stored(out), whole(class_network(), source))
 
 
+def test_a_worker_that_does_not_see_the_source_stops_the_run_and_fails_no_tile(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does on which a share is not mounted, though the command sees it."""
+    source, out = scene(tmp_path, 200, 200), tmp_path / "o.zarr"
+
+    def unmounted(*_: object) -> None:
+        raise RasterError(f"{source} is gone; when it is back, the same command goes on")
+
+    def unmount(event: Event) -> None:
+        if isinstance(event, TileFinished) and event.finished == 2:
+            monkeypatch.setattr("outsize.tiler.raster_gdal.GdalReader.read", unmounted)
+            monkeypatch.setattr("outsize.tiler.worker.require_source", unmounted)
+
+    with pytest.raises(RasterError, match=r"worker inproc://\S+ .* cannot do this run: .* is gone; when it is back"):
+        run(source, class_network(), out, client, listener=unmount)
+    monkeypatch.undo()
+    summary = run(source, class_network(), out, client)
+    assert summary.failed_tiles == ()
+    assert summary.resumed_tiles >= 2
+
+
 @pytest.mark.parametrize("put_back", [False, True])
 def test_a_source_that_is_changed_makes_no_mixed_map(tmp_path: Path, client: Client, put_back: bool) -> None:
     source, out, kept = scene(tmp_path, 300, 300), tmp_path / "o.zarr", tmp_path / "kept.tif"
