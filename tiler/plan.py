@@ -14,8 +14,8 @@ from .devices import pick_index
 from .engine import ENGINE_EFFICIENCY, PRECISION_SPEED, EngineName, Method, Precision
 from .geometry import Grid, Halo, Interval, Window
 from .memory import MB, MemoryPrediction, format_bytes
+from .reading import MUCH_READ, kind_of
 
-GDAL_CACHE_BYTES = 64 * MB
 STORE_BYTES = 70 * MB
 """Of the libraries that talk to an object store, in each process that does; measured, see docs/memory.md."""
 
@@ -85,7 +85,7 @@ class TilePlan:
     flops_bare: int
     """Of one pass over the raster without overlap."""
     read_amplification: float
-    """Pixels decoded for each wanted pixel, by one worker that keeps as many blocks as the plan allows."""
+    """Pixels decoded for each wanted pixel, at most, by workers that keep as many blocks as the plan allows."""
     precision: Precision = "float32"
     device: str = "cpu"
     """"cpu", "cuda" (a worker for each device) or "cuda:N"."""
@@ -102,8 +102,12 @@ class TilePlan:
     """By torch.compile, for each window shape anew."""
     strip_rows: int = 1
     """Rows of tiles that are done together, column by column, so that neighbours find their blocks decoded."""
+    strips_first: bool = False
+    """All kinds of tiles of one strip before the next strip; else all strips of one kind before the next kind."""
     cache_bytes: int = 0
     """Of decoded blocks that a worker keeps; GDAL's cache apart."""
+    block: tuple[int, int] = (0, 0)
+    """(height, width) of the raster's blocks; (0, 0): not known."""
     is_known: bool = True
     """Whether the halo was derived from the traced graph; else the user stated it."""
     check_margin: int = 1
@@ -166,13 +170,19 @@ class TilePlan:
 
     def order(self) -> list[tuple[int, int]]:
         """Tiles in the order of the run: those of one program or window shape together, so that few are compiled; and
-        of those column by column through strips of some rows, so that blocks are decoded once for neighbours."""
-        heights = [(span.window[0] - span.window[1], span.kind) for span in self.rows]
-        widths = [(span.window[0] - span.window[1], span.kind) for span in self.columns]
+        of those column by column through strips of some rows, so that blocks are decoded once for neighbours. With
+        `strips_first` those of one kind in one strip: where a block has all columns, every other strip from the last
+        kind to the first, which spares a change; else that would drop what the next strip needs."""
+        heights, widths = [kind_of(span) for span in self.rows], [kind_of(span) for span in self.columns]
+        places = {kind: place for place, kind in enumerate(sorted(set(widths)))}
 
         def key(at: tuple[int, int]) -> tuple[Any, ...]:
             row, column = at
-            return (heights[row], widths[column], row // self.strip_rows, column, row)
+            strip, kind = row // self.strip_rows, places[widths[column]]
+            if self.strips_first:
+                turned = strip % 2 == 1 and self.block[1] >= self.raster_shape[2]
+                return (heights[row], strip, -kind if turned else kind, column, row)
+            return (heights[row], kind, strip, column, row)
 
         return sorted(self.grid, key=key)
 
@@ -294,6 +304,17 @@ class TilePlan:
                 f"{self.flops / 1e12:.3g} TFLOP, {self.flops_bare / wanted / 1e3:.1f} kFLOP a pixel",
             ),
         ]
+        if self.read_amplification > MUCH_READ and self.block != (0, 0):
+            fewer = ", fewer --workers (they share no blocks)" if self.workers > 1 else ""
+            lines.insert(
+                5,
+                (
+                    "reading",
+                    f"blocks of {self.block[0]} x {self.block[1]} px are decoded up to {self.read_amplification:.1f} "
+                    f"times; to decode them about once: more --memory{fewer}, or `outsize ingest` first, which stores "
+                    "squares of 512 px",
+                ),
+            )
         if self.device_names:
             together = f"batches of {self.batch} windows" if self.batch > 1 else "one window at a time"
             lines.insert(

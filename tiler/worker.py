@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from zarr.errors import BaseZarrError
 
+from .block_cache import BlockStore
 from .engine import EngineProgram, TileEngine
 from .errors import OutputError, RasterError
 from .events import TileRecord
@@ -117,6 +118,8 @@ class TileRunner:
             contextlib.nullcontext() if spec.program.is_shared else threading.Lock()
         )
         self._reader: RasterReader | None = None
+        self._blocks = BlockStore(spec.plan.cache_bytes) if spec.plan.cache_bytes else None
+        self._counted_bytes = 0
         self._engine: TileEngine | None = None
         self._checked: dict[tuple[int, int], npt.NDArray[Any]] = {}
         """Results that the start check has computed, just as a run does."""
@@ -124,16 +127,25 @@ class TileRunner:
         # A disk fails once more or for good; a network may fail some times in a row.
         self._attempts, self._pause_s = (5, 0.2) if spec.raster.is_far else (2, 0.0)
 
-    def _read(self, tile: Tile) -> Any:
+    def _read(self, tile: Tile) -> FilledWindow:
         with self._read_lock:
             if self._reader is None:
-                self._reader = self.spec.raster.open_reader(self.spec.plan.cache_bytes)
+                self._reader = self.spec.raster.open_reader(self._blocks)
             return read_filled(self._reader, self.spec.raster, tile.window, self.spec.fill)
+
+    def _count_decoded(self) -> int:
+        """Bytes of all blocks that were decoded since this was asked last, for the start check and in vain too."""
+        with self._read_lock:
+            decoded = self._blocks.decoded_bytes if self._blocks else 0
+            since, self._counted_bytes = decoded - self._counted_bytes, decoded
+            return since
 
     def _reopen(self) -> None:
         with self._read_lock:
             if self._reader is not None:
                 self._reader.close()
+            if self._blocks is not None:
+                self._blocks.clear()
             self._reader = None
 
     def _loaded(self) -> TileEngine:
@@ -202,6 +214,7 @@ class TileRunner:
             worker=_process_name(),
             at=round(time.time(), 3),
             chunks=chunks,
+            decoded_bytes=self._count_decoded(),
         )
 
     def _sketch(self, tile: Tile, filled: FilledWindow) -> bytes:
