@@ -213,7 +213,9 @@ def _count_switches(rows: Sequence[Span], columns: Sequence[Span], source: Sourc
     if not way.strips_first:
         return heights * widths - 1
     strips = len({(kind_of(span), index // way.strip_rows) for index, span in enumerate(rows)})
-    return strips * (widths - 1 if source.is_wide else widths) + heights - 1
+    if source.is_wide or widths == 1:  # a strip begins with the kind that the one before ended with
+        return strips * (widths - 1) + heights - 1
+    return strips * widths - 1
 
 
 def _hold(source: Source, rows: Sequence[Span], columns: Sequence[Span], kept_bytes: int) -> int:

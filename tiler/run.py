@@ -102,10 +102,12 @@ class RunSummary:
     start_check: StartCheck | None
     """None where nothing was left to do."""
     read_amplification: float | None
-    """Bytes of all blocks that workers decoded, the start check's too, for each byte of the tiles that were done; None
-    where the plan keeps no blocks, and nobody counts."""
+    """Bytes of all blocks that workers decoded for each byte of the tiles that were done; None where the plan keeps no
+    blocks, and nobody counts."""
+    check_read_amplification: float
+    """Of that the start check's share: some tiles, whose blocks are seldom still there when their turn comes."""
     predicted_read_amplification: float
-    """By the plan, at most."""
+    """By the plan, at most, without the start check."""
     engine: str
     precision: str
     device: str
@@ -131,6 +133,7 @@ class RunSummary:
             "start_check_max_abs": self.start_check.max_abs if self.start_check else None,
             "start_check_flipped": self.start_check.flipped if self.start_check else None,
             "read_amplification": None if self.read_amplification is None else round(self.read_amplification, 3),
+            "check_read_amplification": round(self.check_read_amplification, 3),
             "predicted_read_amplification": round(self.predicted_read_amplification, 3),
             "engine": self.engine,
             "precision": self.precision,
@@ -326,7 +329,8 @@ def predict(
                 resumed_tiles=resumed,
                 failed_tiles=states.failed,
                 start_check=run.check,
-                read_amplification=states.read_amplification(count_pixel_bytes(raster)),
+                read_amplification=states.relate(states.decoded_bytes, count_pixel_bytes(raster)),
+                check_read_amplification=states.relate(states.checked_bytes, count_pixel_bytes(raster)) or 0.0,
                 predicted_read_amplification=plan.read_amplification,
                 engine=plan.engine,
                 precision=plan.precision,
@@ -374,8 +378,8 @@ class _States:
         """Tiles that ended in this call."""
         self.pixels = 0
         """Of those that were done in this call."""
-        self._decoded_bytes = 0
-        """By workers in this call."""
+        self.decoded_bytes = self.checked_bytes = 0
+        """Of blocks, by workers in this call; of those for the start check."""
         self._wanted = plan.region[2] * plan.region[3] / (plan.output_shape[1] * plan.output_shape[2])
         """Pixels of the raster for each of the result."""
         self._reasons: dict[tuple[int, int], str] = {}
@@ -392,16 +396,17 @@ class _States:
         self._set((record.row, record.column), record.state, record.error)
         self.ended += 1
         self.pixels += record.pixels if record.state == "done" else 0
-        self._decoded_bytes += record.decoded_bytes
+        self.decoded_bytes += record.decoded_bytes + record.checked_bytes
+        self.checked_bytes += record.checked_bytes
 
-    def read_amplification(self, pixel_bytes: int) -> float | None:
-        """Of the tiles that were done in this call.
+    def relate(self, decoded_bytes: int, pixel_bytes: int) -> float | None:
+        """Decoded bytes for each byte of the tiles that were done in this call; None where none was counted.
 
         Args:
             pixel_bytes: of all that is decoded for a pixel of the raster.
         """
         wanted = self.pixels * self._wanted * pixel_bytes
-        return self._decoded_bytes / wanted if self._decoded_bytes else None
+        return decoded_bytes / wanted if decoded_bytes and wanted else None
 
     @property
     def failed(self) -> tuple[tuple[int, int, str], ...]:

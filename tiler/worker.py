@@ -119,7 +119,7 @@ class TileRunner:
         )
         self._reader: RasterReader | None = None
         self._blocks = BlockStore(spec.plan.cache_bytes) if spec.plan.cache_bytes else None
-        self._counted_bytes = 0
+        self._counted_bytes = self._checked_bytes = 0
         self._engine: TileEngine | None = None
         self._checked: dict[tuple[int, int], npt.NDArray[Any]] = {}
         """Results that the start check has computed, just as a run does."""
@@ -134,7 +134,7 @@ class TileRunner:
             return read_filled(self._reader, self.spec.raster, tile.window, self.spec.fill)
 
     def _count_decoded(self) -> int:
-        """Bytes of all blocks that were decoded since this was asked last, for the start check and in vain too."""
+        """Bytes of all blocks that were decoded since this was asked last."""
         with self._read_lock:
             decoded = self._blocks.decoded_bytes if self._blocks else 0
             since, self._counted_bytes = decoded - self._counted_bytes, decoded
@@ -203,6 +203,7 @@ class TileRunner:
             if missing is not None:
                 context[missing] = NODATA
         chunks = self._write(tile, result, context)
+        checked_bytes, self._checked_bytes = self._checked_bytes, 0
         return TileRecord(
             row=tile.row,
             column=tile.column,
@@ -215,6 +216,7 @@ class TileRunner:
             at=round(time.time(), 3),
             chunks=chunks,
             decoded_bytes=self._count_decoded(),
+            checked_bytes=checked_bytes,
         )
 
     def _sketch(self, tile: Tile, filled: FilledWindow) -> bytes:
@@ -275,6 +277,7 @@ class TileRunner:
                         rows, columns = patch.window.slices(tile.core)
                         # Only the patches are copied: all logits of a tile may take more than the network itself.
                         results[index] = (finished[:, rows, columns].copy(), logits[:, rows, columns].copy())
+        self._checked_bytes += self._count_decoded()
         return results
 
     def device_peak_bytes(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,18 @@ def test_every_way_decodes_as_much_as_it_says(block: tuple[int, int], method: st
         assert 0.75 * way.amplification <= measured <= way.amplification * 1.001
 
 
+@pytest.mark.parametrize("block", [(1, 1103), (128, 128)])
+def test_changes_of_program_are_as_many_as_were_weighed(block: tuple[int, int]) -> None:
+    plan = planned((1, *SHAPE), core=128, method="program")
+    source = reading.Source(shape_yx=SHAPE, block=block, pixel_bytes=1, decoder_bytes=0, has_gdal=False)
+    for way in reading._find_ways(plan.rows, plan.columns, source, Window.whole(SHAPE)):
+        tried = replace(plan, strip_rows=way.strip_rows, strips_first=way.strips_first, block=block)
+        kinds = [(plan.rows[row].kind, plan.columns[column].kind) for row, column in tried.order()]
+        assert len(set(tried.order())) == len(plan.grid)
+        changes = sum(one != other for one, other in pairwise(kinds))
+        assert changes == reading._count_switches(plan.rows, plan.columns, source, way)
+
+
 def described(kind: Any, block: tuple[int, int], shape: tuple[int, int] = (30_000, 30_000)) -> Raster:
     """A raster of four bands that nobody has."""
     return Raster(
@@ -343,20 +356,33 @@ def test_workers_that_share_nothing_decode_no_more_than_the_plan_says(block: tup
     assert 1.1 * alone < measured <= plan.read_amplification
 
 
-@pytest.mark.parametrize("make", [striped, masked_chunks])
+@pytest.mark.parametrize(("make", "keeps"), [(striped, 0.4), (tiled, 0.4), (masked_chunks, 1)])
 def test_a_run_tells_what_was_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: Client, make: Callable[[Path], Raster]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: Client, make: Callable[[Path], Raster], keeps: float
 ) -> None:
+    for module in (reading, block_cache):
+        monkeypatch.setattr(module, "READ_BYTES", 64_000)
     raster = make(tmp_path)
+    settings: dict[str, Any] = {"engine": "torch", "core": 128, "workers": 1, "threads": 1}
+    roomy = planned(raster, memory="4GB", **settings)
+    memory = roomy.memory.total_bytes - int((1 - keeps) * roomy.cache_bytes)
+    plan = planned(raster, memory=memory, **settings)
     asked = Asked(monkeypatch)
     asked.only_kept = True
     summary = predict(
-        raster, blurred(), tmp_path / "out.zarr", client=client, engine="torch", core=256, memory="4GB", tile_map=False
+        raster, blurred(), tmp_path / "out.zarr", client=client, memory=memory, tile_map=False, **settings
     )
     asked.only_kept = False
     assert summary.read_amplification is not None
     assert summary.read_amplification * PIXELS * count_pixel_bytes(raster) == pytest.approx(asked.values, rel=1e-6)
-    assert summary.read_amplification == summary.predicted_read_amplification == 1  # all of it is kept
+    assert summary.predicted_read_amplification == plan.read_amplification
+    for_tiles = summary.read_amplification - summary.check_read_amplification
+    assert 0 < summary.check_read_amplification < 1
+    assert for_tiles <= plan.read_amplification
+    if keeps == 1:
+        assert summary.read_amplification == plan.read_amplification == 1
+    else:
+        assert for_tiles > 0.7 * plan.read_amplification
     values = summary.to_json()
     assert values["read_amplification"] == round(summary.read_amplification, 3)
     assert values["predicted_read_amplification"] == round(summary.predicted_read_amplification, 3)
