@@ -17,6 +17,7 @@ import click
 from .. import __version__
 from ..tiler.errors import TilerError
 from .cli_face_gallery import COMMANDS as FACE_COMMANDS
+from .cli_face_train import face_train_options
 from .cli_train import label_options, make_label_options, train_options
 from .interrupts import heed_interrupts
 from .option_types import Numbers, Place, option, together
@@ -601,6 +602,13 @@ def face() -> None:
 @click.option("--dim", type=click.IntRange(1), default=512, show_default=True, help="Numbers of a feature.")
 @click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Steps; the first is not counted.")
 @click.option("--margin", type=click.Choice(["arcface", "cosface", "softmax"]), default="arcface", show_default=True)
+@click.option(
+    "--sample",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Share of the classes that a step sees, besides the batch's own (Partial FC).",
+)
 @click.option("--keep-cosines", is_flag=True, help="Hold batch x classes numbers between the passes: less work.")
 @click.option(
     "--checkpoint", type=click.Path(path_type=Path), help="Also save the layer to this new folder and load it, timed."
@@ -613,6 +621,7 @@ def face_benchmark(console: Any, **options: Any) -> None:
     \b
     outsize face benchmark --classes 100000
     outsize face benchmark --classes 10_000_000 --ranks 2 --memory 12GB
+    outsize face benchmark --classes 1_000_000 --sample 0.1
     outsize --json face benchmark --classes 1000000 --rule momentum --checkpoint layer/
     """
     from .face import FaceBenchmarkOptions, run_face_benchmark
@@ -622,32 +631,26 @@ def face_benchmark(console: Any, **options: Any) -> None:
 
 @face.command("train")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--identities", type=click.IntRange(2), default=2000, show_default=True, help="Synthetic ones.")
-@click.option("--dim", type=click.IntRange(1), default=128, show_default=True, help="Numbers of a feature.")
-@click.option("--steps", type=click.IntRange(1), default=1000, show_default=True)
-@click.option(
-    "--lr", type=click.FloatRange(0), default=0.001, show_default=True, help="Of the embedder, at its highest."
-)
-@click.option(
-    "--head-lr", type=click.FloatRange(0), default=0.1, show_default=True, help="Of the rows, at its highest."
-)
-@click.option("--margin", type=click.Choice(["arcface", "cosface", "softmax"]), default="cosface", show_default=True)
-@click.option("--scale", type=click.FloatRange(1), default=32.0, show_default=True, help="Of cosines.")
-@click.option("--save-every", type=click.IntRange(1), default=250, show_default=True, help="Steps.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@face_train_options
 @_layer
 @click.pass_obj
-def face_train(console: Any, **options: Any) -> None:
-    """Train a small embedder through the layer on synthetic identities. The same command goes on after a stop, with any
-    number of ranks.
+def face_train(console: Any, out: Path, ranks: int, threads: int | None, memory: str | None, **options: Any) -> None:
+    """Train an embedder through the layer. The same command goes on after a stop, with any number of ranks; so does
+    torchrun -m outsize face train. Exit code 3 where some pictures could not be used.
 
     \b
     outsize face train faces/
-    outsize face train faces/ --identities 10000 --steps 3000 --ranks 2
+    outsize face train faces/ --faces synthetic:10000 --steps 3000 --ranks 2
+    outsize face train staff/ --faces people/ --network r50 --steps 20000
+    outsize face train ms1m/ --faces train.rec --network r100 --recompute --batch 256
+    torchrun --nproc-per-node 2 -m outsize face train faces/ --faces list.csv
     """
-    from .face import FaceTrainOptions, run_face_train
+    from .cli_face_train import make_face_training
+    from .face_train import run_face_train
 
-    run_face_train(console, FaceTrainOptions(**options))
+    training = make_face_training(out, options)
+    if not run_face_train(console, training, ranks=ranks, threads=threads, memory=memory):
+        raise SystemExit(EXIT_FAILED_TILES)
 
 
 for _command in FACE_COMMANDS:

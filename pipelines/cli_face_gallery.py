@@ -7,20 +7,22 @@ from typing import Any
 
 import click
 
+from .option_types import Size, option
+
 EXIT_FAILED, EXIT_SOME_FAILED = 1, 3
 
 _place = click.Path(path_type=Path)
 _gallery = click.argument("gallery", type=_place)
-_memory = click.option(
+_memory = option(
     "--memory", default="2GB", show_default=True, metavar="SIZE", help="Budget; rows are kept in it where they fit."
 )
-_resize = click.option(
+_resize = option(
     "--resize", is_flag=True, help="Take pictures of other sizes too, of the embedder's shape, and scale them."
 )
 
 
 def _embedder(*, required: bool) -> Any:
-    return click.option(
+    return option(
         "--embedder",
         type=_place,
         required=required,
@@ -31,12 +33,11 @@ def _embedder(*, required: bool) -> Any:
 
 @click.command("sample", short_help="Write pictures of synthetic identities, and pairs of them.")
 @click.argument("folder", type=_place)
-@click.option("--identities", type=click.IntRange(2), default=40, show_default=True)
-@click.option("--images", type=click.IntRange(2), default=4, show_default=True, help="Of each identity.")
-@click.option(
-    "--first", type=click.IntRange(0), default=1_000_000, show_default=True, help="Number of the first identity."
-)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@option("--identities", type=click.IntRange(2), default=40, show_default=True)
+@option("--images", type=click.IntRange(2), default=4, show_default=True, help="Of each identity.")
+@option("--first", type=click.IntRange(0), default=1_000_000, show_default=True, help="Number of the first identity.")
+@option("--size", type=Size(), default="32", show_default=True, metavar="HxW", help="Of the pictures, in pixels.")
+@option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.pass_obj
 def sample(console: Any, folder: Path, **options: Any) -> None:
     """Write FOLDER/NAME/NAME_0001.png ... of synthetic identities, and FOLDER/pairs.txt, ten folds of pairs in LFW's
@@ -45,6 +46,7 @@ def sample(console: Any, folder: Path, **options: Any) -> None:
     \b
     outsize face sample people/
     outsize face sample strangers/ --first 2000000 --identities 200
+    outsize face sample large/ --size 112 --images 8
     """
     from .face_sample import run_face_sample
 
@@ -54,38 +56,38 @@ def sample(console: Any, folder: Path, **options: Any) -> None:
 @click.command("evaluate", short_help="Measure an embedder: verification, pair lists, identification.")
 @click.argument("images", type=_place, required=False)
 @_embedder(required=False)
-@click.option("--embeddings", type=_place, metavar="FILE.npy", help="(pictures, dim) in place of IMAGES.")
-@click.option("--labels", type=_place, metavar="FILE", help="The person of each embedding: lines of text, or .npy.")
-@click.option("--pairs", type=_place, metavar="FILE", help="Pairs in the format of LFW's pairs.txt.")
-@click.option(
+@option("--embeddings", type=_place, metavar="FILE.npy", help="(pictures, dim) in place of IMAGES.")
+@option("--labels", type=_place, metavar="FILE", help="The person of each embedding: lines of text, or .npy.")
+@option("--pairs", type=_place, metavar="FILE", help="Pairs in the format of LFW's pairs.txt.")
+@option(
     "--far",
     default="1e-1,1e-2,1e-3,1e-4,1e-5,1e-6",
     show_default=True,
     metavar="F,F,..",
     help="False accept rates, of all pairs.",
 )
-@click.option(
+@option(
     "--fpir",
     default="1e-1,1e-2,1e-3",
     show_default=True,
     metavar="F,F,..",
     help="Rates of strangers who are named.",
 )
-@click.option(
+@option(
     "--enrolled", type=click.IntRange(1), default=1, show_default=True, help="Pictures of each person in the gallery."
 )
-@click.option(
+@option(
     "--strangers",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.2,
     show_default=True,
     help="Share of the persons who are not enrolled.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of who is a stranger.")
+@option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of who is a stranger.")
 @_resize
 @_memory
-@click.option("--report", type=_place, metavar="FILE.html", help="Also write a page with curves.")
-@click.option("--overwrite", is_flag=True, help="Replace the page.")
+@option("--report", type=_place, metavar="FILE.html", help="Also write a page with curves.")
+@option("--overwrite", is_flag=True, help="Replace the page.")
 @click.pass_obj
 def evaluate(console: Any, **options: Any) -> None:
     """Measure how well an embedder tells persons apart: true accept rates at false accept rates over all pairs,
@@ -107,23 +109,23 @@ def evaluate(console: Any, **options: Any) -> None:
 @_gallery
 @click.argument("images", type=_place)
 @_embedder(required=True)
-@click.option(
+@option(
     "--templates",
     type=click.Choice(["mean", "each"]),
     default="mean",
     show_default=True,
     help="One template a person, the mean of her embeddings; or one of each picture.",
 )
-@click.option("--replace", is_flag=True, help="Persons who are there already get these pictures in place of the old.")
-@click.option("--add", is_flag=True, help="Persons who are there already get more templates.")
-@click.option(
+@option("--replace", is_flag=True, help="Persons who are there already get these pictures in place of the old.")
+@option("--add", is_flag=True, help="Persons who are there already get more templates.")
+@option(
     "--storage",
     type=click.Choice(["float32", "float16"]),
     default="float32",
     show_default=True,
     help="Of a new gallery's rows.",
 )
-@click.option(
+@option(
     "--calibrate/--no-calibrate", default=True, show_default=True, help="Compare up to 1,000 persons with all others."
 )
 @_resize
@@ -151,9 +153,9 @@ def enroll(console: Any, *, replace: bool, add: bool, **options: Any) -> None:
 @_gallery
 @click.argument("images", type=_place, nargs=-1, required=True, metavar="IMAGE...")
 @_embedder(required=True)
-@click.option("-k", type=click.IntRange(1), default=5, show_default=True, help="Persons that are named at most.")
-@click.option("--threshold", type=click.FloatRange(-1, 1), help="Name persons beyond this score only.")
-@click.option(
+@option("-k", type=click.IntRange(1), default=5, show_default=True, help="Persons that are named at most.")
+@option("--threshold", type=click.FloatRange(-1, 1), help="Name persons beyond this score only.")
+@option(
     "--fpir",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="The threshold that this share of strangers exceeds, by the gallery's calibration.",
@@ -216,8 +218,8 @@ def remove(console: Any, gallery: Path, names: tuple[str, ...]) -> None:
 
 @click.command("gallery", short_help="Show what a gallery holds.")
 @_gallery
-@click.option("--names", is_flag=True, help="Also list all persons, in the order of enrolment.")
-@click.option("--verify", is_flag=True, help="Read every file against its checksum; exit code 1 where one is damaged.")
+@option("--names", is_flag=True, help="Also list all persons, in the order of enrolment.")
+@option("--verify", is_flag=True, help="Read every file against its checksum; exit code 1 where one is damaged.")
 @click.pass_obj
 def gallery(console: Any, gallery: Path, names: bool, verify: bool) -> None:
     """Show what GALLERY holds: persons, templates, embedder, calibration.

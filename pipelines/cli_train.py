@@ -65,7 +65,12 @@ train_options = together(
         metavar="KIND",
         help="Gradient of a step: image, of a whole scene; tiles:N, of N tiles with their true context.",
     ),
-    option("--core", type=click.IntRange(1), default=256, show_default=True, help="Side of the tiles' cores."),
+    option(
+        "--core",
+        type=click.IntRange(1),
+        metavar="PX",
+        help="Side of the tiles' cores.  [default: chosen from --memory, at most 256 for tiles:N]",
+    ),
     option("--steps", type=click.IntRange(1), help="Steps in all; 1000 where --minutes is not given."),
     option("--minutes", type=click.FloatRange(0, min_open=True), help="Train so long, in place of --steps."),
     option(

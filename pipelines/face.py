@@ -1,14 +1,9 @@
-"""`outsize face benchmark` and `face train`: ranks of a giant layer on this machine, timed, or trained end to end."""
+"""`outsize face benchmark`: ranks of a giant layer on this machine, timed."""
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +13,15 @@ import torch
 
 from ..models.faceid.benchmark import BenchmarkSpec, make_rule, write_spec
 from ..models.faceid.head_plan import HeadPlan, plan_head
-from ..tiler.errors import TilerError, UsageError
+from ..tiler.errors import UsageError
 from ..tiler.machine import cpu_count
 from ..tiler.memory import format_bytes, parse_bytes
 from ..tiler.meter import MemoryMeter
 from .console import Console
+from .ranks import run_ranks
 
 RESERVE_BYTES = 1_000_000_000
 """Of the machine's memory that is left to others where no budget is given."""
-
-
-class RankError(TilerError):
-    """A rank ended early."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +38,7 @@ class FaceBenchmarkOptions:
     storage: str
     margin: str
     keep_cosines: bool
+    sample: float
     memory: str | None
     checkpoint: Path | None
 
@@ -57,7 +50,7 @@ def run_face_benchmark(console: Console, options: FaceBenchmarkOptions) -> dict[
         HeadMemoryError: the layer does not fit the budget, or this machine.
         RankError: a rank ended early.
     """
-    plan = _plan(console, options, options.classes, keep_cosines=options.keep_cosines)
+    plan = _plan(console, options)
     spec = BenchmarkSpec(
         classes=options.classes,
         dim=options.dim,
@@ -69,64 +62,47 @@ def run_face_benchmark(console: Console, options: FaceBenchmarkOptions) -> dict[
         storage=options.storage,
         margin=options.margin,
         keep_cosines=options.keep_cosines,
+        sample=options.sample,
         checkpoint=str(options.checkpoint) if options.checkpoint else None,
     )
     with tempfile.TemporaryDirectory() as folder, MemoryMeter() as meter:
         write_spec(spec, Path(folder))
-        measured = _run_ranks("outsize.models.faceid.benchmark", spec.ranks, spec.threads, Path(folder))
+        measured = run_ranks("outsize.models.faceid.benchmark", spec.ranks, spec.threads, Path(folder))
     values = _summarise(plan, spec, measured, max(meter.peak_bytes, meter.current_bytes))
     console.result(_sentence(values), values)
     return values
 
 
-def _plan(
-    console: Console, options: FaceBenchmarkOptions | FaceTrainOptions, classes: int, *, keep_cosines: bool = False
-) -> HeadPlan:
+def require_cores(ranks: int) -> None:
+    """Raises:
+    UsageError: more ranks than this machine has cores.
+    """
+    if ranks > cpu_count():
+        raise UsageError(f"ranks must be at most the machine's {cpu_count()} cores, got {ranks}")
+
+
+def available_bytes(memory: str | None) -> int:
+    """The budget that is named, or what this machine has left."""
+    return parse_bytes(memory) if memory else psutil.virtual_memory().available - RESERVE_BYTES
+
+
+def _plan(console: Console, options: FaceBenchmarkOptions) -> HeadPlan:
     """The plan of the layer, shown; refused where it, or the ranks, do not fit this machine."""
-    if options.ranks > cpu_count():
-        raise UsageError(f"ranks must be at most the machine's {cpu_count()} cores, got {options.ranks}")
+    require_cores(options.ranks)
     plan = plan_head(
-        classes,
+        options.classes,
         options.dim,
         batch=options.batch,
         ranks=options.ranks,
         threads=options.threads or max(1, cpu_count() // options.ranks),
         storage=getattr(torch, options.storage),
         rule=make_rule(options.rule),
-        keep_cosines=keep_cosines,
+        sample=options.sample,
+        keep_cosines=options.keep_cosines,
     )
     console.remark(plan.explain())
-    free = psutil.virtual_memory().available - RESERVE_BYTES
-    plan.require(parse_bytes(options.memory) if options.memory else free)
+    plan.require(available_bytes(options.memory))
     return plan
-
-
-def _run_ranks(module: str, ranks: int, threads: int, folder: Path) -> dict[str, Any]:
-    """Run `python -m module RANK FOLDER` for each rank; what rank 0 wrote to result.json.
-
-    Raises:
-        RankError: a rank ended early; the others are ended too.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen([sys.executable, "-P", "-m", module, str(rank), str(folder)], env=environment)
-        for rank in range(ranks)
-    ]
-    try:
-        running = dict(enumerate(processes))
-        while running:
-            for rank, process in list(running.items()):
-                code = process.poll()
-                if code:
-                    raise RankError(f"rank {rank} of {ranks} ended with code {code}; what it said stands above")
-                if code == 0:
-                    del running[rank]
-            time.sleep(0.05)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return json.loads((folder / "result.json").read_text())
 
 
 def _summarise(plan: HeadPlan, spec: BenchmarkSpec, measured: dict[str, Any], peak: int) -> dict[str, Any]:
@@ -137,6 +113,7 @@ def _summarise(plan: HeadPlan, spec: BenchmarkSpec, measured: dict[str, Any], pe
     return {
         **plan.to_json(),
         "rule": spec.rule,
+        "sample": spec.sample,
         "threads": spec.threads,
         "step_seconds": median["seconds"],
         "first_pass_seconds": median["first"],
@@ -167,72 +144,3 @@ def _sentence(values: dict[str, Any]) -> str:
     if "save_seconds" in values:
         lines.append(f"disk      saved in {values['save_seconds']:.1f} s, loaded in {values['load_seconds']:.1f} s")
     return "\n".join(lines)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FaceTrainOptions:
-    """What `face train` is told."""
-
-    out: Path
-    identities: int
-    dim: int
-    batch: int
-    ranks: int
-    threads: int | None
-    steps: int
-    lr: float
-    head_lr: float
-    rule: str
-    margin: str
-    scale: float
-    storage: str
-    save_every: int
-    memory: str | None
-    seed: int
-
-
-def run_face_train(console: Console, options: FaceTrainOptions) -> dict[str, Any]:
-    """Train a small embedder on synthetic identities; goes on where an earlier run of the same options stopped.
-
-    Raises:
-        UsageError: OUT holds a training of other options.
-        HeadMemoryError: the layer does not fit the budget, or this machine.
-        RankError: a rank ended early.
-    """
-    from .face_training import TrainSpec, write_spec
-
-    _plan(console, options, options.identities)
-    values = {name: getattr(options, name) for name in options.__slots__ if name not in ("memory", "out", "threads")}
-    spec = TrainSpec(
-        **values, out=str(options.out.absolute()), threads=options.threads or max(1, cpu_count() // options.ranks)
-    )
-    _require_same_training(options.out, values)
-    with tempfile.TemporaryDirectory() as folder, MemoryMeter() as meter:
-        write_spec(spec, Path(folder))
-        result = _run_ranks("outsize.pipelines.face_training", spec.ranks, spec.threads, Path(folder))
-    result = {**result, "peak_bytes": max(meter.peak_bytes, meter.current_bytes), "out": str(options.out)}
-    begun = f"went on from step {result['first_step']}, " if result["first_step"] else ""
-    console.result(
-        f"{options.out}: {begun}loss {result['loss']:.3f}, rank-1 of identities never seen "
-        f"{100 * result['rank_1']:.1f} %, peak memory {format_bytes(result['peak_bytes'])}",
-        result,
-    )
-    return result
-
-
-def _require_same_training(out: Path, values: dict[str, Any]) -> None:
-    """A folder holds one training; its options stand in options.json. Ranks may differ."""
-    ours = {name: value for name, value in values.items() if name not in ("ranks", "save_every")}
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "options.json"
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        differing = [
-            f"{name} {theirs.get(name)} there, {ours[name]} now" for name in ours if theirs.get(name) != ours[name]
-        ]
-        if differing:
-            raise UsageError(f"{out} holds another training: {'; '.join(differing)}; choose another folder")
-        return
-    if any(out.iterdir()):
-        raise UsageError(f"{out} must be a new or empty folder, or one of this training, got other files there")
-    path.write_text(json.dumps(ours, indent=1))

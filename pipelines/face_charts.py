@@ -111,3 +111,48 @@ def draw_cmc(match_rates: Sequence[float]) -> Chart:
         lines=[Line(name="known persons", colour=BLUE, points=_points(x, y))],
         marks=[(float(x[rank - 1]), float(y[rank - 1]), f"rank {rank}: {match_rates[rank - 1]:.4f}") for rank in ticks],
     )
+
+
+def draw_series(
+    title: str,
+    lines: Sequence[tuple[str, Sequence[tuple[float, float]]]],
+    *,
+    points: int,
+    top: float | None,
+    last: float,
+) -> Chart:
+    """Values over steps, from 0 on; more than `points` of a line are averaged.
+
+    Args:
+        lines: name, and (step, value) of each point.
+        top: of the axis; None: a little above the highest value.
+        last: step at the end of the axis.
+    """
+    thin: list[tuple[str, Curve]] = []
+    for name, line in lines:
+        if line:
+            parts = np.array_split(np.asarray(line, np.float64), min(points, len(line)))
+            thin.append((name, np.array([part.mean(axis=0) for part in parts])))
+    highest = top or 1.08 * max(float(line[:, 1].max()) for _, line in thin) or 1.0
+
+    def place(line: Curve) -> tuple[Curve, Curve]:
+        return WIDTH * line[:, 0] / last, HEIGHT * (1 - line[:, 1] / highest)
+
+    colours = (BLUE, RED)
+    return Chart(
+        title=title,
+        x_name="step",
+        y_name=title.lower(),
+        x_ticks=[(WIDTH * n / 4, f"{last * n / 4:,.0f}") for n in range(5)],
+        y_ticks=[(HEIGHT * (1 - share), f"{highest * share:.3g}") for share in (0, 0.5, 1)],
+        lines=[
+            Line(name=name, colour=colours[index % 2], points=_points(*place(line)))
+            for index, (name, line) in enumerate(thin)
+        ],
+        marks=[
+            (float(x), float(y), f"step {step:g}: {value:.4f}")
+            for _, line in thin
+            if len(line) <= 40
+            for x, y, (step, value) in zip(*place(line), line.tolist(), strict=True)
+        ],
+    )

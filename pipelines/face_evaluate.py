@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
-from datetime import datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from .. import __version__
 from ..models.faceid.embedder_file import load_embedder
 from ..models.faceid.errors import HeadError
 from ..models.faceid.identification import RANKS, Identification, measure_identification, split_pictures
@@ -39,6 +34,7 @@ from .console import Console, count_of, format_table
 from .face_charts import BINS, draw_cmc, draw_roc, draw_scores
 from .face_gallery import require_memory
 from .face_pictures import embed_people
+from .page import render_page
 from .report import require_report_target
 
 Values = dict[str, Any]
@@ -274,7 +270,7 @@ def _render(
     """The page's text."""
     sure = [point for point in verification.points if point.is_sure] if verification else []
     content: Values = {
-        "source": source,
+        "out": source,
         "values": values,
         "headline": asdict(sure[-1]) if sure else None,
         "folds": list(zip(values["pairs"]["folds"], values["pairs"]["thresholds"], strict=True))
@@ -283,8 +279,6 @@ def _render(
         "roc": None,
         "scores": None,
         "cmc": draw_cmc(identification.match_rates) if identification else None,
-        "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "version": __version__,
         "versions": find_versions(),
         "command": sys.argv[1:],
     }
@@ -297,7 +291,4 @@ def _render(
         ]
         content["roc"] = draw_roc(far, tar, measured, verification.impostor_pairs)
         content["scores"] = draw_scores(*verification.histogram(BINS))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["words"] = shlex.join
-    text = resources.files("outsize.pipelines").joinpath("face_evaluate.html").read_text(encoding="utf-8")
-    return environment.from_string(text).render(content)
+    return render_page("face_evaluate.html", "faces", content)

@@ -13,7 +13,9 @@ PAIRS = 30
 """Of one identity, and of two, in each fold."""
 
 
-def run_face_sample(console: Console, folder: Path, *, identities: int, images: int, first: int, seed: int) -> None:
+def run_face_sample(
+    console: Console, folder: Path, *, identities: int, images: int, first: int, seed: int, size: tuple[int, int]
+) -> None:
     """Write the pictures, and pairs where there are identities enough for ten folds.
 
     Raises:
@@ -22,7 +24,9 @@ def run_face_sample(console: Console, folder: Path, *, identities: int, images: 
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise UsageError(f"{folder} must be a new or empty folder, got files there")
-    written = write_faces(folder, identities=identities, images=images, first=first, seed=seed)
+    written = write_faces(
+        folder, identities=identities, images=images, first=first, seed=seed, height=size[0], width=size[1]
+    )
     pairs = None
     if identities >= 2 * FOLDS:
         drawn = draw_pairs(identities=identities, images=images, count=PAIRS, first=first, seed=seed)

@@ -1,181 +1,411 @@
-"""Training an embedder through the sharded head on synthetic identities: the loop of one rank."""
+"""Training an embedder through the sharded head: the loop of one rank, whoever started it."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
-from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-from ..models.faceid.checkpoint import list_generations, load_checkpoint, save_checkpoint
-from ..models.faceid.embedder import SmallEmbedder
+from ..models.faceid.augmentation import FaceAugmentation
+from ..models.faceid.batch_loader import BatchLoader
+from ..models.faceid.checkpoint import MANIFEST, list_generations, load_checkpoint, save_checkpoint
+from ..models.faceid.collectives import Ranks
 from ..models.faceid.embedder_file import BACKBONE, DESCRIPTION, EmbedderDescription
+from ..models.faceid.embedder_step import compute_step
+from ..models.faceid.errors import HeadError
+from ..models.faceid.feature_norm import FeatureNorm
 from ..models.faceid.head import ShardedMarginHead
+from ..models.faceid.rate_schedule import RateSchedule
 from ..models.faceid.row_rules import RULES
-from ..sample_data.identities import PIXEL_MEAN, PIXEL_SCALE, SIZE, make_batch
+from ..sample_data.identities import PIXEL_MEAN, PIXEL_SCALE
+from ..tiler.errors import TilerError
+from ..tiler.machine import die_with_parent, one_thread
+from ..tiler.memory import format_bytes
+from ..tiler.meter import MemoryMeter
+from .console import Console, printable
+from .face_report import write_face_report
+from .face_sources import OpenedFaces, SyntheticOptions, open_faces
+from .face_validation import Measured, measure_embedder
+from .interrupts import StopAfterStep
+from .ranks import INTERRUPTED, LOST, join_ranks, leave_ranks
+from .training_log import TrainingLog
+from .unusable_pictures import UnusablePictures, read_unusable
 
-OPTIMISER = "optimiser.safetensors"
-HELD_OUT = 500
-"""Identities that are never trained on, for rank-1."""
+OPTIMISER, CURSOR = "optimiser.safetensors", "cursor.json"
+LOG, UNREADABLE, REPORT = "train.jsonl", "unreadable.jsonl", "report.html"
+MOST_SKIPPED = 10
+"""Steps in a row whose loss or gradient is not finite."""
+
+
+class TrainingError(TilerError):
+    """A training that cannot go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainSpec:
-    """What every rank of a training does."""
+class FaceTraining:
+    """What is trained, on what, and how: plain values, the same on every rank."""
 
     out: str
-    identities: int
+    source: str
+    """synthetic:N, or the path of a folder, a .csv list or a .rec file."""
+    size: tuple[int, int] | None
+    """(height, width) of the pictures; None: as the source has them."""
+    held_out: int | None
+    synthetic: dict[str, Any]
+    """`SyntheticOptions`."""
+    network: str
     dim: int
+    recompute: bool
+    precision: str
+    augment: str
     batch: int
-    """Of all ranks."""
-    ranks: int
-    threads: int
+    """Samples of a step, of all ranks."""
+    micro_batch: int
+    """Samples that go through the network together; other sizes give other last bits."""
     steps: int
+    optimiser: str
     lr: float
-    """Of the embedder, at its highest; warmed up over a twentieth of the steps, then a cosine down to zero."""
+    """Of the embedder, at its highest."""
     head_lr: float
-    rule: str
+    weight_decay: float
+    clip: float
+    """Largest norm of the embedder's gradient; 0: any."""
+    schedule: str
+    warm_up: int
+    falls: tuple[float, ...]
     margin: str
+    margin_value: float | None
     scale: float
+    sample: float
+    """Share of the classes that a step sees, besides the batch's own."""
+    denominator: str
+    rule: str
     storage: str
-    save_every: int
     seed: int
+    threads: int
+    """Of each rank."""
+    save_every: int
+    evaluate_every: int
+    """Steps; 0: at the end alone."""
+
+    @classmethod
+    def from_json(cls, text: str) -> FaceTraining:
+        values = json.loads(text)
+        for name in ("size", "falls"):
+            values[name] = None if values[name] is None else tuple(values[name])
+        return cls(**values)
+
+    @property
+    def rates(self) -> RateSchedule:
+        return RateSchedule(kind=self.schedule, steps=self.steps, warm_up=self.warm_up, falls=self.falls)
+
+    def open(self) -> OpenedFaces:
+        synthetic = SyntheticOptions(**self.synthetic)
+        return open_faces(self.source, size=self.size, held_out=self.held_out, seed=self.seed, synthetic=synthetic)
+
+    def describe_embedder(self, size: tuple[int, int]) -> EmbedderDescription:
+        return EmbedderDescription(
+            architecture=self.network,
+            dim=self.dim,
+            height=size[0],
+            width=size[1],
+            mean=PIXEL_MEAN,
+            scale=PIXEL_SCALE,
+        )
 
 
-def learning_rate(spec: TrainSpec, step: int) -> float:
-    """Share of the highest rate at a step, counted from 0."""
-    warm = max(1, spec.steps // 20)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, spec.steps - warm)))
+def train_rank(console: Console, training: FaceTraining, faces: OpenedFaces) -> dict[str, Any] | None:
+    """One rank: go on from the newest whole generation, train, save, measure; rank 0 returns what came of it.
+
+    Raises:
+        KeyboardInterrupt: stopped by a signal, and saved.
+        TrainingError: no picture of a batch can be used, or the loss is not finite again and again.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(training.threads)
+    try:
+        with MemoryMeter() as meter:
+            run = _Run(console, training, faces, meter)
+            run.train()
+            return run.finish()
+    finally:
+        torch.set_num_threads(threads)
 
 
-def draw_batch(spec: TrainSpec, step: int, rank: int) -> tuple[Tensor, Tensor]:
-    """A rank's share of a step's images and labels: a function of seed and step, whatever the ranks."""
-    random = np.random.Generator(np.random.Philox(key=[spec.seed, 7], counter=[step, 0, 0, 0]))
-    labels = random.integers(0, spec.identities, spec.batch)
-    samples = random.integers(0, 1 << 40, spec.batch)
-    share = slice(rank * spec.batch // spec.ranks, (rank + 1) * spec.batch // spec.ranks)
-    images = make_batch(spec.seed, labels[share], samples[share])
-    return torch.from_numpy(images), torch.from_numpy(labels[share])
+class _Run:
+    """One rank's part of one call of the command."""
 
+    def __init__(self, console: Console, training: FaceTraining, faces: OpenedFaces, meter: MemoryMeter) -> None:
+        self.console, self.training, self.faces, self.meter = console, training, faces, meter
+        self.out, self.ranks = Path(training.out), Ranks.of(None)
+        torch.manual_seed(training.seed)
+        self.description = training.describe_embedder(faces.training.size)
+        self.model = self.description.build(recompute=training.recompute).train()
+        self.head = ShardedMarginHead(
+            faces.training.identities,
+            training.dim,
+            margin=training.margin,
+            margin_value=training.margin_value,
+            scale=training.scale,
+            storage=getattr(torch, training.storage),
+            rule=RULES[training.rule](lr=training.head_lr),
+            sample=training.sample,
+            denominator=training.denominator,
+            seed=training.seed,
+        )
+        self.optimiser = make_optimiser(training, self.model)
+        self.first = self._resume()
+        self.step = self.saved = self.first
+        self.is_first = self.ranks.rank == 0
+        self.log = TrainingLog(self.out / LOG, self.first) if self.is_first else None
+        self.unusable = UnusablePictures(console, self.out / UNREADABLE)
+        if self.is_first:
+            self.unusable.add(faces.left_out)
+        self.stop, self.skipped, self.seconds = StopAfterStep(), 0, 0.0
+        self.losses: list[float] = []
 
-@torch.no_grad()
-def measure_rank_1(model: nn.Module, spec: TrainSpec) -> float:
-    """Share of identities never trained on whose second picture is nearest to their first."""
-    identities = np.arange(spec.identities, spec.identities + HELD_OUT)
-    views = [
-        F.normalize(model(torch.from_numpy(make_batch(spec.seed, identities, np.full(HELD_OUT, sample)))))
-        for sample in (0, 1)
-    ]
-    nearest = (views[1] @ views[0].T).argmax(dim=1)
-    return float((nearest == torch.arange(HELD_OUT)).double().mean())
+    def train(self) -> None:
+        """Step after step; all ranks stop after the same one."""
+        training, faces = self.training, self.faces
+        loader = BatchLoader(
+            source=faces.training,
+            augmentation=FaceAugmentation.parse(training.augment),
+            batch=training.batch,
+            micro_batch=training.micro_batch,
+            seed=training.seed,
+            rank=self.ranks.rank,
+            ranks=self.ranks.size,
+        )
+        feature_norm = self.model.feature_norm
+        assert isinstance(feature_norm, FeatureNorm)
+        label = f"train {self.out.name}"
+        quiet = Console() if self.is_first else _Silent()
+        with quiet.step(label, training.steps, counts_pixels=False) as bar, self.stop.heeded():
+            if self.first:
+                bar.advance(self.first, f"goes on after step {self.first}")
+            began = time.perf_counter()
+            for batches in loader.run(self.first, training.steps, training.threads):
+                share = training.rates.share(self.step)
+                assert self.head.rule is not None
+                self.optimiser.param_groups[0]["lr"] = training.lr * share
+                self.head.rule.lr = training.head_lr * share
+                for batch in batches:
+                    self.unusable.add(batch.failed)
+                result = compute_step(
+                    self.model,
+                    feature_norm,
+                    self.head,
+                    batches,
+                    micro_batches=loader.micro_batches,
+                    mean=self.description.mean,
+                    scale=self.description.scale,
+                    precision=getattr(torch, training.precision),
+                )
+                norm = self._follow(result.is_finite)
+                self.step += 1
+                now = time.perf_counter()
+                seconds, began = now - began, now
+                self.seconds += seconds
+                loss = result.loss if math.isfinite(result.loss) else None
+                self.losses = [*self.losses[-49:], loss] if loss is not None else self.losses
+                shared = torch.tensor([int(self.stop.is_asked), self.meter.current_bytes, result.samples])
+                asked, memory, samples = self.ranks.add(shared).tolist()
+                entry = {
+                    "step": self.step,
+                    "loss": loss,
+                    "rate": training.lr * share,
+                    "gradient_norm": norm,
+                    "skipped": not result.is_finite,
+                    "samples": samples,
+                    "seconds": round(seconds, 4),
+                    "memory_bytes": memory,
+                }
+                if self.log:
+                    self.log.add(entry)
+                detail = (
+                    f"step {self.step}/{training.steps}, loss {sum(self.losses) / max(1, len(self.losses)):.3f}, "
+                    f"{(self.step - self.first) * training.batch / self.seconds:.0f} images/s, memory "
+                    f"{format_bytes(memory)}"
+                )
+                bar.advance(1, detail)
+                self._require_progress(samples, result.is_finite)
+                if asked:
+                    self._save()
+                    raise KeyboardInterrupt
+                if self.step % training.save_every == 0:
+                    self._save()
+                if training.evaluate_every and self.step % training.evaluate_every == 0 and self.step < training.steps:
+                    self._measure()
+            self._save()
 
+    def _follow(self, is_finite: bool) -> float | None:
+        """Move the embedder; the norm of its gradient."""
+        if not is_finite:
+            return None
+        with one_thread():  # a norm by several threads has other last bits
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip or torch.inf)
+        self.optimiser.step()
+        return float(norm)
 
-def run_rank(rank: int, spec: TrainSpec, folder: Path) -> None:
-    """One rank: resume from the newest whole generation, train, save, measure."""
-    torch.set_num_threads(spec.threads)
-    torch.manual_seed(spec.seed)
-    if spec.ranks > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=spec.ranks)
-    embedder = SmallEmbedder(spec.dim)
-    model = DistributedDataParallel(embedder) if spec.ranks > 1 else embedder
-    head = ShardedMarginHead(
-        spec.identities,
-        spec.dim,
-        margin=spec.margin,
-        scale=spec.scale,
-        storage=getattr(torch, spec.storage),
-        rule=RULES[spec.rule](lr=spec.head_lr),
-        seed=spec.seed,
-        ddp_scale=spec.ranks > 1,
-    )
-    assert head.rule is not None
-    optimiser = torch.optim.AdamW(embedder.parameters(), lr=spec.lr, weight_decay=0.05)
-    first = _resume(spec, embedder, head, optimiser)
-    began, losses = time.perf_counter(), list[float]()
-    for step in range(first, spec.steps):
-        share = learning_rate(spec, step)
-        optimiser.param_groups[0]["lr"], head.rule.lr = spec.lr * share, spec.head_lr * share
-        images, labels = draw_batch(spec, step, rank)
-        loss = head(model(images), labels)
-        optimiser.zero_grad()
-        loss.backward()
-        if not head.skipped:
-            nn.utils.clip_grad_norm_(embedder.parameters(), 5.0)
-            optimiser.step()
-        losses = [*losses[-49:], float(loss.detach())]
-        done = step + 1
-        if rank == 0:
-            entry = {"step": done, "loss": losses[-1], "lr": spec.lr * share, "skipped": head.skipped}
-            with Path(spec.out, "log.jsonl").open("a") as log:
-                log.write(json.dumps(entry) + "\n")
-        if rank == 0 and (done % max(1, spec.steps // 20) == 0 or done == spec.steps):
-            speed = (done - first) * spec.batch / (time.perf_counter() - began)
-            mean, left = sum(losses) / len(losses), (spec.steps - done) * spec.batch / speed
-            line = f"step {done} of {spec.steps}: loss {mean:.3f}, {speed:.0f} images/s, {left:.0f} s left"
-            print(line, file=sys.stderr, flush=True)
-        if done % spec.save_every == 0 or done == spec.steps:
-            save_checkpoint(head, spec.out, done, extra=_pack(spec, embedder, optimiser) if rank == 0 else None)
-    if rank == 0:
-        result = {
-            "loss": sum(losses) / max(1, len(losses)),
-            "rank_1": measure_rank_1(embedder, spec),
-            "first_step": first,
-        }
-        (folder / "result.json").write_text(json.dumps(result))
-    if spec.ranks > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    def _require_progress(self, samples: int, is_finite: bool) -> None:
+        if not samples:
+            raise TrainingError(
+                f"no picture of step {self.step} can be used; {self.out / UNREADABLE} says what is wrong with each"
+            )
+        self.skipped = 0 if is_finite else self.skipped + 1
+        if self.skipped == MOST_SKIPPED:
+            raise TrainingError(
+                f"the loss or its gradient was not finite in {MOST_SKIPPED} steps up to step {self.step}; lower --lr "
+                "or --head-lr"
+            )
 
+    def _measure(self) -> Measured | None:
+        """Rank 0 alone measures; its line in the log."""
+        if not self.is_first or self.faces.held_out is None:
+            return None
+        self.model.eval()
+        measured = measure_embedder(self.model, self.description, self.faces.held_out, self.training.seed)
+        self.model.train()
+        assert self.log is not None
+        self.log.add({"validation": {"step": self.step, **measured.scores}})
+        return measured
 
-def _pack(spec: TrainSpec, embedder: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, bytes]:
-    moments = {
-        f"{index}.{name}": cast("Tensor", value)
-        for index, state in optimiser.state_dict()["state"].items()
-        for name, value in state.items()
-    }
-    description = EmbedderDescription(
-        architecture="small", dim=spec.dim, height=SIZE, width=SIZE, mean=PIXEL_MEAN, scale=PIXEL_SCALE
-    )
-    return {
-        DESCRIPTION: description.to_bytes(),
-        BACKBONE: safetensors.torch.save(embedder.state_dict()),
-        OPTIMISER: safetensors.torch.save(moments),
-    }
+    def _save(self) -> None:
+        if self.saved == self.step and list_generations(self.out):
+            return
+        extra = None
+        if self.is_first:
+            moments = {
+                f"{index}.{name}": cast("Tensor", value)
+                for index, state in self.optimiser.state_dict()["state"].items()
+                for name, value in state.items()
+                if value is not None
+            }
+            cursor = {"step": self.step, "samples": self.step * self.training.batch}
+            extra = {
+                DESCRIPTION: self.description.to_bytes(),
+                BACKBONE: safetensors.torch.save(self.model.state_dict()),
+                OPTIMISER: safetensors.torch.save(moments),
+                CURSOR: json.dumps(cursor).encode(),
+            }
+        save_checkpoint(self.head, self.out, self.step, extra=extra)
+        self.saved = self.step
 
+    def _resume(self) -> int:
+        """Load the newest whole generation of this training; the step to go on with, which is the whole cursor.
 
-def _resume(spec: TrainSpec, embedder: nn.Module, head: ShardedMarginHead, optimiser: torch.optim.Optimizer) -> int:
-    """Load the newest whole generation of this training; the step to go on with."""
-    if not list_generations(spec.out):
+        Raises:
+            HeadError: there are generations, and none is whole.
+        """
+        found = list_generations(self.out)
+        for place, generation in enumerate(found):
+            try:
+                load_checkpoint(self.head, self.out, step=generation.step)
+                backbone, moments = generation.read_extra(BACKBONE), generation.read_extra(OPTIMISER)
+                cursor = json.loads(generation.read_extra(CURSOR))
+            except (HeadError, OSError) as error:
+                if place + 1 == len(found):
+                    raise
+                self.ranks.add(torch.zeros(1))  # nobody reads it any more
+                if self.ranks.rank == 0:
+                    self.console.remark(f"{generation.folder} is damaged, and made again: {error}")
+                    # The manifest first: what is half deleted must not look complete.
+                    (generation.folder / MANIFEST).unlink()
+                    shutil.rmtree(generation.folder, ignore_errors=True)
+                continue
+            self.model.load_state_dict(safetensors.torch.load(backbone))
+            values: dict[str, Any] = self.optimiser.state_dict()
+            for key, value in safetensors.torch.load(moments).items():
+                index, _, name = key.partition(".")
+                values["state"].setdefault(int(index), {})[name] = value
+            self.optimiser.load_state_dict(values)
+            return int(cursor["step"])
         return 0
-    generation = load_checkpoint(head, spec.out)
-    embedder.load_state_dict(safetensors.torch.load(generation.read_extra(BACKBONE)))
-    values: dict[str, Any] = optimiser.state_dict()
-    for key, value in safetensors.torch.load(generation.read_extra(OPTIMISER)).items():
-        index, _, name = key.partition(".")
-        values["state"].setdefault(int(index), {})[name] = value
-    optimiser.load_state_dict(values)
-    return generation.step
+
+    def finish(self) -> dict[str, Any] | None:
+        """Measure, write the report; the values of the result, on rank 0."""
+        measured = self._measure()
+        peak = int(self.ranks.add(torch.tensor([self.meter.peak_bytes])))
+        if not self.is_first:
+            return None
+        unusable = read_unusable(self.out / UNREADABLE)
+        steps = self.step - self.first
+        values = {
+            "out": str(self.out),
+            "steps": self.step,
+            "first_step": self.first,
+            "loss": sum(self.losses) / len(self.losses) if self.losses else None,
+            **(measured.scores if measured else {}),
+            "images_per_s": round(steps * self.training.batch / self.seconds, 1) if steps else None,
+            "peak_bytes": peak,
+            "unusable": len(unusable),
+            "report": str(self.out / REPORT),
+        }
+        write_face_report(self.out, values, measured, unusable)
+        return values
 
 
-def write_spec(spec: TrainSpec, folder: Path) -> None:
-    (folder / "spec.json").write_text(json.dumps(asdict(spec)))
+def make_optimiser(training: FaceTraining, model: nn.Module) -> torch.optim.Optimizer:
+    """Of the embedder."""
+    if training.optimiser == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), lr=training.lr, momentum=0.9, weight_decay=training.weight_decay, foreach=False
+        )
+    return torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=training.weight_decay, foreach=False)
+
+
+class _Silent(Console):
+    """Of the ranks that show nothing of their own but what is wrong with pictures."""
+
+    @contextmanager
+    def step(self, label: str, pixels: int, *, counts_pixels: bool = True) -> Iterator[Any]:  # noqa: ARG002
+        yield self
+
+    def advance(self, pixels: int, detail: str = "") -> None:
+        pass
+
+
+def main(rank: int, folder: Path) -> int:
+    """A rank that `outsize face train` started; its exit code."""
+    die_with_parent()
+    warnings.simplefilter("ignore")
+    spec = json.loads((folder / "spec.json").read_text())
+    training = FaceTraining.from_json(json.dumps(spec["training"]))
+    try:
+        join_ranks(rank, spec["ranks"], folder)
+        result = train_rank(Console(), training, training.open())
+        if result is not None:
+            (folder / "result.json").write_text(json.dumps(result))
+        leave_ranks()
+    except KeyboardInterrupt:
+        leave_ranks()
+        return INTERRUPTED
+    except TilerError as error:
+        if rank == 0:
+            print(printable(f"outsize: error: {error}"), file=sys.stderr, flush=True)
+        return error.exit_code
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        return LOST  # another rank is gone; the command says which
+    return 0
+
+
+def write_spec(training: FaceTraining, ranks: int, folder: Path) -> None:
+    (folder / "spec.json").write_text(json.dumps({"training": asdict(training), "ranks": ranks}))
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    place = Path(sys.argv[2])
-    run_rank(int(sys.argv[1]), TrainSpec(**json.loads((place / "spec.json").read_text())), place)
+    raise SystemExit(main(int(sys.argv[1]), Path(sys.argv[2])))

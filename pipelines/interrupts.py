@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 
@@ -42,3 +42,31 @@ def _leave_lost_terminal() -> None:
         with suppress(OSError):
             if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
+class StopAfterStep:
+    """Whether somebody has asked for the end; a second Ctrl-C does not wait."""
+
+    def __init__(self) -> None:
+        self.is_asked = False
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Signals end the training after a step, when there is something whole to save."""
+
+        def handle(number: int, _: FrameType | None) -> None:
+            if number == signal.SIGHUP:
+                _leave_lost_terminal()
+            if self.is_asked and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.is_asked = True
+
+        before = {}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, handle)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -74,3 +74,17 @@ class Numbers(click.ParamType):
         if self.count is not None and len(numbers) != self.count:
             self.fail(f"{self.count} numbers between commas, got {value!r}", param, ctx)
         return numbers
+
+
+class Size(click.ParamType):
+    """Height and width of pictures: 112, or 112x96."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(value)
+        sides = str(value).lower().split("x")
+        if len(sides) > 2 or not all(side.strip().isdecimal() and int(side) > 0 for side in sides):
+            self.fail(f"sides in pixels, such as 112 or 112x96 (height x width), got {value!r}", param, ctx)
+        return (int(sides[0]), int(sides[-1]))

@@ -34,10 +34,11 @@ from ..tiler.files import write_durably
 from ..tiler.fingerprint import fingerprint_raster
 from ..tiler.labels import LabelOptions, identify_labels
 from ..tiler.machine import find_versions, map_large_blocks
-from ..tiler.memory import format_bytes
+from ..tiler.memory import MB, format_bytes
 from ..tiler.meter import MemoryMeter
 from ..tiler.plan import format_seconds
 from ..tiler.raster import Raster, ReadOptions, open_with
+from ..tiler.reading import GDAL_CACHE_BYTES
 from .console import Console, Step, count_of, describe_memory, format_table
 from .model import SourceOptions
 from .training_data import TrainingData, prepare_data
@@ -47,7 +48,6 @@ from .training_report import write_training_report
 TRAINING, LOG, REPORT, LOCK = "training.json", "train.jsonl", "report.html", ".lock"
 SAVE_EVERY_S = 60.0
 """A kill costs at most this, and a step."""
-_GDAL_CACHE_MB = 64
 _PARTS = 1_000_000
 """Of the progress bar."""
 
@@ -73,8 +73,8 @@ class TrainOptions:
     block: int | None = None
     validate_every: int = 100
     """Steps."""
-    core: int = 256
-    """Side of cores in pixels."""
+    core: int | None = None
+    """Side of cores in pixels; None: chosen from the memory."""
     memory: str = "2GB"
     model: SourceOptions | None = None
     """Where the training starts; None: a new UNet."""
@@ -87,13 +87,13 @@ def run_train(console: Console, options: TrainOptions) -> None:
     """Train, or go on, and leave best.json, last.json, train.jsonl and report.html in the folder."""
     map_large_blocks()
     # GDAL would keep up to a twentieth of the machine's memory in decoded blocks.
-    with _owning(options), rasterio.Env(GDAL_CACHEMAX=_GDAL_CACHE_MB), MemoryMeter() as meter:
+    with _owning(options), rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES // MB), MemoryMeter() as meter:
         run = _Run(console, options, meter)
         run.start()
         try:
             run.train()
-        except KeyboardInterrupt:
-            run.interrupt()
+        except BaseException as error:
+            run.interrupt(error)
             raise
         run.finish()
 
@@ -136,6 +136,8 @@ class _Run:
         self.began = time.perf_counter()
         self.best: dict[str, Any] | None = None
         """Step and scores of the best validation so far."""
+        self.validated = 0
+        """The last step whose validation is done."""
         self.saved_at = time.monotonic()
 
     def start(self) -> None:
@@ -156,7 +158,7 @@ class _Run:
         scaling = self.start_model.scaling if self.start_model else Scaling.none(self.rasters[0].bands)
         self.module = TileNetwork(network, scaling, "logits").eval()
         self.data: TrainingData = prepare_data(
-            self.console, options, self.rasters, found, self.module, self.start_model
+            self.console, options, self.rasters, found, self.module, self.start_model, _find_tiles(self.out)
         )
         if not (self.out / TRAINING).exists():
             described = {
@@ -173,11 +175,11 @@ class _Run:
         state = load_state(self.out)
         if state is not None:
             self.trainer.load(state)
-            self.best = state.values["best"]
+            self.best, self.validated = state.values["best"], state.values.get("validated", state.step)
             self.console.remark(f"{self.out}: goes on after step {state.step}")
         elif not self.start_model and options.norm == "frozen":
             self.data.calibrate(network)
-        self.log = TrainingLog(self.out / LOG, self.trainer.step)
+        self.log = TrainingLog(self.out / LOG, self.trainer.step, self.validated)
         for line in self.data.remarks:
             self.console.remark(line)
 
@@ -201,15 +203,16 @@ class _Run:
 
     def train(self) -> None:
         """Step after step, with validations, states and lines of the log between them."""
-        trainer, every = self.trainer, self.options.validate_every
+        trainer = self.trainer
         label = f"train {self.out.name}"
         with self.console.step(label, _PARTS, counts_pixels=False) as bar:
             shown = self._show(bar, None, 0)
+            # That of the last step, if the training was stopped in it.
+            self._validate_if_due()
             while not trainer.is_done:
                 record = trainer.make_step()
                 self.log.add(_step_line(record, self.meter))
-                if trainer.step % every == 0 or trainer.is_done:
-                    self._validate()
+                self._validate_if_due()
                 if time.monotonic() - self.saved_at > SAVE_EVERY_S:
                     self._save()
                 shown = self._show(bar, record, shown)
@@ -223,11 +226,17 @@ class _Run:
         bar.advance(now - shown, ", ".join([*parts, describe_memory(self.meter.current_bytes)]))
         return now
 
+    def _validate_if_due(self) -> None:
+        """At every so many steps, and at the end; then the state is saved."""
+        step = self.trainer.step
+        if step > self.validated and (step % self.options.validate_every == 0 or self.trainer.is_done):
+            if self.data.validation_tiles:
+                self._validate()
+            self.validated = step
+            self._save()
+
     def _validate(self) -> None:
         """Scores of the averaged weights; the best ones are kept as best.json."""
-        if not self.data.validation_tiles:
-            self._save()
-            return
         began = time.perf_counter()
         validation = self.validate()
         scores = _scores(validation.confusion)
@@ -247,11 +256,11 @@ class _Run:
             "seconds": round(time.perf_counter() - began, 3),
         }
         if self.best is None or scores["mean_iou"] > self.best["mean_iou"]:
-            # Before the state, which says that it is there.
-            self.best = {key: line[key] for key in ("step", *scores)}
-            self._save_model("best")
+            best = {key: line[key] for key in ("step", *scores)}
+            self._save_model("best", best)
+            # Not before it is there.
+            self.best = best
         self.log.add({"validation": line})
-        self._save()
 
     def validate(self) -> Validation:
         """With the averaged weights."""
@@ -266,7 +275,7 @@ class _Run:
         return validate(self.data.validation_tiles, len(self.data.classes), predict, read_labels)
 
     def _save(self) -> None:
-        save_state(self.out, self.trainer.state({"best": self.best}))
+        save_state(self.out, self.trainer.state({"best": self.best, "validated": self.validated}))
         self.saved_at = time.monotonic()
 
     def model(self) -> SegmentationModel:
@@ -279,29 +288,34 @@ class _Run:
         }
         return self.data.make_model(self.out.absolute().name, weights)
 
-    def _save_model(self, name: str) -> None:
+    def _save_model(self, name: str, best: dict[str, Any] | None) -> None:
         card = {
             "trained_on": [raster.path for raster in self.rasters],
             "labels": list(self.options.labels),
             "steps": self.trainer.step,
             "minutes": round(self.trainer.seconds / 60, 2),
-            "validation": self.best,
+            "validation": best,
             "command": shlex.join(["outsize", *sys.argv[1:]]),
         }
         save_model(self.model(), self.out / name, card)
 
-    def interrupt(self) -> None:
-        """Keep what was done."""
+    def interrupt(self, error: BaseException) -> None:
+        """Keep what was done, whatever ended it."""
         if self.trainer.is_between_steps:
-            self._save()
+            try:
+                self._save()
+            except OutputError:
+                # Of a full disk that ended it, say: the first error is the one to tell.
+                if isinstance(error, KeyboardInterrupt):
+                    raise
         self.console.remark(f"{self.out}: stopped after step {self.trainer.step}")
 
     def finish(self) -> None:
         """The last model, the report, the result."""
         self._save()
-        self._save_model("last")
+        self._save_model("last", self.best)
         if self.best is None:
-            self._save_model("best")
+            self._save_model("best", None)
         self.data.engine.close()
         size = write_training_report(self.out, self.data)
         self.console.result(self._summary(), self._values(size))
@@ -429,6 +443,12 @@ def _require_same(out: Path, ours: dict[str, Any]) -> None:
         said = "; ".join(f"{key.replace('_', ' ')} {_short(theirs.get(key))} there, {_short(ours.get(key))} now"
                          for key in differing[:4])  # fmt: skip
         raise OutputError(f"{out} holds another training: {said}; choose another --out, or --overwrite")
+
+
+def _find_tiles(out: Path) -> dict[str, Any] | None:
+    """Core and cuts of the training that the folder holds; None: it says none."""
+    path = out / TRAINING
+    return json.loads(path.read_text())["data"].get("tiles") if path.exists() else None
 
 
 def _short(value: Any) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 
 from ..models.segmentation.classes import LabelClasses
@@ -24,17 +25,20 @@ from ..models.segmentation.scaling import Scaling, ScalingKind
 from ..models.segmentation.scene import TrainingScene
 from ..models.segmentation.split import Split, choose_block, choose_split, compute_reach
 from ..models.segmentation.step import StepEngine
-from ..models.segmentation.step_memory import require_budget
 from ..models.segmentation.survey import Counts, count_labels, measure_bands
 from ..models.segmentation.validation import ValidationTile, list_validation_tiles
-from ..tiler.errors import UsageError
+from ..tiler.errors import OutputError, UsageError
 from ..tiler.files import write_durably
-from ..tiler.labels import open_labels
-from ..tiler.memory import MB, format_bytes, parse_bytes
-from ..tiler.meter import process_bytes
+from ..tiler.geometry import Window
+from ..tiler.graph import first_line
+from ..tiler.labels import RasterLabels, open_labels
+from ..tiler.memory import MB, parse_bytes
 from ..tiler.network import Network, analyze_network
 from ..tiler.raster import Raster
 from ..tiler.trainable import TrainableNetwork, prepare_training
+from ..tiler.training_memory import count_tile_bytes, predict_tile_bytes
+from ..tiler.training_plan import TrainPlan
+from ..tiler.training_planner import SIDES, TrainedImages, choose_training_tiles, count_cache_bytes
 from .console import Console, count_of
 
 if TYPE_CHECKING:
@@ -42,7 +46,11 @@ if TYPE_CHECKING:
 
 SURVEY, COUNTS = "survey.json", "survey.safetensors"
 _VALIDATED = 2
-"""Side of validation's cores in units of the training's: without gradients they take no more memory."""
+"""Side of validation's cores in units of the training's, where without gradients they take no more memory."""
+_LARGEST_SAMPLED = 256
+"""Cores of tiles:N that a plan chooses: they are part of what such a step is, so a larger budget changes nothing."""
+_OPTIMISER_STATE = 5.0
+"""Numbers for each parameter: AdamW's two, the average, and copies while a state is saved."""
 _CACHE_BYTES = 64 * MB
 """Of decoded blocks of all scenes."""
 _CALIBRATED = 8
@@ -66,9 +74,13 @@ class Survey:
     validation: tuple[Counts, ...] = field(repr=False)
 
     def save(self, folder: Path) -> None:
+        """Write FOLDER/survey.safetensors, then FOLDER/survey.json, without which there is no survey; if there is one,
+        it stays as it is."""
+        if (folder / SURVEY).exists():
+            return
         counts = {f"training.{i}": entry for i, entry in enumerate(self.training)}
         counts |= {f"validation.{i}": entry for i, entry in enumerate(self.validation)}
-        save_file(counts, folder / COUNTS)
+        write_durably(folder / COUNTS, save(counts))
         values = {
             "splits": [asdict(split) if split else None for split in self.splits],
             "scaling": asdict(self.scaling),
@@ -81,26 +93,35 @@ class Survey:
 
     @classmethod
     def load(cls, folder: Path) -> Survey | None:
-        """None where there is none."""
+        """None where there is none.
+
+        Raises:
+            OutputError: damaged files.
+        """
         if not (folder / SURVEY).exists():
             return None
-        values = json.loads((folder / SURVEY).read_text())
-        counts = load_file(folder / COUNTS)
-        kind = values["scaling"]["kind"]
-        return cls(
-            splits=tuple(Split(**split) if split else None for split in values["splits"]),
-            scaling=Scaling(
-                kind=cast("ScalingKind | tuple[ScalingKind, ...]", kind if isinstance(kind, str) else tuple(kind)),
-                subtract=tuple(values["scaling"]["subtract"]),
-                divide=tuple(values["scaling"]["divide"]),
-            ),
-            fill=tuple(values["fill"]),
-            means=tuple(values["means"]),
-            deviations=tuple(values["deviations"]),
-            cell=values["cell"],
-            training=tuple(counts[f"training.{i}"] for i in range(len(values["splits"]))),
-            validation=tuple(counts[f"validation.{i}"] for i in range(len(values["splits"]))),
-        )
+        try:
+            values = json.loads((folder / SURVEY).read_text())
+            counts = load_file(folder / COUNTS)
+            kind = values["scaling"]["kind"]
+            return cls(
+                splits=tuple(Split(**split) if split else None for split in values["splits"]),
+                scaling=Scaling(
+                    kind=cast("ScalingKind | tuple[ScalingKind, ...]", kind if isinstance(kind, str) else tuple(kind)),
+                    subtract=tuple(values["scaling"]["subtract"]),
+                    divide=tuple(values["scaling"]["divide"]),
+                ),
+                fill=tuple(values["fill"]),
+                means=tuple(values["means"]),
+                deviations=tuple(values["deviations"]),
+                cell=values["cell"],
+                training=tuple(counts[f"training.{i}"] for i in range(len(values["splits"]))),
+                validation=tuple(counts[f"validation.{i}"] for i in range(len(values["splits"]))),
+            )
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise OutputError(
+                f"the survey in {folder} cannot be read: {first_line(error)}; --overwrite begins anew"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +140,13 @@ class TrainingData:
     start: SegmentationModel | None
     module: TileNetwork
     remarks: tuple[str, ...]
-    predicted_bytes: int
-    """Peak of the process."""
+    plan: TrainPlan
+    """For an image as long and wide as the longest side of any scene."""
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Peak of the process."""
+        return self.plan.memory.total_bytes if self.plan.memory else 0
 
     def describe(self) -> dict[str, Any]:
         """For people and for the report, as plain values."""
@@ -136,12 +162,15 @@ class TrainingData:
             "validation_pixels": _sum(self.survey.validation).tolist(),
             "parameters": sum(p.numel() for p in self.module.parameters()),
             "splits": [asdict(split) if split else None for split in self.survey.splits],
+            "tiles": {"core": self.plan.core[0], "cuts": list(self.plan.cuts)},
         }
 
     def calibrate(self, network: nn.Module) -> None:
         """Give frozen norms their statistics from a batch of the first steps' tiles."""
         shapes = [scene.raster.shape_yx for scene in self.scenes if scene.trains]
-        side = min(256, *(extent for shape in shapes for extent in shape))
+        most = min(extent for shape in shapes for extent in shape)
+        sides = [min(side, most) for side in SIDES if side <= _LARGEST_SAMPLED]
+        side = next((s for s in sides if _fits(self.engine.network, self.plan, s, s, _CALIBRATED)), sides[-1])
         batch = self.engine.read_batch(self.draw, side, _CALIBRATED)
         with calibrating(network):
             self.module.logits(batch)
@@ -172,10 +201,15 @@ def prepare_data(
     found: LabelClasses,
     module: TileNetwork,
     start: SegmentationModel | None,
+    known: Mapping[str, Any] | None = None,
 ) -> TrainingData:
-    """Open labels, analyse the network, split, survey.
+    """Open labels, analyse the network, plan tiles, split, survey.
+
+    Args:
+        known: core and cuts of the training that goes on; None: they are chosen.
 
     Raises:
+        BudgetError: no tile fits the budget.
         UntileableError: a network that cannot be trained exactly.
         UsageError: no labelled pixel to train on, or to validate on; classes without pixels.
     """
@@ -203,11 +237,15 @@ def prepare_data(
         )
     )
     network: Network = analyze_network(module, bands, torch.float32)
-    reach = compute_reach(network)
+    reach = compute_reach(network, [scene.raster.shape_yx for scene in scenes])
     trainable: TrainableNetwork = prepare_training(network, bands, torch.float32)
+    budget = parse_bytes(options.memory)
+    cache = min(_CACHE_BYTES, budget // 8)
+    plan = _plan(options, trainable, scenes, cache, known)
+    core = plan.core[0]
     survey = Survey.load(options.out)
     if survey is None:
-        survey = _survey(console, options, scenes, reach, len(names), start)
+        survey = _survey(console, options, core, scenes, reach, len(names), start)
         _require_labels(options, survey, names)
     scenes = tuple(replace(scene, split=split) for scene, split in zip(scenes, survey.splits, strict=True))
     with torch.no_grad():
@@ -215,35 +253,89 @@ def prepare_data(
         module.divide.copy_(torch.tensor(survey.scaling.divide)[None, :, None, None])
     recipe = _weigh(options, survey, len(names))
     loss = parse_loss(recipe.loss, recipe.class_weights)
-    budget = parse_bytes(options.memory)
-    cache = min(_CACHE_BYTES, budget // 8)
-    longest = max(extent for scene in scenes for extent in scene.raster.shape_yx)
-    # What the optimiser and the average will hold comes on top: four times the weights.
-    weights = 4 * sum(p.numel() * p.element_size() for p in module.parameters())
-    predicted = require_budget(trainable, min(options.core, longest), process_bytes() + cache + weights, budget)
-    engine = StepEngine(trainable, scenes, loss, survey.fill, cache_bytes=cache)
+    engine = StepEngine(trainable, scenes, loss, survey.fill, plan.cuts, cache)
     shapes = tuple(scene.raster.shape_yx for scene in scenes)
     return TrainingData(
         scenes=scenes,
         classes=found.classes,
         recipe=recipe,
         engine=engine,
-        draw=_make_draw(options, recipe, survey, shapes),
+        draw=_make_draw(core, recipe, survey, shapes),
         validation_tiles=tuple(
-            list_validation_tiles(shapes, survey.validation, survey.cell, _VALIDATED * options.core)
+            list_validation_tiles(
+                shapes,
+                survey.validation,
+                survey.cell,
+                # The larger, the less overlap.
+                _VALIDATED * core if _fits(trainable, plan, plan.image_shape[1], _VALIDATED * core) else core,
+            )
         ),
         survey=survey,
         reach=reach,
         start=start,
         module=module,
-        remarks=(*_remark(survey, names, scenes), f"memory {format_bytes(predicted)} predicted at most"),
-        predicted_bytes=predicted,
+        remarks=(
+            *_remark(survey, names, scenes),
+            f"tiles: {plan.explain_tile()}",
+            f"memory: {plan.explain_memory()}",
+        ),
+        plan=plan,
     )
+
+
+def _plan(
+    options: TrainOptions,
+    network: TrainableNetwork,
+    scenes: Sequence[TrainingScene],
+    cache_bytes: int,
+    known: Mapping[str, Any] | None,
+) -> TrainPlan:
+    """Tiles within the budget; those of a training that goes on stay as they are, since they decide its last bits.
+
+    Raises:
+        BudgetError: names a budget, or a core, that would do.
+    """
+    # Scenes are turned, so that each side may become the other.
+    longest = max(extent for scene in scenes for extent in scene.raster.shape_yx)
+    labels = [scene.labels.raster for scene in scenes if isinstance(scene.labels, RasterLabels)]
+    sides: Sequence[int] | None = None
+    core = known["core"] if known else options.core
+    if core is not None:
+        sides = [core]
+    elif options.recipe.step != "image":
+        sides = [side for side in SIDES if side <= _LARGEST_SAMPLED]
+    return choose_training_tiles(
+        network,
+        TrainedImages(
+            shape=(network.network.bands, longest, longest),
+            cache_bytes=count_cache_bytes([*(scene.raster for scene in scenes), *labels], cache_bytes),
+            is_sampled=options.recipe.step != "image",
+        ),
+        memory=options.memory,
+        sides=sides,
+        cuts=tuple(known["cuts"]) if known else None,
+        optimiser_state=_OPTIMISER_STATE,
+    )
+
+
+def _fits(network: TrainableNetwork, plan: TrainPlan, image: int, core: int, batch: int = 1) -> bool:
+    """Whether cores of that side, or so many images at once, need no more without gradients than a tile does with them.
+
+    Args:
+        image: side of the image.
+    """
+    assert plan.memory is not None
+    side = min(core, image)
+    start = (image - side) // 2
+    window = Window(y=start, x=start, height=side, width=side)
+    live = count_tile_bytes(network, (image, image), window, with_gradients=False)
+    return predict_tile_bytes(batch * live) <= plan.memory.tile_bytes
 
 
 def _survey(
     console: Console,
     options: TrainOptions,
+    core: int,
     scenes: Sequence[TrainingScene],
     reach: int,
     classes: int,
@@ -256,7 +348,7 @@ def _survey(
     splits: list[Split | None] = []
     passes = (bool(share) + 2 * scene.trains + (scene.is_held_out or bool(share)) for scene in scenes)
     pixels = sum(count * height * width for count, (height, width) in zip(passes, shapes, strict=True))
-    cell = max(1, options.core // 2)
+    cell = max(1, core // 2)
     moments = Moments.none(scenes[0].raster.bands)
     training: list[Counts] = []
     validation: list[Counts] = []
@@ -370,15 +462,26 @@ def _weigh(options: TrainOptions, survey: Survey, classes: int) -> Recipe:
 
 
 def _make_draw(
-    options: TrainOptions, recipe: Recipe, survey: Survey, shapes: tuple[tuple[int, int], ...]
+    core: int, recipe: Recipe, survey: Survey, shapes: tuple[tuple[int, int], ...]
 ) -> Callable[[int], Sequence[TrainingTile]]:
-    """The tiles of each step."""
+    """The tiles of each step; around pixels of classes of weight 0, and for scenes of those alone, there are none.
+
+    Raises:
+        UsageError: no pixel weighs anything.
+    """
+    weighed = tuple(counts * (np.array(recipe.class_weights or 1.0) > 0) for counts in survey.training)
+    if not _sum(weighed).any():
+        raise UsageError(
+            "no training pixel has a class whose weight is above 0, got --class-weights "
+            f"{','.join(f'{weight:g}' for weight in recipe.class_weights)}; weigh another class"
+        )
     if recipe.step == "image":
         sampler = ImageSampler(
             seed=recipe.seed,
             shapes=shapes,
-            core=options.core,
-            counts=survey.training,
+            core=core,
+            # All tiles of the scenes that remain: some losses count pixels of every class.
+            counts=tuple(counts * found.any() for counts, found in zip(survey.training, weighed, strict=True)),
             cell=survey.cell,
             augmentation=recipe.augmentation,
             deviations=survey.deviations,
@@ -388,8 +491,8 @@ def _make_draw(
         seed=recipe.seed,
         shapes=shapes,
         cell=survey.cell,
-        core=options.core,
-        cells=labelled_cells(survey.training),
+        core=core,
+        cells=labelled_cells(weighed),
         augmentation=recipe.augmentation,
         deviations=survey.deviations,
     )

@@ -22,11 +22,20 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 class TrainingLog:
-    """A log that is added to; lines of steps after `step`, which will be made again, are taken out first."""
+    """A log that is added to; lines of steps after `step`, which will be made again, are taken out first.
 
-    def __init__(self, path: Path, step: int) -> None:
+    Args:
+        validated: likewise of validations; None: `step`.
+    """
+
+    def __init__(self, path: Path, step: int, validated: int | None = None) -> None:
         self._path = path
-        kept = [line for line in read_log(path) if line.get("validation", line)["step"] <= step]
+        last = step if validated is None else validated
+        kept = [
+            line
+            for line in read_log(path)
+            if (line["validation"]["step"] <= last if "validation" in line else line["step"] <= step)
+        ]
         write_durably(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def add(self, values: Mapping[str, Any]) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .identities import make_sample, to_pixels
+from .identities import SIZE, draw_faces
 
 FOLDS = 10
+OUTSIDE_TRAINING = 1 << 41
+"""Samples from here on are drawn by no training."""
 
 
 def face_name(identity: int) -> str:
@@ -17,18 +19,20 @@ def face_name(identity: int) -> str:
     return f"identity-{identity:06d}"
 
 
-def write_faces(folder: Path, *, identities: int, images: int, first: int = 0, seed: int = 0) -> int:
+def write_faces(
+    folder: Path, *, identities: int, images: int, first: int = 0, seed: int = 0, height: int = SIZE, width: int = SIZE
+) -> int:
     """Write FOLDER/NAME/NAME_0001.png ...; the same arguments write the same files. Returns how many pictures.
 
     Args:
         first: number of the first identity; those of a training are 0 ... its identities - 1.
         images: of each identity.
     """
+    samples = OUTSIDE_TRAINING + np.arange(1, images + 1)
     for identity in range(first, first + identities):
         name = face_name(identity)
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for number in range(1, images + 1):
-            pixels = to_pixels(make_sample(seed, identity, (1 << 41) + number))  # no training draws these
+        for number, pixels in enumerate(draw_faces(seed, np.full(images, identity), samples, height, width), 1):
             Image.fromarray(pixels).save(folder / name / f"{name}_{number:04d}.png")
     return identities * images
 

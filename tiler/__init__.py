@@ -22,7 +22,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "store": ["OutputDescription"],
         "tiled_autograd": ["TiledLoss", "TiledModule", "tile_checkpoint", "tile_loss"],
         "training_cluster": ["TrainingCluster"],
-        "training_plan": ["TrainPlan"],
+        "training_plan": ["TrainPlan", "TrainingMemory"],
+        "training_planner": ["plan_training"],
         "transfer": ["copy_raster"],
     },
 )

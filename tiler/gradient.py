@@ -84,8 +84,8 @@ class GradientSum:
             self.gradients[name] += gradient
         else:
             wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-            # One that is expanded from fewer numbers cannot be added to.
-            self.gradients[name] = gradient.to(wide).contiguous()
+            # A copy: autograd may give one tensor for two parameters, or one that is expanded from fewer numbers.
+            self.gradients[name] = gradient.to(wide, copy=True, memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

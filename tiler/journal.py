@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -36,9 +37,12 @@ def open_journal(folder: Path, name: str, number: int) -> Journal:
     return _FileJournal(folder / f"{stem}-{number}.{suffix}")
 
 
-def read_journal(folder: Path, name: str) -> list[str]:
-    """The lines of all journals of that name, in the order of their numbers; a last one may be cut short."""
-    return [line for place in find_journals(folder, name) for line in place.read_text(errors="replace").splitlines()]
+def read_journal(folder: Path, name: str) -> Iterator[str]:
+    """The lines of all journals of that name, one by one, in the order of their numbers; a last may be cut short."""
+    for place in find_journals(folder, name):
+        with place.open(errors="replace") as lines:
+            for line in lines:
+                yield line.rstrip("\n")
 
 
 def find_journals(folder: Path, name: str) -> list[Path]:

@@ -80,6 +80,8 @@ def map_large_blocks() -> None:
     By itself it keeps blocks of up to 32 MB, and tensors whose sizes change from tile to tile leave holes that hold
     twice what is in use.
     """
+    # Read by torch at its first tensor: those from 2 MB on then ask for huge pages, which the kernel clears faster.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .devices import pick_index
 from .engine import ENGINE_EFFICIENCY, PRECISION_SPEED, EngineName, Method, Precision
@@ -168,23 +169,20 @@ class TilePlan:
         crop = Window(y=core.y - top, x=core.x - left, height=core.height, width=core.width)
         return Tile(row=row, column=column, core=core, target=target, window=window, crop=crop)
 
-    def order(self) -> list[tuple[int, int]]:
-        """Tiles in the order of the run: those of one program or window shape together, so that few are compiled; and
-        of those column by column through strips of some rows, so that blocks are decoded once for neighbours. With
-        `strips_first` those of one kind in one strip: where a block has all columns, every other strip from the last
-        kind to the first, which spares a change; else that would drop what the next strip needs."""
-        heights, widths = [kind_of(span) for span in self.rows], [kind_of(span) for span in self.columns]
-        places = {kind: place for place, kind in enumerate(sorted(set(widths)))}
-
-        def key(at: tuple[int, int]) -> tuple[Any, ...]:
-            row, column = at
-            strip, kind = row // self.strip_rows, places[widths[column]]
-            if self.strips_first:
-                turned = strip % 2 == 1 and self.block[1] >= self.raster_shape[2]
-                return (heights[row], strip, -kind if turned else kind, column, row)
-            return (heights[row], kind, strip, column, row)
-
-        return sorted(self.grid, key=key)
+    def order(self) -> npt.NDArray[np.int32]:
+        """(tiles, 2) rows and columns of all tiles, in the order of the run: those of one program or window shape
+        together, so that few are compiled; and of those column by column through strips of some rows, so that blocks
+        are decoded once for neighbours. With `strips_first` those of one kind in one strip: where a block has all
+        columns, every other strip from the last kind to the first, which spares a change; else that would drop what the
+        next strip needs."""
+        row, column = np.indices(self.grid.counts, np.int32).reshape(2, -1)
+        strip, kind = row // self.strip_rows, _ranks(self.columns)[column]
+        if self.strips_first:
+            turns = self.block[1] >= self.raster_shape[2]
+            kinds = (np.where(strip % 2 == 1, -kind, kind) if turns else kind, strip)
+        else:
+            kinds = (strip, kind)
+        return np.stack((row, column), axis=1)[np.lexsort((row, column, *kinds, _ranks(self.rows)[row]))]
 
     @property
     def geometries(self) -> int:
@@ -375,3 +373,10 @@ def _pair(values: tuple[int, int]) -> str:
 
 def largest_window(rows: Sequence[Span], columns: Sequence[Span]) -> tuple[int, int]:
     return (max(s.window[1] - s.window[0] for s in rows), max(s.window[1] - s.window[0] for s in columns))
+
+
+def _ranks(spans: Sequence[Span]) -> npt.NDArray[np.int32]:
+    """For each span its place among the kinds of spans, the longest windows first."""
+    kinds = [kind_of(span) for span in spans]
+    places = {kind: place for place, kind in enumerate(sorted(set(kinds)))}
+    return np.array([places[kind] for kind in kinds], np.int32)

@@ -350,7 +350,7 @@ def plan_tiles(
         check = check_far if further <= left else check_near
         left -= further if check is check_far else 0
         flops = (
-            _program_flops(network, rows, columns, by_row, by_column)
+            count_program_flops(network, rows, columns, by_row, by_column)
             if by_row
             else _total_flops(network, rows, columns)
         )
@@ -609,7 +609,7 @@ def count_live_bytes(network: Network, method: Method, shape_yx: tuple[int, int]
     return _count_program_bytes(network, shape_yx, tile.core)
 
 
-def _program_flops(
+def count_program_flops(
     network: Network, rows: Sequence[Span], columns: Sequence[Span], by_row: Geometries, by_column: Geometries
 ) -> int:
     """Of all tiles; where every tile has a program of its own, those of the longest spans stand for the others."""

@@ -12,7 +12,7 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -196,10 +196,27 @@ def require_owner(output: Path, generation: int) -> None:
         raise OutputError(f"{output} or its run folder is gone; when it is back, the same command goes on")
 
 
-def read_records(output: Path) -> dict[tuple[int, int], dict[str, Any]]:
+class Records(Mapping[tuple[int, int], dict[str, Any]]):
+    """The last record of each tile, in the order of what was done last. Held as the lines that they were read from, a
+    tenth of what they take when parsed: there may be a million."""
+
+    def __init__(self, lines: dict[tuple[int, int], bytes]) -> None:
+        self._lines = lines
+
+    def __getitem__(self, at: tuple[int, int]) -> dict[str, Any]:
+        return json.loads(self._lines[at])
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self._lines)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+
+def read_records(output: Path) -> Records:
     """The last record of each tile of an output, its chunks' sizes and hashes among it; lines that a crash cut short
     are passed over, and what is damaged otherwise is "lost", so that its tile is done again."""
-    found: dict[tuple[int, int], dict[str, Any]] = {}
+    found: dict[tuple[int, int], bytes] = {}
     for line in read_journal(run_folder(output), RECORDS):
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             record = json.loads(line)
@@ -217,8 +234,8 @@ def read_records(output: Path) -> dict[tuple[int, int], dict[str, Any]]:
                 }
             # In the order of what was done last: the records of a run that died end with those that need a look.
             found.pop(at, None)
-            found[at] = record
-    return found
+            found[at] = json.dumps(record).encode()
+    return Records(found)
 
 
 def _is_sound(record: dict[str, Any]) -> bool:
@@ -378,11 +395,11 @@ class RunFolder:
         assert self.owner is not None
         return self.owner.generation
 
-    def read(self) -> dict[tuple[int, int], dict[str, Any]]:
+    def read(self) -> Records:
         """The last record of each tile."""
         return read_records(self._output)
 
-    def doubted(self, records: dict[tuple[int, int], dict[str, Any]]) -> set[tuple[int, int]]:
+    def doubted(self, records: Records) -> set[tuple[int, int]]:
         """Those of the last records that are to be read before they are believed: their run died, or one since then
         did, and no call has looked at them."""
         journals = find_journals(self.path, RECORDS)

@@ -32,7 +32,8 @@ class LostRecord:
         return {"row": self.row, "column": self.column, "state": "lost", "error": self.error}
 
 
-Records = dict[tuple[int, int], dict[str, Any]]
+Kept = dict[tuple[int, int], str]
+"""Tiles that need no further work, and why they failed; empty for those that are done."""
 
 
 def is_unfinished(out: Path, fingerprint: dict[str, Any]) -> bool:
@@ -104,9 +105,9 @@ def keep_tiles(
     *,
     retry_failed: bool,
     redo: Collection[tuple[int, int]] = (),
-) -> Records:
-    """The records that need no further work: of done tiles whose chunks are as they were written, of failed ones unless
-    they are to be tried again.
+) -> Kept:
+    """The tiles that need no further work: done ones whose chunks are as they were written, failed ones unless they are
+    to be tried again.
 
     Chunks were flushed before their record was made, so that size and presence tell what was lost since. Of a run that
     died the last ones are read too.
@@ -117,7 +118,7 @@ def keep_tiles(
     records = folder.read()
     recent = folder.doubted(records)
     sizes = sizes_below(out)
-    kept: Records = {}
+    kept: Kept = {}
     for at, record in records.items():
         if at in redo:
             continue
@@ -126,7 +127,7 @@ def keep_tiles(
             continue
         if record.get("state") == "failed":
             if not retry_failed:
-                kept[at] = record
+                kept[at] = str(record.get("error") or "failed")
             continue
         chunks = record.get("chunks", {})
         names = chunks_of(kind, plan, plan.tile(*at), zarr_format)
@@ -135,7 +136,7 @@ def keep_tiles(
         ]
         fault = next(filter(None, faults), "")
         if record.get("state") == "done" and not fault:
-            kept[at] = record
+            kept[at] = ""
         else:
             fault = fault or str(record.get("error", ""))
             log.warning("tile %d,%d is done again: %s", *at, fault)

@@ -55,8 +55,8 @@ from .raster_parts import count_pixel_bytes, reference_to
 from .reading import GDAL_CACHE_BYTES
 from .records import RunFolder, is_there, log, writing
 from .reference import ComputedPatch, Reference
-from .resume import Records, SourceChangedError, SourceGuard, is_unfinished, keep_tiles, require_continuable
-from .schedule import Lost, count_threads, job_on, run_cells
+from .resume import Kept, SourceChangedError, SourceGuard, is_unfinished, keep_tiles, require_continuable
+from .schedule import Lost, cells_of, count_threads, job_on, run_cells
 from .store import (
     CONTEXT,
     DONE,
@@ -262,7 +262,7 @@ def predict(
                 # A folder that is not ours is neither continued nor overwritten, nor given neighbours.
                 fingerprint |= _quantised_before(read_header(out), plan)
         with writing(out), RunFolder(out) as folder:
-            kept: Records = {}
+            kept: Kept = {}
             # An unfinished output of this very run is continued, also where a finished one would be replaced.
             begins = not is_there(out) or (overwrite and not is_unfinished(out, fingerprint))
             if begins:
@@ -277,10 +277,11 @@ def predict(
                     out, plan, description.kind, folder, zarr_format, retry_failed=retry_failed, redo=redo
                 )
             folder.result = {"versions": find_versions(), "plan": plan.summarise()}
-            todo = [at for at in plan.order() if at not in kept and (rest or at in redo)]
+            todo = plan.order()
+            todo = todo[[at not in kept and (rest or at in redo) for at in cells_of(todo)]]
             states, resumed = _States(plan, kept), len(kept)
             del kept
-            pixels = sum(plan.grid.window(*at).pixels for at in todo)
+            pixels = sum(plan.grid.window(*at).pixels for at in cells_of(todo))
             tell(
                 RunPlanned(
                     plan=plan,
@@ -306,7 +307,7 @@ def predict(
                 patience=patience,
                 tile_map=tile_map and (client is not None or options.dashboard_address is not None),
             )
-            if todo:
+            if len(todo):
                 run.convert()
                 with _open(client, cluster, plan) as connected:
                     run.execute(connected, todo)
@@ -340,7 +341,7 @@ def predict(
                 predicted_device_peak_bytes=plan.device_bytes,
             )
             folder.result["summary"] = summary.to_json()
-            if todo and is_whole:
+            if len(todo) and is_whole:
                 update_header(out, {"run": summary.to_json()})
             log.info("finished: %s", summary.to_json())
     return summary
@@ -372,7 +373,7 @@ def _open(
 class _States:
     """What became of every tile, in this call and before: a byte each, and the reasons of those that failed."""
 
-    def __init__(self, plan: TilePlan, kept: Records) -> None:
+    def __init__(self, plan: TilePlan, kept: Kept) -> None:
         self.status = np.zeros(plan.grid.counts, np.uint8)
         self.ended = 0
         """Tiles that ended in this call."""
@@ -383,8 +384,8 @@ class _States:
         self._wanted = plan.region[2] * plan.region[3] / (plan.output_shape[1] * plan.output_shape[2])
         """Pixels of the raster for each of the result."""
         self._reasons: dict[tuple[int, int], str] = {}
-        for at, record in kept.items():
-            self._set(at, record["state"], str(record.get("error", "")))
+        for at, reason in kept.items():
+            self._set(at, "failed" if reason else "done", reason)
 
     def _set(self, at: tuple[int, int], state: str, reason: str) -> None:
         self.status[at] = DONE if state == "done" else FAILED
@@ -516,8 +517,8 @@ class _Run:
     def _report(self, made: int, total: int) -> None:
         self.tell(ProgramsMade(made=made, total=total))
 
-    def execute(self, client: Client, todo: list[tuple[int, int]]) -> None:
-        """Start check, then all tiles of `todo`."""
+    def execute(self, client: Client, todo: npt.NDArray[np.int32]) -> None:
+        """Start check, then all tiles of `todo`, (tiles, 2)."""
         run_id = uuid.uuid4().hex[:8]
         assert self._program is not None
         plan, converted = self.plan, self._program.result()
@@ -540,6 +541,7 @@ class _Run:
             array=self.description.kind,
             zarr_format=self.zarr_format,
             generation=self.folder.generation,
+            versions=_versions_of(plan.engine),
         )
         begin = begin_message(
             run=run_id,
@@ -572,7 +574,8 @@ class _Run:
                     self._run_tiles(client, run_id, todo, watch)
                     self.ended = time.perf_counter()
                     if self.plan.device != "cpu":
-                        peaks: Any = client.run(device_peak, run_id)
+                        # Of the workers that are left: a finished run is lost to none that is gone.
+                        peaks: Any = client.run(device_peak, run_id, on_error="ignore")
                         self.device_peak_bytes = max(peaks.values(), default=0)
                     self.folder.sync()
                     self.guard.require()
@@ -581,10 +584,10 @@ class _Run:
                 update_header(self.out, {"fingerprint": {**self.fingerprint, "input": MIXED}})
                 raise
 
-    def _run_tiles(self, client: Client, run_id: str, todo: list[tuple[int, int]], watch: Watch) -> None:
+    def _run_tiles(self, client: Client, run_id: str, todo: npt.NDArray[np.int32], watch: Watch) -> None:
         assert self.began is not None
         pixels, synced = 0, time.monotonic()
-        for (row, column), outcome in run_cells(client, run_id, todo, "tile", patience=self.patience):
+        for (row, column), outcome in run_cells(client, run_id, cells_of(todo), "tile", patience=self.patience):
             record = outcome
             if isinstance(outcome, Lost):
                 pixels_lost = self.plan.grid.window(row, column).pixels
@@ -683,6 +686,7 @@ def run_start_check(
                 try:
                     expected.append(reference.run(reader, patch.window, index % 2))
                 except RasterError as error:
+                    reader.close()
                     failure, reader = error, spec.raster.open_reader()
                     expected.append(None)
         finally:
@@ -705,6 +709,10 @@ def run_start_check(
                 relative=relative_tolerance(spec.plan.precision),
             )
     raise RasterError(f"no tile of {CHECK_ATTEMPTS} sets can be read for the start check; {failure}")
+
+
+def _versions_of(engine: str) -> dict[str, str]:
+    return {name: version for name, version in find_versions().items() if name in ("outsize", engine)}
 
 
 def _ignore(event: Event) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from dask.typing import Key
+from dask.utils import key_split
 from distributed import Client, Future
 from distributed.client import ClosedClientError, FutureCancelledError
 from distributed.comm.core import CommClosedError
@@ -23,6 +27,8 @@ from .tile_map import Message
 
 QUEUED_PER_THREAD = 2
 """Cells known to the scheduler for each worker thread: enough that none waits for this process."""
+FORGET_EVERY = 10_000
+"""Cells, after which Dask is made to forget the names of those that have ended: it would remember 100,000."""
 LOOK_EVERY_S = 5.0
 """How often cells that do not come back are looked for."""
 HANGS_FACTOR = 20
@@ -102,12 +108,19 @@ def _told_when_lost(client: Client) -> Iterator[None]:
         raise ClusterError(f"worker processes die over {error.task}; is there enough memory?") from error
 
 
+def cells_of(todo: npt.NDArray[np.int32]) -> Iterator[Cell]:
+    """The cells of a (cells, 2) array, one by one: a million of them take 8 MB so, and 100 as a list."""
+    for row, column in todo:
+        yield int(row), int(column)
+
+
 def run_cells(
-    client: Client, run_id: str, cells: Sequence[Cell], label: str, *, patience: float = 300.0
+    client: Client, run_id: str, cells: Iterable[Cell], label: str, *, patience: float = 300.0
 ) -> Iterator[tuple[Cell, Any]]:
     """Run a job's cells in the given order; yields (cell, its record) as each ends.
 
-    The scheduler never knows more than a few cells a thread, so that its memory does not grow with the raster. A cell
+    The scheduler never knows more than a few cells a thread, of the workers that are there by then, so that neither its
+    memory nor this process's grows with the raster. A cell
     whose worker dies is tried again elsewhere by Dask, up to `distributed.scheduler.allowed-failures` deaths; then it,
     and what shared those workers, is set aside until all others are done, and tried alone. What kills or hangs its
     worker alone too becomes `Lost`.
@@ -124,11 +137,11 @@ def run_cells(
     try:
         aside: list[Cell] = []
         waiting = iter(cells)
-        for _ in range(QUEUED_PER_THREAD * max(1, sum(count_threads(client).values()))):
-            flight.submit(next(waiting, None))
+        flight.fill(waiting)
         while flight.cells:
-            for cell, outcome in flight.wait():
-                flight.submit(next(waiting, None))
+            ended = flight.wait()
+            flight.fill(waiting)
+            for cell, outcome in ended:
                 if isinstance(outcome, Lost):
                     log.warning("cell %d,%d is set aside: %s", *cell, outcome.reason)
                     aside.append(cell)
@@ -151,16 +164,34 @@ class _Flight:
         self.cells: dict[Key, tuple[Cell, Future]] = {}
         self._longest = 0.0
         self._looked = self._peopled = time.monotonic()
+        self._room = self._count_room()
+        self._submitted = 0
         self._since: dict[Key, tuple[str, float]] = {}
         """Worker that a cell was first seen at, and when."""
 
-    def submit(self, cell: Cell | None, *, alone: bool = False) -> None:
-        if cell is None:
-            return
+    def _count_room(self) -> int:
+        """Cells that the workers which are there by now are kept busy with."""
+        return QUEUED_PER_THREAD * max(1, sum(count_threads(self._client).values()))
+
+    def fill(self, waiting: Iterator[Cell]) -> None:
+        """Submit as many as there is room for."""
+        for cell in itertools.islice(waiting, max(0, self._room - len(self.cells))):
+            self.submit(cell)
+
+    def submit(self, cell: Cell, *, alone: bool = False) -> None:
+        self._submitted += 1
+        if self._submitted % FORGET_EVERY == 0:
+            self._forget_names()
         key = (f"{self._label}-{self._run_id}{'-alone' if alone else ''}", *cell)
         future = self._client.submit(run_cell, self._run_id, *cell, key=key, pure=False)
         self.cells[future.key] = cell, future
         future.add_done_callback(self._ended.put)
+
+    def _forget_names(self) -> None:
+        # By a function of Dask's own: a scheduler need not have this package.
+        with contextlib.suppress(Exception):
+            self._client.run_on_scheduler(key_split.cache_clear)
+            self._client.run(key_split.cache_clear, on_error="ignore")
 
     def wait(self) -> list[tuple[Cell, Any]]:
         """What has ended, or hangs, after a moment."""
@@ -199,6 +230,7 @@ class _Flight:
         now = self._looked = time.monotonic()
         if self._client.status != "running":
             raise ClusterError(LOST)
+        self._room = self._count_room()
         processing: Any = self._client.processing()
         if processing:
             self._peopled = now

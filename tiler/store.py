@@ -438,8 +438,12 @@ def open_array(
             store_at(place_of(path), read_only=mode == "r"), mode=mode, path=name, zarr_format=zarr_format
         )
     except (BaseZarrError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
-        if isinstance(error, (BaseZarrError, FileNotFoundError)) and not place_of(path).exists():
-            raise  # it is gone as a whole, which who writes tells in his own words
+        if isinstance(error, (BaseZarrError, FileNotFoundError)) and not any(
+            (place_of(path) / top).exists() for top in ("zarr.json", ".zgroup")
+        ):
+            # It is gone as a whole, which who writes tells in his own words; its folder may be there again, made for
+            # the chunk that was just being written.
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise OutputError(
             f"{path} has no usable metadata of its array {name}: {reason}; outsize verify --repair writes them again"

@@ -68,10 +68,10 @@ def begin_message(
     }
 
 
-def kept_cells(counts: tuple[int, int], todo: list[Cell]) -> npt.NDArray[np.bool_]:
-    """(down, across) where nothing is to do."""
+def kept_cells(counts: tuple[int, int], todo: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    """(down, across) where nothing is to do; `todo` is (cells, 2)."""
     kept = np.ones(counts, np.bool_)
-    kept[tuple(np.array(todo, np.int64).reshape(-1, 2).T)] = False
+    kept[tuple(np.asarray(todo, np.int64).reshape(-1, 2).T)] = False
     return kept
 
 

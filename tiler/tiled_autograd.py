@@ -25,6 +25,7 @@ from .gradient import (
     pull_back,
 )
 from .loss import Loss
+from .machine import map_large_blocks
 from .network import Network
 from .trainable import TrainableNetwork, prepare_training
 from .training_cluster import StepData, TrainingCluster
@@ -265,7 +266,8 @@ class _TiledLoss(torch.autograd.Function):
         ctx.save_for_backward(image, *tensors)
         wanted = ctx.needs_input_grad[4:]
         # float16 has no room for gradients that are scaled afterwards: those wait for the gradient scaler's factor.
-        ctx.is_fused = loss.separable and not (step.precision.enabled and step.precision.dtype == torch.float16)
+        is_half = step.precision.enabled and step.precision.dtype == torch.float16
+        ctx.is_fused = loss.separable and not (is_half or any(tensor.dtype == torch.float16 for tensor in tensors))
         if not ctx.is_fused:
             value, ctx.weights = _value(loss, step.sum_loss(loss, labels, image, tensors), step)
             return value
@@ -332,7 +334,8 @@ def _begin(
         shape = source.shape
         dtype = source.dtype
         image = source.image if isinstance(source, TensorSource) and isinstance(raster, Tensor) else None
-    network = prepare_training(module, shape[0], dtype)
+    image_learns = image is not None and image.requires_grad
+    network = prepare_training(module, shape[0], dtype, image_learns=image_learns)
     traced = network.network
     # Casts between floats are what mixed precision does; pixels of another kind would be scaled otherwise.
     fits = dtype == traced.dtype or (dtype.is_floating_point and traced.dtype.is_floating_point)
@@ -343,8 +346,15 @@ def _begin(
         )
     if shape != plan.image_shape:
         raise UsageError(f"the plan is for images of {plan.image_shape}, got {shape}; make one for that shape")
+    expected = (plan.output_shape[0], *traced.output_shape(shape[1:]))
+    if plan.output_shape != expected:
+        raise UsageError(
+            f"the plan's output_shape must be {expected}, as the network makes of {shape}, got {plan.output_shape}"
+        )
     if fill is not None and len(fill) != shape[0]:
         raise UsageError(f"fill must have one value a band, got {len(fill)} for {shape[0]} bands")
+    if plan.memory is not None:
+        map_large_blocks()
     live = network.tensors()
     first: dict[int, str] = {}
     for name, tensor in live.items():
@@ -381,8 +391,8 @@ def _value(loss: Loss, total: GradientSum, step: _Step) -> tuple[Tensor, Tensor]
     """(the loss, its gradient for each of its sums)."""
     if total.sums is None:
         raise LabelError("no pixel counts: all are nodata in the image or its labels, or ignored; leave the image out")
-    with torch.enable_grad():
-        sums = total.sums.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        sums = total.sums.detach().clone().requires_grad_()
         value = loss.value(sums)
         (weights,) = torch.autograd.grad(value, sums)
         if loss.separable:

@@ -24,6 +24,7 @@ _TRIED = (41, 29)
 """Height and width of the image on which gradients are compared, at least."""
 _TOLERANCE = 1e-2
 """Of a parameter's largest gradient. float32 differs by 1e-5 and less; another rule of differentiation by all of it."""
+_IMAGE = "the image"
 _NOISE = 1e-4
 """Of the largest gradient of all: below it is rounding, as for a bias that a norm takes out again."""
 _KEPT = 8
@@ -143,12 +144,17 @@ def refuse_training_state(module: nn.Module) -> None:
 _TRAINABLE: OrderedDict[tuple[object, ...], TrainableNetwork] = OrderedDict()
 
 
-def prepare_training(network: Network | nn.Module, bands: int, dtype: torch.dtype) -> TrainableNetwork:
+def prepare_training(
+    network: Network | nn.Module, bands: int, dtype: torch.dtype, *, image_learns: bool = False
+) -> TrainableNetwork:
     """The trainable network of a module, traced at the first call; the last eight are kept.
 
-    Before it is used for the first time in a mode (train or eval, of each of its parts), its gradients on a small image
-    are compared with ordinary autograd's: that finds custom backward rules, hooks and blocks without gradients, which
-    the graph does not show.
+    Before it is used for the first time in a mode (train or eval, of each of its parts) and with those parameters that
+    learn, its gradients on a small image are compared with ordinary autograd's: that finds custom backward rules, hooks
+    and blocks without gradients, which the graph does not show. A hook that is set later is not found.
+
+    Args:
+        image_learns: the image's own gradient is wanted too.
 
     Raises:
         UntileableError: it cannot be tiled, or not be trained exactly.
@@ -158,13 +164,14 @@ def prepare_training(network: Network | nn.Module, bands: int, dtype: torch.dtyp
         raise UsageError(f"training needs a module or an analysed network, got {type(network).__name__}")
     refuse_training_state(module)
     modes = tuple((id(part), part.training) for part in module.modules())
-    key = (id(module), id(network), bands, dtype, modes)
+    learns = tuple(parameter.requires_grad for parameter in module.parameters())
+    key = (id(module), id(network), bands, dtype, modes, learns, image_learns)
     if key not in _TRAINABLE:
         with _unchanged_buffers(module):
             found = TrainableNetwork(
                 network if isinstance(network, Network) else _analyse(module, bands, dtype), module
             )
-            require_same_gradients(found)
+            require_same_gradients(found, image_learns=image_learns)
         _TRAINABLE[key] = found
         _keep(_TRAINABLE, _KEPT)
     _TRAINABLE.move_to_end(key)
@@ -192,7 +199,7 @@ def _unchanged_buffers(module: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
-def require_same_gradients(trainable: TrainableNetwork) -> None:
+def require_same_gradients(trainable: TrainableNetwork, *, image_learns: bool = False) -> None:
     """Compare result and gradients of the graph with those of the module on a small image, by ordinary autograd.
 
     Raises:
@@ -207,6 +214,7 @@ def require_same_gradients(trainable: TrainableNetwork) -> None:
     generator = torch.Generator().manual_seed(0)
     image = torch.rand((1, network.bands, *shape), generator=generator, dtype=torch.float64)
     image = (image * (1 if network.dtype.is_floating_point else 100)).to(device, network.dtype)
+    image.requires_grad_(image_learns)
     traced = WithLogits(module) if network.has_logits else module
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         try:
@@ -221,6 +229,8 @@ def require_same_gradients(trainable: TrainableNetwork) -> None:
         rows, columns = program.window.slices()
         (tiled,) = program(image[..., rows, columns])
         wanted = {name: leaf for name, leaf in tensors.items() if leaf.requires_grad}
+        if image_learns:
+            wanted[_IMAGE] = image
         ordinary, ours = (_gradients(result, wanted, direction) for result in (whole, tiled))
     if not torch.allclose(whole, tiled, rtol=_TOLERANCE, atol=_TOLERANCE * float(whole.detach().abs().max())):
         raise UntileableError(
@@ -231,8 +241,8 @@ def require_same_gradients(trainable: TrainableNetwork) -> None:
     for name, expected, found in zip(wanted, ordinary, ours, strict=True):
         if float((expected - found).abs().max()) > _TOLERANCE * float(expected.abs().max()) + noise:
             raise UntileableError(
-                f"the gradient of {trainable.names[name]} is another than that of the operations that compute the "
-                "result; remove custom backward rules, hooks and no_grad blocks (freeze parameters by "
+                f"the gradient of {trainable.names.get(name, name)} is another than that of the operations that compute"
+                " the result; remove custom backward rules, hooks and no_grad blocks (freeze parameters by "
                 "requires_grad_(False))"
             )
 

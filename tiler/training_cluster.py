@@ -34,6 +34,7 @@ from .gradient import (
     gradient_of_tiles,
 )
 from .loss import Loss
+from .machine import map_large_blocks
 from .network import analyze_network
 from .records import log
 from .trainable import TrainableNetwork
@@ -220,6 +221,8 @@ def _network(run_id: str) -> TrainableNetwork:
     """This process's network of a training; traced by the first task."""
     if run_id not in _NETWORKS:
         payload, threads = _PAYLOADS[run_id]
+        # What a plan predicts holds in workers too.
+        map_large_blocks()
         torch.set_num_threads(threads)
         module, bands, dtype = pickle.loads(payload)
         _NETWORKS[run_id] = TrainableNetwork(analyze_network(module, bands, dtype))

@@ -16,11 +16,11 @@ from zarr.errors import BaseZarrError
 
 from .block_cache import BlockStore
 from .engine import EngineProgram, TileEngine
-from .errors import OutputError, RasterError
+from .errors import EngineError, OutputError, RasterError
 from .events import TileRecord
 from .geometry import Interval, Window, footprint
 from .jobs import runner_of
-from .machine import release_freed_memory
+from .machine import find_versions, release_freed_memory
 from .places import place_of
 from .plan import Tile, TilePlan
 from .raster import FilledWindow, Raster, RasterReader, read_filled
@@ -47,6 +47,8 @@ class RunSpec:
     zarr_format: ZarrFormat
     generation: int
     """Of the run's owner: when another has taken over, this run's tiles write no more."""
+    versions: dict[str, str]
+    """Of outsize and the engine, where the run was planned."""
 
     def open(self, *, watched: bool = False) -> TileRunner:
         return TileRunner(self, watched=watched)
@@ -117,6 +119,7 @@ class TileRunner:
         self._computing: contextlib.AbstractContextManager[Any] = (
             contextlib.nullcontext() if spec.program.is_shared else threading.Lock()
         )
+        self._places = threading.BoundedSemaphore(spec.plan.in_flight)
         self._reader: RasterReader | None = None
         self._blocks = BlockStore(spec.plan.cache_bytes) if spec.plan.cache_bytes else None
         self._counted_bytes = self._checked_bytes = 0
@@ -151,12 +154,43 @@ class TileRunner:
     def _loaded(self) -> TileEngine:
         with self._load_lock:
             if self._engine is None:
-                self._engine = self.spec.program.load_tiles()
+                self._require_versions()
+                try:
+                    self._engine = self.spec.program.load_tiles()
+                except Exception as error:
+                    reason = (str(error).strip().splitlines() or [""])[0]
+                    raise EngineError(
+                        f"worker {_process_name()} cannot open engine {self.spec.program.engine}: "
+                        f"{type(error).__name__}: {reason}; give it the environment of the command"
+                    ) from error
             return self._engine
 
+    def _require_versions(self) -> None:
+        """Other versions round otherwise, and an output has tiles of one kind only.
+
+        Raises:
+            EngineError: this process has another version of outsize or of the engine than the run was planned with.
+        """
+        mine = find_versions()
+        for name, version in self.spec.versions.items():
+            if mine.get(name) != version:
+                raise EngineError(
+                    f"worker {_process_name()} has {name} {mine.get(name, 'not at all')}, the command {version}; give "
+                    "it the environment of the command"
+                )
+
     def run(self, row: int, column: int) -> TileRecord:
-        """Do one tile; a failure is a record too, after more tries with the source opened anew."""
-        tile = self.spec.plan.tile(row, column)
+        """Do one tile; a failure is a record too, after more tries with the source opened anew.
+
+        Whatever threads Dask has, no more tiles are held at once than the plan's memory counts.
+
+        Raises:
+            OutputError, EngineError: no fault of the tile: others would end in the same way.
+        """
+        with self._places:
+            return self._try(self.spec.plan.tile(row, column))
+
+    def _try(self, tile: Tile) -> TileRecord:
         failure: Exception | None = None
         for attempt in range(self._attempts):
             if attempt:
@@ -164,13 +198,13 @@ class TileRunner:
                 time.sleep(self._pause_s * 2 ** (attempt - 1))
             try:
                 return self._run(tile)
-            except OutputError:
-                raise  # no fault of the tile: the run stops, and goes on when the output can be written
+            except (OutputError, EngineError):
+                raise  # the run stops, and goes on when the output can be written, or the engine is there
             except Exception as error:  # noqa: BLE001 - whatever else a tile raises must not end the run
                 failure = error
         reason = (str(failure).strip().splitlines() or [""])[0]
         return TileRecord.failure(
-            row, column, tile.core.pixels, f"{type(failure).__name__}: {reason}", worker=_process_name()
+            tile.row, tile.column, tile.core.pixels, f"{type(failure).__name__}: {reason}", worker=_process_name()
         )
 
     def _run(self, tile: Tile) -> TileRecord:

@@ -36,6 +36,7 @@ class BenchmarkSpec:
     storage: str
     margin: str
     keep_cosines: bool
+    sample: float
     checkpoint: str | None
     """Folder to save the layer to and load it from, timed; None: neither."""
     seed: int = 0
@@ -103,6 +104,7 @@ def run_rank(rank: int, spec: BenchmarkSpec, folder: Path) -> None:
         margin=spec.margin,
         storage=getattr(torch, spec.storage),
         rule=make_rule(spec.rule),
+        sample=spec.sample,
         seed=spec.seed,
         keep_cosines=spec.keep_cosines,
     )

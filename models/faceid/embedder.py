@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .feature_norm import FeatureNorm
+
 
 class _Residual(nn.Module):
     """Two convolutions around a shortcut; group norm, which looks at one sample alone, so that a run does not depend
@@ -36,7 +38,8 @@ class SmallEmbedder(nn.Module):
             _Residual(width, 2 * width, 2), _Residual(2 * width, 4 * width, 2), _Residual(4 * width, 4 * width, 2)
         )
         self.pool = nn.AdaptiveAvgPool2d(2)
-        self.project = nn.Linear(16 * width, dim)
+        self.project = nn.Linear(16 * width, dim, bias=False)
+        self.feature_norm = FeatureNorm(dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.project(self.pool(self.stages(self.stem(images))).flatten(1))
+        return self.feature_norm(self.project(self.pool(self.stages(self.stem(images))).flatten(1)))

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from .checkpoint import Generation, list_generations
 from .embedder import SmallEmbedder
 from .errors import GalleryError, HeadError
+from .iresnet import DEPTHS, REDUCTION, WIDTHS, IResNet
 
 BACKBONE, DESCRIPTION = "backbone.safetensors", "embedder.json"
 FORMAT = 1
-ARCHITECTURES = {"small": SmallEmbedder}
+ARCHITECTURES = ("small", *DEPTHS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +39,31 @@ class EmbedderDescription:
             raise HeadError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}")
         if min(self.dim, self.height, self.width) < 1 or not self.scale > 0:
             raise HeadError(f"dim, height, width and scale must be above 0, got {self}")
+        if self.architecture == "small" and min(self.height, self.width) < REDUCTION:
+            raise HeadError(f"pictures must be {REDUCTION} x {REDUCTION} or larger, got {self.height} x {self.width}")
 
     def to_bytes(self) -> bytes:
         """As it is saved with a checkpoint."""
         return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True).encode()
+
+    def build(self, *, recompute: bool = False) -> nn.Module:
+        """The network, with first weights of torch's generator.
+
+        Args:
+            recompute: of an iResNet, for its training: memory of one block's activations, a third more work.
+
+        Raises:
+            HeadError: pictures of a size that it does not take.
+        """
+        if self.architecture == "small":
+            return SmallEmbedder(self.dim)
+        return IResNet(self.architecture, self.dim, self.height, self.width, recompute=recompute)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of the first stage for one picture, which is the largest: at most what a forward pass holds at once."""
+        channels = 24 if self.architecture == "small" else WIDTHS[0]
+        return 8 * channels * self.height * self.width * 4
 
     @classmethod
     def from_bytes(cls, value: bytes) -> EmbedderDescription:
@@ -77,8 +99,7 @@ class Embedder:
     def plan_bytes(self, batch: int) -> int:
         """Of embedding so many images: weights, and tensors of the first stage, which are the largest."""
         weights = sum(p.numel() for p in self.model.parameters()) * 4
-        stem = 24 * self.description.height * self.description.width * 4
-        return 2 * weights + 8 * batch * stem
+        return 2 * weights + batch * self.description.activation_bytes
 
 
 def load_embedder(run: str | Path) -> Embedder:
@@ -105,8 +126,8 @@ def load_embedder(run: str | Path) -> Embedder:
 def _load(generation: Generation) -> Embedder:
     described, weights = generation.read_extra(DESCRIPTION), generation.read_extra(BACKBONE)
     description = EmbedderDescription.from_bytes(described)
-    model = ARCHITECTURES[description.architecture](description.dim)
     try:
+        model = description.build()
         model.load_state_dict(safetensors.torch.load(weights))
     except (RuntimeError, safetensors.SafetensorError) as error:
         first = str(error).strip().splitlines()[0]

@@ -16,7 +16,8 @@ from .errors import HeadError
 from .margins import margin_from
 from .rounding import RandomBits, round_stochastic
 from .row_rules import RowRule
-from .streamed_softmax import Batch, Block, Kept, Streamer, TabletSums
+from .sampling import STRIP_ROWS, Sampling
+from .streamed_softmax import Batch, Block, Kept, Seen, Streamer, TabletSums
 from .tablets import BLOCK_ROWS, ROWS, Tablet, TabletLayout
 from .threads import run_tablets
 
@@ -28,9 +29,13 @@ FIXED_POINT_BITS = 60
 class ShardedMarginHead(nn.Module):
     """Margin softmax over `classes` unit rows: forward(features, labels) -> the global mean loss over valid labels.
 
-    Guarantee: loss, feature gradients and rows equal those of the dense layer (`compute_dense_loss`) up to rounding,
-    and are bitwise equal for any number of ranks and threads with the same global batch in the order of ranks, on one
-    machine type. While it computes, torch's operations go on one thread each, in as many threads as torch had.
+    With `sample` below 1 (Partial FC) a step sees the rows of the batch's own classes and a share of the others, costs
+    as much as these, and touches no others: their rows and state keep their bits. `full_loss` is over all classes.
+
+    Guarantee: loss, feature gradients and rows equal those of the dense layer of the classes that a step sees
+    (`compute_dense_loss`) up to rounding, and are bitwise equal for any number of ranks and threads with the same
+    global batch in the order of ranks, on one machine type. While it computes, torch's operations go on one thread
+    each, in as many threads as torch had.
 
     Args:
         classes: of all ranks together.
@@ -42,11 +47,16 @@ class ShardedMarginHead(nn.Module):
         storage: of rows. float16 and bfloat16 are computed in float32 and rounded stochastically.
         rule: how rows follow their gradient inside backward, once a forward. None: rows are an ordinary Parameter with
             an ordinary gradient, for any optimiser of torch.
-        seed: of the first rows and of rounding.
+        sample: share of the rows that a step sees, in strips of `strip_rows` neighbours drawn anew for each step, of
+            each tablet as many as the share comes to, at least one. Own classes come in addition.
+        denominator: "corrected": each row counts 1 / its probability of being seen, so that the sum of exponentials
+            is an unbiased estimate of that over all classes. "pfc": the softmax over the rows that are seen, as
+            InsightFace's Partial FC.
+        seed: of the first rows, of rounding and of sampling.
         group: the ranks; None: torch.distributed's default group, or one rank without it.
         ddp_scale: multiply the features' gradient by the number of ranks, since DDP averages over them.
         keep_cosines: hold batch x own rows numbers between the passes, for a quarter less work.
-        tablet_rows, block_rows: of the layout; other blocks give other last bits.
+        tablet_rows, block_rows, strip_rows: of the layout; other blocks give other last bits, other strips other rows.
 
     Raises:
         HeadError: a rule is broken.
@@ -63,12 +73,15 @@ class ShardedMarginHead(nn.Module):
         exact_margin_gradient: bool = True,
         storage: torch.dtype = torch.float16,
         rule: RowRule | None = None,
+        sample: float = 1.0,
+        denominator: str = "corrected",
         seed: int = 0,
         group: dist.ProcessGroup | None = None,
         ddp_scale: bool = False,
         keep_cosines: bool = False,
         tablet_rows: int = ROWS,
         block_rows: int = BLOCK_ROWS,
+        strip_rows: int = STRIP_ROWS,
     ) -> None:
         super().__init__()
         if dim < 1 or not scale > 0:
@@ -82,6 +95,7 @@ class ShardedMarginHead(nn.Module):
         self.dim, self.scale, self.seed, self.storage = dim, float(scale), seed, storage
         self.margin = margin_from(margin, margin_value, exact_gradient=exact_margin_gradient)
         self.rule, self.ddp_scale, self.keep_cosines = rule, ddp_scale, keep_cosines
+        self.sampling = Sampling(share=sample, denominator=denominator, strip_rows=strip_rows)
         self.ranks = Ranks.of(group)
         self.layout = TabletLayout(
             classes=classes, ranks=self.ranks.size, tablet_rows=tablet_rows, block_rows=block_rows
@@ -98,7 +112,7 @@ class ShardedMarginHead(nn.Module):
         state = torch.zeros((padded, width), dtype=rule.state_dtype(storage) if rule is not None else storage)
         self.register_buffer("state", state)
         self.step = 0
-        """Updates so far: a part of the seed of rounding."""
+        """Backward passes so far: a part of the seeds of rounding and sampling."""
         self.skipped = False
         """The last step met something that is not finite, and moved nothing, on any rank."""
         self.seconds: dict[str, float] = {}
@@ -114,9 +128,9 @@ class ShardedMarginHead(nn.Module):
         return self.layout.classes
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.classes} x {self.dim}, {self.storage}, {self.margin}, rank {self.ranks.rank} of {self.ranks.size}"
-        )
+        sampled = f", {self.sampling}" if self.sampling.share < 1 else ""
+        place = f"rank {self.ranks.rank} of {self.ranks.size}"
+        return f"{self.classes} x {self.dim}, {self.storage}, {self.margin}{sampled}, {place}"
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -160,7 +174,9 @@ class ShardedMarginHead(nn.Module):
         return self.ranks.gather_tablets(mine.detach(), counts)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """The mean over the global batch's valid labels of cross-entropy over all classes.
+        """The mean over the global batch's valid labels of cross-entropy over the classes that the step sees.
+
+        All classes with sample=1; otherwise in eval mode and under no_grad too those of the next step: see `full_loss`.
 
         Args:
             features: (samples, dim) of this rank, of any length but 0; ranks may have different numbers, or none.
@@ -169,6 +185,25 @@ class ShardedMarginHead(nn.Module):
         Raises:
             HeadError: wrong shapes or labels.
         """
+        self._check(features, labels)
+        if self.rule is not None and torch.is_grad_enabled() and not features.requires_grad:
+            features = features.detach().requires_grad_()  # a frozen backbone: rows still learn, inside backward
+        loss: Tensor = _MarginSoftmax.apply(features, self.rows, self, labels)  # pyright: ignore[reportAssignmentType]
+        return loss
+
+    @torch.no_grad()
+    def full_loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The exact loss over all classes, whatever `sample` is; nothing moves, and no step is counted.
+
+        Called by all ranks, as forward is, at the cost of a first pass over all rows.
+
+        Raises:
+            HeadError: wrong shapes or labels.
+        """
+        self._check(features, labels)
+        return _Pass(self, features, labels).loss.to(_loss_dtype(features))
+
+    def _check(self, features: Tensor, labels: Tensor) -> None:
         if features.ndim != 2 or features.shape[1] != self.dim or labels.shape != features.shape[:1]:
             raise HeadError(
                 f"features must be (samples, {self.dim}) and labels (samples,), got {tuple(features.shape)} and "
@@ -180,16 +215,25 @@ class ShardedMarginHead(nn.Module):
             raise HeadError(
                 f"labels must be -1 or in 0 ... {self.classes - 1}, got {int(labels.min())} ... {int(labels.max())}"
             )
-        if self.rule is not None and torch.is_grad_enabled() and not features.requires_grad:
-            features = features.detach().requires_grad_()  # a frozen backbone: rows still learn, inside backward
-        loss: Tensor = _MarginSoftmax.apply(features, self.rows, self, labels)  # pyright: ignore[reportAssignmentType]
-        return loss
+
+
+def _loss_dtype(features: Tensor) -> torch.dtype:
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 class _Pass:
     """What the first pass leaves to the second."""
 
-    def __init__(self, head: ShardedMarginHead, features: Tensor, labels: Tensor, *, keep: bool) -> None:
+    def __init__(
+        self,
+        head: ShardedMarginHead,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        keep: bool = False,
+        sampling: Sampling | None = None,
+    ) -> None:
+        """`sampling`: None: all rows are seen."""
         began = time.perf_counter()
         everything, self.labels, self.mine = head.ranks.gather_batch(features.detach(), labels)
         head.seconds = {"exchange": time.perf_counter() - began}
@@ -199,20 +243,27 @@ class _Pass:
         self.batch = Batch(unit=unit64.to(head.compute_dtype), unit64=unit64, labels=self.labels)
         self.valid = self.labels >= 0
         self.count = int(self.valid.sum())
-        kept = Kept(inverses={}, cosines={})
+        self.kept = Kept(seen={}, inverses={}, cosines={})
         # On an accelerator one thread keeps the queue of kernels full.
         threads = torch.get_num_threads() if everything.device.type == "cpu" else 1
         self.streamers = [
-            Streamer(self.batch, head.margin, head.scale, head.layout.block_rows, kept)
+            Streamer(self.batch, head.margin, head.scale, head.layout.block_rows, self.kept)
             for _ in range(max(1, min(threads, len(head.tablets))))
         ]
-        self.normaliser, self.loss = self._measure(head, keep)
+        self.normaliser, self.loss = self._measure(head, keep, sampling)
 
-    def _measure(self, head: ShardedMarginHead, keep: bool) -> tuple[Tensor, Tensor]:
+    def _measure(self, head: ShardedMarginHead, keep: bool, sampling: Sampling | None) -> tuple[Tensor, Tensor]:
         began = time.perf_counter()
+        classes = self.labels[self.valid].unique().cpu().numpy()
 
         def measure(streamer: Streamer, item: tuple[Tablet, Tensor]) -> TabletSums:
             tablet, rows = item
+            if sampling is not None:
+                drawn = sampling.draw(tablet, classes, seed=head.seed, step=head.step)
+                self.kept.seen[tablet.index] = Seen(
+                    places=torch.from_numpy(drawn.places).to(rows.device),
+                    log_weights=torch.from_numpy(drawn.weights).log().to(self.batch.unit),
+                )
             return streamer.measure(rows, tablet, keep=keep)
 
         sums = run_tablets(measure, head.own_rows(), self.streamers)
@@ -244,12 +295,13 @@ class _MarginSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, rows: Tensor, head: ShardedMarginHead, labels: Tensor) -> Tensor:
         keep = head.keep_cosines and any(ctx.needs_input_grad)
-        first = _Pass(head, features, labels, keep=keep)
+        sampling = head.sampling if head.sampling.share < 1 else None
+        first = _Pass(head, features, labels, keep=keep, sampling=sampling)
         head.skipped = not first.is_finite
         ctx.head, ctx.first = head, first
         ctx.needs_rows = rows.requires_grad
         ctx.feature_dtype = features.dtype
-        return first.loss.to(features.dtype if features.dtype == torch.float64 else torch.float32)
+        return first.loss.to(_loss_dtype(features))
 
     @staticmethod
     @once_differentiable
@@ -296,11 +348,10 @@ def _descend(head: ShardedMarginHead, first: _Pass) -> tuple[Tensor, Tensor | No
         (streamer, sums), (tablet, rows, state, at) = workspace, item
         others = torch.zeros_like(first.batch.unit)
         for block, pull, coefficient in streamer.descend(rows, tablet, normaliser, weight, others, sums.owns):
-            part = slice(block.first, block.first + len(block.rows))
             if gradient is not None:
-                gradient[at:][part] = streamer.gradient_of(block, pull, coefficient)
+                gradient[at:][block.at] = streamer.gradient_of(block, pull, coefficient)
             elif writer is not None:
-                writer.write(streamer, tablet, block, pull, coefficient, rows[part], state[part])
+                writer.write(streamer, tablet, block, pull, coefficient, rows, state)
         sums.fixed += (others.double() * unit_of_sum).round_().long()
 
     items = [
@@ -308,8 +359,7 @@ def _descend(head: ShardedMarginHead, first: _Pass) -> tuple[Tensor, Tensor | No
         for (tablet, rows), (_, state), at in zip(head.own_rows(), head.own_state(), head._starts(), strict=True)
     ]
     run_tablets(descend, items, list(zip(first.streamers, sums, strict=True)))
-    if head.rule is not None:
-        head.step += 1
+    head.step += 1
     descended = time.perf_counter()
     head.seconds["second"] = descended - began
     fixed = head.ranks.add(sum(part.fixed for part in sums[1:]) + sums[0].fixed)
@@ -350,19 +400,22 @@ class _Writer:
         rows: Tensor,
         state: Tensor,
     ) -> None:
-        wide = block.rows
-        moments = state.to(wide.dtype) if state.shape[1] else state
+        wide, kept = block.rows, state[block.at]
+        moments = kept.to(wide.dtype) if state.shape[1] else kept
         rates = self._rule.rates(lambda: streamer.mean_square_of(block, pull, coefficient), moments)
         if rates is not None:
             streamer.move(block, pull, coefficient, rates)
         else:
             self._rule.update(wide, streamer.gradient_of(block, pull, coefficient), moments)
         if self._bits is None:
-            rows.copy_(wide)
-            state.copy_(moments)
-            return
-        round_stochastic(wide, rows, self._bits, tablet.index, block.index, 0)
-        if state.dtype == self._storage and state.shape[1]:
-            round_stochastic(moments, state, self._bits, tablet.index, block.index, 1)
+            block.stored.copy_(wide)
+            kept.copy_(moments)
         else:
-            state.copy_(moments)
+            round_stochastic(wide, block.stored, self._bits, tablet.index, block.index, 0)
+            if state.dtype == self._storage and state.shape[1]:
+                round_stochastic(moments, kept, self._bits, tablet.index, block.index, 1)
+            else:
+                kept.copy_(moments)
+        if isinstance(block.at, Tensor):  # both are copies
+            rows.index_copy_(0, block.at, block.stored)
+            state.index_copy_(0, block.at, kept)

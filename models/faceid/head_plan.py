@@ -11,6 +11,7 @@ from ...tiler.memory import MB, format_bytes
 from .errors import HeadMemoryError
 from .rounding import PART, POOL
 from .row_rules import RowRule
+from .sampling import Sampling
 from .tablets import TabletLayout
 
 PROCESS_BYTES = 480 * MB
@@ -26,12 +27,15 @@ class HeadPlan:
     batch: int
     """Of all ranks."""
     ranks: int
+    seen: int
+    """Classes that a step sees, of all ranks: all of them, or what is drawn and the batch's own."""
     storage: str
     rows_bytes: int
     """Of the rank that has most, as the two next."""
     state_bytes: int
     buffer_bytes: int
-    """Of each thread a block, its logits and sums; random words, the batch, the rows' lengths; kept cosines."""
+    """Of each thread a block, its logits and sums; random words, the batch, lengths of rows; kept cosines; which rows
+    were drawn."""
     process_bytes: int
     flops: int
     """Of one step on all ranks: products of matrices only."""
@@ -85,6 +89,7 @@ class HeadPlan:
             ),
             ("storage", f"{self.storage}, {self.bytes_per_class:,.0f} bytes a class with its state"),
             ("ranks", f"{self.ranks}, batch {self.batch}"),
+            *([("sample", f"{self.seen:,} classes a step")] if self.seen < self.classes else []),
             ("memory", f"{format_bytes(self.rank_bytes)} a rank ({parts}), {format_bytes(self.machine_bytes)} in all"),
             ("work", f"{self.flops / 1e12:.2f} TFLOP a step"),
         ]
@@ -108,6 +113,7 @@ def plan_head(
     threads: int = 1,
     storage: torch.dtype = torch.float16,
     rule: RowRule | None = None,
+    sample: float = 1.0,
     keep_cosines: bool = False,
 ) -> HeadPlan:
     """What a `ShardedMarginHead` of these options takes.
@@ -118,7 +124,12 @@ def plan_head(
         rule: None: rows are a Parameter with a gradient, and its optimiser is not counted.
     """
     layout = TabletLayout(classes=classes, ranks=ranks)
-    rows = layout.most_owned_rows()
+    rows = most_seen = layout.most_owned_rows()
+    seen = classes
+    if sample < 1:
+        sampling = Sampling(share=sample)
+        of_ranks = [sampling.most_rows(layout, rank) for rank in range(ranks)]
+        seen, most_seen = min(classes, sum(of_ranks) + batch), max(of_ranks) + batch
     item, wide = storage.itemsize, 8 if storage == torch.float64 else 4
     block = layout.block_rows * dim
     width = rule.state_width(dim) if rule is not None else 0
@@ -131,21 +142,26 @@ def plan_head(
     buffers = threads * thread
     buffers += batch * dim * (2 * wide + 6 * 8)  # the batch, and the sums of all
     buffers += 3 * 8 * batch * (layout.count + max(1, layout.count // ranks))
-    buffers += rows * wide  # lengths of rows, from pass to pass
+    buffers += most_seen * wide  # lengths of rows, from pass to pass
+    if sample < 1:
+        buffers += most_seen * (8 + wide)  # their places and weights
+        buffers += threads * block * item  # a copy of a block's rows, and of their state
+        buffers += threads * layout.block_rows * width * (rule.state_dtype(storage).itemsize if rule else 0)
     if item == 2:
         buffers += 4 * (POOL + PART)
     if keep_cosines:
-        buffers += batch * rows * wide
+        buffers += batch * most_seen * wide
     passes = 6 if keep_cosines else 8
     return HeadPlan(
         classes=classes,
         dim=dim,
         batch=batch,
         ranks=ranks,
+        seen=seen,
         storage=str(storage).removeprefix("torch."),
         rows_bytes=rows * dim * item * (2 if rule is None else 1),
         state_bytes=state,
         buffer_bytes=buffers,
         process_bytes=PROCESS_BYTES,
-        flops=passes * batch * classes * dim,
+        flops=passes * batch * seen * dim,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import warnings
 from dataclasses import dataclass
@@ -80,9 +81,9 @@ class Picture:
     was_resized: bool
 
 
-def read_picture(path: Path, height: int, width: int, *, resize: bool = False) -> Picture:
-    """A picture as red, green and blue of 8 bits, turned as its camera says. Grey ones get their grey in each channel;
-    what is transparent is taken as it lies under it.
+def read_picture(source: Path | bytes, height: int, width: int, *, resize: bool = False) -> Picture:
+    """A picture, of a file or of its bytes, as red, green and blue of 8 bits, turned as its camera says. Grey ones get
+    their grey in each channel; what is transparent is taken as it lies under it.
 
     Args:
         resize: take other sizes too, of the same shape, and scale them.
@@ -93,7 +94,7 @@ def read_picture(path: Path, height: int, width: int, *, resize: bool = False) -
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=tuple(sorted(set(FORMATS.values())))) as image:
+            with Image.open(_open(source), formats=tuple(sorted(set(FORMATS.values())))) as image:
                 if image.mode not in (*_GREY, *_COLOUR):
                     raise ImageError(f"pictures must have 8 bits a channel, this one is {image.mode}")
                 _require_size((image.height, image.width), (height, width), resize=resize, turned=True)
@@ -109,8 +110,13 @@ def read_picture(path: Path, height: int, width: int, *, resize: bool = False) -
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(f"it is too large for a face: {error}") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        reason = (str(error) or type(error).__name__).replace(str(path), path.name).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = reason.replace(str(source), source.name) if isinstance(source, Path) else reason.split(" <_io")[0]
         raise ImageError(f"it cannot be read: {reason}") from error
+
+
+def _open(source: Path | bytes) -> Path | io.BytesIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else source
 
 
 def _require_size(found: tuple[int, int], wanted: tuple[int, int], *, resize: bool, turned: bool) -> None:

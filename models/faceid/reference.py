@@ -11,13 +11,21 @@ from torch.nn import functional as F
 from .margins import EPSILON, Margin
 
 
-def compute_dense_loss(features: Tensor, labels: Tensor, weight: Tensor, margin: Margin, scale: float) -> Tensor:
+def compute_dense_loss(
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    margin: Margin,
+    scale: float,
+    class_weights: Tensor | None = None,
+) -> Tensor:
     """Mean over valid labels of cross-entropy(scale * cosines with the margin at the target).
 
     Args:
         features: (batch, dim).
         labels: (batch,); -1 is padding.
         weight: (classes, dim).
+        class_weights: (classes,): what each class's exponential is multiplied by; None: 1.
     """
     cosines = F.normalize(features, dim=1) @ F.normalize(weight, dim=1).T
     valid = labels >= 0
@@ -27,7 +35,10 @@ def compute_dense_loss(features: Tensor, labels: Tensor, weight: Tensor, margin:
     rows = torch.arange(len(targets))
     own = _phi(logits[rows, targets], margin)
     logits = logits.index_put((rows, targets), own)
-    return F.cross_entropy(scale * logits, targets)
+    logits = scale * logits
+    if class_weights is not None:
+        logits = logits + class_weights.log()
+    return F.cross_entropy(logits, targets)
 
 
 def _phi(t: Tensor, margin: Margin) -> Tensor:

@@ -1,7 +1,8 @@
 """Margin softmax streamed over the classes: two passes over a tablet, nothing of size batch x classes.
 
 Shapes: B samples, D numbers each, R rows of a block. w is a row, w^ = w / |w|, x^ a sample of length 1;
-z = scale * x^ . w^, for a sample's own class scale * phi(x^ . w^).
+z = scale * x^ . w^, for a sample's own class scale * phi(x^ . w^). Where a step sees some rows of a tablet only, the
+sums go over these, each exp(z) times the row's weight.
 """
 
 from __future__ import annotations
@@ -35,10 +36,19 @@ class Batch:
     labels: Tensor
     """(B,); -1 is padding."""
 
-    def targets_in(self, first: int, rows: int) -> tuple[Tensor, Tensor]:
-        """(samples, rows of the block): the samples whose class is in a block."""
-        samples = ((self.labels >= first) & (self.labels < first + rows)).nonzero()[:, 0]
-        return samples, self.labels[samples] - first
+    def targets_in(self, first: int, stop: int) -> Tensor:
+        """The samples whose class is in a run of classes."""
+        return ((self.labels >= first) & (self.labels < stop)).nonzero()[:, 0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """The rows of a tablet that a step sees, where that is not all of them."""
+
+    places: Tensor
+    """(n,) whole numbers, ascending, counted in the tablet; the batch's own classes are among them."""
+    log_weights: Tensor
+    """(n,): log of each row's weight, in the precision of the products; 0 for the batch's own classes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +82,10 @@ class Block:
     """A block of rows with its logits, in buffers that the next block overwrites."""
 
     index: int
-    first: int
-    """Of the block, counted in its tablet."""
+    stored: Tensor
+    """(R, D) as they lie in the layer, or of rows that were drawn a copy."""
+    at: slice | Tensor
+    """Where in the tablet these are: a copy is to be put back there."""
     rows: Tensor
     """(R, D) in the precision of the products."""
     inverse: Tensor
@@ -89,8 +101,10 @@ class Block:
 class Kept:
     """What the first pass keeps of each tablet for the second."""
 
+    seen: dict[int, Seen]
+    """Of a tablet that is not in here, all rows are seen."""
     inverses: dict[int, Tensor]
-    """(padded rows,): 1 / |w|."""
+    """(padded rows, or those that are seen,): 1 / |w|."""
     cosines: dict[tuple[int, int], Tensor]
     """By tablet and block, where they are kept: B x rows numbers."""
 
@@ -113,28 +127,38 @@ class Streamer:
         """The tablet's blocks, from its (padded rows, D) in storage precision; `offset` (B,) float64 is taken off
         each sample's logits."""
         minus = -offset.to(self._batch.unit.dtype)
-        batch, inverses = self._batch, self._kept.inverses.get(tablet.index)
+        batch, inverses, seen = self._batch, self._kept.inverses.get(tablet.index), self._kept.seen.get(tablet.index)
+        count = tablet.rows if seen is None else len(seen.places)
         is_first = inverses is None
         if inverses is None:
-            inverses = self._kept.inverses[tablet.index] = batch.unit.new_empty(len(rows))
-        for index, start in enumerate(range(0, tablet.rows, self._size)):
-            wide = self._rows.copy_(rows[start : start + self._size])
-            inverse = inverses[start : start + self._size]
+            inverses = self._kept.inverses[tablet.index] = batch.unit.new_empty(len(rows) if seen is None else count)
+        for index, start in enumerate(range(0, count, self._size)):
+            part = slice(start, start + self._size)
+            if seen is None:
+                at, stored = part, rows[part]
+            else:
+                at = seen.places[part]
+                stored = rows.index_select(0, at)
+            wide = self._rows[: len(stored)].copy_(stored)
+            inverse = inverses[part]
             if is_first:
                 torch.linalg.vector_norm(wide, dim=1, out=inverse)
                 inverse.clamp_min_(TINY).reciprocal_()
             cosines = self._kept.cosines.get((tablet.index, index))
             if cosines is None:
-                cosines = torch.mm(wide, self._columns, out=self._cosines).mul_(inverse[:, None])
-            logits = torch.add(minus, cosines, alpha=self._scale, out=self._logits)
-            targets = self._targets(tablet.first + start, min(self._size, tablet.rows - start), wide)
+                cosines = torch.mm(wide, self._columns, out=self._cosines[: len(wide)]).mul_(inverse[:, None])
+            logits = torch.add(minus, cosines, alpha=self._scale, out=self._logits[: len(wide)])
+            if seen is not None:
+                logits.add_(seen.log_weights[part, None])
+            targets = self._targets(tablet, at, min(self._size, count - start), wide)
             if targets is not None:
                 logits[targets.own, targets.samples] = (targets.logit - offset[targets.samples]).to(logits.dtype)
-            if tablet.rows - start < self._size:
-                logits[tablet.rows - start :] = -torch.inf
+            if count - start < len(wide):
+                logits[count - start :] = -torch.inf
             yield Block(
                 index=index,
-                first=start,
+                stored=stored,
+                at=at,
                 rows=wide,
                 inverse=inverse,
                 logits=logits,
@@ -142,12 +166,19 @@ class Streamer:
                 targets=targets,
             )
 
-    def _targets(self, first: int, rows: int, wide: Tensor) -> Targets | None:
+    def _targets(self, tablet: Tablet, at: slice | Tensor, rows: int, wide: Tensor) -> Targets | None:
         """The samples whose class is in a block of rows; None, as for most blocks: there are none."""
+        if isinstance(at, slice):
+            first = tablet.first + at.start
+            stop = first + rows
+        else:
+            first, stop = tablet.first + int(at[0]), tablet.first + int(at[-1]) + 1
         place = bisect_left(self._labels, first)
-        if place == len(self._labels) or self._labels[place] >= first + rows:
+        if place == len(self._labels) or self._labels[place] >= stop:
             return None
-        samples, own = self._batch.targets_in(first, rows)
+        samples = self._batch.targets_in(first, stop)
+        own = self._batch.labels[samples] - tablet.first
+        own = own - at.start if isinstance(at, slice) else torch.searchsorted(at, own)
         row64 = wide[own].double()
         row64 /= row64.norm(dim=1, keepdim=True).clamp_min(TINY)
         cosine = (self._batch.unit64[samples] * row64).sum(dim=1)
@@ -159,7 +190,9 @@ class Streamer:
         count = len(self._batch.labels)
         highest = torch.full((count,), -torch.inf, dtype=torch.float64, device=rows.device)
         total, target = torch.zeros_like(highest), torch.zeros_like(highest)
-        plain = self._scale <= LARGEST_PLAIN_SCALE
+        seen = self._kept.seen.get(tablet.index)
+        heaviest = float(seen.log_weights.max()) if seen is not None else 0.0
+        plain = self._scale + heaviest <= LARGEST_PLAIN_SCALE
         if plain:
             highest.zero_()
         for block in self._blocks(rows, tablet, torch.zeros_like(total)):
@@ -195,7 +228,7 @@ class Streamer:
             if block.targets is not None:
                 pull[block.targets.own, block.targets.samples] = 0
             # Rows' gradient: (sum_b G x^ - (sum_b G cos) w^) / |w|
-            along = torch.mul(pull, block.cosines, out=self._weighted).sum(dim=1)
+            along = torch.mul(pull, block.cosines, out=self._weighted[: len(pull)]).sum(dim=1)
             pull.mul_(block.inverse[:, None])
             others.addmm_(pull.T, block.rows)
             if block.targets is not None:
@@ -229,7 +262,7 @@ class Streamer:
     def mean_square_of(self, block: Block, pull: Tensor, coefficient: Tensor) -> Tensor:
         """(R, 1): the mean of the rows' squared gradients, without making them: a row's gradient is orthogonal to the
         row, so that |g|^2 = |sum_b pull x^_b|^2 - |coefficient w|^2, and the first is a form of pull with x^ x^T."""
-        mixed = torch.mm(pull, self._gram, out=self._weighted).mul_(pull).sum(dim=1)
+        mixed = torch.mm(pull, self._gram, out=self._weighted[: len(pull)]).mul_(pull).sum(dim=1)
         along = (coefficient / block.inverse).square_()
         return (mixed - along).clamp_min_(0).div_(self._rows.shape[1])[:, None]
 
@@ -248,5 +281,5 @@ class Streamer:
 
     def gradient_of(self, block: Block, pull: Tensor, coefficient: Tensor) -> Tensor:
         """(R, D): the rows' gradient, from what `descend` yields; valid until the next block."""
-        torch.mul(block.rows, -coefficient[:, None], out=self._gradient)
-        return self._gradient.addmm_(pull, self._batch.unit)
+        gradient = torch.mul(block.rows, -coefficient[:, None], out=self._gradient[: len(pull)])
+        return gradient.addmm_(pull, self._batch.unit)

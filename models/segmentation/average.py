@@ -19,7 +19,8 @@ class WeightAverage:
         self.values: dict[str, Tensor] = {
             name: tensor.detach().clone() for name, tensor in network.state_dict().items()
         }
-        self._learnt = {name for name, _ in network.named_parameters()}
+        # Under all names of those that are shared, or an average would depend on which name is read last.
+        self._learnt = {name for name, _ in network.named_parameters(remove_duplicate=False)}
 
     @torch.no_grad()
     def update(self, network: nn.Module, steps: int) -> None:

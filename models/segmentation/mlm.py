@@ -269,6 +269,11 @@ def _find_asset(assets: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
     return asset
 
 
+def spare_path(artifact: Path, sha256: str) -> Path:
+    """Where `save_model` keeps a description's file until that has its own name, which an earlier one may have."""
+    return artifact.with_name(f".{artifact.stem}-{sha256}{artifact.suffix}")
+
+
 def read_description(path: Path) -> Description:
     """What a STAC MLM item says; data, nothing is run.
 
@@ -282,6 +287,11 @@ def read_description(path: Path) -> Description:
         bands = _read_bands(source)
         asset = _find_asset(item["assets"])
         checksum = str(asset.get("file:checksum", ""))
+        artifact = path.parent / asset["href"]
+        sha256 = checksum.removeprefix(_MULTIHASH) if checksum.startswith(_MULTIHASH) else None
+        if sha256 is not None and (spare := spare_path(artifact, sha256)).is_file():
+            # A kill left it.
+            artifact = spare
         return Description(
             name=properties["mlm:name"],
             architecture=properties["mlm:architecture"],
@@ -291,8 +301,8 @@ def read_description(path: Path) -> Description:
             fill=tuple(float(value) for value in properties.get("outsize:fill", [0.0] * len(bands))),
             classes=_read_classes(output),
             parameters=properties.get("mlm:total_parameters"),
-            artifact=path.parent / asset["href"],
-            artifact_sha256=checksum.removeprefix(_MULTIHASH) if checksum.startswith(_MULTIHASH) else None,
+            artifact=artifact,
+            artifact_sha256=sha256,
         )
     except UsageError as error:
         raise ModelFileError(f"{path}: {error}") from error

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -17,10 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...tiler.errors import OutputError, UsageError
+from ...tiler.files import flush_file, sync_folder
 from ...tiler.graph import first_line
 from .exported import ExportedNetwork, load_exported, load_script
 from .factory import build_network, is_factory
-from .mlm import Artifact, Description, default_bands, default_classes, describe, read_description
+from .mlm import Artifact, Description, default_bands, default_classes, describe, read_description, spare_path
 from .model import SegmentationModel
 from .probe import count_channels, guess_bands, run_small, same_result
 from .scaling import Scaling
@@ -263,28 +263,13 @@ def _how_built(model: SegmentationModel) -> tuple[str, dict[str, Any]]:
     return model.architecture, hyperparameters
 
 
-@contextmanager
-def _written_whole(target: Path) -> Iterator[Path]:
-    """A path beside `target`; what was written there becomes `target` if nothing fails."""
-    unfinished = target.with_name(f".{target.stem}-{uuid.uuid4().hex[:8]}{target.suffix}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield unfinished
-        unfinished.replace(target)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{target} cannot be written: {first_line(error)}") from error
-    finally:
-        # Where there is no such folder, there is nothing to take away either.
-        with suppress(OSError):
-            unfinished.unlink()
-
-
 def save_model(model: SegmentationModel, path: str | Path, card: dict[str, Any] | None = None) -> SegmentationModel:
     """Write PATH.json and PATH.safetensors (a suffix of `path` is dropped); returns the model with its hash.
 
     A network of an exported program is written as PATH.pt2. Any other but a UNet must say its `architecture`, which is
-    built once to see that it takes these weights. Nothing half-written is left, and the description knows the hash of
-    the other file, so that the two cannot be mixed up.
+    built once to see that it takes these weights. The description knows the hash of the other file, so that the two
+    cannot be mixed up. A failure leaves the earlier model and nothing half-written; a kill or a power cut at any moment
+    leaves the earlier model or this one.
 
     Args:
         card: what was measured about the model, stored under `outsize:card`.
@@ -303,15 +288,15 @@ def save_model(model: SegmentationModel, path: str | Path, card: dict[str, Any] 
         architecture, hyperparameters = _how_built(model)
         target = item_path.with_suffix(".safetensors")
         kind, media_type = "safetensors.torch.save_file", "application/vnd.safetensors"
-    with _written_whole(target) as weights, _written_whole(item_path) as item:
+    fresh, item = (path.with_name(f".{path.stem}.new{path.suffix}") for path in (target, item_path))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(network, ExportedNetwork):
-            network.save(weights)
+            network.save(fresh)
         else:
             # Copies: safetensors takes no two tensors of the same memory.
-            save_file(
-                {key: value.detach().clone().contiguous() for key, value in network.state_dict().items()}, weights
-            )
-        digest = hash_file(weights)
+            save_file({key: value.detach().clone().contiguous() for key, value in network.state_dict().items()}, fresh)
+        digest = hash_file(fresh)
         description = describe(
             model,
             architecture=architecture,
@@ -320,4 +305,18 @@ def save_model(model: SegmentationModel, path: str | Path, card: dict[str, Any] 
             card=card,
         )
         item.write_text(json.dumps(description, indent=1) + "\n")
+        flush_file(fresh)
+        flush_file(item)
+        # The second of these makes the model another: until then the earlier weights have their name, from then on
+        # the new ones are found under this one.
+        spare = spare_path(target, digest)
+        for made, name in ((fresh, spare), (item, item_path), (spare, target)):
+            made.replace(name)
+            sync_folder(target.parent)
+    except (OSError, SafetensorError) as error:
+        for unfinished in (fresh, item):
+            # Where there is no such folder, there is nothing to take away either.
+            with suppress(OSError):
+                unfinished.unlink()
+        raise OutputError(f"{target} cannot be written: {first_line(error)}") from error
     return replace(model, sha256=digest)

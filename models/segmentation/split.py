@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
+from ...tiler.axis_geometry import compute_geometry
 from ...tiler.errors import UsageError
 from ...tiler.geometry import Grid, Interval, Window
 from ...tiler.network import Network
@@ -106,19 +108,41 @@ def choose_split(
     return min(found, key=lambda entry: entry[:3])[3]
 
 
-def compute_reach(network: Network) -> int:
-    """Pixels between an output pixel and the farthest input pixel that it depends on, in any direction and phase."""
+def compute_reach(network: Network, shapes: Iterable[tuple[int, int]]) -> int:
+    """Pixels between an output pixel and the farthest input pixel that it depends on, in any direction and at any place
+    of scenes of these shapes, turned or not.
+
+    Raises:
+        UsageError: a network whose output is not on the scene's grid, or a scene that is too small for it.
+    """
     if network.scale != (1, 1):
         raise UsageError(
             f"training needs a network with one output pixel for each input pixel, got a scale of {network.scale[0]} x "
             f"{network.scale[1]}; upsample its output inside it"
         )
     reach = 0
-    for axis in (0, 1):
-        for position in range(network.stride[axis]):
-            needed = network.needed_interval(axis, Interval(start=position, stop=position + 1))
-            reach = max(reach, position - needed.start, needed.stop - 1 - position)
+    for shape in {turned for height, width in shapes for turned in ((height, width), (width, height))}:
+        tried = _shorten(network, shape)
+        for axis, extent in zip(network.on_image(tried), tried, strict=True):
+            for position in range(extent):
+                seen = compute_geometry(axis, Interval(start=position, stop=position + 1)).window
+                reach = max(reach, position - seen.start, seen.stop - 1 - position)
     return reach
+
+
+def _shorten(network: Network, shape: tuple[int, int]) -> tuple[int, int]:
+    """A shape whose pixels see as far as those of `shape`: where all that a network does moves with its stride, what
+    lies between the edges repeats; where it depends on the image's size, as with aligned corners, `shape` itself."""
+    if network.window_refusal:
+        return shape
+    halo = network.halo
+    sides: list[int] = []
+    for axis, (margin, extent) in enumerate(zip((halo.top + halo.bottom, halo.left + halo.right), shape, strict=True)):
+        period = math.lcm(network.stride[axis], network.size_multiple)
+        # Both edges with all that they change, and a period between them.
+        enough = 2 * margin + 2 * period + network.smallest[axis]
+        sides.append(extent - max(0, extent - enough) // period * period)
+    return (sides[0], sides[1])
 
 
 def choose_block(shapes: list[tuple[int, int]], guard: int) -> int:

@@ -180,7 +180,10 @@ class StepEngine:
         return self._label_reader(scene, UNTURNED, "validation", self._pixels[scene]).read(core)
 
     def read_batch(self, draw: Callable[[int], Sequence[TrainingTile]], side: int, count: int) -> Tensor:
-        """(count, bands, side, side) raw pixels at the first steps' tiles, as they are: without context or variant."""
+        """(count, bands, side, side) raw pixels at the first steps' tiles, as they are: without context or variant.
+
+        Pixels in validation blocks are given the fill, as nodata are.
+        """
         windows: list[tuple[int, Window]] = []
         step = 0
         while len(windows) < count:
@@ -192,7 +195,15 @@ class StepEngine:
             step += 1
         # Of a whole scene's tiles some from everywhere.
         chosen = [windows[index * len(windows) // count] for index in range(count)]
-        return torch.cat([self._tiles(scene, UNTURNED, []).image.read(window)[0][None] for scene, window in chosen])
+        return torch.cat([self._read_unheld(scene, window)[None] for scene, window in chosen])
+
+    def _read_unheld(self, scene: int, window: Window) -> Tensor:
+        image, _ = self._tiles(scene, UNTURNED, []).image.read(window)
+        held = self.scenes[scene].find_validation(window)
+        if held is None:
+            return image
+        fill = torch.tensor(self.fill, dtype=image.dtype)[:, None, None]
+        return torch.where(torch.from_numpy(held), fill, image)
 
     def read_image(self, scene: int, window: Window) -> np.ndarray:
         """(bands, height, width) of a window as it is."""

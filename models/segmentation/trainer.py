@@ -56,6 +56,10 @@ class Trainer:
         self.network, self.recipe = network.eval(), recipe
         self._draw, self._compute = draw, compute
         self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        every = network.named_parameters(remove_duplicate=False)
+        self._names = {name: names[id(parameter)] for name, parameter in every if id(parameter) in names}
+        """Of shared parameters the one name, by any of their names."""
         if not self.parameters:
             raise UsageError("the network has no parameter that can be learnt; give a model whose weights may change")
         self.optimiser = make_optimiser(recipe.optimiser, self.parameters.values(), recipe.weight_decay)
@@ -82,9 +86,10 @@ class Trainer:
         began = time.perf_counter()
         tiles = self._draw(self.step)
         found = self._compute(tiles)
-        for name, parameter in self.parameters.items():
-            parameter.grad = found.gradients.get(name)
-        norm = float(nn.utils.get_total_norm(found.gradients.values()))
+        for name, gradient in found.gradients.items():
+            parameter = self.parameters[self._names[name]]
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        norm = float(nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))
         if not norm < float("inf"):
             raise UsageError(
                 f"the gradient of step {self.step + 1} is not finite (loss {found.loss:g}); lower --lr, or look for "

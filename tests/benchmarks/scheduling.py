@@ -19,12 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 from distributed import Client
 
 from ...tiler.events import TileRecord
 from ...tiler.meter import process_bytes
-from ...tiler.schedule import job_on, run_cells
+from ...tiler.schedule import cells_of, job_on, run_cells
 from ...tiler.tile_map import begin_message
 
 
@@ -88,7 +89,7 @@ def measure(tiles: int, *, with_map: bool) -> None:
     """Print one row each time that the number of tiles has doubled, and at the end."""
     side = round(tiles**0.5)
     counts = (-(-tiles // side), side)
-    cells = [(index // side, index % side) for index in range(tiles)]
+    todo = np.stack(np.divmod(np.arange(tiles, dtype=np.int32), side), axis=1)
     with tempfile.TemporaryDirectory() as folder, cluster(Path(folder)) as (file, scheduler, worker):
         processes = {
             "client": psutil.Process(),
@@ -102,7 +103,7 @@ def measure(tiles: int, *, with_map: bool) -> None:
         ):
             before = {name: cpu_seconds(process) for name, process in processes.items()}
             began, due = time.perf_counter(), 1000
-            for done, _ in enumerate(run_cells(client, "idle", cells, "tile"), start=1):
+            for done, _ in enumerate(run_cells(client, "idle", cells_of(todo), "tile"), start=1):
                 if done in (due, tiles):
                     due *= 2
                     row: dict[str, float] = {"tiles": done, "per_s": done / (time.perf_counter() - began)}

@@ -129,7 +129,7 @@ def main() -> None:
                 runs.append({"round": number + 1, **found})
                 print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
     measured = {
-        "command": shlex.join(["python", "-m", "outsize.tests.benchmarks.segment", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "outsize.tests.benchmarks.segment", *_without_paths(sys.argv[1:])]),
         "machine": describe_machine(),
         "size": options.size,
         "network": options.network,
@@ -141,6 +141,14 @@ def main() -> None:
         print(error)
     if options.json:
         options.json.write_text(json.dumps(measured, indent=1) + "\n")
+
+
+def _without_paths(words: list[str]) -> list[str]:
+    """Where things lie on this machine is no part of what was measured."""
+    paths = ("--json", "--scene")
+    return [
+        word for before, word in zip(["", *words], words, strict=False) if word not in paths and before not in paths
+    ]
 
 
 def describe_machine() -> dict[str, Any]:

@@ -1,13 +1,11 @@
-"""`outsize face` as its user runs it: plans, refusals, equal losses for any ranks, training that goes on."""
+"""`outsize face` as its user runs it: plans, refusals, equal losses for any ranks, what a training is good for."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-import pytest
 from outsize.tests import commands
 
 
@@ -25,6 +23,11 @@ def test_the_benchmark_has_one_loss_for_any_number_of_ranks(tmp_path: Path) -> N
     assert "step 2 of 2" in said
     two, _ = outsize("face", "benchmark", *options, "--ranks", "2")
     assert two["loss"] == alone["loss"]
+    sampled, said = outsize("face", "benchmark", *options, "--sample", "0.1")
+    assert f"{sampled['seen']:,} classes a step" in said
+    assert abs(sampled["seen"] - 14_000) < 100
+    assert sampled["flops"] < 0.11 * alone["flops"]
+    assert sampled["loss"] != alone["loss"]
     assert 0 < alone["sgemm_share"] < 2
     assert alone["save_seconds"] > 0
     assert alone["load_seconds"] > 0
@@ -42,42 +45,10 @@ def test_what_does_not_fit_is_refused_before_it_starts() -> None:
     assert "ranks must be at most" in said
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("faces") / "run"
-    return folder, outsize("face", "train", str(folder), *TRAINING)[0]
-
-
-TRAINING = ("--identities", "40", "--steps", "8", "--batch", "8", "--dim", "16", "--save-every", "4", "--threads", "1")
-
-
-def test_training_goes_on_with_another_number_of_ranks(tmp_path: Path, trained: tuple[Path, dict[str, Any]]) -> None:
-    """The trajectory agrees to the rounding of the embedder's own sums; the head's are the same bits."""
-    folder, whole = trained
-    losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert len(losses) == 8
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    shutil.rmtree(copy / "step-000000008")  # as if killed after step 4's save
-    (copy / "log.jsonl").unlink()
-    again, said = outsize("face", "train", str(copy), *TRAINING, "--ranks", "2")
-    assert again["first_step"] == 4
-    resumed = [json.loads(line)["loss"] for line in (copy / "log.jsonl").read_text().splitlines()]
-    assert resumed == pytest.approx(losses[4:], rel=1e-4)
-    assert again["rank_1"] == pytest.approx(whole["rank_1"], abs=0.01)
-    assert "step 8 of 8" in said
-
-
-def test_a_folder_holds_one_training(trained: tuple[Path, dict[str, Any]]) -> None:
-    folder, _ = trained
-    _, said = outsize("face", "train", str(folder), *TRAINING, "--margin", "arcface", code=2)
-    assert "holds another training: margin cosface there, arcface now" in said
-    _, said = outsize("face", "train", str(folder.parent), *TRAINING, code=2)
-    assert "must be a new or empty folder" in said
-
-
-def test_what_was_trained_can_be_evaluated_and_enrolled(tmp_path: Path, trained: tuple[Path, dict[str, Any]]) -> None:
-    folder, _ = trained
+def test_what_was_trained_can_be_evaluated_and_enrolled(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ("--faces", "synthetic:40", "--held-out", "4", "--steps", "8", "--batch", "8", "--dim", "16")
+    outsize("face", "train", str(folder), *words, "--save-every", "4", "--threads", "1")
     outsize("face", "sample", str(tmp_path / "people"), "--identities", "5", "--images", "2")
     measured, _ = outsize("face", "evaluate", str(tmp_path / "people"), "--embedder", str(folder))
     assert measured["verification"]["genuine_pairs"] == 5

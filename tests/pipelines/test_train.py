@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,14 @@ import rasterio
 import torch
 from outsize.models import load_model
 from outsize.models.segmentation.metrics import Confusion
+from outsize.models.segmentation.scaling import Scaling
+from outsize.models.segmentation.split import Split
+from outsize.models.segmentation.trainer import Trainer
+from outsize.pipelines import train
 from outsize.pipelines.cli import main
-from outsize.pipelines.training_log import read_log
+from outsize.pipelines.training_data import Survey
+from outsize.pipelines.training_log import TrainingLog, read_log
+from outsize.tiler.errors import LabelError, OutputError
 from outsize.tiler.georeference import Georeference
 from outsize.tiler.raster import open_raster
 from outsize.tiler.store import open_array
@@ -117,6 +123,8 @@ _DYING = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from outsize.models.segmentation.trainer import Trainer
+from outsize.models.segmentation.trainer import Trainer
+from outsize.pipelines import train
 from outsize.pipelines.cli import main
 made, step = 0, Trainer.make_step
 def dying(self):
@@ -182,6 +190,135 @@ def test_an_interrupted_training_says_how_to_go_on_and_loses_nothing(
     assert same_log(trained[0], out)
 
 
+TINY = ("--widths", "4", "--core", "48", "--step", "tiles:1", "--warm-up", "1", "--memory", "1GB")
+"""Steps that take next to no time."""
+
+
+def test_a_validation_that_was_interrupted_is_made_when_the_training_goes_on(
+    scene: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", scene[0], "--labels", scene[1], "--steps", "3", "--val-every", "2", *TINY]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    expected = done(*words, "--out", whole)
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    add = TrainingLog.add
+
+    def add_and_stop(self: TrainingLog, values: Any) -> None:
+        if "validation" not in values:
+            add(self, values)
+            return
+        # The best model is there; before the line, and with it.
+        if not_yet:
+            raise KeyboardInterrupt
+        add(self, values)
+        raise KeyboardInterrupt
+
+    not_yet = True
+    for place, stop in (("validate", interrupted), ("add", add_and_stop), ("add", add_and_stop)):
+        monkeypatch.setattr(*((train, place) if place == "validate" else (TrainingLog, place)), stop)
+        code, _, err = outsize(*words, "--out", out)
+        monkeypatch.undo()
+        assert code == 130
+        assert "stopped after step 2" in err
+        not_yet = stop is interrupted
+    found = done(*words, "--out", out)
+    assert [line["validation"]["step"] for line in read_log(out / "train.jsonl") if "validation" in line] == [2, 3]
+    assert same_log(whole, out)
+    assert found["best"] == expected["best"]
+    assert same_tensors(whole / "best.safetensors", out / "best.safetensors")
+
+
+def test_classes_of_weight_0_draw_no_tiles_and_an_error_keeps_what_was_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most tiles of this scene hold the class of weight 0 alone."""
+    labels = np.zeros((1, *SHAPE), np.uint8)
+    labels[:, 150:190, 120:160] = 1
+    image = np.random.default_rng(0).integers(1, 255, (3, *SHAPE)).astype(np.uint8)
+    place, truth = write_geotiff(tmp_path / "image.tif", image), write_geotiff(tmp_path / "labels.tif", labels)
+    words = ["train", place, "--labels", truth, "--validation", "0", "--steps", "8", *TINY]
+    out = tmp_path / "out"
+    step = Trainer.make_step
+
+    def failing(self: Trainer) -> Any:
+        if self.step == 5:
+            raise LabelError("nothing counts")
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "make_step", failing)
+    assert "nothing counts" in refusal(*words, "--out", out, "--class-weights", "0,1")
+    monkeypatch.undo()
+    assert json.loads((out / "state.json").read_text())["step"] == 5
+    done(*words, "--out", out, "--class-weights", "0,1")
+    steps = read_log(out / "train.jsonl")
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    # By whole scenes too, of which one holds that class alone: all tiles of the other.
+    empty = write_geotiff(tmp_path / "empty.tif", labels * 0)
+    other = tmp_path / "image"
+    two = ["train", place, place, "--labels", truth, "--labels", empty, *words[4:]]
+    done(*two, "--step", "image", "--steps", "2", "--out", other, "--class-weights", "0,1", "--classes", "a,b")
+    assert [line["tiles"] for line in read_log(other / "train.jsonl")] == [20, 20]
+    assert "no training pixel has a class whose weight is above 0, got --class-weights 0,0; weigh another" in refusal(
+        *words, "--out", tmp_path / "none", "--class-weights", "0,0"
+    )
+
+
+class Killed(BaseException):
+    """What no handler of errors sees."""
+
+
+def test_a_survey_is_there_whole_or_not_at_all_and_written_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    survey = Survey(
+        splits=(Split(share=0.2, block=32, guard=3, offset=0.25), None),
+        scaling=Scaling.z_score(mean=(1.5, 2.5), stddev=(3.0, 4.0)),
+        fill=(1.0, 2.0),
+        means=(1.5, 2.5),
+        deviations=(3.0, 4.0),
+        cell=8,
+        training=tuple(rng.integers(0, 9, (4, 5, 3)) for _ in range(2)),
+        validation=tuple(rng.integers(0, 9, (4, 5, 3)) for _ in range(2)),
+    )
+
+    replace = Path.replace
+
+    def dying_at(name: str) -> Callable[[Path, Path], Path]:
+        def killed(self: Path, target: Path) -> Path:
+            assert self.read_bytes()
+            if target.name == name:
+                raise Killed
+            return replace(self, target)
+
+        return killed
+
+    for name in ("survey.safetensors", "survey.json"):
+        monkeypatch.setattr(Path, "replace", dying_at(name))
+        with pytest.raises(Killed):
+            survey.save(tmp_path)
+        assert Survey.load(tmp_path) is None
+    monkeypatch.undo()
+    survey.save(tmp_path)
+    counts = tmp_path / "survey.safetensors"
+    written = [(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(tmp_path.glob("survey*"))]
+    found = Survey.load(tmp_path)
+    assert found is not None
+    assert (found.splits, found.scaling, found.cell) == (survey.splits, survey.scaling, survey.cell)
+    for ours, theirs in ((survey.training, found.training), (survey.validation, found.validation)):
+        assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    found.save(tmp_path)
+    assert written == [
+        (path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(tmp_path.glob("survey*"))
+    ]
+    counts.write_bytes(counts.read_bytes()[:-9])
+    with pytest.raises(OutputError, match=r"survey in .* cannot be read: .*; --overwrite begins anew"):
+        Survey.load(tmp_path)
+
+
 def test_what_differs_is_named(scene: tuple[Path, Path], trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     out = trained[0]
     words = ("train", scene[0], "--labels", scene[1], "--out", out)
@@ -196,6 +333,24 @@ def test_what_differs_is_named(scene: tuple[Path, Path], trained: tuple[Path, di
     (tmp_path / "notes.txt").write_text("mine")
     assert "holds notes.txt and no training" in refusal("train", scene[0], "--labels", scene[1], "--out", tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_cores_follow_from_the_memory_once_and_for_all(scene: tuple[Path, Path], tmp_path: Path) -> None:
+    words = ("train", scene[0], "--labels", scene[1], "--steps", "1", "--widths", "16,32", "--step", "tiles:1")
+
+    def tiles(out: Path) -> dict[str, Any]:
+        return json.loads((out / "training.json").read_text())["data"]["tiles"]
+
+    ample, tight = tmp_path / "ample", tmp_path / "tight"
+    predicted = done(*words, "--out", ample, "--memory", "6GB")["predicted_peak_bytes"]
+    assert tiles(ample) == {"core": max(SHAPE), "cuts": []}
+    # Going on keeps the core, though the memory would now allow a smaller one alone.
+    assert f"for cores of {max(SHAPE)} px" in refusal(*words, "--out", ample, "--memory", "50MB")
+    done(*words, "--out", tight, "--memory", str(predicted - 40_000_000))
+    assert tiles(tight)["core"] < max(SHAPE) or tiles(tight)["cuts"]
+    chosen = tiles(tight)
+    done(*words, "--out", tight, "--memory", "6GB")
+    assert tiles(tight) == chosen
 
 
 def test_the_log_the_model_and_the_page_are_there(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -310,7 +465,10 @@ def test_what_cannot_be_trained_is_refused_in_one_line(scene: tuple[Path, Path],
     assert "a step must be image, or tiles:N" in say("--step", "tiles:0")
     assert "a new network without --model" in say("--model", _shipped(), "--classes", "a,b")
     assert "the model takes 4 bands, the scenes have 3" in say("--model", _shipped())
-    assert re.search(r"cores of 64 px need [\d.]+ [MG]B, --memory is 50 MB; give as much", say("--memory", "50MB"))
+    assert re.search(
+        r"memory must be at least [\d.]+ [MG]B for cores of 64 px \(process .*\), got 50 MB; give as much",
+        say("--memory", "50MB"),
+    )
     nan = np.where(np.random.default_rng(0).random((3, *SHAPE)) < 0.01, np.nan, 1).astype(np.float32)
     floats = write_geotiff(tmp_path / "floats.tif", nan)
     answer = refusal("train", floats, "--labels", labels, "--out", out, "--steps", "1", *SMALL)

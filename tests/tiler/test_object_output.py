@@ -212,10 +212,10 @@ def test_a_journal_of_objects_comes_in_parts(server: ObjectServer, monkeypatch: 
         (first if number < 10 else second).add(line)
         if number % 3 == 2:
             first.sync()
-    assert read_journal(folder, RECORDS) == lines[:10]
+    assert list(read_journal(folder, RECORDS)) == lines[:10]
     first.close()
     second.close()
-    assert read_journal(folder, RECORDS) == lines
+    assert list(read_journal(folder, RECORDS)) == lines
     assert max(path.stat().st_size for path in folder.iterdir()) < PART_BYTES + 2 * 50001
 
 

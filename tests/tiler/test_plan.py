@@ -16,6 +16,7 @@ from outsize.tiler.memory import parse_bytes
 from outsize.tiler.network import Network, analyze_network
 from outsize.tiler.plan import TilePlan, format_seconds
 from outsize.tiler.planner import plan_tiles
+from outsize.tiler.schedule import cells_of
 from torch import nn
 
 from .analysed import analysed
@@ -82,8 +83,11 @@ def test_a_plan_survives_json_and_is_the_same_each_time() -> None:
 
 def test_the_order_keeps_window_shapes_together_and_visits_every_tile_once() -> None:
     plan = plan_tiles((4, 4500, 5200), default_network(), core=1024, memory="8GB")
-    order = plan.order()
+    order = list(cells_of(plan.order()))
     assert sorted(order) == list(plan.grid)
+    longest = max(plan.rows[row].window[1] - plan.rows[row].window[0] for row, _ in order)
+    first = plan.rows[order[0][0]].window
+    assert first[1] - first[0] == longest
     shapes = [plan.tile(*at).window.shape for at in order]
     changes = sum(a != b for a, b in pairwise(shapes))
     assert changes + 1 == len(set(shapes)) == plan.geometries

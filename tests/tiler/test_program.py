@@ -19,6 +19,7 @@ from outsize.tiler.planner import choose_method, plan_tiles
 from outsize.tiler.program import Program, make_program
 from outsize.tiler.raster import open_raster
 from outsize.tiler.run import predict
+from outsize.tiler.schedule import cells_of
 from outsize.tiler.store import open_array
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -221,7 +222,7 @@ def test_engines_run_programs(name: str, engine: str) -> None:
         whole = network.module(torch.from_numpy(image)[None])[0].numpy()
     plan = plan_tiles((3, *shape), network, core=64, method="program")
     tiles = open_programs(network, engine, 2, shape)
-    for at in plan.order():
+    for at in cells_of(plan.order()):
         tile = plan.tile(*at)
         result = tiles.run_tile(np.ascontiguousarray(image[(slice(None), *tile.window.slices())]), tile)
         expected = whole[(slice(None), *tile.core.slices())]

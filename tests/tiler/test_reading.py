@@ -28,6 +28,7 @@ from outsize.tiler.raster_gdal import GdalReader
 from outsize.tiler.raster_parts import count_pixel_bytes, open_mosaic, open_stack
 from outsize.tiler.raster_zarr import ZarrReader
 from outsize.tiler.run import predict
+from outsize.tiler.schedule import cells_of
 from outsize.tiler.store import open_array
 from outsize.tiler.transfer import copy_raster
 from torch import Tensor, nn
@@ -196,7 +197,7 @@ def read_in_order(raster: Raster, plan: TilePlan) -> BlockStore:
     """All tiles as a worker reads them, compared with reading without a cache."""
     blocks = BlockStore(plan.cache_bytes)
     reader = raster.open_reader(blocks)
-    for at in plan.order():
+    for at in cells_of(plan.order()):
         window = plan.tile(*at).window
         filled = read_filled(reader, raster, window)
         inside = window.clamp(raster.shape_yx)
@@ -258,7 +259,7 @@ def test_every_way_decodes_as_much_as_it_says(block: tuple[int, int], method: st
             pixel_bytes=1,
             read=lambda window: zeros[(slice(None), *window.slices())],
         )
-        for at in tried.order():
+        for at in cells_of(tried.order()):
             cache.read(tried.tile(*at).window.clamp(shape))
         measured = blocks.decoded_bytes / zeros.nbytes
         # What is left of another kind's blocks is not planned with: more of it where blocks are large.
@@ -271,8 +272,8 @@ def test_changes_of_program_are_as_many_as_were_weighed(block: tuple[int, int]) 
     source = reading.Source(shape_yx=SHAPE, block=block, pixel_bytes=1, decoder_bytes=0, has_gdal=False)
     for way in reading._find_ways(plan.rows, plan.columns, source, Window.whole(SHAPE)):
         tried = replace(plan, strip_rows=way.strip_rows, strips_first=way.strips_first, block=block)
-        kinds = [(plan.rows[row].kind, plan.columns[column].kind) for row, column in tried.order()]
-        assert len(set(tried.order())) == len(plan.grid)
+        kinds = [(plan.rows[row].kind, plan.columns[column].kind) for row, column in cells_of(tried.order())]
+        assert len(set(cells_of(tried.order()))) == len(plan.grid)
         changes = sum(one != other for one, other in pairwise(kinds))
         assert changes == reading._count_switches(plan.rows, plan.columns, source, way)
 
@@ -349,7 +350,7 @@ def test_workers_that_share_nothing_decode_no_more_than_the_plan_says(block: tup
         )
         for store in stores
     ]
-    for index, at in enumerate(plan.order()):
+    for index, at in enumerate(cells_of(plan.order())):
         caches[index % 3].read(plan.tile(*at).window.clamp(shape))
     measured = sum(store.decoded_bytes for store in stores) / zeros.nbytes
     alone = planned(raster, core=128, workers=1).read_amplification

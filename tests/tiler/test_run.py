@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,25 @@ import pytest
 import torch
 from distributed import Client
 from outsize.models.segmentation.unet import UNet
-from outsize.tiler import worker
+from outsize.tiler import planner, worker
 from outsize.tiler.cluster import ClusterOptions
+from outsize.tiler.engine import EngineProgram
 from outsize.tiler.engine_openvino import OpenVinoEngine
-from outsize.tiler.errors import BudgetError, ExactnessError, OutputError, RasterError, TilerError, UsageError
-from outsize.tiler.events import ClusterReady, Event, RunPlanned, StartChecked, TileFinished
+from outsize.tiler.errors import (
+    BudgetError,
+    EngineError,
+    ExactnessError,
+    OutputError,
+    RasterError,
+    TilerError,
+    UsageError,
+)
+from outsize.tiler.events import ClusterReady, Event, RunPlanned, StartChecked, TileFinished, TileRecord
 from outsize.tiler.geometry import Window
 from outsize.tiler.inference import lazy_predict, predict_window
+from outsize.tiler.machine import find_versions
 from outsize.tiler.network import Network, analyze_network
+from outsize.tiler.plan import Tile
 from outsize.tiler.raster import open_raster
 from outsize.tiler.raster_gdal import GdalReader
 from outsize.tiler.receptive import AxisGraph, Slide
@@ -270,6 +283,59 @@ def test_tiles_of_the_start_check_are_not_computed_again(
     run(source, class_network(), tmp_path / "again.zarr", client, engine="openvino", method="window")
     assert asked == [2] * (6 + 6 + 3)
     assert np.array_equal(stored(tmp_path / "o.zarr"), stored(tmp_path / "again.zarr"))
+
+
+@pytest.mark.parametrize("broken", ["no engine", "another version"])
+def test_a_worker_of_another_environment_stops_the_run_and_loses_no_tile(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """Its tiles would all fail at once, and be nodata in a map that says it is done."""
+    source, out = scene(tmp_path, 120, 130), tmp_path / "o.zarr"
+    check = worker.TileRunner.check
+
+    def break_later(runner: worker.TileRunner, patches: list[Any]) -> Any:
+        found = check(runner, patches)
+        runner._engine = None  # another worker, which has not been asked yet
+        if broken == "no engine":
+            monkeypatch.setattr(EngineProgram, "load_tiles", fail)
+        else:
+            monkeypatch.setattr(worker, "find_versions", lambda: {**find_versions(), "torch": "1.0"})
+        return found
+
+    def fail(_: EngineProgram) -> None:
+        raise ModuleNotFoundError("No module named 'engine'")
+
+    monkeypatch.setattr(worker.TileRunner, "check", break_later)
+    why = "cannot open engine torch: ModuleNotFoundError: No module" if broken == "no engine" else "has torch 1.0, the"
+    with pytest.raises(EngineError, match=f"{why}.*give it the environment of the command"):
+        run(source, class_network(), out, client)
+    monkeypatch.undo()
+    summary = run(source, class_network(), out, client)
+    assert not summary.failed_tiles
+    assert np.array_equal(stored(out), whole(class_network(), source))
+
+
+def test_a_worker_holds_no_more_tiles_than_the_plan_counts(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, most, guard = 0, 0, threading.Lock()
+    do = worker.TileRunner._try
+
+    def count(runner: worker.TileRunner, tile: Tile) -> TileRecord:
+        nonlocal held, most
+        with guard:
+            held, most = held + 1, max(most, held + 1)
+        time.sleep(0.02)
+        try:
+            return do(runner, tile)
+        finally:
+            with guard:
+                held -= 1
+
+    monkeypatch.setattr(worker.TileRunner, "_try", count)
+    monkeypatch.setattr(planner, "IN_FLIGHT", 1)
+    run(scene(tmp_path, 200, 200), class_network(), tmp_path / "o.zarr", client)
+    assert most == 1
 
 
 def test_a_second_run_on_the_same_output_is_kept_off(tmp_path: Path, client: Client) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +115,86 @@ def test_shared_frozen_derived_and_unused_parameters_have_ordinary_gradients() -
         "unused.weight",
         "unused.bias",
     }
+
+
+class Sum(nn.Module):
+    """Two weights whose gradient autograd gives as one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.randn(2, 3, 3, 3, dtype=torch.float64)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.first + self.second, padding=1)
+
+
+@pytest.mark.parametrize("core", [(60, 70), (17, 19)], ids=["one tile", "tiles"])
+@pytest.mark.parametrize("loss", [CrossEntropy(ignore_index=255), BOTH], ids=["separable", "by sums"])
+def test_gradients_that_autograd_gives_as_one_tensor_are_counted_once(loss: Loss, core: tuple[int, int]) -> None:
+    network, labels = analyze_network(Sum(), bands=3), draw_labels(*SHAPE)
+    image = draw(3, *SHAPE).requires_grad_()
+    expected = gradients_of(loss_by_hand(run_whole(network, image), labels, loss), image, network)
+    value = tile_loss(network, plan_of(network, SHAPE, core), loss, image, labels)
+    assert largest_difference(gradients_of(value, image, network), expected) < 1e-11
+    direction = torch.randn(1, 2, *SHAPE, dtype=torch.float64)
+    expected = gradients_of((run_whole(network, image) * direction).sum(), image, network)
+    output = tile_checkpoint(network, plan_of(network, SHAPE, core))(image)
+    assert largest_difference(gradients_of((output * direction).sum(), image, network), expected) < 1e-11
+
+
+class Doubled(torch.autograd.Function):
+    """A rule of its own: twice the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        del ctx
+        return x + 0
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
+        del ctx
+        return 2 * cotangents[0]
+
+
+class Thawing(nn.Module):
+    """Rules that the graph does not show, before the first layer and behind it."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.first, self.second, self.where = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1), where
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = Doubled.apply(x) if self.where == "image" else x
+        x = self.first(x)
+        return self.second(Doubled.apply(x) if self.where == "layer" else x)
+
+
+def test_rules_that_matter_only_later_are_found_then() -> None:
+    """Under a layer that learns later, or at an image that learns."""
+    shape, loss = (20, 22), CrossEntropy()
+    image, labels = torch.rand(3, *shape), draw_labels(*shape) % 2
+    module = Thawing("layer")
+    module.first.requires_grad_(False)
+    plan = TrainPlan(image_shape=(3, *shape), output_shape=(2, *shape), core=(9, 9))
+    tile_loss(module, plan, loss, image, labels).backward()
+    module.first.requires_grad_(True)
+    with pytest.raises(UntileableError, match="gradient of first"):
+        tile_loss(module, plan, loss, image, labels)
+    module = Thawing("image")
+    tile_loss(module, plan, loss, image, labels).backward()
+    with pytest.raises(UntileableError, match="gradient of the image"):
+        tile_checkpoint(module, plan)(image.requires_grad_())
+
+
+def test_losses_are_the_same_in_inference_mode_and_plans_of_other_outputs_are_refused() -> None:
+    network, image, labels = analysed("unet depth 2"), draw(3, *SHAPE), draw_labels(*SHAPE)
+    plan, loss = plan_of(network, SHAPE, (17, 19)), CrossEntropy(ignore_index=255)
+    value = tile_loss(network, plan, loss, image, labels).detach()
+    with torch.inference_mode():
+        assert float(tile_loss(network, plan, loss, image, labels)) == float(value)
+    short = dataclasses.replace(plan, output_shape=(plan.output_shape[0], 10, 10))
+    with pytest.raises(UsageError, match=r"output_shape must be \(2, 53, 67\).*got \(2, 10, 10\)"):
+        tile_loss(network, short, loss, image, labels[:10, :10])
 
 
 @pytest.mark.parametrize("loss", [CrossEntropy(ignore_index=255), BOTH], ids=["separable", "by sums"])

@@ -42,6 +42,9 @@ def run_case(rank: int, case: dict[str, Any]) -> dict[str, Any]:
         rule=RULES[case["rule"]](lr=case["lr"]),
         tablet_rows=8,
         block_rows=4,
+        strip_rows=2,
+        sample=case.get("sample", 1.0),
+        denominator=case.get("denominator", "corrected"),
         ddp_scale=case.get("ddp_scale", False),
         seed=99 if "load" in case else 0,
     )

@@ -24,8 +24,12 @@ Results = dict[str, list[dict[str, Any]]]
 EXACT = {"storage": "float64", "rule": "sgd", "lr": 0.5}
 SPLITS = {1: [12], 2: [5, 7], 3: [12, 0, 0], 4: [3, 3, 3, 3]}
 """One batch of 12 samples, held by ranks in parts."""
-HALF = {
+HALF: dict[str, dict[str, Any]] = {
     rule: {"classes": 61, "storage": "float16", "rule": rule, "lr": 0.01 if rule == "rms" else 0.5} for rule in RULES
+}
+HALF |= {
+    "sampled": {**HALF["rms"], "sample": 0.5},
+    "sampled as Partial FC": {**HALF["momentum"], "sample": 0.25, "denominator": "pfc"},
 }
 DENSE: dict[str, tuple[int, dict[str, Any]]] = {
     "uneven": (2, {"classes": 37, "split": [4, 5], **EXACT}),
@@ -49,10 +53,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
         split = SPLITS[ranks]
         verb = "save" if ranks == 2 else "load"
         cases[ranks] = {
-            **{rule: {**case, "split": split} for rule, case in HALF.items()},
+            **{name: {**case, "split": split} for name, case in HALF.items()},
             **{name: case for name, (count, case) in DENSE.items() if count == ranks},
             **(OTHERS if ranks == 2 else {}),
-            **{f"{verb} {rule}": {**case, "split": split, verb: str(saved / rule)} for rule, case in HALF.items()},
+            **{f"{verb} {name}": {**case, "split": split, verb: str(saved / name)} for name, case in HALF.items()},
         }
         (folder / str(ranks)).mkdir()
         (folder / str(ranks) / "cases.json").write_text(json.dumps(cases[ranks]))
@@ -97,30 +101,30 @@ def test_ranks_are_the_dense_layer(results: dict[int, Results], name: str) -> No
         assert (result["weight"] - weight).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", HALF)
 def test_loss_rows_and_gradients_are_bitwise_equal_for_any_number_of_ranks(
-    results: dict[int, Results], rule: str
+    results: dict[int, Results], name: str
 ) -> None:
     """Half precision, stochastic rounding, sums over tablets and all."""
-    alone = results[1][rule][0]
+    alone = results[1][name][0]
     assert len(set(alone["losses"])) == 3
     assert not torch.equal(alone["weight"], alone["first"])
     for ranks in (2, 3, 4):
-        for result in results[ranks][rule]:
+        for result in results[ranks][name]:
             assert result["losses"] == alone["losses"]
             assert torch.equal(result["weight"], alone["weight"])
         for step, expected in enumerate(alone["gradients"]):
-            joined = torch.cat([result["gradients"][step] for result in results[ranks][rule]])
+            joined = torch.cat([result["gradients"][step] for result in results[ranks][name]])
             assert torch.equal(joined, expected)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", HALF)
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_what_two_ranks_saved_goes_on_with_the_same_bits_on_others(
-    results: dict[int, Results], rule: str, ranks: int
+    results: dict[int, Results], name: str, ranks: int
 ) -> None:
-    saver = results[2][f"save {rule}"][0]
-    for result in results[ranks][f"load {rule}"]:
+    saver = results[2][f"save {name}"][0]
+    for result in results[ranks][f"load {name}"]:
         assert result["losses"] == saver["losses"][1:]
         assert torch.equal(result["weight"], saver["weight"])
         assert not torch.equal(result["first"], saver["first"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,89 @@ def test_names_with_dots_stay_apart(tmp_path: Path) -> None:
     assert load_model(tmp_path / "unet-1.5").sha256 == first.sha256
     assert load_model(tmp_path / "unet-1.6").sha256 == second.sha256
     assert len(list(tmp_path.iterdir())) == 4
+
+
+class Killed(BaseException):
+    """What no handler of errors sees."""
+
+
+def test_a_kill_at_any_rename_leaves_the_earlier_model_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = Path.replace
+    renames, dies_at = 0, 0
+
+    def dying(self: Path, target: Path) -> Path:
+        nonlocal renames
+        renames += 1
+        if renames == dies_at:
+            raise Killed
+        return replace(self, target)
+
+    # Also where no earlier model is; a place beyond the last rename ends the loop.
+    for name, has_earlier in (("first", False), ("second", True)):
+        path, seen = tmp_path / name / "m.json", set[str]()
+        for at in range(1, 9):
+            earlier = save_model(small_model(), path).sha256 if has_earlier else ""
+            renames, dies_at = 0, at
+            monkeypatch.setattr(Path, "replace", dying)
+            later = small_model()
+            try:
+                save_model(later, path)
+                done = True
+            except Killed:
+                done = False
+            monkeypatch.undo()
+            if not has_earlier and not path.exists():
+                continue
+            found = load_model(path)
+            image = torch.randn(1, 2, 9, 11)
+            assert done or has_earlier or not path.with_suffix(".safetensors").exists()
+            if found.sha256 == earlier:
+                assert not done
+                seen.add("earlier")
+            else:
+                assert torch.equal(found.network(image), later.network(image))
+                seen.add("later" if done else "later, not renamed")
+            if done:
+                break
+            # The next one is saved over what the kill left.
+            assert load_model(path).sha256 != save_model(small_model(), path).sha256 == load_model(path).sha256
+            if not has_earlier:
+                for file in path.parent.iterdir():
+                    file.unlink()
+        assert done
+        assert {"later", "later, not renamed"} <= seen
+        assert ("earlier" in seen) == has_earlier
+
+
+def test_weights_are_on_the_disk_before_their_description_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the calls that a power cut could fall between: flushed, then named, then described."""
+    calls: list[str] = []
+    replace, fsync = Path.replace, os.fsync
+
+    def noted(self: Path, target: Path) -> Path:
+        calls.append(f"rename {target.name}")
+        return replace(self, target)
+
+    def flushed(handle: int) -> None:
+        name = Path(f"/proc/self/fd/{handle}").readlink().name
+        calls.append(f"flush {name}")
+        fsync(handle)
+
+    monkeypatch.setattr(Path, "replace", noted)
+    monkeypatch.setattr(os, "fsync", flushed)
+    saved = save_model(small_model(), tmp_path / "m.json")
+    kept = f".m-{saved.sha256}.safetensors"
+    for first, then in (
+        ("flush .m.new.safetensors", f"rename {kept}"),
+        ("flush .m.new.json", "rename m.json"),
+        (f"rename {kept}", "rename m.json"),
+        ("rename m.json", "rename m.safetensors"),
+    ):
+        assert calls.index(first) < calls.index(then), calls
+    assert calls[calls.index("rename m.json") - 1] == f"flush {tmp_path.name}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.json", "m.safetensors"]
 
 
 @pytest.mark.parametrize("kind", ["z-score", "min-max"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,8 @@ from outsize.tiler.errors import UsageError
 from outsize.tiler.geometry import Grid, Interval, Window
 from outsize.tiler.network import Network, analyze_network
 from torch import nn
+
+from ...tiler.analysed import analysed
 
 SHAPE = (311, 277)
 
@@ -50,7 +53,7 @@ def find_leaks(network: Network, split: Split) -> int:
 
 
 def test_no_training_pixel_sees_a_validation_block(network: Network) -> None:
-    split = Split(share=0.2, block=61, guard=compute_reach(network), offset=0.3)
+    split = Split(share=0.2, block=61, guard=compute_reach(network, [SHAPE]), offset=0.3)
     assert find_leaks(network, split) == 0
     # One pixel less, and some do: the guard is no larger than it must be.
     assert find_leaks(network, replace(split, guard=split.guard - 1)) > 0
@@ -58,7 +61,7 @@ def test_no_training_pixel_sees_a_validation_block(network: Network) -> None:
 
 def test_no_training_pixel_feels_a_validation_pixel_by_gradient(network: Network) -> None:
     """What the analysis says of the receptive field, autograd says too."""
-    split = Split(share=0.2, block=61, guard=compute_reach(network), offset=0.3)
+    split = Split(share=0.2, block=61, guard=compute_reach(network, [SHAPE]), offset=0.3)
     module = UNet(2, 3, (4, 4, 4)).double()
     for parameter in module.parameters():  # all positive: no dead ReLU hides a path
         nn.init.uniform_(parameter, 0.1, 1.0)
@@ -126,7 +129,47 @@ def test_blocks_are_wide_enough_for_their_guards() -> None:
     assert choose_block([(100, 100)], 1) == 32
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet bilinear",
+        "unet bilinear corners",
+        "unet bilinear corners padded",
+        "unet bicubic",
+        "unet bicubic corners",
+        "unet nearest",
+        "unet nearest exact",
+        "deeplab",
+        "reflect padded",
+    ],
+)
+def test_the_reach_is_that_of_the_gradient(name: str) -> None:
+    """Of output pixels along the diagonal and at the corners of a scene, and of the scene turned."""
+    network = analysed(name)
+    shape = (76, 61)
+    module = copy.deepcopy(network.module)
+    for parameter in module.parameters():  # all positive: no dead ReLU hides a path
+        nn.init.uniform_(parameter, 0.1, 1.0)
+    felt = 0
+    for height, width in (shape, shape[::-1]):
+        image = torch.rand(1, 3, height, width, dtype=torch.float64, requires_grad=True)
+        output = module(image)[0].sum(0)
+        for y in (*range(0, height, 5), height - 1):
+            x = y * (width - 1) // (height - 1)
+            (slope,) = torch.autograd.grad(output[y, x], image, retain_graph=True)
+            rows, columns = (slope[0] != 0).any(0).nonzero(as_tuple=True)
+            felt = max(felt, int((rows - y).abs().max()), int((columns - x).abs().max()))
+    # Of the pixels that a pooling looks at, the largest alone is felt.
+    assert felt <= compute_reach(network, [shape]) <= felt + 4
+
+
+def test_the_reach_in_a_large_scene_is_that_of_a_smaller_one_of_the_same_phase() -> None:
+    network = analysed("reflect padded")
+    period = network.stride[0] * network.size_multiple
+    assert compute_reach(network, [(100, 90)]) == compute_reach(network, [(100 + 10**6 * period, 90 + 10**6 * period)])
+
+
 def test_a_network_of_another_scale_is_refused() -> None:
     module = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.MaxPool2d(2))
     with pytest.raises(UsageError, match="one output pixel for each input pixel"):
-        compute_reach(analyze_network(module.eval(), 2, torch.float32))
+        compute_reach(analyze_network(module.eval(), 2, torch.float32), [SHAPE])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -210,6 +213,34 @@ def test_predictions_of_tiles_are_those_of_the_whole_scene(network: Network, sce
     other = {name: -value for name, value in network.module.state_dict().items() if name.startswith("network.head")}
     assert not np.array_equal(engine.predict(1, window, other), expected[window.slices()])
     assert np.array_equal(engine.predict(1, window), expected[window.slices()])
+
+
+def test_a_batch_to_calibrate_on_holds_no_pixel_of_a_validation_block(
+    network: Network, scenes: list[TrainingScene], tmp_path: Path
+) -> None:
+    """Scenes that differ in validation blocks alone give the same batch; one that differs elsewhere another."""
+
+    def batch(places: str) -> Tensor:
+        changed: list[TrainingScene] = []
+        for index, scene in enumerate(scenes):
+            whole = Window.whole(scene.raster.shape_yx)
+            assert scene.split is not None
+            held = scene.split.find_validation(whole)
+            image = scene.raster.open_reader().read(whole)
+            where = {"none": held & False, "held": held, "others": ~held}[places]
+            image[:, where] = 200
+            path = write_geotiff(tmp_path / f"{places}-{index}.tif", image, nodata=0)
+            changed.append(replace(scene, raster=open_raster(path)))
+        engine = StepEngine(prepare_training(network, 2, torch.float64), changed, parse_loss("cross-entropy"), FILL)
+        sampler, _ = make_samplers(scenes, AUGMENTATION)
+        return engine.read_batch(lambda step: sampler.draw(step, 2), 40, 6)
+
+    plain = batch("none")
+    assert plain.shape == (6, 2, 40, 40)
+    assert torch.equal(batch("held"), plain)
+    assert not torch.equal(batch("others"), plain)
+    filled = (plain == torch.tensor(FILL, dtype=plain.dtype)[:, None, None]).all(1)
+    assert 0.05 < filled.double().mean() < 0.4
 
 
 def test_tiles_without_labels_are_refused_and_losses_have_names(network: Network, scenes: list[TrainingScene]) -> None:

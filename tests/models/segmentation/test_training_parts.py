@@ -18,7 +18,10 @@ from outsize.models.segmentation.optimiser import (
     optimiser_tensors,
     set_rate,
 )
+from outsize.models.segmentation.recipe import Recipe
 from outsize.models.segmentation.schedule import Schedule
+from outsize.models.segmentation.step import StepGradient
+from outsize.models.segmentation.trainer import Trainer
 from outsize.tiler.errors import OutputError
 from torch import nn
 
@@ -112,3 +115,37 @@ def test_scores_follow_from_the_counts() -> None:
     assert confusion.iou == pytest.approx([2 / 5, 1 / 3, 0, np.nan], nan_ok=True)
     assert confusion.mean_f1 == pytest.approx((4 / 7 + 1 / 2) / 3)
     assert confusion.accuracy == pytest.approx(3 / 6)
+
+
+def test_shared_weights_learn_by_whichever_name_their_gradient_has() -> None:
+    """The trace takes the last name of a weight that two layers share, named_parameters the first."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(2, 2, 1, bias=False), nn.Conv2d(2, 2, 1, bias=False)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x)).square().sum()
+
+    torch.manual_seed(0)
+    x, ours, theirs = torch.rand(1, 2, 3, 3), Shared(), Shared()
+    theirs.load_state_dict(ours.state_dict())
+
+    def compute(_: object) -> StepGradient:
+        (gradient,) = torch.autograd.grad(ours(x), [ours.second.weight])
+        return StepGradient(loss=0.0, gradients={"second.weight": gradient}, pixels=1)
+
+    recipe = Recipe(optimiser="sgd", rate=1e-2, warm_up=0, clip=0, steps=5, weight_decay=0)
+    trainer = Trainer(ours, recipe, lambda _: [], compute)
+    optimiser = make_optimiser("sgd", theirs.parameters(), 0)
+    for step in range(5):
+        rate = trainer.schedule.rate(step, trainer.progress)
+        trainer.make_step()
+        set_rate(optimiser, rate)
+        optimiser.zero_grad()
+        theirs(x).backward()
+        optimiser.step()
+    assert torch.equal(ours.first.weight, theirs.first.weight)
+    assert torch.equal(trainer.average.values["first.weight"], trainer.average.values["second.weight"])

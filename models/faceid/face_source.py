@@ -1,0 +1,160 @@
+"""What a training reads its pictures from: anything with labels, and pictures by number."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import HeadError
+from .images import ImageError, read_picture
+from .record_io import RecordFile
+
+Pixels = npt.NDArray[np.uint8]
+Whole = npt.NDArray[np.int64]
+Read = tuple[list[Pixels | None], list[tuple[str, str]]]
+"""((height, width, 3) of each sample, or None where it cannot be used; (name, reason) of those that cannot)."""
+
+
+class FaceSource(Protocol):
+    """Samples of identities 0 ... identities - 1."""
+
+    identities: int
+    size: tuple[int, int]
+    """(height, width) of every picture."""
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+        ...
+
+    def labels_of(self, samples: Whole, epochs: Whole) -> Whole:
+        """The identity of each, without reading a picture."""
+        ...
+
+    def read(self, samples: Whole, epochs: Whole) -> Read:
+        """The pictures; called by several threads."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What tells this source from another, as plain values."""
+        ...
+
+
+class PictureFiles:
+    """Pictures that are files."""
+
+    def __init__(self, paths: Sequence[str], labels: Whole, names: list[str], size: tuple[int, int]) -> None:
+        """Args:
+        labels: of each path, numbers of `names`.
+        """
+        self._paths, self._labels, self.names = list(paths), labels, names
+        self.identities, self.size = len(names), size
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def labels_of(self, samples: Whole, epochs: Whole) -> Whole:  # noqa: ARG002
+        return self._labels[samples]
+
+    def read(self, samples: Whole, epochs: Whole) -> Read:  # noqa: ARG002
+        height, width = self.size
+        paths = [self._paths[sample] for sample in samples.tolist()]
+        return _read_each(paths, [lambda path=path: read_picture(Path(path), height, width).pixels for path in paths])
+
+    def describe(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for path, label in zip(self._paths, self._labels.tolist(), strict=True):
+            digest.update(f"{self.names[label]}\0{Path(path).name}\n".encode())
+        return {"pictures": len(self), "identities": self.identities, "sha256": digest.hexdigest()}
+
+
+class RecordPictures:
+    """Pictures of a RecordIO file; identities are its different labels, in their order."""
+
+    def __init__(self, file: RecordFile, size: tuple[int, int]) -> None:
+        self._file, self.size = file, size
+        names, self._labels = np.unique(file.labels, return_inverse=True)
+        self.identities = len(names)
+
+    def __len__(self) -> int:
+        return len(self._file.keys)
+
+    def labels_of(self, samples: Whole, epochs: Whole) -> Whole:  # noqa: ARG002
+        return self._labels[samples]
+
+    def read(self, samples: Whole, epochs: Whole) -> Read:  # noqa: ARG002
+        height, width = self.size
+        places = samples.tolist()
+        names = [f"{self._file.path}, record {self._file.keys[place]}" for place in places]
+        reads = [lambda place=place: read_picture(self._file.read(place), height, width).pixels for place in places]
+        return _read_each(names, reads)
+
+    def describe(self) -> dict[str, Any]:
+        return {"pictures": len(self), "identities": self.identities, **self._file.describe()}
+
+
+def _read_each(names: list[str], reads: Sequence[Callable[[], Pixels]]) -> Read:
+    pixels: list[Pixels | None] = []
+    failed: list[tuple[str, str]] = []
+    for name, read in zip(names, reads, strict=True):
+        try:
+            pixels.append(read())
+        except ImageError as error:
+            pixels.append(None)
+            failed.append((name, str(error)))
+    return pixels, failed
+
+
+class SourcePart:
+    """Some identities of a source, numbered anew in their order."""
+
+    def __init__(self, source: FaceSource, identities: Whole) -> None:
+        """Args:
+        identities: of the source, without repetition. Its labels must be the same in every epoch.
+        """
+        self._source, self._chosen = source, np.sort(identities)
+        everything = np.arange(len(source))
+        labels = source.labels_of(everything, np.zeros_like(everything))
+        self._samples = np.flatnonzero(np.isin(labels, self._chosen))
+        self.identities, self.size = len(identities), source.size
+        if not len(self._samples):
+            raise HeadError("a part of a source must have pictures, got identities without any")
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def labels_of(self, samples: Whole, epochs: Whole) -> Whole:
+        return np.searchsorted(self._chosen, self._source.labels_of(self._samples[samples], epochs))
+
+    def read(self, samples: Whole, epochs: Whole) -> Read:
+        return self._source.read(self._samples[samples], epochs)
+
+    def describe(self) -> dict[str, Any]:
+        digest = hashlib.sha256(self._chosen.tobytes()).hexdigest()
+        return {**self._source.describe(), "part": self.identities, "part_sha256": digest}
+
+
+def hold_out(source: FaceSource, count: int, seed: int) -> tuple[FaceSource, FaceSource | None]:
+    """(source without `count` identities, those), drawn by the seed among identities with two pictures or more.
+
+    Raises:
+        HeadError: fewer than 2 identities would be left, or there are not so many with two pictures.
+    """
+    if not count:
+        return source, None
+    everything = np.arange(len(source))
+    pictures = np.bincount(source.labels_of(everything, np.zeros_like(everything)), minlength=source.identities)
+    several = np.flatnonzero(pictures > 1)
+    if count > len(several) or source.identities - count < 2:
+        raise HeadError(
+            f"{count} identities cannot be held out of {source.identities}, of which {len(several)} have two pictures "
+            "or more and 2 must be left; hold out fewer"
+        )
+    random = np.random.Generator(np.random.Philox(key=[seed, 19]))
+    chosen = np.sort(random.permutation(several)[:count])
+    rest = np.setdiff1d(np.flatnonzero(pictures), chosen)
+    return SourcePart(source, rest), SourcePart(source, chosen)

@@ -1,0 +1,79 @@
+"""The page on a training of faces: curves, scores of identities never seen, pictures that could not be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..tiler.files import write_durably
+from .face_charts import BINS, Chart, draw_roc, draw_scores, draw_series
+from .face_validation import Measured
+from .page import render_page
+from .training_log import read_log
+
+POINTS = 360
+"""Of a curve; more steps are averaged."""
+
+
+def write_face_report(
+    folder: Path, values: dict[str, Any], measured: Measured | None, unusable: dict[str, str]
+) -> None:
+    """Write FOLDER/report.html from training.json and train.jsonl.
+
+    Args:
+        values: the command's result.
+    """
+    training = json.loads((folder / "training.json").read_text())
+    lines = read_log(folder / "train.jsonl")
+    steps = [line for line in lines if "validation" not in line]
+    validations = [line["validation"] for line in lines if "validation" in line]
+    verification = measured.verification if measured else None
+    content = {
+        "out": str(folder),
+        "values": values,
+        "training": training,
+        "steps": len(steps),
+        "seconds": sum(line["seconds"] for line in steps),
+        "images": sum(line["samples"] for line in steps),
+        "skipped": sum(line["skipped"] for line in steps),
+        "curves": _curves(steps, validations),
+        "roc": None,
+        "scores": None,
+        "points": verification.points if verification else [],
+        "pairs": (verification.genuine_pairs, verification.impostor_pairs) if verification else None,
+        "unusable": list(unusable.items()),
+        "choices": [(key.replace("_", " "), _text(value)) for key, value in training["fingerprint"].items()],
+    }
+    if verification is not None:
+        exact = [(p.rate, p.true_accept_rate) for p in verification.points if p.true_accept_rate is not None]
+        content["roc"] = draw_roc(*verification.curve(), exact, verification.impostor_pairs)
+        content["scores"] = draw_scores(*verification.histogram(BINS))
+    write_durably(folder / "report.html", render_page("face_training.html", "training of faces", content).encode())
+
+
+def _curves(steps: list[dict[str, Any]], validations: list[dict[str, Any]]) -> list[Chart]:
+    def of(lines: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+        return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+
+    ends = [line["step"] for line in steps]
+    tar = [(line["step"], line["tar"]["1e-3"]) for line in validations if line.get("tar", {}).get("1e-3") is not None]
+    charts = [
+        ("Loss", [("loss", of(steps, "loss"))], None),
+        ("Identities never seen", [("rank-1", of(validations, "rank_1")), ("TAR at FAR 1e-3", tar)], 1.0),
+        ("Norm of the gradient, before clipping", [("norm", of(steps, "gradient_norm"))], None),
+        ("Learning rate", [("embedder", of(steps, "rate"))], None),
+    ]
+    return [
+        draw_series(title, lines, points=POINTS, top=top, last=max(ends))
+        for title, lines, top in charts
+        if ends and any(points for _, points in lines)
+    ]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(part)}" for key, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "-"
+    return "-" if value is None else str(value)

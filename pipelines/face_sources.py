@@ -1,0 +1,231 @@
+"""Where `face train` gets its faces: synthetic:N, a folder of folders, a CSV list, a RecordIO file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..models.faceid.face_source import FaceSource, PictureFiles, Read, RecordPictures, Whole, hold_out
+from ..models.faceid.image_list import read_image_list
+from ..models.faceid.images import find_people
+from ..models.faceid.record_io import RecordFile
+from ..sample_data.faces import OUTSIDE_TRAINING
+from ..sample_data.identities import Nuisances, draw_faces
+from ..sample_data.identity_list import IdentityList
+from ..tiler.errors import UsageError
+from .console import count_of
+
+SYNTHETIC = "synthetic:"
+HELD_OUT = 500
+"""Identities that are kept for measuring where nothing is said; of real ones at most a twentieth."""
+MOST_COMPARED = 200_000
+"""Picture files whose contents are compared before a training."""
+_TRIED = 20
+"""Pictures that are opened to learn their size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyntheticOptions:
+    """Of synthetic identities."""
+
+    samples: int
+    """Of each in an epoch, on average."""
+    zipf: float
+    label_noise: float
+    pose: float
+    light: float
+    occlusion: float
+    noise: float
+
+
+class SyntheticFaces:
+    """Faces drawn where they are asked for; each epoch has new ones."""
+
+    def __init__(
+        self,
+        samples: IdentityList,
+        nuisances: Nuisances,
+        size: tuple[int, int],
+        seed: int,
+        *,
+        first_identity: int = 0,
+        first_sample: int = 0,
+    ) -> None:
+        self._samples, self._nuisances, self.size, self._seed = samples, nuisances, size, seed
+        self._first_identity, self._first_sample = first_identity, first_sample
+        self.identities = samples.identities
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def labels_of(self, samples: Whole, epochs: Whole) -> Whole:
+        return self._samples.look_up(samples, epochs)[2]
+
+    def read(self, samples: Whole, epochs: Whole) -> Read:
+        identity, number, _ = self._samples.look_up(samples, epochs)
+        identity, number = identity + self._first_identity, number + self._first_sample
+        return list(draw_faces(self._seed, identity, number, *self.size, self._nuisances)), []
+
+    def describe(self) -> dict[str, Any]:
+        known = self._samples
+        return {
+            "identities": known.identities,
+            "samples": known.samples,
+            "zipf": known.zipf,
+            "label_noise": known.label_noise,
+            **asdict(self._nuisances),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedFaces:
+    """What a training sees, and what it is measured on."""
+
+    training: FaceSource
+    held_out: FaceSource | None
+    remarks: list[str]
+    left_out: list[tuple[str, str]]
+    """(picture or identity, reason) of what is not used from the start."""
+
+
+def open_faces(
+    text: str, *, size: tuple[int, int] | None, held_out: int | None, seed: int, synthetic: SyntheticOptions
+) -> OpenedFaces:
+    """Open a source; no picture is decoded but some to learn their size.
+
+    Args:
+        text: "synthetic:N", or the path of a folder, a .csv list or a .rec file.
+        size: (height, width) of the pictures; None: 32 x 32 of synthetic ones, that of the first picture of others.
+        held_out: identities to measure with; None: 500, or a twentieth of the real ones.
+
+    Raises:
+        UsageError: no such source, too few identities, values out of range.
+        HeadError: so many cannot be held out; a RecordIO file that is none.
+    """
+    if text.startswith(SYNTHETIC):
+        return _open_synthetic(text, size or (32, 32), HELD_OUT if held_out is None else held_out, seed, synthetic)
+    path, remarks, left_out = Path(text), list[str](), list[tuple[str, str]]()
+    source: FaceSource
+    if path.suffix.lower() == ".rec":
+        records = RecordFile(path)
+        source = RecordPictures(records, size or _find_size(records.read(place) for place in range(len(records.keys))))
+    else:
+        if path.is_dir():
+            found = find_people(path)
+            names = list(found.people)
+            paths = [str(picture) for pictures in found.people.values() for picture in pictures]
+            labels = np.repeat(np.arange(len(names)), [len(pictures) for pictures in found.people.values()])
+            left_out += [(name, "its folder has no picture") for name in found.empty]
+            if found.stray:
+                remarks.append(f"{count_of(found.stray, 'file')} left alone: no pictures, or in no identity's folder")
+        elif path.suffix.lower() == ".csv":
+            listed = read_image_list(path)
+            paths, labels, names = listed.paths, listed.labels, listed.names
+            if listed.repeated:
+                remarks.append(f"{count_of(listed.repeated, 'line')} left out: the picture is listed before")
+        else:
+            raise UsageError(
+                f"faces come from synthetic:N, a folder with a folder for each identity, NAME.csv or NAME.rec, got "
+                f"{text}{'' if path.exists() else ', which is not there'}"
+            )
+        if len(paths) <= MOST_COMPARED:
+            twins = _find_twins(paths, labels)
+            left_out += [(paths[place], reason) for place, reason in twins.items()]
+            kept = np.setdiff1d(np.arange(len(paths)), np.fromiter(twins, np.int64, len(twins)))
+            paths, labels = [paths[place] for place in kept], labels[kept]
+        else:
+            remarks.append(f"{len(paths):,} pictures: not compared with each other, as up to {MOST_COMPARED:,} are")
+        source = PictureFiles(paths, labels, names, size or _find_size(Path(entry) for entry in paths))
+    return _part(text, source, held_out, seed, remarks, left_out)
+
+
+def _part(
+    text: str,
+    source: FaceSource,
+    held_out: int | None,
+    seed: int,
+    remarks: list[str],
+    left_out: list[tuple[str, str]],
+) -> OpenedFaces:
+    everything = np.arange(len(source))
+    pictures = np.bincount(source.labels_of(everything, np.zeros_like(everything)), minlength=source.identities)
+    if (pictures > 0).sum() < 2:
+        raise UsageError(f"{text} must have 2 identities to tell apart, got {(pictures > 0).sum()}")
+    single = int((pictures == 1).sum())
+    if single:
+        remarks.append(
+            f"{single:,} of {source.identities:,} identities have one picture, which does not show how they vary"
+        )
+    several = int((pictures > 1).sum())
+    count = min(HELD_OUT, source.identities // 20, several) if held_out is None else held_out
+    training, kept = hold_out(source, count, seed)
+    return OpenedFaces(training=training, held_out=kept, remarks=remarks, left_out=left_out)
+
+
+def _open_synthetic(
+    text: str, size: tuple[int, int], held_out: int, seed: int, options: SyntheticOptions
+) -> OpenedFaces:
+    number = text.removeprefix(SYNTHETIC).replace("_", "").replace(",", "")
+    if not number.isdecimal() or int(number) < 2:
+        raise UsageError(f"synthetic faces need 2 identities or more, such as synthetic:2000, got {text}")
+    count = int(number)
+    try:
+        nuisances = Nuisances(pose=options.pose, light=options.light, occlusion=options.occlusion, noise=options.noise)
+        samples = IdentityList(
+            identities=count, samples=options.samples, zipf=options.zipf, label_noise=options.label_noise, seed=seed
+        )
+        training = SyntheticFaces(samples, nuisances, size, seed)
+        kept = None
+        if held_out:
+            shown = IdentityList(identities=max(2, held_out), samples=4)
+            kept = SyntheticFaces(shown, nuisances, size, seed, first_identity=count, first_sample=OUTSIDE_TRAINING)
+        draw_faces(0, np.zeros(1, np.int64), np.zeros(1, np.int64), *size)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return OpenedFaces(training=training, held_out=kept, remarks=[], left_out=[])
+
+
+def _find_size(pictures: Iterable[Path | bytes]) -> tuple[int, int]:
+    """Of the first picture that can be opened."""
+    import io
+
+    for tried, picture in enumerate(pictures):
+        if tried == _TRIED:
+            break
+        try:
+            with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+                return image.height, image.width
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            continue
+    raise UsageError(f"none of the first {_TRIED} pictures can be opened; say with --size how large pictures are")
+
+
+def _find_twins(paths: Sequence[str], labels: Whole) -> dict[int, str]:
+    """Files with the content of one before them, with the reason to leave them out."""
+    by_size: dict[int, list[int]] = defaultdict(list)
+    for place, path in enumerate(paths):
+        try:
+            by_size[Path(path).stat().st_size].append(place)
+        except OSError:
+            continue  # it is named when it is read
+    twins: dict[int, str] = {}
+    for places in by_size.values():
+        seen: dict[bytes, int] = {}
+        for place in places if len(places) > 1 else ():
+            try:
+                with Path(paths[place]).open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").digest()
+            except OSError:
+                continue
+            other = seen.setdefault(content, place)
+            if other != place:
+                same = "the same" if labels[other] == labels[place] else "another"
+                twins[place] = f"it is the same file as {paths[other]}, of {same} identity"
+    return twins

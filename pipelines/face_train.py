@@ -1,0 +1,261 @@
+"""`outsize face train`: an embedder and its giant layer, planned, started on its ranks, safe to kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import distributed as dist
+from torch import nn
+
+from .. import __version__
+from ..models.faceid.augmentation import FaceAugmentation
+from ..models.faceid.batch_loader import BatchLoader
+from ..models.faceid.checkpoint import list_generations
+from ..models.faceid.head_plan import plan_head
+from ..models.faceid.row_rules import RULES
+from ..tiler.errors import BudgetError, OutputError
+from ..tiler.files import write_durably
+from ..tiler.machine import cpu_count, find_versions, map_large_blocks
+from ..tiler.memory import format_bytes
+from .console import Console, count_of
+from .face import available_bytes, require_cores
+from .face_sources import SYNTHETIC, OpenedFaces
+from .face_training import FaceTraining, train_rank, write_spec
+from .ranks import RankError, is_started_by_torchrun, leave_ranks, run_ranks
+
+TRAINING, LOCK = "training.json", ".lock"
+_NOT_THE_TRAJECTORY = ("out", "threads", "save_every", "evaluate_every", "source")
+"""Of `FaceTraining`: what may differ from call to call."""
+
+
+def run_face_train(
+    console: Console, training: FaceTraining, *, ranks: int, threads: int | None, memory: str | None
+) -> bool:
+    """Train, or go on; False where some pictures could not be used.
+
+    Started by torchrun, this process is one of its ranks.
+
+    Args:
+        training: its `threads` are set here.
+        threads: of each rank; None: the cores divided among them.
+
+    Raises:
+        UsageError, HeadError: a choice that breaks a rule, a source that cannot be trained on.
+        OutputError: OUT holds something else, or another training runs there.
+        BudgetError: it does not fit.
+        RankError: a rank ended early.
+        KeyboardInterrupt: stopped, and saved.
+    """
+    if is_started_by_torchrun():
+        return _run_as_rank(console, training, threads, memory)
+    require_cores(ranks)
+    training = replace(training, threads=threads or max(1, cpu_count() // ranks))
+    out = Path(training.out)
+    with _owning(out):
+        faces = _prepare(console, training, ranks, memory)
+        try:
+            if ranks == 1:
+                result = train_rank(console, training, faces)
+            else:
+                with tempfile.TemporaryDirectory() as folder:
+                    write_spec(training, ranks, Path(folder))
+                    result = run_ranks("outsize.pipelines.face_training", ranks, training.threads, Path(folder))
+        except RankError as error:
+            raise RankError(f"{error}; {_how_to_go_on(out)}") from error
+        except KeyboardInterrupt:
+            console.remark(f"{out}: stopped; {_how_to_go_on(out)}")
+            raise
+    assert result is not None
+    return _show(console, result)
+
+
+def _run_as_rank(console: Console, training: FaceTraining, threads: int | None, memory: str | None) -> bool:
+    """One rank of torchrun; rank 0 prepares the folder and shows the result."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    training = replace(training, threads=threads or max(1, cpu_count() // local))
+    out = Path(training.out)
+    dist.init_process_group("gloo")
+    with _owning(out) if rank == 0 else nullcontext():
+        faces = _prepare(console, training, ranks, memory) if rank == 0 else training.open()
+        dist.barrier()
+        result = train_rank(console, training, faces)
+        leave_ranks()
+    return _show(console, result) if result is not None else True
+
+
+def _prepare(console: Console, training: FaceTraining, ranks: int, memory: str | None) -> OpenedFaces:
+    """Everything that can be refused before the first step; leaves training.json."""
+    map_large_blocks()
+    _ = training.rates, FaceAugmentation.parse(training.augment)
+    faces = training.open()
+    for line in faces.remarks:
+        console.remark(line)
+    loader = BatchLoader(
+        source=faces.training,
+        augmentation=FaceAugmentation(),
+        batch=training.batch,
+        micro_batch=training.micro_batch,
+        seed=training.seed,
+        ranks=ranks,
+    )
+    model = training.describe_embedder(faces.training.size).build(recompute=training.recompute)
+    fingerprint = _fingerprint(training, faces)
+    _require_same(Path(training.out), fingerprint)
+    plan = plan_head(
+        faces.training.identities,
+        training.dim,
+        batch=training.batch,
+        ranks=ranks,
+        threads=training.threads,
+        storage=getattr(torch, training.storage),
+        rule=RULES[training.rule](lr=training.head_lr),
+        sample=training.sample,
+    )
+    console.remark(plan.explain())
+    held = -(-loader.micro_batches // ranks) * training.micro_batch
+    embedder = ranks * plan_embedder_bytes(model, faces.training.size, held, training.micro_batch * training.threads)
+    total, budget = plan.machine_bytes + embedder, available_bytes(memory)
+    console.remark(
+        f"embedder  {training.network}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, images "
+        f"{faces.training.size[0]} x {faces.training.size[1]}: {format_bytes(embedder)}, with the layer "
+        f"{format_bytes(total)}"
+    )
+    if embedder < budget:
+        plan.require(budget - embedder)  # says how many classes would fit
+    else:
+        raise BudgetError(
+            f"layer and embedder need {format_bytes(total)}, there are {format_bytes(budget)}; make --batch smaller, "
+            "or give --recompute"
+        )
+    path = Path(training.out) / TRAINING
+    if not path.exists():
+        described = {
+            "version": __version__,
+            "fingerprint": fingerprint,
+            "command": ["outsize", *sys.argv[1:]],
+            "versions": find_versions(),
+            "data": {
+                "source": training.source,
+                "identities": faces.training.identities,
+                "samples": len(faces.training),
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "predicted_bytes": total,
+            },
+        }
+        write_durably(path, json.dumps(described, indent=1).encode() + b"\n")
+    return faces
+
+
+def plan_embedder_bytes(model: nn.Module, size: tuple[int, int], held: int, computed: int) -> int:
+    """Of one rank: weights, gradient and its exact sum, moments; what the backward pass needs of `held` images,
+    measured with one; what is computed at once with `computed` of them."""
+    kept: dict[int, int] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    largest = 0
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            largest = max(largest, storage.nbytes())
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = model(torch.zeros((1, 3, *size)))
+    del result
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    # float32: weights, gradient, two moments, and one micro-batch's gradient; float64 and int64: the exact sum.
+    return parameters * (5 * 4 + 3 * 8) + held * sum(kept.values()) + 4 * computed * largest
+
+
+def _fingerprint(training: FaceTraining, faces: OpenedFaces) -> dict[str, Any]:
+    """What the trajectory depends on, as plain values; neither ranks nor threads."""
+    values = {key: value for key, value in asdict(training).items() if key not in _NOT_THE_TRAJECTORY}
+    if not training.source.startswith(SYNTHETIC):
+        del values["synthetic"]
+    values["size"] = faces.training.size
+    return json.loads(json.dumps({"faces": faces.training.describe(), **values}))
+
+
+def _require_same(out: Path, ours: dict[str, Any]) -> None:
+    """A folder holds one training.
+
+    Raises:
+        OutputError: names what differs.
+    """
+    path = out / TRAINING
+    if not path.exists():
+        return
+    try:
+        theirs = json.loads(path.read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError) as error:
+        raise OutputError(f"{path} cannot be read: {error}; choose another folder") from error
+    said = [
+        f"{key.replace('_', ' ')} {json.dumps(theirs.get(key))[:80]} there, {json.dumps(ours.get(key))[:80]} now"
+        for key in sorted({*ours, *theirs})
+        if ours.get(key) != theirs.get(key)
+    ]
+    if said:
+        raise OutputError(f"{out} holds another training: {'; '.join(said[:4])}; choose another folder")
+
+
+@contextmanager
+def _owning(out: Path) -> Iterator[None]:
+    """One training in one folder at a time.
+
+    Raises:
+        OutputError: another one runs there, or something else lies there.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        strangers = [path.name for path in out.iterdir() if path.name != LOCK]
+        if strangers and not (out / TRAINING).exists():
+            raise OutputError(f"{out} must be a new or empty folder, or hold this training, got {strangers[0]} there")
+        lock = FileLock(out / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(f"another training runs in {out}; wait for it, or choose another folder") from None
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error}; choose another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _how_to_go_on(out: Path) -> str:
+    generations = list_generations(out)
+    step = f"from step {generations[0].step}" if generations else "from the start, nothing was saved yet"
+    return f"the same command goes on {step}, with any number of ranks"
+
+
+def _show(console: Console, result: dict[str, Any]) -> bool:
+    begun = f"went on from step {result['first_step']}, " if result["first_step"] else ""
+    loss = f"loss {result['loss']:.3f}, " if result["loss"] is not None else "nothing was left to do, "
+    found = "not measured on identities never seen"
+    if "rank_1" in result:
+        rates = "".join(
+            f", TAR {100 * share:.1f} % at FAR {rate}" for rate, share in result["tar"].items() if rate == "1e-3"
+        )
+        found = f"rank-1 of {result['identities']:,} identities never seen {100 * result['rank_1']:.1f} %{rates}"
+    lines = [
+        f"{result['out']}: {begun}{loss}{found}, peak memory {format_bytes(result['peak_bytes'])}; "
+        "train.jsonl and report.html lie beside it"
+    ]
+    if result["unusable"]:
+        lines.append(f"{count_of(result['unusable'], 'picture')} could not be used: unreadable.jsonl names them")
+    console.result("\n".join(lines), result)
+    return not result["unusable"]

@@ -1,0 +1,104 @@
+"""Ranks of torch.distributed on this machine: started, watched, ended together.
+
+They find each other by a file and talk over the loopback interface. torchrun would do the same work, but its rendezvous
+listens on every interface of the machine and unpickles what it is sent; a command that is started by torchrun is one of
+its ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import distributed as dist
+
+from ..tiler.errors import TilerError
+
+INTERRUPTED = 130
+LOST = 75
+"""A rank could not reach another one, which is the cause."""
+_GOOD = (0, INTERRUPTED)
+_SETTLE_S = 1.0
+"""For the others to fail, once one has: the first that is seen need not be the cause."""
+
+
+class RankError(TilerError):
+    """A rank ended early."""
+
+
+def run_ranks(module: str, ranks: int, threads: int, folder: Path) -> dict[str, Any]:
+    """Run `python -m module RANK FOLDER` for each rank; what rank 0 wrote to FOLDER/result.json.
+
+    Interrupted, it asks the ranks to stop and waits for them; interrupted again, it ends them.
+
+    Raises:
+        RankError: a rank ended early; the others are ended too.
+        KeyboardInterrupt: the ranks stopped when they were asked to.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen([sys.executable, "-P", "-m", module, str(rank), str(folder)], env=environment)
+        for rank in range(ranks)
+    ]
+    try:
+        try:
+            _watch(processes)
+        except KeyboardInterrupt:
+            for process in processes:
+                process.send_signal(signal.SIGTERM)
+            _watch(processes)
+            raise
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return json.loads((folder / "result.json").read_text())
+
+
+def _watch(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Wait until all have ended well, or have stopped as they were asked to."""
+    while any(process.poll() is None for process in processes):
+        if any(process.returncode not in (None, *_GOOD) for process in processes):
+            deadline = time.monotonic() + _SETTLE_S
+            while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+                time.sleep(0.05)
+            break
+        time.sleep(0.05)
+    codes = [process.poll() for process in processes]
+    if all(code in _GOOD for code in codes):
+        if INTERRUPTED in codes:
+            raise KeyboardInterrupt
+        return
+    # A rank that was killed is the cause of what others say of it.
+    failed = [rank for rank, code in enumerate(codes) if code not in (None, *_GOOD)]
+    rank = min(failed, key=lambda rank: (codes[rank] == LOST, codes[rank] or 0))
+    code = codes[rank] or 0
+    if code < 0:
+        raise RankError(f"rank {rank} of {len(codes)} was ended by {signal.Signals(-code).name}")
+    if code == LOST:
+        raise RankError(f"the {len(codes)} ranks lost each other")
+    raise RankError(f"rank {rank} of {len(codes)} ended with code {code}; what it said stands above")
+
+
+def join_ranks(rank: int, ranks: int, folder: Path) -> None:
+    """Become a rank that `run_ranks` started."""
+    if ranks > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+
+
+def leave_ranks() -> None:
+    """Wait for the others, and close what connects them."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def is_started_by_torchrun() -> bool:
+    """Whether this process is a rank of torchrun, or of anything that sets its variables."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ

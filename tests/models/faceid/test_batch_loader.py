@@ -1,0 +1,184 @@
+"""Batches: the same samples for any number of ranks and after a resume; unusable pictures; augmentation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from outsize.models.faceid.augmentation import FaceAugmentation
+from outsize.models.faceid.batch_loader import BatchLoader
+from outsize.models.faceid.errors import HeadError
+from outsize.models.faceid.face_source import PictureFiles, SourcePart, hold_out
+from outsize.models.faceid.image_list import read_image_list
+from outsize.tiler.errors import UsageError
+from PIL import Image
+
+SIZE = (9, 7)
+LABELS = np.array([0, 0, 1, 1, 2, 2, 2, 3, 4, 4, 4])
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> PictureFiles:
+    """Eleven pictures of five identities: each of one colour, its number; the fourth is damaged."""
+    folder, paths = tmp_path_factory.mktemp("pictures"), list[str]()
+    for number in range(len(LABELS)):
+        paths.append(str(folder / f"{number}.png"))
+        Image.fromarray(np.full((*SIZE, 3), 10 * number, np.uint8)).save(paths[-1])
+    Path(paths[3]).write_bytes(b"no picture")
+    return PictureFiles(paths, LABELS, [f"name {number}" for number in range(5)], SIZE)
+
+
+def loader(source: Any, **values: Any) -> BatchLoader:
+    return BatchLoader(
+        **{"source": source, "augmentation": FaceAugmentation(), "batch": 8, "micro_batch": 3, "seed": 1, **values}
+    )
+
+
+def collect(
+    source: Any, ranks: int, first: int = 0, end: int = 6, **values: Any
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(images, labels) of each step, of all ranks in their order."""
+    runs = [list(loader(source, rank=rank, ranks=ranks, **values).run(first, end, threads=2)) for rank in range(ranks)]
+    return [
+        (
+            np.concatenate([batch.images.numpy() for batches in step for batch in batches]),
+            np.concatenate([batch.labels.numpy() for batches in step for batch in batches]),
+        )
+        for step in zip(*runs, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("augment", ["none", "flip,colour=0.3,crop=0.2,erase=0.5"])
+def test_steps_are_the_same_for_any_ranks_and_after_a_resume(source: PictureFiles, augment: str) -> None:
+    varied = {"augmentation": FaceAugmentation.parse(augment)}
+    alone = collect(source, 1, **varied)
+    for ranks in (2, 3):
+        for one, other in zip(alone, collect(source, ranks, **varied), strict=True):
+            assert (one[0] == other[0]).all()
+            assert (one[1] == other[1]).all()
+    # Step 4 begins in the middle of the third epoch: 32 samples of 11 an epoch are gone.
+    for one, other in zip(alone[4:], collect(source, 2, first=4, **varied), strict=True):
+        assert (one[0] == other[0]).all()
+        assert (one[1] == other[1]).all()
+
+
+def test_each_epoch_shows_each_picture_with_its_label(source: PictureFiles) -> None:
+    steps = collect(source, 1, end=11)  # 88 samples: 8 epochs
+    images, labels = (np.concatenate(parts) for parts in zip(*steps, strict=True))
+    for epoch in range(8):
+        part = slice(11 * epoch, 11 * (epoch + 1))
+        numbers, found = images[part, 0, 0, 0] // 10, labels[part]
+        assert sorted(numbers[found >= 0].tolist()) == [0, 1, 2, *range(4, 11)]
+        assert (found[found >= 0] == LABELS[numbers[found >= 0]]).all()
+        assert (found < 0).sum() == 1
+
+
+def test_unusable_pictures_are_named_with_their_reason(source: PictureFiles) -> None:
+    failed = [entry for step in loader(source).run(0, 6, threads=1) for batch in step for entry in batch.failed]
+    assert len(failed) in (4, 5)  # 48 samples are four epochs and a part
+    assert {Path(path).name for path, _ in failed} == {"3.png"}
+    assert {reason for _, reason in failed} == {"it cannot be read: cannot identify image file '3.png'"}
+
+
+def test_identities_that_are_held_out_are_in_no_batch(source: PictureFiles) -> None:
+    training, kept = hold_out(source, 2, seed=0)
+    assert kept is not None
+    assert (training.identities, kept.identities) == (3, 2)
+    colours: list[set[int]] = []
+    for part in (training, kept):
+        steps = collect(part, 1, end=4)
+        images, labels = (np.concatenate(parts) for parts in zip(*steps, strict=True))
+        assert set(labels[labels >= 0].tolist()) == set(range(part.identities))
+        colours.append(set((images[labels >= 0, 0, 0, 0] // 10).tolist()))
+    assert not colours[0] & colours[1]
+    assert set(LABELS[list(colours[0])]) | set(LABELS[list(colours[1])]) == set(range(5))
+    assert 7 in colours[0]  # an identity with one picture cannot be measured
+    assert training.describe() != hold_out(source, 2, seed=1)[0].describe()
+    with pytest.raises(HeadError, match="5 identities cannot be held out of 5, of which 4 have two"):
+        hold_out(source, 5, seed=0)
+    with pytest.raises(HeadError, match="must have pictures"):
+        SourcePart(source, np.zeros(0, np.int64))
+
+
+def test_more_ranks_than_micro_batches_are_refused(source: PictureFiles) -> None:
+    with pytest.raises(HeadError, match="4 ranks need a micro-batch each, a batch of 8 has 3 of 3"):
+        loader(source, ranks=4)
+    with pytest.raises(HeadError, match="must be >= 1"):
+        loader(source, batch=0)
+
+
+def test_each_kind_of_augmentation_does_what_its_name_says() -> None:
+    pixels = np.random.default_rng(0).integers(40, 200, (24, 24, 3), dtype=np.uint8)
+    mirrored = FaceAugmentation(flip=1.0).apply(pixels, 0, 0, 0)
+    assert (mirrored == pixels[:, ::-1]).all()
+    flips = [(FaceAugmentation(flip=0.5).apply(pixels, 0, 0, sample) != pixels).any() for sample in range(200)]
+    assert 70 < sum(flips) < 130
+    coloured = FaceAugmentation(colour=0.2).apply(pixels, 0, 0, 1).astype(int)
+    for channel in range(3):  # one affine map for each colour
+        slope = np.polyfit(pixels[..., channel].ravel(), coloured[..., channel].ravel(), 1)
+        assert abs(np.polyval(slope, pixels[..., channel]) - coloured[..., channel]).max() < 1
+    erased = FaceAugmentation(erase=1.0).apply(pixels, 0, 0, 2) != pixels
+    assert 0.01 < erased.any(axis=2).mean() < 0.25
+    cropped = FaceAugmentation(crop=0.3).apply(pixels, 0, 0, 3)
+    assert cropped.shape == pixels.shape
+    assert (cropped != pixels).mean() > 0.5
+
+
+def test_a_variant_is_a_function_of_seed_epoch_and_sample() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    varied = FaceAugmentation(flip=0.5, colour=0.2, crop=0.2, erase=0.5)
+    again = [varied.apply(pixels, 1, 2, 3).tobytes() for _ in range(2)]
+    assert again[0] == again[1]
+    others = {varied.apply(pixels, *numbers).tobytes() for numbers in ((1, 2, 4), (1, 3, 3), (2, 2, 3))}
+    assert len({*others, again[0]}) == 4
+    assert FaceAugmentation.parse("none").apply(pixels, 1, 2, 3) is pixels
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("turn", "augmentations are flip, colour, crop, erase"),
+        ("colour=x", "colour must be a number, such as colour=0.1, got 'x'"),
+        ("crop=0.9", r"crop must be in 0 \.\.\. 0\.5, got 0\.9"),
+    ],
+)
+def test_other_augmentations_are_refused(text: str, message: str) -> None:
+    with pytest.raises(HeadError, match=message):
+        FaceAugmentation.parse(text)
+    assert str(FaceAugmentation.parse("erase,flip=0.25")) == "flip=0.25,erase=0.2"
+
+
+def test_a_list_is_read_with_its_labels(tmp_path: Path) -> None:
+    place = tmp_path / "list.csv"
+    place.write_text(
+        'path,label,note\na/1.png,Zoe,\n"b,1.png",Ada,x\na/1.png,Zoe,\n/c.png,Zoe,\n', encoding="utf-8-sig"
+    )
+    found = read_image_list(place)
+    assert found.paths == [str(tmp_path / "a/1.png"), str(tmp_path / "b,1.png"), "/c.png"]
+    assert [found.names[label] for label in found.labels] == ["Zoe", "Ada", "Zoe"]
+    assert found.repeated == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.png,1\n", "must begin with the line path,label, got 'a.png,1'"),
+        ("path,label\n", "must list pictures below its first line"),
+        ("path,label\na.png,\n", "line 2 of .* must have a path and a label, got 'a.png', ''"),
+        ("path,label\na.png\n", "line 2 of .* must have a path and a label, got 'a.png', None"),
+        ("path,label\na.png,1\na.png,2\n", "line 3 of .* gives a.png the label 2, line 2 1"),
+    ],
+)
+def test_lists_that_cannot_be_used_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read_image_list(tmp_path / "list.csv")
+
+
+def test_other_lists_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a list of pictures must be CSV"):
+        read_image_list(tmp_path / "list.parquet")
+    with pytest.raises(UsageError, match="must be a list of pictures that can be read"):
+        read_image_list(tmp_path / "list.csv")

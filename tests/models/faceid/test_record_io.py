@@ -1,0 +1,152 @@
+"""RecordIO against a writer of its own, which follows the format's description alone."""
+
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from outsize.models.faceid.errors import HeadError
+from outsize.models.faceid.face_source import RecordPictures
+from outsize.models.faceid.images import ImageError
+from outsize.models.faceid.record_io import RecordFile
+from PIL import Image
+
+MAGIC = bytes.fromhex("0a23d7ce")
+
+
+def frame(payload: bytes) -> bytes:
+    """One record: cut wherever the magic stands at a multiple of four bytes."""
+    places = [at for at in range(0, len(payload) - 3, 4) if payload[at : at + 4] == MAGIC]
+    begins, ends = [0, *(at + 4 for at in places)], [*places, len(payload)]
+    parts = [payload[begin:end] for begin, end in zip(begins, ends, strict=True)]
+    out = b""
+    for number, part in enumerate(parts):
+        kind = 0 if len(parts) == 1 else 1 if number == 0 else 3 if number == len(parts) - 1 else 2
+        out += MAGIC + (kind * 2**29 + len(part)).to_bytes(4, "little") + part + bytes(-len(part) % 4)
+    return out
+
+
+def entry(label: float | list[float], content: bytes, number: int = 0) -> bytes:
+    if isinstance(label, list):
+        head = len(label).to_bytes(4, "little") + struct.pack("<f", 0) + number.to_bytes(8, "little") + bytes(8)
+        return head + np.array(label, "<f4").tobytes() + content
+    return bytes(4) + struct.pack("<f", label) + number.to_bytes(8, "little") + bytes(8) + content
+
+
+def write(folder: Path, entries: dict[int, bytes]) -> Path:
+    body, index = b"", ""
+    for key, payload in entries.items():
+        index += f"{key}\t{len(body)}\n"
+        body += frame(payload)
+    (folder / "train.rec").write_bytes(body)
+    (folder / "train.idx").write_text(index)
+    return folder / "train.rec"
+
+
+def picture(seed: int, size: tuple[int, int] = (10, 12)) -> tuple[np.ndarray, bytes]:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return pixels, buffer.getvalue()
+
+
+def indexed(
+    folder: Path, labels: list[int], wrong: dict[int, float] | None = None, size: tuple[int, int] = (10, 12)
+) -> Path:
+    """Pictures 1 ... n in the order of their labels, identities behind them, as published sets have it."""
+    end, identities = len(labels) + 1, sorted(set(labels))
+    entries = {0: entry([end, end + len(identities)], b"")}
+    for key, label in enumerate(labels, 1):
+        entries[key] = entry([float((wrong or {}).get(key, label)), 0.0], picture(key, size)[1], key)
+    for number, identity in enumerate(identities):
+        first = labels.index(identity) + 1
+        entries[end + number] = entry([first, first + labels.count(identity)], b"")
+    return write(folder, entries)
+
+
+def test_pictures_and_labels_are_those_that_were_written(tmp_path: Path) -> None:
+    source = RecordPictures(RecordFile(indexed(tmp_path, [0, 0, 0, 1, 2, 2])), (10, 12))
+    assert (len(source), source.identities) == (6, 3)
+    everything = np.arange(6)
+    assert source.labels_of(everything, everything).tolist() == [0, 0, 0, 1, 2, 2]
+    pixels, failed = source.read(everything[::-1], everything)
+    assert not failed
+    for number, found in enumerate(pixels):
+        assert found is not None
+        assert (found == picture(6 - number)[0]).all()
+
+
+def test_a_file_without_an_index_inside_is_read_record_by_record(tmp_path: Path) -> None:
+    path = write(tmp_path, {key: entry(label, picture(key)[1]) for key, label in ((3, 70.0), (1, 5.0), (2, 5.0))})
+    file = RecordFile(path)
+    assert file.keys.tolist() == [1, 2, 3]
+    assert file.labels.tolist() == [5, 5, 70]
+    source = RecordPictures(file, (10, 12))
+    assert source.identities == 2  # labels that nobody has are no classes
+    assert source.labels_of(np.arange(3), np.zeros(3, np.int64)).tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "content", [MAGIC, MAGIC * 3, b"ab" + MAGIC, b"abcd" + MAGIC + b"x", b"abc" + MAGIC + MAGIC, b""]
+)
+def test_a_record_that_holds_the_magic_is_put_together_again(tmp_path: Path, content: bytes) -> None:
+    path = write(tmp_path, {1: entry(0.0, content), 2: entry(1.0, b"next")})
+    file = RecordFile(path)
+    assert file.read(0) == content
+    assert file.read(1) == b"next"
+
+
+def test_damage_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
+    path = indexed(tmp_path, [0, 0, 1, 1], wrong={2: 7.0})
+    body = bytearray(path.read_bytes())
+    at = int((tmp_path / "train.idx").read_text().splitlines()[3].split("\t")[1])
+    body[at] ^= 1
+    path.write_bytes(body)
+    source = RecordPictures(RecordFile(path), (10, 12))
+    pixels, failed = source.read(np.arange(4), np.zeros(4, np.int64))
+    assert [found is None for found in pixels] == [False, True, True, False]
+    assert failed[0] == (f"{path}, record 2", "its label is 7, the file's index says 0")
+    assert failed[1][1].startswith(f"record 3 of train.rec is damaged: no record is at byte {at}")
+    file = RecordFile(write(tmp_path, {1: entry(0.0, b"no picture"), 2: entry(1.0, b"")}))
+    assert RecordPictures(file, (10, 12)).read(np.arange(2), np.arange(2))[1][0][1].startswith("it cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({1: entry(-1.0, b"x")}, "labels must be whole numbers from 0, record 1"),
+        ({1: entry(0.5, b"x"), 2: entry(1.0, b"")}, "labels must be whole numbers from 0, record 1"),
+        ({1: entry(float("nan"), b"x")}, "labels must be whole numbers from 0, record 1"),
+        ({1: b"short"}, "5 bytes are no header"),
+        ({1: (9).to_bytes(4, "little") + bytes(20)}, "claims 9 labels"),
+        (
+            {0: entry([2, 3], b""), 1: entry(0.0, b""), 2: entry([0, 9], b"")},
+            r"pictures 0 \.\.\. 8, there are 1 \.\.\. 1",
+        ),
+        ({0: entry([2, 4], b""), 1: entry(0.0, b""), 2: entry([1, 2], b"")}, "record 3 is not in the index"),
+        ({0: entry([1, 1], b"")}, "must hold pictures"),
+    ],
+)
+def test_files_that_cannot_be_used_are_refused(tmp_path: Path, entries: dict[int, bytes], message: str) -> None:
+    with pytest.raises(HeadError, match=message):
+        RecordFile(write(tmp_path, entries))
+
+
+def test_missing_and_cut_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(HeadError, match=r"with train\.idx beside it"):
+        RecordFile(tmp_path / "train.rec")
+    path = indexed(tmp_path, [0, 1])
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(HeadError, match="is damaged"):
+        RecordFile(path)
+    (tmp_path / "train.idx").write_text("one two\n")
+    with pytest.raises(HeadError, match="must be a RecordIO file and its index"):
+        RecordFile(path)
+    (tmp_path / "train.idx").write_text("1\t0\n")
+    file = RecordFile(write(tmp_path, {1: entry(0.0, b"abc")}))
+    file.labels[0] = 3
+    with pytest.raises(ImageError, match="its label is 0, the file's index says 3"):
+        file.read(0)
