@@ -342,11 +342,17 @@ def _sentence(summary: RunSummary, out: Path) -> str:
     loss = f", {summary.precision}: {100 * summary.loss.flipped_share:.3g} % of pixels flipped" if summary.loss else ""
     if not summary.tiles:
         return f"{out}: nothing to do, all {count_of(summary.resumed_tiles, 'tile')} are there{failed}"
+    read = ""
+    if summary.read_amplification is not None:
+        read = (
+            f", blocks decoded {summary.read_amplification:.2f} x (planned {summary.predicted_read_amplification:.2f}, "
+            f"and {summary.check_read_amplification:.2f} for the start check)"
+        )
     return (
         f"{out}: {summary.pixels / 1e6:.1f} Mpx in {format_seconds(summary.seconds)} "
         f"({summary.mpx_per_s:.2f} Mpx/s, start-up {format_seconds(summary.startup_s)}), "
         f"{count_of(summary.tiles, 'tile')}{failed}, peak memory {format_bytes(summary.peak_bytes)} "
-        f"(predicted {format_bytes(summary.predicted_peak_bytes)}){loss}"
+        f"(predicted {format_bytes(summary.predicted_peak_bytes)}){read}{loss}"
     )
 
 

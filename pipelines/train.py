@@ -32,8 +32,9 @@ from ..tiler.labels import LabelOptions, identify_labels
 from ..tiler.machine import map_large_blocks
 from ..tiler.memory import MB, format_bytes
 from ..tiler.meter import MemoryMeter
-from ..tiler.plan import GDAL_CACHE_BYTES, format_seconds
+from ..tiler.plan import format_seconds
 from ..tiler.raster import Raster, ReadOptions, open_with
+from ..tiler.reading import GDAL_CACHE_BYTES
 from .console import Console, Step, count_of, describe_memory, format_table
 from .model import SourceOptions
 from .training_data import TrainingData, prepare_data

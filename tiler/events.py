@@ -32,6 +32,10 @@ class TileRecord:
     """When it ended, in seconds since 1970."""
     chunks: dict[str, tuple[int, str]] = field(default_factory=dict)
     """By path in the store: bytes and hash, as they were flushed to the disk before this record was made."""
+    decoded_bytes: int = 0
+    """Of all blocks that its process decoded since its last record; 0 where the plan keeps none, and nobody counts."""
+    checked_bytes: int = 0
+    """Of those that it decoded for the start check, apart."""
 
     @classmethod
     def failure(cls, row: int, column: int, pixels: int, error: str, worker: str = "") -> TileRecord:

@@ -191,7 +191,14 @@ class Grid:
         return [(row, column) for row in rows for column in columns]
 
 
-def order_cells(row_kinds: Sequence[Any], column_kinds: Sequence[Any], strip_rows: int) -> Iterator[tuple[int, int]]:
+def order_cells(
+    row_kinds: Sequence[Any],
+    column_kinds: Sequence[Any],
+    strip_rows: int,
+    *,
+    strips_first: bool = False,
+    turning: bool = False,
+) -> Iterator[tuple[int, int]]:
     """Every (row, column) once: rows of one kind together, of these the columns of one kind, kinds in ascending order;
     and of those column by column through strips of some rows, so that blocks are decoded once for neighbours.
 
@@ -200,14 +207,25 @@ def order_cells(row_kinds: Sequence[Any], column_kinds: Sequence[Any], strip_row
     Args:
         row_kinds: of each row, anything that can be sorted.
         strip_rows: rows of a strip; strips are counted from the first row of all.
+        strips_first: all kinds of columns in one strip before the next strip; else all strips of one kind first.
+        turning: every other strip goes from the last kind to the first, which spares a change of kind; only with
+            `strips_first`.
     """
+    columns_of = _by_kind(column_kinds)
     for rows in _by_kind(row_kinds):
         strips = [list(strip) for _, strip in groupby(rows, key=lambda row: row // strip_rows)]
-        for columns in _by_kind(column_kinds):
-            for strip in strips:
-                for column in columns:
-                    for row in strip:
-                        yield row, column
+        if strips_first:
+            parts = [
+                (strip, columns)
+                for strip in strips
+                for columns in columns_of[:: -1 if turning and strip[0] // strip_rows % 2 else 1]
+            ]
+        else:
+            parts = [(strip, columns) for columns in columns_of for strip in strips]
+        for strip, columns in parts:
+            for column in columns:
+                for row in strip:
+                    yield row, column
 
 
 def _by_kind(kinds: Sequence[Any]) -> list[list[int]]:

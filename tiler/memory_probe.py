@@ -236,7 +236,7 @@ def probe_core(
 
 def _measure(packed: EngineProgram, tile: Tile, shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
     from .cluster import worker_environment
-    from .plan import GDAL_CACHE_BYTES
+    from .reading import GDAL_CACHE_BYTES
 
     # By a pipe, since a pickle in a file would be whoever's can write there; and without the current folder among
     # those that modules come from.

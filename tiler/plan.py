@@ -14,8 +14,8 @@ from .devices import pick_index
 from .engine import ENGINE_EFFICIENCY, PRECISION_SPEED, EngineName, Method, Precision
 from .geometry import Grid, Halo, Interval, Window, order_cells
 from .memory import MB, MemoryPrediction, format_bytes
+from .reading import MUCH_READ, kind_of
 
-GDAL_CACHE_BYTES = 64 * MB
 SLOW_FLOPS_PER_S = 5e9
 """Less than any machine makes of a network that would be used for one: it tells a long tile from a hanging worker."""
 STORE_BYTES = 70 * MB
@@ -87,7 +87,7 @@ class TilePlan:
     flops_bare: int
     """Of one pass over the raster without overlap."""
     read_amplification: float
-    """Pixels decoded for each wanted pixel, by one worker that keeps as many blocks as the plan allows."""
+    """Pixels decoded for each wanted pixel, at most, by workers that keep as many blocks as the plan allows."""
     precision: Precision = "float32"
     device: str = "cpu"
     """"cpu", "cuda" (a worker for each device) or "cuda:N"."""
@@ -104,8 +104,12 @@ class TilePlan:
     """By torch.compile, for each window shape anew."""
     strip_rows: int = 1
     """Rows of tiles that are done together, column by column, so that neighbours find their blocks decoded."""
+    strips_first: bool = False
+    """All kinds of tiles of one strip before the next strip; else all strips of one kind before the next kind."""
     cache_bytes: int = 0
     """Of decoded blocks that a worker keeps; GDAL's cache apart."""
+    block: tuple[int, int] = (0, 0)
+    """(height, width) of the raster's blocks; (0, 0): not known."""
     is_known: bool = True
     """Whether the halo was derived from the traced graph; else the user stated it."""
     check_margin: int = 1
@@ -167,11 +171,15 @@ class TilePlan:
         return Tile(row=row, column=column, core=core, target=target, window=window, crop=crop)
 
     def order(self) -> Iterator[tuple[int, int]]:
-        """Tiles in the order of the run: those of one program or window shape together, so that few are compiled."""
-        heights, widths = (
-            [(span.window[0] - span.window[1], span.kind) for span in spans] for spans in (self.rows, self.columns)
+        """Tiles in the order of the run: those of one program or window shape together, so that few are compiled; see
+        `geometry.order_cells`. Where a block has all columns, kinds may be done in turn without dropping blocks."""
+        return order_cells(
+            [kind_of(span) for span in self.rows],
+            [kind_of(span) for span in self.columns],
+            self.strip_rows,
+            strips_first=self.strips_first,
+            turning=self.block[1] >= self.raster_shape[2],
         )
-        return order_cells(heights, widths, self.strip_rows)
 
     @property
     def slow_tile_s(self) -> float:
@@ -298,6 +306,17 @@ class TilePlan:
                 f"{self.flops / 1e12:.3g} TFLOP, {self.flops_bare / wanted / 1e3:.1f} kFLOP a pixel",
             ),
         ]
+        if self.read_amplification > MUCH_READ and self.block != (0, 0):
+            fewer = ", fewer --workers (they share no blocks)" if self.workers > 1 else ""
+            lines.insert(
+                5,
+                (
+                    "reading",
+                    f"blocks of {self.block[0]} x {self.block[1]} px are decoded up to {self.read_amplification:.1f} "
+                    f"times; to decode them about once: more --memory{fewer}, or `outsize ingest` first, which stores "
+                    "squares of 512 px",
+                ),
+            )
         if self.device_names:
             together = f"batches of {self.batch} windows" if self.batch > 1 else "one window at a time"
             lines.insert(

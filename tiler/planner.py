@@ -14,7 +14,7 @@ from .batches import LANES
 from .check import PATCH, larger_core, larger_window
 from .cost import count_flops, count_output_bytes, count_peak_bytes, image_shapes, program_shapes
 from .devices import MachineFacts, find_facts
-from .engine import Method, Precision
+from .engine import EngineName, Method, Precision
 from .engine_choice import EngineChoice, choose_engine, needs_cuda_facts
 from .errors import BudgetError, UntileableError, UsageError
 from .geometry import Halo, Interval, Window, align_up
@@ -33,8 +33,10 @@ from .memory import (
 )
 from .memory_probe import MemoryLookup, constant_memory
 from .network import Network
-from .plan import GDAL_CACHE_BYTES, STORE_BYTES, Span, Tile, TilePlan, largest_window
+from .plan import STORE_BYTES, Span, Tile, TilePlan, largest_window
 from .raster import Raster
+from .raster_parts import count_pixel_bytes, has_gdal
+from .reading import MUCH_READ, Source, least_held_bytes, plan_reading
 
 CORES = (4096, 3072, 2048, 1024, 512, 256, 128, 64)
 """Sides of a core that a plan may choose, in output pixels."""
@@ -54,13 +56,21 @@ MOST_TILES = 50_000
 """Along one side. A raster that declares more is a mistake or a trap."""
 PROGRAM_FLOPS = 4e12
 """Work from which programs pay that each kind of tile has to be converted for: some ten seconds on two cores."""
-LARGEST_CACHE_BYTES = 128 * MB
-STRIP_BLOCKS = (8, 4, 2, 1)
-"""Heights of a strip of tiles, in blocks of the raster: the strips' borders are decoded twice."""
 FEW_TILES = 64
 """Up to which the start check's tiles are worth more than the logits of all others cost, 1 or 2 % of their time."""
-CACHE_SHARE = 16
-"""Of the budget, at most, goes to decoded blocks that a worker keeps."""
+FLOPS_PER_S = 1e11
+"""Of one core; only for weighing how tiles are read against what they take anyway."""
+SWITCH_S: dict[tuple[EngineName, Method], float] = {
+    ("openvino", "program"): 0.1,
+    ("openvino", "window"): 0.7,
+    ("torch", "program"): 0.0,
+    ("torch", "window"): 0.0,
+}
+"""Of changing to another program or window shape, whatever its size; measured for the default network."""
+SWITCH_BYTES_PER_S = 3000 * MB
+"""And of its tensors, whose memory is touched anew."""
+MOST_WORK = 1.15
+"""Of smaller cores that read less, relative to the largest ones: what more halo costs them."""
 CORES_PER_WORKER = 8
 """CPU cores of one worker process; more are slower in one convolution than in two."""
 CLIENT_BYTES = {
@@ -288,8 +298,11 @@ def plan_tiles(
     )
     engine_memory = memory_of(engine_name, chosen, choice.precision, threads, choice.device)
     store_bytes = STORE_BYTES if to_store or (isinstance(raster, Raster) and raster.is_far) else 0
+    source = _describe_source(raster) if isinstance(raster, Raster) else None
     smallest: MemoryPrediction | None = None
     smallest_device = 0
+    first: TilePlan | None = None
+    best: TilePlan | None = None
     for side in [core] if core else CORES:
         if max(wanted.shape) > MOST_TILES * side:
             continue
@@ -312,7 +325,6 @@ def plan_tiles(
             raise UsageError(
                 f"a core above {LARGEST_CHUNK} must be a multiple of it, so that a tile owns whole chunks, got {side}"
             )
-        reading = _plan_reading(raster, side, network, budget) if isinstance(raster, Raster) else None
         load = _Load(
             engine=engine_memory,
             on_cuda=on_cuda,
@@ -325,23 +337,42 @@ def plan_tiles(
             result_bytes=network.channels * output_itemsize * core_pixels,
             output_bytes=_output_bytes(network, window),
             chunk_bytes=2 * chunk[0] * chunk[1] * output_itemsize,
-            cache_bytes=store_bytes + (reading.held_bytes if reading else 0),
+            cache_bytes=store_bytes + (least_held_bytes(rows, columns, source) if source else 0),
         )
         least = batch or 1
         smallest, smallest_device = load.predict_host(least), load.predict_device(least)
         if smallest.total_bytes > budget or smallest_device > device_budget:
             continue
         together = batch or _choose_batch(network, chosen, load, pixels, budget, device_budget)
-        prediction = load.predict_host(together)
-        # What is left of the budget goes to a start check that looks further.
+        # What is left of the budget goes to a start check that looks further, then to blocks that are kept.
+        left = budget - load.predict_host(together).total_bytes
         further = CHECK_FACTOR * (check_far.live_bytes - check_near.live_bytes)
-        check = check_far if prediction.total_bytes + further <= budget else check_near
+        check = check_far if further <= left else check_near
+        left -= further if check is check_far else 0
+        flops = (
+            count_program_flops(network, rows, columns, by_row, by_column)
+            if by_row
+            else _total_flops(network, rows, columns)
+        )
+        reading = None
+        if source:
+            switch_s = SWITCH_S[engine_name, chosen]
+            switch_s += (load.activation_bytes / SWITCH_BYTES_PER_S) if switch_s else 0
+            reading = plan_reading(
+                rows,
+                columns,
+                source,
+                region,
+                room_bytes=left // workers,
+                work_s=flops / FLOPS_PER_S,
+                switch_s=switch_s,
+                workers=workers,
+            )
+            load = replace(load, cache_bytes=store_bytes + reading.held_bytes)
+        prediction = load.predict_host(together)
         if check is check_far:
             prediction = replace(prediction, client_bytes=prediction.client_bytes + further)
-        block = raster.block if isinstance(raster, Raster) else chunk
-        strip_rows = reading.strip_rows if reading else 1
-        keeps = reading.is_enough if reading else False
-        return TilePlan(
+        candidate = TilePlan(
             raster_shape=(shape[0], shape[1], shape[2]),
             raster_dtype=dtype,
             region=(region.y, region.x, region.height, region.width),
@@ -374,19 +405,29 @@ def plan_tiles(
             compiles=compiles,
             memory_budget_bytes=budget,
             memory=prediction,
-            flops=count_program_flops(network, rows, columns, by_row, by_column)
-            if by_row
-            else _total_flops(network, rows, columns),
+            flops=flops,
             flops_bare=round(
                 network.count_flops(network.padded_shape(shape_yx)) * region.pixels / (shape[1] * shape[2])
             ),
-            read_amplification=_read_amplification(rows, columns, shape_yx, block, region, strip_rows if keeps else 0),
-            strip_rows=strip_rows,
+            read_amplification=reading.amplification if reading else 1.0,
+            strip_rows=reading.strip_rows if reading else 1,
+            strips_first=reading.strips_first if reading else False,
+            block=source.block if source else (0, 0),
             cache_bytes=reading.cache_bytes if reading else 0,
             is_known=network.is_known,
             check_margin=check.margin,
             receptive=(_receptive_period(network, 0), _receptive_period(network, 1)) if mark_nodata_context else None,
         )
+        first = first or candidate
+        if candidate.flops > MOST_WORK * first.flops:
+            break
+        # Smaller cores where the largest leave no room for the blocks that they share.
+        if best is None or candidate.read_amplification < best.read_amplification / MUCH_READ:
+            best = candidate
+        if best.read_amplification <= MUCH_READ:
+            break
+    if best is not None:
+        return best
     if smallest is None:
         raise UsageError(
             f"a raster of {shape[1]} x {shape[2]} px has more than {MOST_TILES} tiles along one side; give a --region"
@@ -592,39 +633,14 @@ def _span_halo(network: Network, rows: Sequence[Span], columns: Sequence[Span]) 
     return Halo(top=sides[0], bottom=sides[1], left=sides[2], right=sides[3])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Reading:
-    """How a worker reads."""
-
-    strip_rows: int
-    cache_bytes: int
-    """Of decoded blocks that it keeps itself; 0 for GDAL, which has a cache of its own."""
-    held_bytes: int
-    """Beside the windows: caches, and what is being decoded."""
-    is_enough: bool
-    """Whether the cache keeps all blocks until the next tiles of the strip need them."""
-
-
-def _plan_reading(raster: Raster, core: int, network: Network, budget: int) -> _Reading:
-    """Strips as high as a cache can hold, of the blocks that two neighbouring columns of tiles share in them."""
-    side = max(1, int(core / float(min(network.scale))))
-    limit = GDAL_CACHE_BYTES if raster.kind != "zarr" else min(LARGEST_CACHE_BYTES, budget // CACHE_SHARE)
-    block_bytes = raster.block[0] * raster.block[1] * raster.bands * raster.dtype.itemsize
-    counts = [-(-extent // block) for extent, block in zip(raster.shape_yx, raster.block, strict=True)]
-    width = min(-(-side // raster.block[1]) + 2, counts[1])
-    strip_rows = needed = 1
-    for blocks in STRIP_BLOCKS:
-        strip_rows = max(1, blocks * raster.block[0] // side)
-        needed = min(-(-strip_rows * side // raster.block[0]) + 2, counts[0]) * width * block_bytes
-        if needed <= limit:
-            break
-    if raster.kind != "zarr":
-        held = GDAL_CACHE_BYTES + raster.block_bytes
-        return _Reading(strip_rows=strip_rows, cache_bytes=0, held_bytes=held, is_enough=needed <= limit)
-    kept = min(needed, limit)
-    # While a row of blocks is read it is there twice.
-    held = kept + (width + 1) * max(block_bytes, raster.block_bytes)
-    return _Reading(strip_rows=strip_rows, cache_bytes=kept, held_bytes=held, is_enough=kept == needed)
+def _describe_source(raster: Raster) -> Source:
+    return Source(
+        shape_yx=raster.shape_yx,
+        block=raster.block,
+        pixel_bytes=count_pixel_bytes(raster),
+        decoder_bytes=raster.block_bytes,
+        has_gdal=has_gdal(raster),
+    )
 
 
 def _scaled(network: Network, region: Window, shape_yx: tuple[int, int]) -> Window:
@@ -652,34 +668,3 @@ def _total_flops(network: Network, rows: Sequence[Span], columns: Sequence[Span]
         for width in set(widths):
             total += heights.count(height) * widths.count(width) * network.count_flops((height, width))
     return total
-
-
-def _read_amplification(
-    rows: Sequence[Span],
-    columns: Sequence[Span],
-    shape_yx: tuple[int, int],
-    block: tuple[int, int],
-    region: Window,
-    strip_rows: int,
-) -> float:
-    """Pixels of all blocks that are decoded, relative to those wanted; separable along the axes.
-
-    Args:
-        strip_rows: of the strips within which blocks are decoded once; 0: nothing is kept from tile to tile.
-    """
-    product = 1.0
-    for axis, (spans, extent, size, wanted) in enumerate(
-        zip((rows, columns), shape_yx, block, region.shape, strict=True)
-    ):
-        read, before = 0, None
-        for index, span in enumerate(spans):
-            start, stop = span.window[0], min(span.window[1], extent)
-            first, last = start // size * size, min(-(-stop // size) * size, extent)
-            # Tiles of one strip and kind find what the one before has decoded.
-            run = (span.window[1] - start, span.kind, index // strip_rows if strip_rows and axis == 0 else 0)
-            if strip_rows and before is not None and before[0] == run:
-                first = max(first, before[1])
-            read += max(0, last - first)
-            before = (run, last)
-        product *= read / wanted
-    return product

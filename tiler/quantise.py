@@ -118,7 +118,7 @@ def quantise_network(network: Network, images: Sequence[Array], threads: int) ->
     """
     from .cluster import worker_environment
     from .engine_openvino import convert_network
-    from .plan import GDAL_CACHE_BYTES
+    from .reading import GDAL_CACHE_BYTES
 
     require_quantiser()
     converted = convert_network(network, threads)

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .block_cache import BlockStore
 from .errors import OutputError, RasterError, UsageError
 from .geometry import Window
 from .georeference import Georeference
@@ -131,23 +132,41 @@ class Raster:
             return self.path
         return str(Path(self.path).absolute() / self.array_path)
 
-    def open_reader(self, cache_bytes: int = 0) -> RasterReader:
+    @property
+    def chosen(self) -> tuple[int, ...]:
+        """Stored bands, from 1, that are read."""
+        return self.indexes or tuple(range(1, self.bands + 1))
+
+    @property
+    def decoded(self) -> tuple[int, ...]:
+        """Stored bands, from 1, that are decoded together, each once: those that are read, alpha and mask band."""
+        rule = self.nodata_rule
+        alpha = (rule.alpha_band,) if rule.mask == "alpha" else ()
+        return tuple(dict.fromkeys((*self.chosen, *alpha, *((rule.mask_band,) if rule.mask_band else ()))))
+
+    def find_decoded(self, bands: Sequence[int]) -> slice | list[int]:
+        """Where stored bands are among those that are decoded."""
+        places = [self.decoded.index(band) for band in bands]
+        run = slice(places[0], places[0] + len(places))
+        return run if places == list(range(run.start, run.stop)) else places
+
+    def open_reader(self, blocks: BlockStore | None = None) -> RasterReader:
         """A reader for one thread at a time.
 
         Args:
-            cache_bytes: of decoded blocks that a reader of Zarr keeps between windows; GDAL has a cache of its own.
+            blocks: keeps and counts decoded blocks between windows; None: nothing is kept here.
         """
         if self.kind == "zarr":
             from .raster_zarr import ZarrReader
 
-            return ZarrReader(self, cache_bytes)
+            return ZarrReader(self, blocks)
         if self.kind == "gdal":
             from .raster_gdal import GdalReader
 
-            return GdalReader(self)
+            return GdalReader(self, blocks)
         from .raster_parts import PartsReader
 
-        return PartsReader(self)
+        return PartsReader(self, blocks)
 
 
 class RasterReader(Protocol):

@@ -17,6 +17,7 @@ from rasterio.enums import ColorInterp, Interleaving, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterioWindow
 
+from .block_cache import BlockCache, BlockStore
 from .errors import RasterError
 from .geometry import Window
 from .georeference import from_rasterio
@@ -146,38 +147,66 @@ def _inside(name: str) -> Path:
 
 
 class GdalReader:
-    """Reads windows through one open dataset."""
+    """Reads windows through one open dataset.
 
-    def __init__(self, raster: Raster) -> None:
+    Args:
+        blocks: keeps and counts decoded blocks from window to window. GDAL's own cache is one for all files of a
+            process, as large as it was told at its start, and counts nothing.
+    """
+
+    def __init__(self, raster: Raster, blocks: BlockStore | None = None) -> None:
         self._raster = raster
         self._dataset: rasterio.DatasetReader | None = _open(raster.path)
+        self._blocks = self._mask_blocks = None
+        if blocks is not None:
+            grid: dict[str, Any] = {"shape_yx": raster.shape_yx, "block": raster.block}
+            self._blocks = BlockCache(
+                blocks,
+                (raster.path, raster.decoded),
+                pixel_bytes=len(raster.decoded) * raster.dtype.itemsize,
+                read=lambda window: self._read_bands(window, raster.decoded),
+                **grid,
+            )
+            self._mask_blocks = BlockCache(blocks, (raster.path, "mask"), pixel_bytes=1, read=self._read_valid, **grid)
 
-    def _read(self, window: Window, indexes: list[int] | None, *, mask: bool = False) -> Array:
+    def _read_bands(self, window: Window, indexes: tuple[int, ...], *, mask: bool = False) -> Array:
         if self._dataset is None:
             self._dataset = _open(self._raster.path)
         place = RasterioWindow(window.x, window.y, window.width, window.height)  # pyright: ignore[reportCallIssue]
         try:
-            return self._dataset.read_masks(1, window=place) if mask else self._dataset.read(indexes, window=place)
+            if mask:
+                return self._dataset.read_masks(1, window=place)
+            return self._dataset.read(list(indexes), window=place)
         except (RasterioError, ValueError, MemoryError) as error:
             # An open dataset may answer a later read with zeros after a failed one: never use it again.
             self.close()
             raise RasterError(f"{self._raster.path}: window {window} cannot be read: {_reason(error)}") from error
 
+    def _read_valid(self, window: Window) -> Array:
+        """(1, height, width) of the dataset's mask: 0 where there is nothing."""
+        return self._read_bands(window, (), mask=True)[None]
+
+    def _read(self, window: Window, bands: tuple[int, ...]) -> Array:
+        if self._blocks is None:
+            return self._read_bands(window, bands)
+        return self._blocks.read(window, self._raster.find_decoded(bands))
+
     def read(self, window: Window) -> Array:
-        return self._read(window, list(self._raster.indexes) or None)
+        return self._read(window, self._raster.chosen)
 
     def read_missing(self, window: Window, image: Array) -> Mask | None:
         rule = self._raster.nodata_rule
-        band = find_missing(self._read(window, [rule.mask_band]), rule.band_rule) if rule.mask_band else None
+        band = find_missing(self._read(window, (rule.mask_band,)), rule.band_rule) if rule.mask_band else None
         return join_missing(find_missing(image, rule), self._read_mask(window, rule), band)
 
     def _read_mask(self, window: Window, rule: NodataRule) -> Mask | None:
         if rule.mask == "dataset":
-            missing = self._read(window, None, mask=True) == 0
+            valid = self._mask_blocks.read(window) if self._mask_blocks else self._read_valid(window)
         elif rule.mask == "alpha":
-            missing = self._read(window, [rule.alpha_band])[0] == 0
+            valid = self._read(window, (rule.alpha_band,))
         else:
             return None
+        missing = valid[0] == 0
         return missing if missing.any() else None
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .block_cache import BlockStore
 from .errors import RasterError
 from .geometry import Interval, Window
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
@@ -211,15 +212,60 @@ def _identity(parts: Sequence[Part]) -> str:
     return digest.hexdigest()[:32]
 
 
-class PartsReader:
-    """Reads windows of a stack or a mosaic through its files' own readers."""
+def count_pixel_bytes(raster: Raster) -> int:
+    """Of all that is decoded for a pixel: bands, and masks beside them. Of a mosaic, where one piece lies."""
+    if raster.kind == "mosaic":
+        return max(count_pixel_bytes(part.raster) for part in raster.parts)
+    if raster.kind == "stack":
+        return sum(count_pixel_bytes(file) for file, _ in _group_files(raster.parts))
+    beside = 1 if raster.nodata_rule.mask in ("dataset", "array") else 0
+    return len(raster.decoded) * raster.dtype.itemsize + beside
 
-    def __init__(self, raster: Raster) -> None:
-        self._raster = raster
+
+def has_gdal(raster: Raster) -> bool:
+    """Whether GDAL reads any of it."""
+    return raster.kind == "gdal" or any(has_gdal(part.raster) for part in raster.parts)
+
+
+def _group_files(parts: Sequence[Part]) -> list[tuple[Raster, list[int]]]:
+    """The files of a stack, each with all bands that are read of it, and the places of those among the parts: a file
+    whose bands lie together is decoded once for all of them."""
+    places: dict[tuple[str, str], list[int]] = {}
+    for index, part in enumerate(parts):
+        places.setdefault((part.raster.path, part.raster.array_path), []).append(index)
+    return [
+        (
+            replace(
+                parts[found[0]].raster,
+                indexes=tuple(parts[index].raster.indexes[0] for index in found),
+                shape=(len(found), *parts[found[0]].raster.shape_yx),
+            ),
+            found,
+        )
+        for found in places.values()
+    ]
+
+
+class PartsReader:
+    """Reads windows of a stack or a mosaic through its files' own readers.
+
+    Args:
+        blocks: keeps and counts decoded blocks of all files together.
+    """
+
+    def __init__(self, raster: Raster, blocks: BlockStore | None = None) -> None:
+        self._raster, self._blocks = raster, blocks
+        groups = _group_files(raster.parts) if raster.kind == "stack" else []
+        self._places = [places for _, places in groups]
+        """Of a stack: the parts that each file gives."""
+        self._file_of = {place: file for file, places in enumerate(self._places) for place in places}
+        self._files = [file for file, _ in groups] or [part.raster for part in raster.parts]
         self._readers: dict[int, RasterReader] = {}
-        self._most = _count_open([part.raster for part in raster.parts])
+        self._most = _count_open(self._files)
         self._last: tuple[Window, Array, Mask | None] | None = None
         """Of a mosaic: what was read last, since its mask comes with its pixels."""
+        self._marked: tuple[Window, Array] | None = None
+        """Of a stack with a mask band: that band of the window that was read last."""
 
     def _reader(self, index: int) -> RasterReader:
         if index in self._readers:
@@ -227,7 +273,7 @@ class PartsReader:
         else:
             if len(self._readers) >= self._most:
                 self._readers.pop(next(iter(self._readers))).close()
-            self._readers[index] = self._raster.parts[index].raster.open_reader()
+            self._readers[index] = self._files[index].open_reader(self._blocks)
         return self._readers[index]
 
     def read(self, window: Window) -> Array:
@@ -244,14 +290,23 @@ class PartsReader:
                 [self._part_missing(i, window, image[i : i + 1]) for i in range(self._raster.bands)], window
             )
         if rule.mask_band:
-            marked = self._reader(rule.mask_band - 1).read(window)
+            if self._marked is None or self._marked[0] != window:
+                self._read_stack(window)
+            assert self._marked is not None
+            marked, self._marked = self._marked[1], None
             missing = join_missing(missing, find_missing(marked, rule.band_rule))
         return missing if missing is not None and missing.any() else None
 
     def _read_stack(self, window: Window) -> Array:
         image = np.empty((self._raster.bands, *window.shape), self._raster.dtype)
-        for index in range(self._raster.bands):
-            image[index] = self._reader(index).read(window)[0]
+        marking = self._raster.nodata_rule.mask_band - 1
+        for file, places in enumerate(self._places):
+            pixels = self._reader(file).read(window)
+            for place, band in zip(places, pixels, strict=True):
+                if place < self._raster.bands:
+                    image[place] = band
+                if place == marking:
+                    self._marked = window, band[None].copy()
         return image
 
     def _part_missing(self, index: int, window: Window, image: Array) -> tuple[Mask | None, Mask | None]:
@@ -259,7 +314,7 @@ class PartsReader:
         rule = self._raster.parts[index].raster.nodata_rule
         by_value = find_missing(image, rule)
         masked = rule.mask is not None or rule.mask_band > 0
-        return by_value, self._reader(index).read_missing(window, image) if masked else None
+        return by_value, self._reader(self._file_of[index]).read_missing(window, image) if masked else None
 
     def _combine(self, own: list[tuple[Mask | None, Mask | None]], window: Window) -> Mask | None:
         by_value = [value for value, _ in own]
@@ -307,7 +362,7 @@ class PartsReader:
         for reader in self._readers.values():
             reader.close()
         self._readers.clear()
-        self._last = None
+        self._last = self._marked = None
 
 
 def _common(a: Interval, b: Interval) -> Interval | None:

@@ -15,7 +15,7 @@ import numpy as np
 import zarr
 from zarr.errors import BaseZarrError
 
-from .block_cache import BlockCache
+from .block_cache import BlockCache, BlockStore
 from .errors import RasterError, TilerError
 from .geometry import Window
 from .georeference import Georeference, from_attributes, from_centres
@@ -288,29 +288,38 @@ def _identity(store: Path, inner: str) -> str:
 
 
 class ZarrReader:
-    """Reads windows of one Zarr array, whatever the order of its axes.
+    """Reads windows of one Zarr array, and of the mask beside it, whatever the order of its axes.
 
     Args:
-        cache_bytes: of decoded blocks that are kept from window to window.
+        blocks: keeps and counts decoded blocks from window to window.
     """
 
-    def __init__(self, raster: Raster, cache_bytes: int = 0) -> None:
+    def __init__(self, raster: Raster, blocks: BlockStore | None = None) -> None:
         self._raster = raster
-        self._cache = (
-            BlockCache(
-                shape_yx=raster.shape_yx,
-                block=raster.block,
-                limit_bytes=cache_bytes,
-                read=lambda window: self._read(window, raster.indexes),
-            )
-            if cache_bytes
-            else None
-        )
         store = store_at(place_of(raster.path), read_only=True)
         array = zarr.open(store, mode="r", path=raster.array_path or None)
         assert isinstance(array, zarr.Array)
         self._array = array
         self._mask = zarr.open_array(store, mode="r", path=raster.mask_path) if raster.mask_path else None
+        self._blocks = self._mask_blocks = None
+        if blocks is not None:
+            self._blocks = BlockCache(
+                blocks,
+                (raster.path, raster.array_path, raster.decoded),
+                shape_yx=raster.shape_yx,
+                block=raster.block,
+                pixel_bytes=len(raster.decoded) * raster.dtype.itemsize,
+                read=lambda window: self._read_bands(window, raster.decoded),
+            )
+        if blocks is not None and self._mask is not None:
+            self._mask_blocks = BlockCache(
+                blocks,
+                (raster.path, raster.mask_path),
+                shape_yx=raster.shape_yx,
+                block=(self._mask.chunks[0], self._mask.chunks[1]),
+                pixel_bytes=1,
+                read=self._read_valid,
+            )
 
     def _take(self, array: zarr.Array[Any], window: Window, pick: tuple[Any, ...]) -> Array:
         try:
@@ -320,20 +329,35 @@ class ZarrReader:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise RasterError(f"{name}: window {window} cannot be read: {reason}") from error
 
-    def _read(self, window: Window, indexes: tuple[int, ...]) -> Array:
+    def _read_bands(self, window: Window, indexes: tuple[int, ...]) -> Array:
         rows, columns = window.slices()
-        bands = [index - 1 for index in indexes] if indexes else slice(None)
+        bands = slice(None) if indexes == tuple(range(1, self._stored + 1)) else [index - 1 for index in indexes]
         pick = {"b": bands, "y": rows, "x": columns}
         block = self._take(self._array, window, tuple(pick[letter] for letter in self._raster.axes))
         if "b" not in self._raster.axes:
-            block = np.repeat(block[None], len(indexes) or 1, axis=0)
+            block = np.repeat(block[None], len(indexes), axis=0)
             order = "b" + self._raster.axes
         else:
             order = self._raster.axes
         return np.ascontiguousarray(block.transpose([order.index(letter) for letter in "byx"]))
 
+    @property
+    def _stored(self) -> int:
+        """Bands of the array."""
+        return self._array.shape[self._raster.axes.index("b")] if "b" in self._raster.axes else 1
+
+    def _read_valid(self, window: Window) -> Array:
+        """(1, height, width) of the mask array: 0 where there is nothing."""
+        assert self._mask is not None
+        return self._take(self._mask, window, window.slices())[None]
+
+    def _read(self, window: Window, bands: tuple[int, ...]) -> Array:
+        if self._blocks is None:
+            return self._read_bands(window, bands)
+        return self._blocks.read(window, self._raster.find_decoded(bands))
+
     def read(self, window: Window) -> Array:
-        return self._cache.read(window) if self._cache else self._read(window, self._raster.indexes)
+        return self._read(window, self._raster.chosen)
 
     def read_missing(self, window: Window, image: Array) -> Mask | None:
         rule = self._raster.nodata_rule
@@ -341,7 +365,8 @@ class ZarrReader:
         if rule.mask_band:
             missing = join_missing(missing, find_missing(self._read(window, (rule.mask_band,)), rule.band_rule))
         if self._mask is not None:
-            missing = join_missing(missing, self._take(self._mask, window, window.slices()) == 0)
+            valid = self._mask_blocks.read(window) if self._mask_blocks else self._read_valid(window)
+            missing = join_missing(missing, valid[0] == 0)
             return missing if missing is not None and missing.any() else None
         return missing
 

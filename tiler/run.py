@@ -46,12 +46,13 @@ from .memory_probe import memory_lookup
 from .meter import MemoryMeter
 from .network import Network
 from .places import is_remote, place_of
-from .plan import GDAL_CACHE_BYTES, TilePlan
+from .plan import TilePlan
 from .planner import plan_tiles
 from .precision_loss import PrecisionLoss
 from .quantise import QuantisedNetwork, quantise_network, require_quantiser
 from .raster import Raster, open_raster, require_apart
-from .raster_parts import reference_to
+from .raster_parts import count_pixel_bytes, reference_to
+from .reading import GDAL_CACHE_BYTES
 from .records import RunFolder, is_there, log, writing
 from .reference import ComputedPatch, Reference
 from .resume import (
@@ -109,7 +110,13 @@ class RunSummary:
     """(row, column, reason)."""
     start_check: StartCheck | None
     """None where nothing was left to do."""
-    read_amplification: float
+    read_amplification: float | None
+    """Bytes of all blocks that workers decoded for each byte of the tiles that were done; None where the plan keeps no
+    blocks, and nobody counts."""
+    check_read_amplification: float
+    """Of that the start check's share: some tiles, whose blocks are seldom still there when their turn comes."""
+    predicted_read_amplification: float
+    """By the plan, at most, without the start check."""
     engine: str
     precision: str
     device: str
@@ -134,7 +141,9 @@ class RunSummary:
             "failures": [{"row": r, "column": c, "error": e} for r, c, e in self.failed_tiles],
             "start_check_max_abs": self.start_check.max_abs if self.start_check else None,
             "start_check_flipped": self.start_check.flipped if self.start_check else None,
-            "read_amplification": round(self.read_amplification, 3),
+            "read_amplification": None if self.read_amplification is None else round(self.read_amplification, 3),
+            "check_read_amplification": round(self.check_read_amplification, 3),
+            "predicted_read_amplification": round(self.predicted_read_amplification, 3),
             "engine": self.engine,
             "precision": self.precision,
             "precision_loss": self.loss.to_json() if self.loss else None,
@@ -333,7 +342,9 @@ def predict(
                 resumed_tiles=resumed,
                 failed_tiles=states.failed,
                 start_check=run.check,
-                read_amplification=plan.read_amplification,
+                read_amplification=states.relate(states.decoded_bytes, count_pixel_bytes(raster)),
+                check_read_amplification=states.relate(states.checked_bytes, count_pixel_bytes(raster)) or 0.0,
+                predicted_read_amplification=plan.read_amplification,
                 engine=plan.engine,
                 precision=plan.precision,
                 loss=run.loss,
@@ -380,6 +391,10 @@ class _States:
         """Tiles that ended in this call."""
         self.pixels = 0
         """Of those that were done in this call."""
+        self.decoded_bytes = self.checked_bytes = 0
+        """Of blocks, by workers in this call; of those for the start check."""
+        self._wanted = plan.region[2] * plan.region[3] / (plan.output_shape[1] * plan.output_shape[2])
+        """Pixels of the raster for each of the result."""
         self._reasons: dict[tuple[int, int], str] = {}
         for at, reason in kept.items():
             self._set(at, "failed" if reason else "done", reason)
@@ -394,6 +409,17 @@ class _States:
         self._set((record.row, record.column), record.state, record.error)
         self.ended += 1
         self.pixels += record.pixels if record.state == "done" else 0
+        self.decoded_bytes += record.decoded_bytes + record.checked_bytes
+        self.checked_bytes += record.checked_bytes
+
+    def relate(self, decoded_bytes: int, pixel_bytes: int) -> float | None:
+        """Decoded bytes for each byte of the tiles that were done in this call; None where none was counted.
+
+        Args:
+            pixel_bytes: of all that is decoded for a pixel of the raster.
+        """
+        wanted = self.pixels * self._wanted * pixel_bytes
+        return decoded_bytes / wanted if decoded_bytes and wanted else None
 
     def find_missing(self, redo: Collection[tuple[int, int]] | None) -> npt.NDArray[np.bool_]:
         """(down, across) of the tiles that no call has done; of `redo` only, where that is given.

@@ -17,9 +17,9 @@ from .geometry import Interval, Window
 from .memory import MB, format_bytes, parse_bytes
 from .meter import process_bytes
 from .network import Network
-from .plan import GDAL_CACHE_BYTES
 from .planner import compute_program_spans, count_program_flops
 from .raster import Raster
+from .reading import GDAL_CACHE_BYTES
 from .trainable import TrainableNetwork
 from .training_memory import PROCESS_BYTES, WARM_UP_BYTES, count_tile_bytes, predict_tile_bytes
 from .training_plan import TrainingMemory, TrainPlan, require_cuts

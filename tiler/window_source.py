@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .block_cache import BlockStore
 from .errors import UsageError
 from .geometry import Window
 from .memory import MB
@@ -77,7 +78,7 @@ class RasterSource:
 
     def __init__(self, raster: Raster, fill: tuple[float, ...] | None = None) -> None:
         self.raster, self.fill = raster, fill
-        self._reader = raster.open_reader(CACHE_BYTES)
+        self._reader = raster.open_reader(BlockStore(CACHE_BYTES))
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from zarr.errors import BaseZarrError
 
+from .block_cache import BlockStore
 from .engine import EngineProgram, TileEngine
 from .errors import EngineError, OutputError, RasterError, WorkerError
 from .events import TileRecord
@@ -21,8 +22,9 @@ from .geometry import Interval, Window, footprint
 from .jobs import runner_of, told_plainly, unfit_worker
 from .machine import release_freed_memory
 from .places import place_of
-from .plan import GDAL_CACHE_BYTES, Tile, TilePlan
+from .plan import Tile, TilePlan
 from .raster import FilledWindow, Raster, RasterReader, read_filled
+from .reading import GDAL_CACHE_BYTES
 from .records import require_owner, writing
 from .resume import require_source
 from .store import CONTEXT, NODATA, ZarrFormat, chunks_of, open_array, output_nodata, seal_chunks, write_core
@@ -130,6 +132,8 @@ class TileRunner:
             contextlib.nullcontext() if spec.program.is_shared else threading.Lock()
         )
         self._reader: RasterReader | None = None
+        self._blocks = BlockStore(spec.plan.cache_bytes) if spec.plan.cache_bytes else None
+        self._counted_bytes = self._checked_bytes = 0
         self._engine: TileEngine | None = None
         self._checked: dict[tuple[int, int], npt.NDArray[Any]] = {}
         """Results that the start check has computed, just as a run does."""
@@ -137,16 +141,25 @@ class TileRunner:
         # A disk fails once more or for good; a network may fail some times in a row.
         self._attempts, self._pause_s = (5, 0.2) if spec.raster.is_far else (2, 0.0)
 
-    def _read(self, tile: Tile) -> Any:
+    def _read(self, tile: Tile) -> FilledWindow:
         with self._read_lock:
             if self._reader is None:
-                self._reader = self.spec.raster.open_reader(self.spec.plan.cache_bytes)
+                self._reader = self.spec.raster.open_reader(self._blocks)
             return read_filled(self._reader, self.spec.raster, tile.window, self.spec.fill)
+
+    def _count_decoded(self) -> int:
+        """Bytes of all blocks that were decoded since this was asked last."""
+        with self._read_lock:
+            decoded = self._blocks.decoded_bytes if self._blocks else 0
+            since, self._counted_bytes = decoded - self._counted_bytes, decoded
+            return since
 
     def _reopen(self) -> None:
         with self._read_lock:
             if self._reader is not None:
                 self._reader.close()
+            if self._blocks is not None:
+                self._blocks.clear()
             self._reader = None
 
     def _loaded(self) -> TileEngine:
@@ -223,6 +236,7 @@ class TileRunner:
             if missing is not None:
                 context[missing] = NODATA
         chunks = self._write(tile, result, context)
+        checked_bytes, self._checked_bytes = self._checked_bytes, 0
         return TileRecord(
             row=tile.row,
             column=tile.column,
@@ -234,6 +248,8 @@ class TileRunner:
             worker=_process_name(),
             at=round(time.time(), 3),
             chunks=chunks,
+            decoded_bytes=self._count_decoded(),
+            checked_bytes=checked_bytes,
         )
 
     def _sketch(self, tile: Tile, filled: FilledWindow) -> bytes:
@@ -294,6 +310,7 @@ class TileRunner:
                         rows, columns = patch.window.slices(tile.core)
                         # Only the patches are copied: all logits of a tile may take more than the network itself.
                         results[index] = (finished[:, rows, columns].copy(), logits[:, rows, columns].copy())
+        self._checked_bytes += self._count_decoded()
         return results
 
     def device_peak_bytes(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ...tiler.block_cache import BlockStore
 from ...tiler.geometry import Window
 from ...tiler.labels import UNLABELLED, Classes, LabelReader, Labels
 from ...tiler.raster import Raster, RasterReader
@@ -65,8 +66,8 @@ class VariantRaster(Raster):
         values["dtype"] = dtype
         return cls(source=raster, variant=variant, **values)
 
-    def open_reader(self, cache_bytes: int = 0) -> RasterReader:
-        return VariantReader(self.source.open_reader(cache_bytes), self.source, self.variant, self.dtype)
+    def open_reader(self, blocks: BlockStore | None = None) -> RasterReader:
+        return VariantReader(self.source.open_reader(blocks), self.source, self.variant, self.dtype)
 
 
 class VariantReader:

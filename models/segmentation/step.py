@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...tiler.block_cache import BlockStore
 from ...tiler.errors import LabelError
 from ...tiler.geometry import Window
 from ...tiler.gradient import GradientSum, Tiles, compute_loss_sums, compute_outputs, gradient_of_tiles
@@ -131,7 +132,7 @@ class StepEngine:
         cache_bytes: int = 64 * MB,
     ) -> None:
         self.network, self.scenes, self.loss, self.fill, self.cuts = network, scenes, loss, fill, cuts
-        self._pixels = [scene.raster.open_reader(cache_bytes // len(scenes)) for scene in scenes]
+        self._pixels = [scene.raster.open_reader(BlockStore(cache_bytes // len(scenes))) for scene in scenes]
         self._labels = [scene.labels.open_reader() for scene in scenes]
 
     def compute(self, tiles: Sequence[TrainingTile]) -> StepGradient:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from outsize.tiler.block_cache import BlockStore
 from outsize.tiler.errors import RasterError
 from outsize.tiler.geometry import Window
 from outsize.tiler.raster import Raster, RasterReader, open_raster
@@ -21,9 +22,9 @@ class DeadlyRaster(Raster):
     how: str = "kill"
     """"kill", "stop", "error", or "once": killed once, told by a file beside the raster."""
 
-    def open_reader(self, cache_bytes: int = 0) -> RasterReader:
+    def open_reader(self, blocks: BlockStore | None = None) -> RasterReader:
         # super() without arguments does not work in classes with slots.
-        return _DeadlyReader(Raster.open_reader(self, cache_bytes), self)
+        return _DeadlyReader(Raster.open_reader(self, blocks), self)
 
 
 def make_deadly(path: Path, at: tuple[int, int], how: str) -> DeadlyRaster:

@@ -97,13 +97,22 @@ def test_impossible_rectangles_are_refused() -> None:
 kinds = st.lists(st.sampled_from([(-3, ""), (-3, "a"), (-1, "b"), (0, "")]), min_size=1, max_size=12)
 
 
-@given(kinds, kinds, st.integers(1, 5))
+@given(kinds, kinds, st.integers(1, 5), st.sampled_from(["kinds first", "strips first", "turning"]))
 def test_cells_come_by_kind_and_then_column_by_column_through_strips(
-    rows: list[tuple[int, str]], columns: list[tuple[int, str]], strip_rows: int
+    rows: list[tuple[int, str]], columns: list[tuple[int, str]], strip_rows: int, way: str
 ) -> None:
+    ranks = [sorted(set(columns)).index(kind) for kind in columns]
+
+    def place(cell: tuple[int, int]) -> tuple[object, ...]:
+        row, column = cell
+        strip, rank = row // strip_rows, ranks[column]
+        if way == "turning" and strip % 2:
+            rank = -rank
+        return (rows[row], *((rank, strip) if way == "kinds first" else (strip, rank)), column, row)
+
     cells = [(row, column) for row in range(len(rows)) for column in range(len(columns))]
-    expected = sorted(cells, key=lambda at: (rows[at[0]], columns[at[1]], at[0] // strip_rows, at[1], at[0]))
-    assert list(order_cells(rows, columns, strip_rows)) == expected
+    options = {"strips_first": way != "kinds first", "turning": way == "turning"}
+    assert list(order_cells(rows, columns, strip_rows, **options)) == sorted(cells, key=place)
 
 
 def test_an_order_keeps_nothing_as_long_as_its_grid() -> None:

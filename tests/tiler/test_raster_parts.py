@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import rasterio
 from affine import Affine
+from outsize.tiler.block_cache import BlockStore
 from outsize.tiler.errors import RasterError
 from outsize.tiler.geometry import Window
 from outsize.tiler.raster import Raster, ReadOptions, open_raster
+from outsize.tiler.raster_gdal import GdalReader
 from outsize.tiler.raster_parts import OPEN_FILES, open_mosaic, open_reference, open_stack, reference_to
 from rasterio.merge import merge
 
@@ -56,6 +58,36 @@ def test_files_of_several_bands_are_stacked_too(tmp_path: Path) -> None:
     stack = open_stack(pairs)
     assert np.array_equal(read(stack)[0], WHOLE[[0, 1, 1, 2]])
     assert stack.band_names == ("0 1", "0 2", "1 1", "1 2")
+
+
+@pytest.mark.parametrize("keeps", [0, 1 << 20])
+def test_a_file_of_a_stack_is_asked_once_for_all_its_bands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: int
+) -> None:
+    """Bands that lie together in a file are decoded together, the mask band too."""
+    together = write_geotiff(tmp_path / "together.tif", WHOLE, interleave="pixel")
+    other = write_geotiff(tmp_path / "other.tif", WHOLE[:1])
+    stack = open_stack([together, other], ReadOptions(bands=(3, 4, 1), mask_band=2, mask_values=(WHOLE[1, 20, 30],)))
+    asked: list[tuple[str, int]] = []
+    read_bands = GdalReader._read_bands
+
+    def count(reader: GdalReader, window: Window, indexes: tuple[int, ...]) -> np.ndarray:
+        asked.append((Path(reader._raster.path).stem, len(indexes)))
+        return read_bands(reader, window, indexes)
+
+    monkeypatch.setattr(GdalReader, "_read_bands", count)
+    reader = stack.open_reader(BlockStore(keeps) if keeps else None)
+    window = Window(y=18, x=20, height=7, width=30)
+    image = reader.read(window)
+    missing = reader.read_missing(window, image)
+    assert sorted(asked) == [("other", 1), ("together", 3)]
+    assert np.array_equal(image, WHOLE[[2, 0, 0], 18:25, 20:50])
+    assert missing is not None
+    assert np.argwhere(missing).tolist() == [[2, 10]]
+    # Asked out of turn, the mask is that of the window that is named.
+    elsewhere = Window(y=0, x=0, height=5, width=5)
+    reader.read(window)
+    assert reader.read_missing(elsewhere, WHOLE[[2, 0, 0], :5, :5]) is None
 
 
 def test_a_stack_is_nodata_where_all_files_are(tmp_path: Path) -> None:
