@@ -111,8 +111,6 @@ def set_gdal_options() -> None:
         "GDAL_HTTP_CONNECTTIMEOUT": "10",
         # An answer that was cut short would be kept, and read again for ever: now it goes with the open file.
         "CPL_VSIL_CURL_NON_CACHED": ":".join(("/vsis3/", "/vsigs/", "/vsiaz/", "/vsicurl/")),
-        # Sidecars are asked for by name; a listing of a bucket may be long.
-        "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
     }
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint:

@@ -22,7 +22,7 @@ from .errors import RasterError
 from .geometry import Window
 from .georeference import from_rasterio
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
-from .places import identify, place_of, set_gdal_options, url_of
+from .places import identify, is_far, place_of, set_gdal_options, url_of
 from .raster import Raster, ReadOptions, file_identity
 
 # GDAL's warnings and errors reach Python's logging through rasterio, and from there a terminal as soon as nobody else
@@ -48,11 +48,18 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+NO_LISTING = {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE"}
+"""A listing of a bucket may be long: what may lie beside a file, such as its mask, is asked for by name. (EMPTY_DIR
+would not ask, and a mask beside a file would be lost without a word.)"""
+
+
 def _open(path: str) -> rasterio.DatasetReader:
     if path.startswith("/vsi"):
         set_gdal_options()
+    # Of this opening alone: options of the process would hold for local files too.
+    options = NO_LISTING if is_far(path) and not NO_LISTING.keys() & os.environ.keys() else {}
     try:
-        with _quiet():
+        with _quiet(), rasterio.Env(**options):
             return rasterio.open(path)
     except (RasterioError, TypeError, ValueError) as error:
         raise RasterError(f"{path} is not a raster that GDAL can open: {_reason(error)}") from error

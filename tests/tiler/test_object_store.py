@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 from distributed import Client
 from outsize.tiler.errors import RasterError, UsageError
 from outsize.tiler.events import Event, TileFinished
@@ -16,6 +17,8 @@ from outsize.tiler.raster_parts import open_reference, open_stack, reference_to
 from outsize.tiler.transfer import copy_raster
 
 from .object_server import BUCKET, Faults, ObjectServer
+from .rasters import write_geotiff
+from .test_nodata import missing_of
 from .test_run import class_network, run, scene, stored, whole
 
 
@@ -44,6 +47,21 @@ def test_names_of_places() -> None:
     assert place_of("a/b") == Path("a/b")
     with pytest.raises(UsageError, match="nonsense:// needs what"):
         place_of("nonsense://b/k")
+
+
+def test_a_mask_beside_a_file_counts_in_a_bucket_and_then_on_the_disk(
+    tmp_path: Path, server: ObjectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.use(monkeypatch)
+    path = write_geotiff(tmp_path / "masked.tif", np.ones((1, 2, 3), np.uint8))
+    valid = np.array([[255, 0, 255], [0, 255, 255]], np.uint8)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(path, "r+") as dataset:
+        dataset.write_mask(valid)
+    beside = path.with_name("masked.tif.msk")
+    upload(server, beside, "masks/masked.tif.msk")
+    # What is set for a bucket must not hold for local files.
+    for name in (upload(server, path, "masks/masked.tif"), path):
+        assert missing_of(open_raster(name)) == (valid == 0).tolist(), name
 
 
 def test_a_geotiff_and_a_zarr_in_a_bucket_give_the_local_result(
@@ -110,7 +128,7 @@ def test_faults_of_the_store_change_nothing(
     server.use(monkeypatch, Faults(errors=7, cuts=5, slow=6))
     out = tmp_path / "o.zarr"
     summary = run(url, class_network(), out, client)  # pyright: ignore[reportArgumentType]
-    assert min(server.faults.done[fault] for fault in ("errors", "cuts", "slow")) >= 1
+    assert min(server.count_faults().values()) >= 1
     assert summary.failed_tiles == ()
     assert np.array_equal(stored(out), whole(class_network(), source))
 
