@@ -59,7 +59,7 @@ class FaceTraining:
 
     out: str
     source: str
-    """synthetic:N, or the path of a folder, a .csv list or a .rec file."""
+    """synthetic:N, or the path of a folder, a .csv or .parquet list or a .rec file."""
     size: tuple[int, int] | None
     """(height, width) of the pictures; None: as the source has them."""
     held_out: int | None

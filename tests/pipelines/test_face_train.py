@@ -24,6 +24,8 @@ from outsize.sample_data.faces import write_faces
 from outsize.tests import commands
 from outsize.tests.models.faceid.test_record_io import indexed
 from PIL import Image
+from pyarrow import csv as csv_reader
+from pyarrow import parquet
 
 TINY = ("--size", "16", "--batch", "8", "--micro-batch", "4", "--dim", "16", "--held-out", "6")
 STEPS = ("--faces", "synthetic:40", *TINY, "--sample", "0.5", "--steps", "30", "--save-every", "10")
@@ -257,12 +259,14 @@ def test_a_list_gives_the_bits_of_its_folder(tmp_path: Path) -> None:
         rows = csv.writer(file)
         rows.writerow(["path", "label"])
         rows.writerows([path.relative_to(tmp_path), path.parent.name] for path in sorted(folder.rglob("*.png")))
+    parquet.write_table(csv_reader.read_csv(tmp_path / "list.csv"), tmp_path / "list.parquet")
     found = [
         train(tmp_path / f"run {source.name}", "--faces", source, *FOLDER)[0]
-        for source in (folder, tmp_path / "list.csv")
+        for source in (folder, tmp_path / "list.csv", tmp_path / "list.parquet")
     ]
-    assert found[0]["loss"] == found[1]["loss"]
-    assert hashes(tmp_path / "run people", 6) == hashes(tmp_path / "run list.csv", 6)
+    assert found[0]["loss"] == found[1]["loss"] == found[2]["loss"]
+    for name in ("list.csv", "list.parquet"):
+        assert hashes(tmp_path / "run people", 6) == hashes(tmp_path / f"run {name}", 6)
 
 
 def test_a_record_file_is_trained_on_and_a_wrong_label_is_named(tmp_path: Path) -> None:
@@ -311,7 +315,7 @@ def test_an_iresnet_is_trained_saved_and_enrolls(tmp_path: Path) -> None:
             ("--faces", "synthetic:x"),
             "synthetic faces need 2 identities or more, such as synthetic:2000, got synthetic:x",
         ),
-        (("--faces", "nowhere"), "NAME.csv or NAME.rec, got nowhere, which is not there"),
+        (("--faces", "nowhere"), "NAME.parquet or NAME.rec, got nowhere, which is not there"),
         (("--faces", "nowhere.rec"), "must be a RecordIO file with nowhere.idx beside it"),
         (("--network", "r50", "--size", "20"), "sides that are multiples of 16, got 20 x 20"),
         (("--size", "4"), "faces must be 8 x 8 or larger, got 4 x 4"),
