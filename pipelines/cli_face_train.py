@@ -152,7 +152,7 @@ face_train_options = together(
         type=click.IntRange(0),
         default=0,
         show_default=True,
-        help="Steps; 0: measured at the end alone.",
+        help="Steps between measurements (identities never seen, the loss over all classes); 0: at the end alone.",
     ),
     option("--seed", type=click.IntRange(0), default=0, show_default=True),
 )

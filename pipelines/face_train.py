@@ -26,6 +26,7 @@ from .console import Console, count_of
 from .face import available_bytes, require_cores
 from .face_sources import SYNTHETIC, OpenedFaces
 from .face_training import FaceTraining, train_rank, write_spec
+from .face_validation import describe_scores
 from .ranks import RankError, is_started_by_torchrun, leave_ranks, run_ranks
 from .training_folder import describe_training, owning_folder, require_same_training
 
@@ -187,14 +188,8 @@ def _how_to_go_on(out: Path) -> str:
 def _show(console: Console, result: dict[str, Any]) -> bool:
     begun = f"went on from step {result['first_step']}, " if result["first_step"] else ""
     loss = f"loss {result['loss']:.3f}, " if result["loss"] is not None else "nothing was left to do, "
-    found = "not measured on identities never seen"
-    if "rank_1" in result:
-        rates = "".join(
-            f", TAR {100 * share:.1f} % at FAR {rate}" for rate, share in result["tar"].items() if rate == "1e-3"
-        )
-        found = f"rank-1 of {result['identities']:,} identities never seen {100 * result['rank_1']:.1f} %{rates}"
     lines = [
-        f"{result['out']}: {begun}{loss}{found}, peak memory {format_bytes(result['peak_bytes'])}; "
+        f"{result['out']}: {begun}{loss}{describe_scores(result)}, peak memory {format_bytes(result['peak_bytes'])}; "
         "train.jsonl and report.html lie beside it"
     ]
     if result["unusable"]:

@@ -28,7 +28,19 @@ from pyarrow import csv as csv_reader
 from pyarrow import parquet
 
 TINY = ("--size", "16", "--batch", "8", "--micro-batch", "4", "--dim", "16", "--held-out", "6")
-STEPS = ("--faces", "synthetic:40", *TINY, "--sample", "0.5", "--steps", "30", "--save-every", "10")
+STEPS = (
+    "--faces",
+    "synthetic:40",
+    *TINY,
+    "--sample",
+    "0.5",
+    "--steps",
+    "30",
+    "--save-every",
+    "10",
+    "--evaluate-every",
+    "5",
+)
 
 
 def train(out: Path, *words: str | Path, code: int = 0) -> tuple[dict[str, Any], str]:
@@ -43,6 +55,11 @@ def read_steps(out: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "validation" not in line]
 
 
+def read_validations(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    return [line["validation"] for line in lines if "validation" in line]
+
+
 def hashes(out: Path, step: int) -> dict[str, Any]:
     return json.loads((out / f"step-{step:09d}" / "manifest.json").read_text())["files"]
 
@@ -51,7 +68,7 @@ def hashes(out: Path, step: int) -> dict[str, Any]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     """A training that nothing disturbed."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    return out, *train(out, *STEPS, "--evaluate-every", "20", "--threads", "1")
+    return out, *train(out, *STEPS, "--threads", "1")
 
 
 def wait_for_steps(command: Any, out: Path, count: int) -> None:
@@ -85,7 +102,9 @@ def test_killed_and_stopped_it_goes_on_to_the_same_bits(
     assert not [process for process in ranks if process.is_running()]
     log = out / "train.jsonl"
     assert len(log.read_text().splitlines()) >= 12  # steps that are not saved are made again, and so are their lines
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[:10]))
+    # Ten steps and the validation of the fifth, by two ranks, as if killed before that of the tenth, which is saved.
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:11]))
+    assert [line["step"] for line in read_validations(out)] == [5]
     with said.open("w") as errors:
         command = commands.Command("face", "train", out, *STEPS, stderr=errors)
         wait_for_steps(command, out, 13)
@@ -103,7 +122,10 @@ def test_killed_and_stopped_it_goes_on_to_the_same_bits(
         [line[key] for key in same] for line in read_steps(undisturbed)
     ]
     assert hashes(out, 30) == hashes(undisturbed, 30)
-    assert (values["rank_1"], values["tar"]) == (expected["rank_1"], expected["tar"])
+    assert read_validations(out) == read_validations(undisturbed)
+    assert [values[key] for key in ("full_loss", "rank_1", "tar")] == [
+        expected[key] for key in ("full_loss", "rank_1", "tar")
+    ]
 
 
 def test_log_and_report_hold_what_was_done(whole: tuple[Path, dict[str, Any], str]) -> None:
@@ -115,9 +137,11 @@ def test_log_and_report_hold_what_was_done(whole: tuple[Path, dict[str, Any], st
     assert steps[-1]["rate"] < 1e-5
     assert values["loss"] == pytest.approx(np.mean([line["loss"] for line in steps]))
     assert np.mean([line["loss"] for line in steps[-5:]]) < steps[0]["loss"]
-    validations = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines() if "validation" in line]
-    assert [line["validation"]["step"] for line in validations] == [20, 30]
-    assert values["rank_1"] == validations[-1]["validation"]["rank_1"]
+    validations = read_validations(out)
+    assert [line["step"] for line in validations] == [5, 10, 15, 20, 25, 30]
+    assert values["rank_1"] == validations[-1]["rank_1"]
+    assert values["full_loss"] == validations[-1]["full_loss"] < validations[0]["full_loss"]
+    assert f"step 20: loss over all classes {validations[3]['full_loss']:.3f}, rank-1 of 6 identities" in said
     assert (values["identities"], values["pictures"], values["unusable"]) == (6, 24, 0)
     assert values["peak_bytes"] > 1e8
     assert "step 30/30, loss" in said
@@ -126,6 +150,7 @@ def test_log_and_report_hold_what_was_done(whole: tuple[Path, dict[str, Any], st
     HTMLParser().feed(page)
     assert page.count("<svg") == 6  # four curves, ROC, scores
     assert "Rank-1" in page
+    assert "over all classes, of one batch" in page
     assert "synthetic:40" in page
     assert page.startswith("<!DOCTYPE html>")
     assert {path.name for path in out.iterdir()} == {
@@ -141,6 +166,7 @@ def test_a_finished_training_is_measured_again_and_not_trained(
     values, _ = train(out, *STEPS)
     assert (values["first_step"], values["loss"], values["rank_1"]) == (30, None, whole[1]["rank_1"])
     assert hashes(out, 30) == hashes(whole[0], 30)
+    assert read_validations(out) == read_validations(whole[0])
 
 
 RANK = """
@@ -240,8 +266,9 @@ def test_a_folder_is_trained_on_and_what_is_wrong_is_named(tmp_path: Path, peopl
     }
     assert named.pop("nobody") == "its folder has no picture"
     assert named.pop("copy.png").endswith("identity-000001_0001.png, of another identity")
-    # Identities are held out by the seed: this one may be.
-    assert set(named) <= {"identity-000000_0001.png", "wide.png"}
+    # Identities are held out by the seed. The first picture is named whether it is trained on or measured with; of five
+    # pictures of a held out identity the last is not measured with.
+    assert {"identity-000000_0001.png"} <= set(named) <= {"identity-000000_0001.png", "wide.png"}
     assert values["unusable"] == len(named) + 2
     assert "1 of 13 identities have one picture" in said
     assert "1 file left alone" in said
@@ -371,5 +398,6 @@ def test_under_the_user_s_torchrun_it_is_the_same_training(
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["steps"] == 30
+    values = json.loads(done.stdout.splitlines()[-1])
+    assert (values["steps"], values["full_loss"]) == (30, whole[1]["full_loss"])
     assert hashes(tmp_path / "run", 30) == hashes(whole[0], 30)
