@@ -19,7 +19,7 @@ from ..models.faceid.batch_loader import BatchLoader
 from ..models.faceid.checkpoint import list_generations
 from ..models.faceid.head_plan import plan_head
 from ..models.faceid.row_rules import RULES
-from ..tiler.errors import BudgetError
+from ..tiler.errors import BudgetError, UsageError
 from ..tiler.machine import cpu_count, map_large_blocks
 from ..tiler.memory import format_bytes
 from .console import Console, count_of
@@ -95,6 +95,8 @@ def _prepare(console: Console, training: FaceTraining, ranks: int, memory: str |
     """Everything that can be refused before the first step; leaves training.json."""
     map_large_blocks()
     _ = training.rates, FaceAugmentation.parse(training.augment)
+    if training.batch < 2:
+        raise UsageError(f"--batch must be 2 or more, since features are normalised over a step, got {training.batch}")
     faces = training.open()
     for line in faces.remarks:
         console.remark(line)

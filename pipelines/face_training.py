@@ -187,9 +187,9 @@ class _Run:
         assert isinstance(feature_norm, FeatureNorm)
         label = f"train {self.out.name}"
         quiet = Console() if self.is_first else _Silent()
-        with quiet.step(label, training.steps, counts_pixels=False) as bar, self.stop.heeded():
+        with quiet.step(label, training.steps, counts_pixels=False, done=self.first) as bar, self.stop.heeded():
             if self.first:
-                bar.advance(self.first, f"goes on after step {self.first}")
+                bar.advance(0, f"goes on after step {self.first}")
             lacks = self.log is not None and not self.log.has_validation(self.step)
             if self._is_measured_now() and int(self.ranks.add(torch.tensor([int(lacks)]))):
                 self._measure()  # which a kill cut off
@@ -403,7 +403,7 @@ class _Silent(Console):
     """Of the ranks that show nothing of their own but what is wrong with pictures."""
 
     @contextmanager
-    def step(self, label: str, pixels: int, *, counts_pixels: bool = True) -> Iterator[Any]:  # noqa: ARG002 - Console's
+    def step(self, label: str, pixels: int, *, counts_pixels: bool = True, done: int = 0) -> Iterator[Any]:  # noqa: ARG002 - Console's
         yield self
 
     def advance(self, pixels: int, detail: str = "") -> None:

@@ -347,6 +347,7 @@ def test_an_iresnet_is_trained_saved_and_enrolls(tmp_path: Path) -> None:
         (("--network", "r50", "--size", "20"), "sides that are multiples of 16, got 20 x 20"),
         (("--size", "4"), "faces must be 8 x 8 or larger, got 4 x 4"),
         (("--batch", "16", "--ranks", "2"), "2 ranks need a micro-batch each, a batch of 16 has 1 of 16"),
+        (("--batch", "1"), "--batch must be 2 or more, since features are normalised over a step, got 1"),
         (("--ranks", "4096"), "ranks must be at most the machine's"),
         (("--memory", "100MB"), "layer and embedder need|classes would fit"),
         (("--warm-up", "9", "--steps", "3"), r"the warm-up must be 0 \.\.\. 3 steps"),
