@@ -18,8 +18,8 @@ face_train_options = together(
         default="synthetic:2000",
         show_default=True,
         metavar="SOURCE",
-        help="synthetic:N identities, drawn on the fly; a folder with a folder for each identity; NAME.csv with the "
-        "columns path,label; NAME.rec of InsightFace, with NAME.idx beside it.",
+        help="synthetic:N identities, drawn on the fly; a folder with a folder for each identity; NAME.csv or "
+        "NAME.parquet with the columns path,label; NAME.rec of InsightFace, with NAME.idx beside it.",
     ),
     option(
         "--size",
@@ -152,7 +152,7 @@ face_train_options = together(
         type=click.IntRange(0),
         default=0,
         show_default=True,
-        help="Steps; 0: measured at the end alone.",
+        help="Steps between measurements (identities never seen, the loss over all classes); 0: at the end alone.",
     ),
     option("--seed", type=click.IntRange(0), default=0, show_default=True),
 )

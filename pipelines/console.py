@@ -38,17 +38,18 @@ class Console:
         print(json.dumps(values) if self.as_json else printable(text), flush=True)
 
     @contextmanager
-    def step(self, label: str, pixels: int, *, counts_pixels: bool = True) -> Iterator[Step]:
+    def step(self, label: str, pixels: int, *, counts_pixels: bool = True, done: int = 0) -> Iterator[Step]:
         """Progress of work on that many pixels: a bar on a terminal, a line now and then elsewhere.
 
         Args:
             counts_pixels: False: `pixels` are parts of some other work, whose speed says nothing.
+            done: pixels that an earlier call did, and no time is counted for.
         """
         if sys.stderr.isatty():
-            with _bar(label, pixels, counts_pixels) as bar:
+            with _bar(label, pixels, counts_pixels, done) as bar:
                 yield bar
         else:
-            lines = _Lines(label, pixels, counts_pixels)
+            lines = _Lines(label, pixels, counts_pixels, done)
             yield lines
             lines.close()
 
@@ -63,19 +64,19 @@ def _rate(pixels: int, seconds: float) -> str:
 
 
 @contextmanager
-def _bar(label: str, pixels: int, counts_pixels: bool) -> Iterator[Step]:
+def _bar(label: str, pixels: int, counts_pixels: bool, before: int) -> Iterator[Step]:
     from rich.console import Console as RichConsole
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     class Bar:
         def __init__(self, progress: Progress) -> None:
             self.progress = progress
-            self.task = progress.add_task(label, total=pixels, rate="", detail="")
-            self.done, self.began = 0, time.monotonic()
+            self.task = progress.add_task(label, total=pixels, completed=before, rate="", detail="")
+            self.done, self.began = before, time.monotonic()
 
         def advance(self, pixels: int, detail: str = "") -> None:
             self.done += pixels
-            rate = _rate(self.done, time.monotonic() - self.began) if counts_pixels else ""
+            rate = _rate(self.done - before, time.monotonic() - self.began) if counts_pixels else ""
             self.progress.update(self.task, completed=self.done, rate=rate, detail=printable(detail))
 
     columns = (
@@ -94,9 +95,9 @@ def _bar(label: str, pixels: int, counts_pixels: bool) -> Iterator[Step]:
 class _Lines:
     """At most one line every five seconds, and one at the end."""
 
-    def __init__(self, label: str, pixels: int, counts_pixels: bool) -> None:
+    def __init__(self, label: str, pixels: int, counts_pixels: bool, done: int = 0) -> None:
         self.label, self.pixels, self.counts_pixels = label, pixels, counts_pixels
-        self.done, self.detail = 0, ""
+        self.before, self.done, self.detail = done, done, ""
         self.began = self.printed = time.monotonic()
 
     def advance(self, pixels: int, detail: str = "") -> None:
@@ -105,12 +106,13 @@ class _Lines:
         now = time.monotonic()
         if now - self.printed >= 5:
             self.printed = now
-            left = (self.pixels - self.done) * (now - self.began) / self.done if self.done else 0
+            new = self.done - self.before
+            left = (self.pixels - self.done) * (now - self.began) / new if new else 0
             self._print(f"ETA {format_seconds(left)}")
 
     def _print(self, end: str) -> None:
         share = 100 * self.done / self.pixels if self.pixels else 100
-        rate = _rate(self.done, time.monotonic() - self.began) if self.counts_pixels else ""
+        rate = _rate(self.done - self.before, time.monotonic() - self.began) if self.counts_pixels else ""
         parts = [f"{share:.0f} %", rate, end, self.detail]
         line = f"{self.label}: {', '.join(part for part in parts if part)}"
         print(printable(line), file=sys.stderr, flush=True)

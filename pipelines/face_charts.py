@@ -33,6 +33,7 @@ class Chart:
     title: str
     x_name: str
     y_name: str
+    """Empty: the title says it."""
     x_ticks: list[tuple[float, str]]
     """(place, text)."""
     y_ticks: list[tuple[float, str]]
@@ -47,26 +48,48 @@ def _points(x: Curve, y: Curve) -> str:
 
 def draw_roc(far: Curve, tar: Curve, measured: Sequence[tuple[float, float]], pairs: int) -> Chart:
     """True accepts over false accepts, whose axis is logarithmic and ends where one pair stands."""
-    lowest = 10.0 ** math.floor(math.log10(1 / pairs))
+    marks = [(rate, true, f"FAR {rate:.0e}: TAR {true:.4f}") for rate, true in measured]
+    return _draw_over_rates("ROC", ("false accept rate", "true accept rate"), far, tar, marks, pairs)
+
+
+def draw_det(fpir: Curve, fnir: Curve, measured: Sequence[tuple[float, float]], strangers: int) -> Chart:
+    """Known persons who are missed over strangers who are named, whose axis ends where one stranger stands."""
+    marks = [(rate, missed, f"FPIR {rate:.0e}: FNIR {missed:.4f}") for rate, missed in measured]
+    names = ("strangers named (FPIR)", "known missed (FNIR)")
+    return _draw_over_rates("DET", names, fpir, fnir, marks, strangers)
+
+
+def _draw_over_rates(
+    title: str,
+    names: tuple[str, str],
+    rates: Curve,
+    shares: Curve,
+    measured: Sequence[tuple[float, float, str]],
+    count: int,
+) -> Chart:
+    """Args:
+    names: of the axes.
+    rates: ascending.
+    measured: (rate, share, text).
+    count: of what the rates are shares.
+    """
+    lowest = 10.0 ** min(-1, math.floor(math.log10(1 / count)))
     decades = round(-math.log10(lowest))
 
     def place(rates: Curve) -> Curve:
         return WIDTH * (1 - np.log10(np.maximum(rates, lowest)) / math.log10(lowest))
 
     # Of thousands of bins those that the drawing can show: the last of each half pixel.
-    x = place(far)
-    shown = np.flatnonzero((far > 0) & np.append(np.diff(np.floor(2 * x)) > 0, True))
+    x = place(rates)
+    shown = np.flatnonzero((rates > 0) & np.append(np.diff(np.floor(2 * x)) > 0, True))
     return Chart(
-        title="ROC",
-        x_name="false accept rate",
-        y_name="true accept rate",
+        title=title,
+        x_name=names[0],
+        y_name=names[1],
         x_ticks=[(WIDTH * n / decades, f"1e-{decades - n}" if n < decades else "1") for n in range(decades + 1)],
         y_ticks=[(HEIGHT * (1 - share), f"{share:g}") for share in (0, 0.25, 0.5, 0.75, 1)],
-        lines=[Line(name="all thresholds", colour=BLUE, points=_points(x[shown], HEIGHT * (1 - tar[shown])))],
-        marks=[
-            (float(place(np.array([rate]))[0]), HEIGHT * (1 - true), f"FAR {rate:.0e}: TAR {true:.4f}")
-            for rate, true in measured
-        ],
+        lines=[Line(name="all thresholds", colour=BLUE, points=_points(x[shown], HEIGHT * (1 - shares[shown])))],
+        marks=[(float(place(np.array([rate]))[0]), HEIGHT * (1 - share), text) for rate, share, text in measured],
     )
 
 
@@ -142,7 +165,7 @@ def draw_series(
     return Chart(
         title=title,
         x_name="step",
-        y_name=title.lower(),
+        y_name="",
         x_ticks=[(WIDTH * n / 4, f"{last * n / 4:,.0f}") for n in range(5)],
         y_ticks=[(HEIGHT * (1 - share), f"{highest * share:.3g}") for share in (0, 0.5, 1)],
         lines=[

@@ -31,7 +31,7 @@ from ..tiler.machine import find_versions
 from ..tiler.meter import MemoryMeter
 from ..tiler.records import writing
 from .console import Console, count_of, format_table
-from .face_charts import BINS, draw_cmc, draw_roc, draw_scores
+from .face_charts import BINS, draw_cmc, draw_det, draw_roc, draw_scores
 from .face_gallery import require_memory
 from .face_pictures import embed_people
 from .page import render_page
@@ -106,7 +106,7 @@ def run_face_evaluate(console: Console, options: EvaluateOptions) -> bool:
         "people": len(set(faces.names)),
         "pairs": _describe_folds(*folds, options.pairs) if folds else None,
         "verification": _describe_verification(verification) if verification else None,
-        "identification": asdict(identification) if identification else None,
+        "identification": _describe_identification(identification) if identification else None,
         "peak_bytes": meter.peak_bytes,
     }
     source = str(options.images or options.embeddings)
@@ -152,22 +152,32 @@ def _load(console: Console, options: EvaluateOptions) -> _Faces:
 
 
 def _read_embeddings(path: Path, labels: Path) -> tuple[npt.NDArray[np.float32], list[str]]:
-    try:
-        vectors = np.load(path, allow_pickle=False)
-        if labels.suffix == ".npy":
-            names = [str(label) for label in np.load(labels, allow_pickle=False).tolist()]
-        else:
+    vectors = _read_array(path)
+    if labels.suffix == ".npy":
+        names = [str(label) for label in np.atleast_1d(_read_array(labels)).tolist()]
+    else:
+        try:
             names = labels.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError, EOFError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"{path} and {labels} must be an array and labels that can be read: {reason}") from error
-    if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
-        raise UsageError(
-            f"{path} must hold real numbers as (pictures, dim), got {getattr(vectors, 'shape', 'archives')}"
-        )
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{labels} must be labels, one a line, that can be read: {error}") from error
+    if vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
+        raise UsageError(f"{path} must hold real numbers as (pictures, dim), got {vectors.dtype} {vectors.shape}")
     if len(names) != len(vectors):
         raise UsageError(f"each embedding needs a label, got {len(vectors)} and {len(names)} in {labels}")
     return unit_rows(vectors), names
+
+
+def _read_array(path: Path) -> npt.NDArray[Any]:
+    """Of plain values: an array of Python objects is a pickle, which could run code."""
+    try:
+        with path.open("rb") as file:
+            if file.read(6) != b"\x93NUMPY":
+                raise UsageError(f"{path} must be an array of numpy.save, got another kind of file")
+            file.seek(0)
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"{path} must be an array that can be read: {reason}") from error
 
 
 def _measure_pairs(console: Console, faces: _Faces, pairs: PairList) -> tuple[FoldAccuracy, int] | None:
@@ -218,6 +228,12 @@ def _describe_verification(verification: Verification) -> Values:
         "impostor_pairs": verification.impostor_pairs,
         "points": [asdict(point) for point in verification.points],
     }
+
+
+def _describe_identification(found: Identification) -> Values:
+    """All but the scores, of which there may be millions."""
+    names = ("people", "templates", "known", "strangers", "match_rates")
+    return {**{name: getattr(found, name) for name in names}, "points": [asdict(point) for point in found.points]}
 
 
 def _sentence(source: str, values: Values) -> str:
@@ -279,6 +295,7 @@ def _render(
         "roc": None,
         "scores": None,
         "cmc": draw_cmc(identification.match_rates) if identification else None,
+        "det": None,
         "versions": find_versions(),
         "command": sys.argv[1:],
     }
@@ -291,4 +308,10 @@ def _render(
         ]
         content["roc"] = draw_roc(far, tar, measured, verification.impostor_pairs)
         content["scores"] = draw_scores(*verification.histogram(BINS))
+    if identification is not None and identification.strangers:
+        content["det"] = draw_det(
+            *identification.curve(),
+            [(p.rate, p.missed_rate) for p in identification.points if p.missed_rate is not None and p.is_sure],
+            identification.strangers,
+        )
     return render_page("face_evaluate.html", "faces", content)

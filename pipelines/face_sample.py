@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from ..models.faceid.pair_list import Pair, PairList, write_pairs
 from ..sample_data.faces import FOLDS, draw_pairs, write_faces
+from ..sample_data.identities import draw_faces
 from ..tiler.errors import UsageError
 from .console import Console, count_of
 
@@ -19,8 +22,12 @@ def run_face_sample(
     """Write the pictures, and pairs where there are identities enough for ten folds.
 
     Raises:
-        UsageError: the folder holds something.
+        UsageError: the folder holds something, or the size is too small for a face.
     """
+    try:
+        draw_faces(seed, np.zeros(1, np.int64), np.zeros(1, np.int64), *size)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise UsageError(f"{folder} must be a new or empty folder, got files there")

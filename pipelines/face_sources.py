@@ -1,4 +1,4 @@
-"""Where `face train` gets its faces: synthetic:N, a folder of folders, a CSV list, a RecordIO file."""
+"""Where `face train` gets its faces: synthetic:N, a folder of folders, a CSV or Parquet list, a RecordIO file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..models.faceid.face_source import FaceSource, PictureFiles, Read, RecordPictures, Whole, hold_out
-from ..models.faceid.image_list import read_image_list
+from ..models.faceid.image_list import SUFFIXES, read_image_list
 from ..models.faceid.images import find_people
 from ..models.faceid.record_io import RecordFile
 from ..sample_data.faces import OUTSIDE_TRAINING
@@ -102,7 +102,7 @@ def open_faces(
     """Open a source; no picture is decoded but some to learn their size.
 
     Args:
-        text: "synthetic:N", or the path of a folder, a .csv list or a .rec file.
+        text: "synthetic:N", or the path of a folder, a .csv or .parquet list or a .rec file.
         size: (height, width) of the pictures; None: 32 x 32 of synthetic ones, that of the first picture of others.
         held_out: identities to measure with; None: 500, or a twentieth of the real ones.
 
@@ -126,15 +126,17 @@ def open_faces(
             left_out += [(name, "its folder has no picture") for name in found.empty]
             if found.stray:
                 remarks.append(f"{count_of(found.stray, 'file')} left alone: no pictures, or in no identity's folder")
-        elif path.suffix.lower() == ".csv":
+        elif path.suffix.lower() in SUFFIXES:
             listed = read_image_list(path)
             paths, labels, names = listed.paths, listed.labels, listed.names
             if listed.repeated:
-                remarks.append(f"{count_of(listed.repeated, 'line')} left out: the picture is listed before")
+                remarks.append(
+                    f"{count_of(listed.repeated, 'line')} of {path.name} left out: the picture is listed before"
+                )
         else:
             raise UsageError(
-                f"faces come from synthetic:N, a folder with a folder for each identity, NAME.csv or NAME.rec, got "
-                f"{text}{'' if path.exists() else ', which is not there'}"
+                f"faces come from synthetic:N, a folder with a folder for each identity, NAME.csv, NAME.parquet or "
+                f"NAME.rec, got {text}{'' if path.exists() else ', which is not there'}"
             )
         if len(paths) <= MOST_COMPARED:
             twins = _find_twins(paths, labels)

@@ -19,13 +19,14 @@ from ..models.faceid.batch_loader import BatchLoader
 from ..models.faceid.checkpoint import list_generations
 from ..models.faceid.head_plan import plan_head
 from ..models.faceid.row_rules import RULES
-from ..tiler.errors import BudgetError
+from ..tiler.errors import BudgetError, UsageError
 from ..tiler.machine import cpu_count, map_large_blocks
 from ..tiler.memory import format_bytes
 from .console import Console, count_of
 from .face import available_bytes, require_cores
 from .face_sources import SYNTHETIC, OpenedFaces
 from .face_training import FaceTraining, train_rank, write_spec
+from .face_validation import describe_scores
 from .ranks import RankError, is_started_by_torchrun, leave_ranks, run_ranks
 from .training_folder import describe_training, owning_folder, require_same_training
 
@@ -94,6 +95,8 @@ def _prepare(console: Console, training: FaceTraining, ranks: int, memory: str |
     """Everything that can be refused before the first step; leaves training.json."""
     map_large_blocks()
     _ = training.rates, FaceAugmentation.parse(training.augment)
+    if training.batch < 2:
+        raise UsageError(f"--batch must be 2 or more, since features are normalised over a step, got {training.batch}")
     faces = training.open()
     for line in faces.remarks:
         console.remark(line)
@@ -187,14 +190,8 @@ def _how_to_go_on(out: Path) -> str:
 def _show(console: Console, result: dict[str, Any]) -> bool:
     begun = f"went on from step {result['first_step']}, " if result["first_step"] else ""
     loss = f"loss {result['loss']:.3f}, " if result["loss"] is not None else "nothing was left to do, "
-    found = "not measured on identities never seen"
-    if "rank_1" in result:
-        rates = "".join(
-            f", TAR {100 * share:.1f} % at FAR {rate}" for rate, share in result["tar"].items() if rate == "1e-3"
-        )
-        found = f"rank-1 of {result['identities']:,} identities never seen {100 * result['rank_1']:.1f} %{rates}"
     lines = [
-        f"{result['out']}: {begun}{loss}{found}, peak memory {format_bytes(result['peak_bytes'])}; "
+        f"{result['out']}: {begun}{loss}{describe_scores(result)}, peak memory {format_bytes(result['peak_bytes'])}; "
         "train.jsonl and report.html lie beside it"
     ]
     if result["unusable"]:

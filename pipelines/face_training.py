@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,12 +23,13 @@ from ..models.faceid.batch_loader import BatchLoader
 from ..models.faceid.checkpoint import MANIFEST, list_generations, load_checkpoint, save_checkpoint
 from ..models.faceid.collectives import Ranks
 from ..models.faceid.embedder_file import BACKBONE, DESCRIPTION, EmbedderDescription
-from ..models.faceid.embedder_step import compute_step
+from ..models.faceid.embedder_step import compute_full_loss, compute_step
 from ..models.faceid.errors import HeadError
 from ..models.faceid.feature_norm import FeatureNorm
 from ..models.faceid.head import ShardedMarginHead
 from ..models.faceid.rate_schedule import RateSchedule
 from ..models.faceid.row_rules import RULES
+from ..models.faceid.sample_order import share_of
 from ..sample_data.identities import PIXEL_MEAN, PIXEL_SCALE
 from ..tiler.errors import TilerError
 from ..tiler.machine import die_with_parent, one_thread
@@ -37,7 +38,7 @@ from ..tiler.meter import MemoryMeter
 from .console import Console, printable
 from .face_report import write_face_report
 from .face_sources import OpenedFaces, SyntheticOptions, open_faces
-from .face_validation import Measured, measure_embedder
+from .face_validation import Measured, describe_scores, measure_embedder
 from .interrupts import StopAfterStep
 from .ranks import INTERRUPTED, LOST, join_ranks, leave_ranks
 from .training_log import TrainingLog
@@ -59,7 +60,7 @@ class FaceTraining:
 
     out: str
     source: str
-    """synthetic:N, or the path of a folder, a .csv list or a .rec file."""
+    """synthetic:N, or the path of a folder, a .csv or .parquet list or a .rec file."""
     size: tuple[int, int] | None
     """(height, width) of the pictures; None: as the source has them."""
     held_out: int | None
@@ -169,7 +170,9 @@ class _Run:
         self.first = self._resume()
         self.step = self.saved = self.first
         self.is_first = self.ranks.rank == 0
-        self.log = TrainingLog(self.out / LOG, self.first) if self.is_first else None
+        # A finished training is only measured, once more.
+        validated = self.first - (self.first == training.steps)
+        self.log = TrainingLog(self.out / LOG, self.first, validated) if self.is_first else None
         self.unusable = UnusablePictures(console, self.out / UNREADABLE)
         if self.is_first:
             self.unusable.add(faces.left_out)
@@ -178,23 +181,18 @@ class _Run:
 
     def train(self) -> None:
         """Step after step; all ranks stop after the same one."""
-        training, faces = self.training, self.faces
-        loader = BatchLoader(
-            source=faces.training,
-            augmentation=FaceAugmentation.parse(training.augment),
-            batch=training.batch,
-            micro_batch=training.micro_batch,
-            seed=training.seed,
-            rank=self.ranks.rank,
-            ranks=self.ranks.size,
-        )
+        training = self.training
+        loader = self._make_loader(FaceAugmentation.parse(training.augment))
         feature_norm = self.model.feature_norm
         assert isinstance(feature_norm, FeatureNorm)
         label = f"train {self.out.name}"
         quiet = Console() if self.is_first else _Silent()
-        with quiet.step(label, training.steps, counts_pixels=False) as bar, self.stop.heeded():
+        with quiet.step(label, training.steps, counts_pixels=False, done=self.first) as bar, self.stop.heeded():
             if self.first:
-                bar.advance(self.first, f"goes on after step {self.first}")
+                bar.advance(0, f"goes on after step {self.first}")
+            lacks = self.log is not None and not self.log.has_validation(self.step)
+            if self._is_measured_now() and int(self.ranks.add(torch.tensor([int(lacks)]))):
+                self._measure()  # which a kill cut off
             began = time.perf_counter()
             for batches in loader.run(self.first, training.steps, training.threads):
                 share = training.rates.share(self.step)
@@ -246,9 +244,25 @@ class _Run:
                     raise KeyboardInterrupt
                 if self.step % training.save_every == 0:
                     self._save()
-                if training.evaluate_every and self.step % training.evaluate_every == 0 and self.step < training.steps:
+                if self._is_measured_now():
                     self._measure()
+                began = time.perf_counter()
             self._save()
+
+    def _is_measured_now(self) -> bool:
+        every = self.training.evaluate_every
+        return every > 0 and self.step % every == 0 and 0 < self.step < self.training.steps
+
+    def _make_loader(self, augmentation: FaceAugmentation) -> BatchLoader:
+        return BatchLoader(
+            source=self.faces.training,
+            augmentation=augmentation,
+            batch=self.training.batch,
+            micro_batch=self.training.micro_batch,
+            seed=self.training.seed,
+            rank=self.ranks.rank,
+            ranks=self.ranks.size,
+        )
 
     def _follow(self, is_finite: bool) -> float | None:
         """Move the embedder; the norm of its gradient."""
@@ -271,16 +285,35 @@ class _Run:
                 "or --head-lr"
             )
 
-    def _measure(self) -> Measured | None:
-        """Rank 0 alone measures; its line in the log."""
-        if not self.is_first or self.faces.held_out is None:
-            return None
+    def _measure(self) -> Measured:
+        """All ranks have the full loss; rank 0 alone measures with identities never seen. Its line in the log."""
         self.model.eval()
-        measured = measure_embedder(self.model, self.description, self.faces.held_out, self.training.seed)
+        scores: dict[str, Any] = {"full_loss": self._compute_full_loss()}
+        measured = Measured(scores=scores, verification=None, failed=[])
+        if self.is_first:
+            if self.faces.held_out is not None:
+                found = measure_embedder(self.model, self.description, self.faces.held_out, self.training.seed)
+                measured = replace(found, scores={**scores, **found.scores})
+            self.unusable.add(measured.failed)
+            assert self.log is not None
+            self.log.add({"validation": {"step": self.step, **measured.scores}})
+            if self.step < self.training.steps:
+                self.console.remark(f"step {self.step}: {describe_scores(measured.scores)}")
         self.model.train()
-        assert self.log is not None
-        self.log.add({"validation": {"step": self.step, **measured.scores}})
         return measured
+
+    def _compute_full_loss(self) -> float | None:
+        """Of the samples of the training's first step, as they are without augmentation: one batch for all times."""
+        loader = self._make_loader(FaceAugmentation())
+        mine = share_of(self.ranks.rank, self.ranks.size, loader.micro_batches)
+        return compute_full_loss(
+            self.model,
+            self.head,
+            [loader.load(0, number) for number in mine],
+            mean=self.description.mean,
+            scale=self.description.scale,
+            precision=getattr(torch, self.training.precision),
+        )
 
     def _save(self) -> None:
         if self.saved == self.step and list_generations(self.out):
@@ -347,7 +380,7 @@ class _Run:
             "steps": self.step,
             "first_step": self.first,
             "loss": sum(self.losses) / len(self.losses) if self.losses else None,
-            **(measured.scores if measured else {}),
+            **measured.scores,
             "images_per_s": round(steps * self.training.batch / self.seconds, 1) if steps else None,
             "peak_bytes": peak,
             "unusable": len(unusable),
@@ -370,7 +403,7 @@ class _Silent(Console):
     """Of the ranks that show nothing of their own but what is wrong with pictures."""
 
     @contextmanager
-    def step(self, label: str, pixels: int, *, counts_pixels: bool = True) -> Iterator[Any]:  # noqa: ARG002 - Console's
+    def step(self, label: str, pixels: int, *, counts_pixels: bool = True, done: int = 0) -> Iterator[Any]:  # noqa: ARG002 - Console's
         yield self
 
     def advance(self, pixels: int, detail: str = "") -> None:

@@ -17,6 +17,8 @@ from ..models.faceid.top_k import unit_rows
 from ..models.faceid.verification import Verification, measure_verification
 
 RATES = ("1e-1", "1e-2", "1e-3", "1e-4")
+SHOWN_RATE = "1e-3"
+"""In a line."""
 MOST_PICTURES = 4
 """Of each identity."""
 BATCH = 32
@@ -27,8 +29,23 @@ class Measured:
     """What was found; without `verification` too few pictures could be read."""
 
     scores: dict[str, Any]
-    """Plain values: rank_1, tar at each rate that the pairs can tell, counts."""
+    """Plain values: full_loss, rank_1, tar at each rate that the pairs can tell, counts."""
     verification: Verification | None
+    failed: list[tuple[str, str]]
+    """(picture, reason) of those that cannot be used."""
+
+
+def describe_scores(scores: dict[str, Any]) -> str:
+    """In a line, for people."""
+    parts = []
+    if scores.get("full_loss") is not None:
+        parts.append(f"loss over all classes {scores['full_loss']:.3f}")
+    if "rank_1" not in scores:
+        return ", ".join([*parts, "not measured on identities never seen"])
+    parts.append(f"rank-1 of {scores['identities']:,} identities never seen {100 * scores['rank_1']:.1f} %")
+    if SHOWN_RATE in scores["tar"]:
+        parts.append(f"TAR {100 * scores['tar'][SHOWN_RATE]:.1f} % at FAR {SHOWN_RATE}")
+    return ", ".join(parts)
 
 
 def measure_embedder(model: nn.Module, description: EmbedderDescription, held_out: FaceSource, seed: int) -> Measured:
@@ -46,10 +63,11 @@ def measure_embedder(model: nn.Module, description: EmbedderDescription, held_ou
     place = np.empty_like(order)
     place[order] = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])
     shown = np.flatnonzero(place < MOST_PICTURES)
-    vectors, known = list[np.ndarray](), list[int]()
+    vectors, known, failed = list[np.ndarray](), list[int](), list[tuple[str, str]]()
     for start in range(0, len(shown), BATCH):
         part = shown[start : start + BATCH]
-        pictures, _ = held_out.read(part, np.zeros_like(part))
+        pictures, unusable = held_out.read(part, np.zeros_like(part))
+        failed += unusable
         good = [(pixels, labels[sample]) for pixels, sample in zip(pictures, part, strict=True) if pixels is not None]
         if good:
             vectors.append(embedder.embed(torch.from_numpy(np.stack([pixels for pixels, _ in good]))).double().numpy())
@@ -61,11 +79,11 @@ def measure_embedder(model: nn.Module, description: EmbedderDescription, held_ou
         split = split_pictures(np.array(known), stranger_share=0.0, seed=seed)
         found = measure_identification(unit, np.array(known), split, threads=torch.get_num_threads())
     except HeadError as error:
-        return Measured(scores={**scores, "not_measured": str(error)}, verification=None)
+        return Measured(scores={**scores, "not_measured": str(error)}, verification=None, failed=failed)
     scores["rank_1"] = found.match_rates[0]
     scores["tar"] = {
         rate: point.true_accept_rate
         for rate, point in zip(RATES, verification.points, strict=True)
         if point.true_accept_rate is not None
     }
-    return Measured(scores=scores, verification=verification)
+    return Measured(scores=scores, verification=verification, failed=failed)

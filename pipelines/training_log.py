@@ -38,6 +38,10 @@ class TrainingLog:
         ]
         write_durably(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
+    def has_validation(self, step: int) -> bool:
+        """Whether one after that step is in the log."""
+        return any("validation" in line and line["validation"]["step"] == step for line in read_log(self._path))
+
     def add(self, values: Mapping[str, Any]) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps(values) + "\n")

@@ -58,9 +58,24 @@ class GradientSum:
         return True
 
 
-def _scaled(batch: MicroBatch, mean: float, scale: float) -> Tensor:
-    """(n, 3, height, width)."""
-    return (batch.images.permute(0, 3, 1, 2).float() - mean) / scale
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Embed:
+    """The work of one thread: a micro-batch through the network."""
+
+    model: nn.Module
+    mean: float
+    scale: float
+    precision: torch.dtype
+    learns: bool
+
+    def __call__(self, _: None, batch: MicroBatch) -> Tensor:
+        scaled = (batch.images.permute(0, 3, 1, 2).float() - self.mean) / self.scale
+        # Casts are not shared between threads, whose graphs are apart.
+        with (
+            torch.set_grad_enabled(self.learns),
+            torch.autocast("cpu", self.precision, enabled=self.precision != torch.float32, cache_enabled=False),
+        ):
+            return self.model(scaled).float()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +113,7 @@ def compute_step(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     workers: list[None] = [None] * torch.get_num_threads()
 
-    def embed(_: None, batch: MicroBatch) -> Tensor:
-        # Casts are not shared between threads, whose graphs are apart.
-        with (
-            torch.enable_grad(),
-            torch.autocast("cpu", precision, enabled=precision != torch.float32, cache_enabled=False),
-        ):
-            return model(_scaled(batch, mean, scale)).float()
-
+    embed = _Embed(model=model, mean=mean, scale=scale, precision=precision, learns=True)
     features = run_tablets(embed, list(batches), workers)
     labels = torch.cat([batch.labels for batch in batches])
     samples = int((labels >= 0).sum())
@@ -132,3 +140,28 @@ def compute_step(
 
     run_tablets(descend, list(zip(features, incoming, strict=True)), workers)
     return StepResult(loss=float(loss.detach()), samples=samples, is_finite=total.finish(head.ranks))
+
+
+def compute_full_loss(
+    model: nn.Module,
+    head: ShardedMarginHead,
+    batches: Sequence[MicroBatch],
+    *,
+    mean: float,
+    scale: float,
+    precision: torch.dtype = torch.float32,
+) -> float | None:
+    """The exact mean loss over all classes, whatever share of them a step sees; nothing moves.
+
+    Called by all ranks with their micro-batches, in order; the same bits for any number of ranks and threads. None
+    where no sample is usable, or the loss is not finite.
+
+    Args:
+        model: in the mode of evaluation, so that no sample depends on the others.
+    """
+    workers: list[None] = [None] * torch.get_num_threads()
+    embed = _Embed(model=model, mean=mean, scale=scale, precision=precision, learns=False)
+    features, labels = run_tablets(embed, list(batches), workers), torch.cat([batch.labels for batch in batches])
+    usable = head.ranks.add((labels >= 0).sum())
+    loss = float(head.full_loss(torch.cat(features), labels))
+    return loss if int(usable) and math.isfinite(loss) else None

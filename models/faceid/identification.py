@@ -20,6 +20,7 @@ from .tablets import TabletLayout
 from .top_k import Floats, Numbers
 from .verification import EXPECTED, allow
 
+Scores = npt.NDArray[np.float64]
 RATES = ("1e-1", "1e-2", "1e-3")
 RANKS = (1, 5, 10, 20)
 
@@ -98,6 +99,18 @@ class Identification:
     match_rates: list[float]
     """Of known pictures: how many have their person among the first 1, 2, ... (CMC)."""
     points: list[AtStrangerRate]
+    hit_scores: Scores
+    """Of known pictures whose person is the first, ascending."""
+    stranger_scores: Scores
+    """The best of each picture of a stranger, ascending."""
+
+    def curve(self) -> tuple[Scores, Scores]:
+        """(FPIR, FNIR) at each stranger's score as a threshold, and where everybody is named; FPIR ascends, from
+        above 0 to 1. Empty without strangers."""
+        thresholds = np.append(np.unique(self.stranger_scores)[::-1], -np.inf)[1:]
+        named = len(self.stranger_scores) - np.searchsorted(self.stranger_scores, thresholds, side="right")
+        hits = len(self.hit_scores) - np.searchsorted(self.hit_scores, thresholds, side="right")
+        return named / max(1, len(self.stranger_scores)), 1 - hits / self.known
 
 
 def measure_identification(
@@ -145,6 +158,7 @@ def measure_identification(
                 is_sure=allowed >= EXPECTED,
             )
         )
+    hits = scores[:, 0][is_right[:, 0]]
     return Identification(
         people=len(people),
         templates=len(split.enrolled),
@@ -152,4 +166,6 @@ def measure_identification(
         strangers=len(split.strangers),
         match_rates=(np.cumsum(is_right.sum(axis=0)) / len(is_right)).tolist(),
         points=points,
+        hit_scores=np.sort(hits),
+        stranger_scores=descending[::-1],
     )

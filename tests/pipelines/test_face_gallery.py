@@ -78,6 +78,12 @@ def test_the_sample_is_the_same_for_the_same_options(world: Path, tmp_path: Path
     assert outsize("sample", tmp_path / "again", code=2)[1].startswith(f"outsize: error: {tmp_path / 'again'} must be")
 
 
+def test_a_sample_too_small_for_a_face_leaves_nothing(tmp_path: Path) -> None:
+    _, said = outsize("sample", tmp_path / "people", "--size", "5", code=2)
+    assert said == "outsize: error: faces must be 8 x 8 or larger, got 5 x 5\n"
+    assert not (tmp_path / "people").exists()
+
+
 def test_persons_are_enrolled_found_and_removed(world: Path, tmp_path: Path) -> None:
     place, embedder = tmp_path / "g", ("--embedder", world / "faces")
     made, _ = outsize("enroll", place, world / "people", *embedder)
@@ -253,7 +259,7 @@ def test_an_embedder_is_evaluated_with_a_page(world: Path, tmp_path: Path) -> No
     parser.feed(text)
     assert parser.open == []
     lines = [attributes["points"] or "" for tag, attributes in parser.seen if tag == "polyline"]
-    assert len(lines) == 4  # ROC, two of scores, CMC
+    assert len(lines) == 5  # ROC, two of scores, CMC, DET
     for line in lines:
         points = np.array([point.split(",") for point in line.split()], float)
         assert points.min() >= -0.1
@@ -296,8 +302,14 @@ def test_embeddings_give_the_same_numbers_as_pictures(world: Path, tmp_path: Pat
         (("--embeddings", "{e}"), "--embeddings needs --labels"),
         (
             ("--embeddings", "{people}/pairs.txt", "--labels", "{people}/pairs.txt"),
-            "an array and labels that can be read",
+            "pairs.txt must be an array of numpy.save, got another kind of file",
         ),
+        (("--embeddings", "{pickled}", "--labels", "{e}"), "pickled.npy must be an array that can be read: Object arr"),
+        (
+            ("--embeddings", "{e}", "--labels", "nowhere.txt"),
+            "nowhere.txt must be labels, one a line, that can be read",
+        ),
+        (("--embeddings", "{flat}", "--labels", "{e}"), "must hold real numbers as (pictures, dim), got float64 (3,)"),
         (("--embeddings", "{e}", "--labels", "{people}/pairs.txt"), "each embedding needs a label, got 3 and 601"),
         (("{people}", "--embedder", "{faces}", "--far", "2"), "a rate must be"),
         (("{people}", "--embedder", "{faces}", "--report", "x.png"), "its name ends in .html"),
@@ -309,7 +321,10 @@ def test_contradictions_are_refused_before_the_work(
     world: Path, tmp_path: Path, words: tuple[str, ...], reason: str
 ) -> None:
     np.save(tmp_path / "e.npy", np.eye(3))
-    places = {"people": world / "people", "faces": world / "faces", "e": tmp_path / "e.npy"}
+    np.save(tmp_path / "flat.npy", np.ones(3))
+    np.save(tmp_path / "pickled.npy", np.array([{}], object), allow_pickle=True)
+    places = {"people": world / "people", "faces": world / "faces"}
+    places |= {name: tmp_path / f"{name}.npy" for name in ("e", "flat", "pickled")}
     _, said = outsize("evaluate", *(word.format(**places) for word in words), code=2)
     last = said.strip().splitlines()[-1]
     assert last.startswith("outsize: error: ")

@@ -24,9 +24,23 @@ from outsize.sample_data.faces import write_faces
 from outsize.tests import commands
 from outsize.tests.models.faceid.test_record_io import indexed
 from PIL import Image
+from pyarrow import csv as csv_reader
+from pyarrow import parquet
 
 TINY = ("--size", "16", "--batch", "8", "--micro-batch", "4", "--dim", "16", "--held-out", "6")
-STEPS = ("--faces", "synthetic:40", *TINY, "--sample", "0.5", "--steps", "30", "--save-every", "10")
+STEPS = (
+    "--faces",
+    "synthetic:40",
+    *TINY,
+    "--sample",
+    "0.5",
+    "--steps",
+    "30",
+    "--save-every",
+    "10",
+    "--evaluate-every",
+    "5",
+)
 
 
 def train(out: Path, *words: str | Path, code: int = 0) -> tuple[dict[str, Any], str]:
@@ -41,6 +55,11 @@ def read_steps(out: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "validation" not in line]
 
 
+def read_validations(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    return [line["validation"] for line in lines if "validation" in line]
+
+
 def hashes(out: Path, step: int) -> dict[str, Any]:
     return json.loads((out / f"step-{step:09d}" / "manifest.json").read_text())["files"]
 
@@ -49,7 +68,7 @@ def hashes(out: Path, step: int) -> dict[str, Any]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     """A training that nothing disturbed."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    return out, *train(out, *STEPS, "--evaluate-every", "20", "--threads", "1")
+    return out, *train(out, *STEPS, "--threads", "1")
 
 
 def wait_for_steps(command: Any, out: Path, count: int) -> None:
@@ -83,7 +102,9 @@ def test_killed_and_stopped_it_goes_on_to_the_same_bits(
     assert not [process for process in ranks if process.is_running()]
     log = out / "train.jsonl"
     assert len(log.read_text().splitlines()) >= 12  # steps that are not saved are made again, and so are their lines
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[:10]))
+    # Ten steps and the validation of the fifth, by two ranks, as if killed before that of the tenth, which is saved.
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:11]))
+    assert [line["step"] for line in read_validations(out)] == [5]
     with said.open("w") as errors:
         command = commands.Command("face", "train", out, *STEPS, stderr=errors)
         wait_for_steps(command, out, 13)
@@ -101,7 +122,10 @@ def test_killed_and_stopped_it_goes_on_to_the_same_bits(
         [line[key] for key in same] for line in read_steps(undisturbed)
     ]
     assert hashes(out, 30) == hashes(undisturbed, 30)
-    assert (values["rank_1"], values["tar"]) == (expected["rank_1"], expected["tar"])
+    assert read_validations(out) == read_validations(undisturbed)
+    assert [values[key] for key in ("full_loss", "rank_1", "tar")] == [
+        expected[key] for key in ("full_loss", "rank_1", "tar")
+    ]
 
 
 def test_log_and_report_hold_what_was_done(whole: tuple[Path, dict[str, Any], str]) -> None:
@@ -113,9 +137,11 @@ def test_log_and_report_hold_what_was_done(whole: tuple[Path, dict[str, Any], st
     assert steps[-1]["rate"] < 1e-5
     assert values["loss"] == pytest.approx(np.mean([line["loss"] for line in steps]))
     assert np.mean([line["loss"] for line in steps[-5:]]) < steps[0]["loss"]
-    validations = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines() if "validation" in line]
-    assert [line["validation"]["step"] for line in validations] == [20, 30]
-    assert values["rank_1"] == validations[-1]["validation"]["rank_1"]
+    validations = read_validations(out)
+    assert [line["step"] for line in validations] == [5, 10, 15, 20, 25, 30]
+    assert values["rank_1"] == validations[-1]["rank_1"]
+    assert values["full_loss"] == validations[-1]["full_loss"] < validations[0]["full_loss"]
+    assert f"step 20: loss over all classes {validations[3]['full_loss']:.3f}, rank-1 of 6 identities" in said
     assert (values["identities"], values["pictures"], values["unusable"]) == (6, 24, 0)
     assert values["peak_bytes"] > 1e8
     assert "step 30/30, loss" in said
@@ -124,6 +150,7 @@ def test_log_and_report_hold_what_was_done(whole: tuple[Path, dict[str, Any], st
     HTMLParser().feed(page)
     assert page.count("<svg") == 6  # four curves, ROC, scores
     assert "Rank-1" in page
+    assert "over all classes, of one batch" in page
     assert "synthetic:40" in page
     assert page.startswith("<!DOCTYPE html>")
     assert {path.name for path in out.iterdir()} == {
@@ -139,6 +166,7 @@ def test_a_finished_training_is_measured_again_and_not_trained(
     values, _ = train(out, *STEPS)
     assert (values["first_step"], values["loss"], values["rank_1"]) == (30, None, whole[1]["rank_1"])
     assert hashes(out, 30) == hashes(whole[0], 30)
+    assert read_validations(out) == read_validations(whole[0])
 
 
 RANK = """
@@ -238,8 +266,9 @@ def test_a_folder_is_trained_on_and_what_is_wrong_is_named(tmp_path: Path, peopl
     }
     assert named.pop("nobody") == "its folder has no picture"
     assert named.pop("copy.png").endswith("identity-000001_0001.png, of another identity")
-    # Identities are held out by the seed: this one may be.
-    assert set(named) <= {"identity-000000_0001.png", "wide.png"}
+    # Identities are held out by the seed. The first picture is named whether it is trained on or measured with; of five
+    # pictures of a held out identity the last is not measured with.
+    assert {"identity-000000_0001.png"} <= set(named) <= {"identity-000000_0001.png", "wide.png"}
     assert values["unusable"] == len(named) + 2
     assert "1 of 13 identities have one picture" in said
     assert "1 file left alone" in said
@@ -257,12 +286,14 @@ def test_a_list_gives_the_bits_of_its_folder(tmp_path: Path) -> None:
         rows = csv.writer(file)
         rows.writerow(["path", "label"])
         rows.writerows([path.relative_to(tmp_path), path.parent.name] for path in sorted(folder.rglob("*.png")))
+    parquet.write_table(csv_reader.read_csv(tmp_path / "list.csv"), tmp_path / "list.parquet")
     found = [
         train(tmp_path / f"run {source.name}", "--faces", source, *FOLDER)[0]
-        for source in (folder, tmp_path / "list.csv")
+        for source in (folder, tmp_path / "list.csv", tmp_path / "list.parquet")
     ]
-    assert found[0]["loss"] == found[1]["loss"]
-    assert hashes(tmp_path / "run people", 6) == hashes(tmp_path / "run list.csv", 6)
+    assert found[0]["loss"] == found[1]["loss"] == found[2]["loss"]
+    for name in ("list.csv", "list.parquet"):
+        assert hashes(tmp_path / "run people", 6) == hashes(tmp_path / f"run {name}", 6)
 
 
 def test_a_record_file_is_trained_on_and_a_wrong_label_is_named(tmp_path: Path) -> None:
@@ -311,11 +342,12 @@ def test_an_iresnet_is_trained_saved_and_enrolls(tmp_path: Path) -> None:
             ("--faces", "synthetic:x"),
             "synthetic faces need 2 identities or more, such as synthetic:2000, got synthetic:x",
         ),
-        (("--faces", "nowhere"), "NAME.csv or NAME.rec, got nowhere, which is not there"),
+        (("--faces", "nowhere"), "NAME.parquet or NAME.rec, got nowhere, which is not there"),
         (("--faces", "nowhere.rec"), "must be a RecordIO file with nowhere.idx beside it"),
         (("--network", "r50", "--size", "20"), "sides that are multiples of 16, got 20 x 20"),
         (("--size", "4"), "faces must be 8 x 8 or larger, got 4 x 4"),
         (("--batch", "16", "--ranks", "2"), "2 ranks need a micro-batch each, a batch of 16 has 1 of 16"),
+        (("--batch", "1"), "--batch must be 2 or more, since features are normalised over a step, got 1"),
         (("--ranks", "4096"), "ranks must be at most the machine's"),
         (("--memory", "100MB"), "layer and embedder need|classes would fit"),
         (("--warm-up", "9", "--steps", "3"), r"the warm-up must be 0 \.\.\. 3 steps"),
@@ -367,5 +399,6 @@ def test_under_the_user_s_torchrun_it_is_the_same_training(
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["steps"] == 30
+    values = json.loads(done.stdout.splitlines()[-1])
+    assert (values["steps"], values["full_loss"]) == (30, whole[1]["full_loss"])
     assert hashes(tmp_path / "run", 30) == hashes(whole[0], 30)

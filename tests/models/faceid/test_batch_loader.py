@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from outsize.models.faceid.augmentation import FaceAugmentation
 from outsize.models.faceid.batch_loader import BatchLoader
@@ -14,6 +16,7 @@ from outsize.models.faceid.face_source import PictureFiles, SourcePart, hold_out
 from outsize.models.faceid.image_list import read_image_list
 from outsize.tiler.errors import UsageError
 from PIL import Image
+from pyarrow import parquet
 
 SIZE = (9, 7)
 LABELS = np.array([0, 0, 1, 1, 2, 2, 2, 3, 4, 4, 4])
@@ -165,7 +168,7 @@ def test_a_list_is_read_with_its_labels(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("a.png,1\n", "must begin with the line path,label, got 'a.png,1'"),
-        ("path,label\n", "must list pictures below its first line"),
+        ("path,label\n", "must list pictures, got none"),
         ("path,label\na.png,\n", "line 2 of .* must have a path and a label, got 'a.png', ''"),
         ("path,label\na.png\n", "line 2 of .* must have a path and a label, got 'a.png', None"),
         ("path,label\na.png,1\na.png,2\n", "line 3 of .* gives a.png the label 2, line 2 1"),
@@ -177,8 +180,48 @@ def test_lists_that_cannot_be_used_are_refused(tmp_path: Path, text: str, messag
         read_image_list(tmp_path / "list.csv")
 
 
-def test_other_lists_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a list of pictures must be CSV"):
+@pytest.mark.parametrize("numbers", [False, True])
+def test_a_parquet_list_is_the_csv_list_of_the_same_rows(tmp_path: Path, numbers: bool) -> None:
+    """Several row groups, a column more, texts also as a dictionary, whole numbers as labels."""
+    rows = [(f"{n % 4}/{n % 9}.png", str(n % 9 % 4)) for n in range(43)]
+    (tmp_path / "list.csv").write_text("".join(f"{path},{label}\n" for path, label in [("path", "label"), *rows]))
+    paths, labels = zip(*rows, strict=True)
+    given = pa.array([int(label) for label in labels], pa.int32()) if numbers else pa.array(labels).dictionary_encode()
+    table = pa.table({"note": pa.nulls(len(rows)), "label": given, "path": pa.array(paths, pa.large_string())})
+    parquet.write_table(table, tmp_path / "list.parquet", row_group_size=5)
+    found, expected = read_image_list(tmp_path / "list.parquet"), read_image_list(tmp_path / "list.csv")
+    assert (found.paths, found.names, found.repeated) == (expected.paths, expected.names, expected.repeated)
+    assert found.repeated > 0
+    assert np.array_equal(found.labels, expected.labels)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"path": ["a.png"], "person": ["x"]}, "must have the columns path and label, got path, person"),
+        ({"path": ["a.png"], "label": [1.5]}, "labels must be texts or whole numbers, the column label .* has double"),
+        ({"path": [b"a.png"], "label": [1]}, "paths must be texts, the column path of .* has binary"),
+        ({"path": ["a.png", "b.png"], "label": [0, None]}, "row 2 of .* must have a path and a label, got 'b.png', No"),
+        ({"path": ["", "b.png"], "label": [0, 1]}, "row 1 of .* must have a path and a label, got '', '0'"),
+        ({"path": ["a.png", "a.png"], "label": [1, 2]}, "row 2 of .* gives a.png the label 2, row 1 1"),
+        ({"path": pa.array([], pa.string()), "label": pa.array([], pa.int64())}, "must list pictures, got none"),
+    ],
+)
+def test_parquet_lists_that_cannot_be_used_are_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    parquet.write_table(pa.table(columns), tmp_path / "list.parquet")
+    with pytest.raises(UsageError, match=message):
         read_image_list(tmp_path / "list.parquet")
-    with pytest.raises(UsageError, match="must be a list of pictures that can be read"):
-        read_image_list(tmp_path / "list.csv")
+
+
+def test_other_lists_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"a list of pictures must be NAME.csv or NAME.parquet .*, got list.txt"):
+        read_image_list(tmp_path / "list.txt")
+    for name in ("list.csv", "list.parquet"):
+        with pytest.raises(UsageError, match="must be a list of pictures that can be read"):
+            read_image_list(tmp_path / name)
+    (tmp_path / "list.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UsageError, match=r"list\.parquet must be a list of pictures that can be read"):
+        read_image_list(tmp_path / "list.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as where it is not installed
+    with pytest.raises(UsageError, match=r"list.parquet: lists in Parquet need .*pip install 'outsize\[parquet\]'"):
+        read_image_list(tmp_path / "list.parquet")

@@ -7,7 +7,7 @@ import torch
 from outsize.models.faceid.batch_loader import MicroBatch
 from outsize.models.faceid.collectives import Ranks
 from outsize.models.faceid.embedder import SmallEmbedder
-from outsize.models.faceid.embedder_step import GradientSum, StepResult, compute_step
+from outsize.models.faceid.embedder_step import GradientSum, StepResult, compute_full_loss, compute_step
 from outsize.models.faceid.errors import HeadError
 from outsize.models.faceid.feature_norm import normalise_batch
 from outsize.models.faceid.head import ShardedMarginHead
@@ -87,6 +87,37 @@ def test_gradients_and_rows_have_the_same_bits_for_any_threads(precision: torch.
         exact = run(1)[1]
         error = [float((a - b).norm() / b.norm()) for a, b in zip(one[1], exact, strict=True)]
         assert 1e-4 < max(error) < 0.3
+
+
+def test_the_full_loss_of_a_sampled_layer_is_the_dense_layer_s_and_moves_nothing() -> None:
+    model = _make_model()
+    model.feature_norm.mean.normal_()
+    model.feature_norm.variance.uniform_(0.5, 2)
+    head = ShardedMarginHead(CLASSES, DIM, scale=8, rule=SGD(lr=1.0), sample=0.1, tablet_rows=8, block_rows=8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rows = head.dense_weight().clone()
+    found = []
+    for threads in (1, 3):
+        kept = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            found.append(compute_full_loss(model.eval(), head, BATCHES, mean=127.5, scale=127.5))
+        finally:
+            torch.set_num_threads(kept)
+    assert found[0] == found[1]
+    assert head.step == 0
+    assert torch.equal(head.dense_weight(), rows)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    images = torch.cat([batch.images for batch in BATCHES]).permute(0, 3, 1, 2).double()
+    labels = torch.cat([batch.labels for batch in BATCHES])
+    with torch.no_grad():
+        features = model.double()((images - 127.5) / 127.5)[labels >= 0]
+        expected = compute_dense_loss(features, labels[labels >= 0], rows.double(), head.margin, 8.0)
+    assert found[0] == pytest.approx(float(expected), rel=1e-5)
+    nobody = make([[-1, -1], [-1]])
+    assert compute_full_loss(model.float(), head, nobody, mean=127.5, scale=127.5) is None
+    head.rows[0] = torch.nan
+    assert compute_full_loss(model, head, BATCHES, mean=127.5, scale=127.5) is None
 
 
 def test_features_are_normalised_by_the_batch_and_later_by_what_was_seen() -> None:

@@ -37,6 +37,15 @@ def test_rates_are_those_of_the_dense_table_of_scores() -> None:
         assert point.threshold == pytest.approx(best[point.allowed], abs=1e-12)
         missed = [rank[n] > 0 or table[p].max() <= best[point.allowed] + 1e-12 for n, p in enumerate(split.known)]
         assert point.missed_rate == pytest.approx(np.mean(missed))
+    fpir, fnir = found.curve()
+    assert len(fpir) == len(best)
+    for named, missed in zip(fpir.tolist(), fnir.tolist(), strict=True):
+        place = round(named * len(best))  # so many exceed the threshold, which is the next one's score
+        limit = best[place] + 1e-12 if place < len(best) else -np.inf
+        wrong = [rank[n] > 0 or table[p].max() <= limit for n, p in enumerate(split.known)]
+        assert missed == pytest.approx(np.mean(wrong))
+    assert fpir.tolist() == pytest.approx((np.arange(len(best)) + 1) / len(best))
+    assert fnir[-1] == pytest.approx(1 - found.match_rates[0])
     assert (found.people, found.known, found.strangers) == (len(people), len(split.known), len(best))
 
 
@@ -46,6 +55,7 @@ def test_without_strangers_or_pictures_it_says_so() -> None:
     split = split_pictures(labels, stranger_share=0)
     found = measure_identification(unit, labels, split, rates=("0.1",))
     assert found.strangers == 0
+    assert [len(part) for part in found.curve()] == [0, 0]
     assert found.points[0].threshold is None
     assert len(found.match_rates) == 2
     with pytest.raises(HeadError, match="more than 1 pictures"):

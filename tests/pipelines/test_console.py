@@ -1,0 +1,19 @@
+"""Lines of progress: what an earlier call did tells nothing of how long the rest takes."""
+
+from __future__ import annotations
+
+import pytest
+from outsize.pipelines import console
+
+
+@pytest.mark.parametrize(("done", "left"), [(0, "ETA 45 s"), (60, "ETA 15 s")])
+def test_the_time_that_is_left_goes_by_what_this_call_did(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], done: int, left: str
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with console.Console().step("train", 100, done=done, counts_pixels=False) as bar:
+        bar.advance(0, "goes on")
+        now[0] += 15.0
+        bar.advance(25 if not done else 20)
+        assert capsys.readouterr().err == f"train: {done + (20 if done else 25)} %, {left}\n"
