@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -27,7 +27,8 @@ from .tile_map import Message
 QUEUED_PER_THREAD = 2
 """Cells known to the scheduler for each that workers may hold: enough that none waits for this process."""
 FORGET_EVERY = 10_000
-"""Cells, after which Dask is made to forget the names of those that have ended: it would remember 100,000."""
+"""Cells, after which Dask is made to forget those that have ended: it would remember 100,000 names, and each submission
+for ever."""
 LOOK_EVERY_S = 5.0
 """How often cells that do not come back are looked for."""
 HANGS_FACTOR = 20
@@ -173,6 +174,24 @@ def run_cells(
         flight.cancel()
 
 
+def _make_forgetter() -> Callable[[Any], None]:
+    """A function for the scheduler, sent as code since it is nested: a scheduler need not have this package."""
+
+    def forget(dask_scheduler: Any) -> None:
+        from dask.utils import key_split
+
+        key_split.cache_clear()
+        # Every submission adds to its span's list what kind it was of: of each kind one is as telling.
+        for span in dask_scheduler.extensions["spans"].spans.values():
+            told, kinds = (span.metadata or {}).get("collections", []), list[Any]()
+            for kind in told:
+                if kind not in kinds:
+                    kinds.append(kind)
+            told[:] = kinds
+
+    return forget
+
+
 class _Flight:
     """The cells that the scheduler knows."""
 
@@ -203,17 +222,16 @@ class _Flight:
     def submit(self, cell: Cell, *, alone: bool = False) -> None:
         self._submitted += 1
         if self._submitted % FORGET_EVERY == 0:
-            self._forget_names()
+            self._forget()
         run_id = self._job.run_id
         key = (f"{self._label}-{run_id}{'-alone' if alone else ''}", *cell)
         future = self._client.submit(run_cell, run_id, *cell, key=key, pure=False)
         self.cells[future.key] = cell, future
         future.add_done_callback(self._ended.put)
 
-    def _forget_names(self) -> None:
-        # By a function of Dask's own: a scheduler need not have this package.
+    def _forget(self) -> None:
         with contextlib.suppress(Exception):
-            self._client.run_on_scheduler(key_split.cache_clear)
+            self._client.run_on_scheduler(_make_forgetter())
             self._client.run(key_split.cache_clear, on_error="ignore")
 
     def wait(self) -> list[tuple[Cell, Any]]:

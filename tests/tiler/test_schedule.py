@@ -285,9 +285,12 @@ def test_a_figure_that_a_worker_does_not_know_costs_neither_the_run_nor_the_othe
 
 def test_what_dask_remembers_of_cells_does_not_grow_with_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedule, "FORGET_EVERY", 20)
-    job, sizes = Idle(run_id="names", in_flight=8), list[int]()
-    with threads_here(1, 8) as (_, client), job_on(client, job):
+    job, names, kinds = Idle(run_id="names", in_flight=8), list[int](), list[int]()
+    with threads_here(1, 8) as (cluster, client), job_on(client, job):
+        spans = cluster.scheduler.extensions["spans"].spans
         for _ in run_cells(client, job, ((0, index) for index in range(120)), "tile"):
-            sizes.append(key_split.cache_info().currsize)
-    assert len(sizes) == 120
-    assert max(sizes[30:]) < 70
+            names.append(key_split.cache_info().currsize)
+            kinds.append(max(len(span.metadata["collections"]) for span in spans.values() if span.metadata))
+    assert len(names) == 120
+    assert max(names[30:]) < 70
+    assert 1 < max(kinds[30:]) < 70
