@@ -128,10 +128,11 @@ def draw(path: Path, measured: dict[Series, Measured]) -> None:
 def main() -> None:
     """Write the files, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("runs", nargs="+", type=Path, help="what segment --json or this has written")
     parser.add_argument("--folder", type=Path, default=Path("docs"))
     options = parser.parse_args()
-    files = [json.loads(path.read_text()) for path in options.runs]
+    read = [json.loads(path.read_text()) for path in options.runs]
+    files = [run for found in read for run in (found if isinstance(found, list) else [found])]
     measured = collect(files)
     (options.folder / "benchmarks.json").write_text(json.dumps(files, indent=1) + "\n")
     usual = {series: row for series, row in measured.items() if series[0] == "small" and series[2] == "2GB"}

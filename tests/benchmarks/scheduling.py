@@ -38,7 +38,7 @@ class Idle:
     """A job whose cells are done at once; its records are of the size that a run's are."""
 
     run_id: str
-    in_flight: int = 2
+    in_flight: int = 8
     gdal_cache_bytes: int = 64_000_000
     packages: tuple[str, ...] = ()
 
@@ -74,11 +74,11 @@ def cpu_seconds(process: psutil.Process) -> float:
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes], subprocess.Popen[bytes]]]:
-    """(scheduler file, scheduler, worker of two threads), each a process of its own."""
+    """(scheduler file, scheduler, worker of eight threads), each a process of its own."""
     file, processes = folder / "scheduler.json", []
     for name, options in (
         ("dask_scheduler", ["--host", "127.0.0.1", "--port", "0"]),
-        ("dask_worker", ["--nworkers", "1", "--nthreads", "2", "--no-nanny"]),
+        ("dask_worker", ["--nworkers", "1", "--nthreads", "8", "--no-nanny"]),
     ):
         words = ["-W", "ignore", "-m", f"distributed.cli.{name}", "--scheduler-file", str(file), "--no-dashboard"]
         processes.append(subprocess.Popen([sys.executable, *words, *options], stderr=subprocess.DEVNULL))
