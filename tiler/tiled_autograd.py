@@ -6,7 +6,7 @@ scaling and accumulation see what they see in ordinary training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -322,6 +322,18 @@ def _once(ctx: Any, cotangent: Tensor, *gradients: Tensor | None) -> tuple[Tenso
     return tuple(None if gradient is None else next(made) for gradient in gradients)
 
 
+def _fits(dtype: torch.dtype, traced: torch.dtype, tensors: Iterable[Tensor]) -> bool:
+    """Whether a network takes such pixels: those that it was analysed for, or floats that autocast casts, or that its
+    weights were turned into. Pixels of another kind would be scaled otherwise."""
+    if dtype == traced:
+        return True
+    if not (dtype.is_floating_point and traced.is_floating_point):
+        return False
+    return torch.is_autocast_enabled() or any(
+        torch.is_autocast_enabled(tensor.device.type) or tensor.dtype == dtype for tensor in tensors
+    )
+
+
 def _begin(
     module: nn.Module | Network,
     plan: TrainPlan,
@@ -337,19 +349,18 @@ def _begin(
     image_learns = image is not None and image.requires_grad
     network = prepare_training(module, shape[0], dtype, image_learns=image_learns)
     traced = network.network
-    # Casts between floats are what mixed precision does; pixels of another kind would be scaled otherwise.
-    fits = dtype == traced.dtype or (dtype.is_floating_point and traced.dtype.is_floating_point)
-    if shape[0] != traced.bands or not fits:
+    if shape[0] != traced.bands or not _fits(dtype, traced.dtype, network.tensors().values()):
         raise UsageError(
             f"the network was analysed for {traced.bands} bands {_name(traced.dtype)}, the image has {shape[0]} bands "
             f"{_name(dtype)}; analyse it for those"
         )
     if shape != plan.image_shape:
         raise UsageError(f"the plan is for images of {plan.image_shape}, got {shape}; make one for that shape")
-    expected = (plan.output_shape[0], *traced.output_shape(shape[1:]))
-    if plan.output_shape != expected:
+    height, width = traced.output_shape(shape[1:])
+    if plan.output_shape[1:] != (height, width):
         raise UsageError(
-            f"the plan's output_shape must be {expected}, as the network makes of {shape}, got {plan.output_shape}"
+            f"the plan's output_shape must be (channels, {height}, {width}), as the network makes of {shape}, got "
+            f"{plan.output_shape}"
         )
     if fill is not None and len(fill) != shape[0]:
         raise UsageError(f"fill must have one value a band, got {len(fill)} for {shape[0]} bands")

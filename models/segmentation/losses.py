@@ -261,7 +261,8 @@ def _targets(logits: Tensor, labels: Tensor, counted: Tensor, ignore_index: int 
             f"labels must have a band for each of the {logits.shape[0]} channels, got {labels.shape[0]}; pick bands"
         )
     known = _known(labels, counted, ignore_index)
-    return known, labels.masked_fill(~known, 0).to(logits.dtype)
+    # Converted first: torch fills no unsigned numbers of more than 8 bits. What is not known may be no number.
+    return known, labels.to(logits.dtype).masked_fill(~known, 0)
 
 
 def _sum_and_count(each: Tensor, known: Tensor) -> Tensor:

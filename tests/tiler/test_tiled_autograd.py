@@ -193,7 +193,7 @@ def test_losses_are_the_same_in_inference_mode_and_plans_of_other_outputs_are_re
     with torch.inference_mode():
         assert float(tile_loss(network, plan, loss, image, labels)) == float(value)
     short = dataclasses.replace(plan, output_shape=(plan.output_shape[0], 10, 10))
-    with pytest.raises(UsageError, match=r"output_shape must be \(2, 53, 67\).*got \(2, 10, 10\)"):
+    with pytest.raises(UsageError, match=r"output_shape must be \(channels, 53, 67\).*got \(2, 10, 10\)"):
         tile_loss(network, short, loss, image, labels[:10, :10])
 
 
@@ -407,6 +407,8 @@ def test_labels_and_images_that_do_not_fit_are_refused_by_name() -> None:
         tile_loss(network, plan, CrossEntropy(), image[..., :-1], labels)
     with pytest.raises(UsageError, match="analysed for 3 bands float64, the image has 3 bands uint8"):
         tile_loss(network, plan, CrossEntropy(), image.to(torch.uint8), labels)
+    with pytest.raises(UsageError, match="analysed for 3 bands float64, the image has 3 bands float32"):
+        tile_loss(network, plan, CrossEntropy(ignore_index=255), image.float(), labels)
     with pytest.raises(UsageError, match=r"pixels must be \(bands, height, width\)"):
         tile_loss(network, plan, CrossEntropy(), image[None, None], labels)
     classes = analyze_network(nn.Sequential(nn.Conv2d(3, 2, 1), Largest()), bands=3)

@@ -171,3 +171,12 @@ def test_labels_and_options_that_cannot_be_right_are_refused() -> None:
         HuberLoss(delta=0)
     with pytest.raises(UsageError, match="a weight a loss, got 2 for 1"):
         SumOfLosses(losses=(Dice(),), weights=(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.int64, torch.float32])
+@pytest.mark.parametrize("kind", [BinaryCrossEntropy, SquaredLoss, HuberLoss])
+def test_labels_of_any_type_are_taken(kind: type[Loss], dtype: torch.dtype) -> None:
+    labels = draw_classes(2) % 2
+    logits = draw(1, *SHAPE)
+    expected, found = by_parts(kind(), logits, labels), by_parts(kind(), logits, labels.to(dtype))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
