@@ -40,7 +40,7 @@ from .face_report import write_face_report
 from .face_sources import OpenedFaces, SyntheticOptions, open_faces
 from .face_validation import Measured, describe_scores, measure_embedder
 from .interrupts import StopAfterStep
-from .ranks import INTERRUPTED, LOST, join_ranks, leave_ranks
+from .ranks import INTERRUPTED, LOST, is_loss, join_ranks, leave_ranks
 from .training_log import TrainingLog
 from .unusable_pictures import UnusablePictures, read_unusable
 
@@ -430,7 +430,7 @@ def main(rank: int, folder: Path) -> int:
             print(printable(f"outsize: error: {error}"), file=sys.stderr, flush=True)
         return error.exit_code
     except RuntimeError as error:
-        if "gloo" not in str(error):
+        if not is_loss(error):
             raise
         return LOST  # another rank is gone; the command says which
     return 0

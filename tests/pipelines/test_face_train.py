@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from outsize.pipelines.ranks import RankError, run_ranks
+from outsize.pipelines.ranks import RankError, refuse_as_rank, run_ranks
 from outsize.sample_data.faces import write_faces
 from outsize.tests import commands
 from outsize.tests.models.faceid.test_record_io import indexed
+from outsize.tiler.errors import UsageError
 from PIL import Image
 from pyarrow import csv as csv_reader
 from pyarrow import parquet
@@ -202,6 +203,12 @@ def _check_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "codes").write_text(codes)
         with pytest.raises(RankError, match=said):
             run_ranks("some_rank", 2, 1, tmp_path)
+    # What a rank refuses is told as if this process did, with its exit code.
+    (tmp_path / "codes").write_text("2 75")
+    refuse_as_rank(0, tmp_path, UsageError("that is not there"))
+    with pytest.raises(RankError, match="^that is not there$") as refused:
+        run_ranks("some_rank", 2, 1, tmp_path)
+    assert refused.value.exit_code == 2
     (tmp_path / "codes").unlink()
     for rank in (0, 1):
         (tmp_path / str(rank)).unlink()
