@@ -162,7 +162,7 @@ def test_two_ranks_give_the_bits_of_one(world: Path, tablets: Path, tmp_path: Pa
     words = ("identify", tablets, *pictures, "--embedder", world / "faces", "-k", "4", "--threshold", "-1")
     alone, _ = outsize(*words, code=3)
     assert len(alone["faces"]) == PEOPLE
-    both, said = outsize(*words, "--ranks", "2", code=3)
+    both, _ = outsize(*words, "--ranks", "2", code=3)
     same = ("faces", "threshold", "images", "failed")
     assert [both[key] for key in same] == [alone[key] for key in same]
     assert both["predicted_peak_bytes"] > 1.5 * alone["predicted_peak_bytes"]
@@ -401,6 +401,11 @@ def test_embeddings_give_the_same_numbers_as_pictures(world: Path, tmp_path: Pat
         (("{people}", "--embedder", "{faces}", "--far", "2"), "a rate must be"),
         (("{people}", "--embedder", "{faces}", "--report", "x.png"), "its name ends in .html"),
         (("{people}", "--embedder", "{faces}", "--pairs", "{e}"), "must be a list of pairs as text"),
+        (("{people}", "--embedder", "{faces}", "--pairs", "nowhere.txt"), "list of pairs as text: No such file"),
+        (
+            ("--embeddings", "nowhere.npy", "--labels", "{e}"),
+            "nowhere.npy must be an array that can be read: No such f",
+        ),
         (("{people}", "--embedder", "{faces}", "--memory", "300MB"), "the budget is 300 MB"),
     ],
 )
@@ -416,3 +421,4 @@ def test_contradictions_are_refused_before_the_work(
     last = said.strip().splitlines()[-1]
     assert last.startswith("outsize: error: ")
     assert reason in last
+    assert "Errno" not in last
