@@ -160,21 +160,26 @@ def enroll(console: Any, *, replace: bool, add: bool, **options: Any) -> None:
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="The threshold that this share of strangers exceeds, by the gallery's calibration.",
 )
+@option(
+    "--ranks", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the gallery's rows."
+)
 @_resize
 @_memory
 @click.pass_obj
-def identify(console: Any, **options: Any) -> None:
-    """Say who is on each IMAGE, a picture or a folder of pictures: the nearest persons of GALLERY, exactly, by cosine.
-    Exit code 3 where some pictures cannot be used.
+def identify(console: Any, ranks: int, **options: Any) -> None:
+    """Say who is on each IMAGE, a picture or a folder of pictures: the nearest persons of GALLERY, exactly, by cosine;
+    the same bits for any number of ranks, whom torchrun may start too. Exit code 3 where some pictures cannot be used.
 
     \b
     outsize face identify staff/ door.png --embedder faces/
     outsize face identify staff/ visitors/ --embedder faces/ --fpir 0.01 -k 1
     outsize --json face identify staff/ door.png --embedder faces/ --threshold 0.45
+    outsize face identify city/ visitors/ --embedder faces/ --ranks 2 --memory 8GB
+    torchrun --nproc-per-node 2 -m outsize face identify city/ visitors/ --embedder faces/
     """
-    from .face_gallery import IdentifyOptions, run_identify
+    from .face_identify import IdentifyOptions, run_identify
 
-    if not run_identify(console, IdentifyOptions(**options)):
+    if not run_identify(console, IdentifyOptions(**options), ranks=ranks):
         raise SystemExit(EXIT_SOME_FAILED)
 
 

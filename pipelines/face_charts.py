@@ -38,8 +38,8 @@ class Chart:
     """(place, text)."""
     y_ticks: list[tuple[float, str]]
     lines: list[Line]
-    marks: list[tuple[float, float, str]]
-    """Points that are measured exactly, with what they say."""
+    marks: list[tuple[float, float, str, str]]
+    """Points that are measured exactly: place, what they say, their line's colour."""
 
 
 def _points(x: Curve, y: Curve) -> str:
@@ -89,7 +89,7 @@ def _draw_over_rates(
         x_ticks=[(WIDTH * n / decades, f"1e-{decades - n}" if n < decades else "1") for n in range(decades + 1)],
         y_ticks=[(HEIGHT * (1 - share), f"{share:g}") for share in (0, 0.25, 0.5, 0.75, 1)],
         lines=[Line(name="all thresholds", colour=BLUE, points=_points(x[shown], HEIGHT * (1 - shares[shown])))],
-        marks=[(float(place(np.array([rate]))[0]), HEIGHT * (1 - share), text) for rate, share, text in measured],
+        marks=[(float(place(np.array([rate]))[0]), HEIGHT * (1 - share), text, BLUE) for rate, share, text in measured],
     )
 
 
@@ -132,7 +132,10 @@ def draw_cmc(match_rates: Sequence[float]) -> Chart:
         x_ticks=[(float(x[rank - 1]), str(rank)) for rank in ticks],
         y_ticks=[(HEIGHT * (1 - share), f"{low + (1 - low) * share:.3g}") for share in (0, 0.25, 0.5, 0.75, 1)],
         lines=[Line(name="known persons", colour=BLUE, points=_points(x, y))],
-        marks=[(float(x[rank - 1]), float(y[rank - 1]), f"rank {rank}: {match_rates[rank - 1]:.4f}") for rank in ticks],
+        marks=[
+            (float(x[rank - 1]), float(y[rank - 1]), f"rank {rank}: {match_rates[rank - 1]:.4f}", BLUE)
+            for rank in ticks
+        ],
     )
 
 
@@ -173,8 +176,8 @@ def draw_series(
             for index, (name, line) in enumerate(thin)
         ],
         marks=[
-            (float(x), float(y), f"step {step:g}: {value:.4f}")
-            for _, line in thin
+            (float(x), float(y), f"step {step:g}: {value:.4g}", colours[index % 2])
+            for index, (_, line) in enumerate(thin)
             if len(line) <= 40
             for x, y, (step, value) in zip(*place(line), line.tolist(), strict=True)
         ],

@@ -25,7 +25,7 @@ from ..models.faceid.verification import (
     measure_verification,
     parse_rates,
 )
-from ..tiler.errors import UsageError
+from ..tiler.errors import UsageError, reason_of
 from ..tiler.files import upload_bytes
 from ..tiler.machine import find_versions
 from ..tiler.meter import MemoryMeter
@@ -159,7 +159,7 @@ def _read_embeddings(path: Path, labels: Path) -> tuple[npt.NDArray[np.float32],
         try:
             names = labels.read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
-            raise UsageError(f"{labels} must be labels, one a line, that can be read: {error}") from error
+            raise UsageError(f"{labels} must be labels, one a line, that can be read: {reason_of(error)}") from error
     if vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
         raise UsageError(f"{path} must hold real numbers as (pictures, dim), got {vectors.dtype} {vectors.shape}")
     if len(names) != len(vectors):
@@ -176,8 +176,7 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
             file.seek(0)
             return np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError, EOFError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"{path} must be an array that can be read: {reason}") from error
+        raise UsageError(f"{path} must be an array that can be read: {reason_of(error)}") from error
 
 
 def _measure_pairs(console: Console, faces: _Faces, pairs: PairList) -> tuple[FoldAccuracy, int] | None:

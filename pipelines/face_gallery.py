@@ -1,4 +1,4 @@
-"""`outsize face enroll`, `identify`, `calibrate`, `remove` and `gallery`: persons into a gallery, and out of it."""
+"""`outsize face enroll`, `calibrate`, `remove` and `gallery`: persons into a gallery, and out of it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 
 from ..models.faceid.embedder_file import Embedder, load_embedder
 from ..models.faceid.errors import GalleryError, HeadMemoryError
-from ..models.faceid.gallery import Answer, Gallery
+from ..models.faceid.gallery import Gallery
 from ..models.faceid.head_plan import PROCESS_BYTES
-from ..models.faceid.images import FORMATS, ImageError, find_people, is_picture
+from ..models.faceid.images import ImageError, find_people
 from ..tiler.errors import UsageError
 from ..tiler.memory import format_bytes, parse_bytes
 from ..tiler.meter import MemoryMeter
 from .console import Console, count_of, format_table
-from .face_pictures import BATCH, Pictures, embed_files, embed_people, group_by_person
+from .face_pictures import BATCH, Pictures, embed_people, group_by_person
+from .ranks import refuse_torchrun
 
 SHOWN = 20
 """Names that are listed in a sentence."""
@@ -37,20 +38,6 @@ class EnrollOptions:
     memory: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IdentifyOptions:
-    """What `face identify` is told."""
-
-    gallery: Path
-    images: tuple[Path, ...]
-    embedder: Path
-    k: int
-    threshold: float | None
-    fpir: float | None
-    resize: bool
-    memory: str
-
-
 def run_enroll(console: Console, options: EnrollOptions) -> bool:
     """Enrol the persons of a folder; False where some pictures or persons could not be.
 
@@ -59,11 +46,12 @@ def run_enroll(console: Console, options: EnrollOptions) -> bool:
         UsageError: no pictures; persons who are there already.
         ImageError: not one picture could be used.
     """
+    refuse_torchrun("enroll")
     with MemoryMeter() as meter:
         embedder = load_embedder(options.embedder)
         require_memory(embedder, options.memory)
         is_new = not options.gallery.exists() or (options.gallery.is_dir() and not any(options.gallery.iterdir()))
-        gallery = None if is_new else _open(options.gallery, embedder, options.memory)
+        gallery = None if is_new else open_gallery(options.gallery, embedder, options.memory)
         found = find_people(options.images)
         there = gallery.find(found.people) if gallery is not None else set()
         if there and options.existing == "refuse":
@@ -119,92 +107,9 @@ def _store(gallery: Gallery, names: list[str], templates: Any, there: set[str], 
     return gallery.enroll([names[place] for place in fresh], templates[fresh]) if fresh else 0
 
 
-def run_identify(console: Console, options: IdentifyOptions) -> bool:
-    """Say who is on each picture; False where some pictures could not be read.
-
-    Raises:
-        GalleryError: the gallery is another embedder's, or damaged.
-        UsageError: no pictures; a threshold and a rate at once.
-        ImageError: not one picture could be used.
-    """
-    if options.threshold is not None and options.fpir is not None:
-        raise UsageError("give either --threshold or --fpir, not both")
-    paths = _pictures_of(options.images)
-    with MemoryMeter() as meter:
-        embedder = load_embedder(options.embedder)
-        require_memory(embedder, options.memory)
-        gallery = _open(options.gallery, embedder, options.memory)
-        threshold = options.threshold if options.fpir is None else gallery.threshold_for(options.fpir)
-        if threshold is None:
-            console.remark("no threshold: the nearest are named, whoever is on the picture; --fpir rejects strangers")
-        plan = gallery.plan_identify(len(paths), options.k)
-        console.remark(plan.explain())
-        pictures = embed_files(console, embedder, paths, resize=options.resize)
-        if not pictures.paths:
-            raise ImageError("none of the pictures can be used; what is wrong stands above")
-        answers = gallery.identify(pictures.embeddings, options.k, threshold)
-    predicted = max(plan.total_bytes, PROCESS_BYTES + embedder.plan_bytes(BATCH))
-    faces = [_describe_answer(gallery, path, answer) for path, answer in zip(pictures.paths, answers, strict=True)]
-    console.result(
-        "\n".join(
-            _answer_sentence(gallery, path, answer) for path, answer in zip(pictures.paths, answers, strict=True)
-        ),
-        {
-            "faces": faces,
-            "threshold": threshold,
-            "fpir": options.fpir,
-            **pictures.counts(),
-            "peak_bytes": meter.peak_bytes,
-            "predicted_peak_bytes": predicted,
-        },
-    )
-    return not pictures.failed
-
-
-def _describe_answer(gallery: Gallery, path: Path, answer: Answer) -> dict[str, Any]:
-    matches = [
-        {"name": match.name, "score": match.score, "stranger_rate": gallery.rate_of(match.score)}
-        for match in answer.matches
-    ]
-    nearest = answer.nearest if gallery.people else None
-    return {"image": str(path), "known": bool(matches), "matches": matches, "nearest": nearest}
-
-
-def _answer_sentence(gallery: Gallery, path: Path, answer: Answer) -> str:
-    if not answer.matches:
-        nearest = f" (nearest {answer.nearest:.4f})" if gallery.people else " (the gallery is empty)"
-        return f"{path}: unknown{nearest}"
-    parts = []
-    for match in answer.matches:
-        parts.append(f"{match.name} {match.score:.4f}{_rate_sentence(gallery, match.score)}")
-    return f"{path}: {', '.join(parts)}"
-
-
-def _rate_sentence(gallery: Gallery, score: float) -> str:
-    rate, calibration = gallery.rate_of(score), gallery.calibration
-    if rate is None or calibration is None:
-        return ""
-    return f" ({100 * rate:.2g} % of strangers)" if rate else f" (none of {len(calibration.scores)} strangers)"
-
-
-def _pictures_of(places: tuple[Path, ...]) -> list[Path]:
-    """Files as they are named; of folders the pictures that lie in them."""
-    found: list[Path] = []
-    for place in places:
-        if place.is_dir():
-            inside = sorted(path for path in place.iterdir() if is_picture(path) and not path.is_dir())
-            if not inside:
-                raise UsageError(f"{place} must hold pictures ({', '.join(FORMATS)}), got none")
-            found += inside
-        elif not place.exists():
-            raise UsageError(f"{place} is not there")
-        else:
-            found.append(place)
-    return found
-
-
 def run_remove(console: Console, place: Path, names: tuple[str, ...]) -> None:
     """Remove persons; their names and templates are in no file afterwards."""
+    refuse_torchrun("remove")
     gallery = Gallery.open(place)
     before = gallery.calibration
     templates = gallery.remove(names)
@@ -235,6 +140,7 @@ def run_calibrate(
     Raises:
         UsageError: strangers without an embedder.
     """
+    refuse_torchrun("calibrate")
     if strangers is None:
         gallery, pictures = Gallery.open(place, memory=memory), None
         calibration = gallery.calibrate()
@@ -243,7 +149,7 @@ def run_calibrate(
             raise UsageError("pictures of strangers need --embedder, the one that made the gallery")
         embedder = load_embedder(embedder_run)
         require_memory(embedder, memory)
-        gallery = _open(place, embedder, memory)
+        gallery = open_gallery(place, embedder, memory)
         found = find_people(strangers)
         there = gallery.find(found.people)
         if there:
@@ -300,17 +206,21 @@ def _calibration_sentence(gallery: Gallery) -> str:
     return f"{count_of(len(calibration.scores), 'score')} of {whose}, the highest {calibration.scores[0]:.4f}"
 
 
-def require_memory(embedder: Embedder, memory: str) -> None:
+def require_memory(embedder: Embedder, memory: str, ranks: int = 1) -> None:
     """Refuse a budget that not even the embedder fits.
+
+    Args:
+        ranks: processes that share the budget, of which one embeds.
 
     Raises:
         HeadMemoryError: says what is needed.
     """
-    needed, budget = PROCESS_BYTES + embedder.plan_bytes(BATCH), parse_bytes(memory)
+    needed, budget = ranks * PROCESS_BYTES + embedder.plan_bytes(BATCH), parse_bytes(memory)
     if needed > budget:
+        where = f" on {ranks} ranks" if ranks > 1 else ""
         raise HeadMemoryError(
-            f"embedding {BATCH} pictures needs {format_bytes(needed)}, the budget is {format_bytes(budget)}; allow "
-            f"more memory"
+            f"embedding {BATCH} pictures{where} needs {format_bytes(needed)}, the budget is {format_bytes(budget)}; "
+            f"allow more memory"
         )
 
 
@@ -346,9 +256,14 @@ def _list_names(names: list[str]) -> str:
     return f"{', '.join(names[:SHOWN])}{more} {'is' if len(names) == 1 else 'are'}"
 
 
-def _open(place: Path, embedder: Embedder, memory: str) -> Gallery:
+def open_gallery(place: Path, embedder: Embedder, memory: int | str, *, threads: int | None = None) -> Gallery:
+    """A gallery that this embedder made.
+
+    Raises:
+        GalleryError: another one made it, or it is damaged.
+    """
     try:
-        return Gallery.open(place, embedder=embedder.sha256, memory=memory)
+        return Gallery.open(place, embedder=embedder.sha256, memory=memory, threads=threads)
     except GalleryError as error:
         if "another embedder" in str(error):
             raise GalleryError(f"{error} (now: {embedder.source})") from error

@@ -60,11 +60,15 @@ def _curves(steps: list[dict[str, Any]], validations: list[dict[str, Any]]) -> l
     ends = [line["step"] for line in steps]
     tar = [(line["step"], line["tar"]["1e-3"]) for line in validations if line.get("tar", {}).get("1e-3") is not None]
     full = of(validations, "full_loss")
+    speed = [(line["step"], line["samples"] / line["seconds"]) for line in steps if line["seconds"]]
+    memory = [(step, bytes_ / 1e9) for step, bytes_ in of(steps, "memory_bytes")]
     charts = [
         ("Loss", [("of each step", of(steps, "loss")), ("over all classes, of one batch", full)], None),
         ("Identities never seen", [("rank-1", of(validations, "rank_1")), ("TAR at FAR 1e-3", tar)], 1.0),
         ("Norm of the gradient, before clipping", [("norm", of(steps, "gradient_norm"))], None),
         ("Learning rate", [("embedder", of(steps, "rate"))], None),
+        ("Images a second", [("of each step", speed)], None),
+        ("Memory of all ranks, GB", [("after each step", memory)], None),
     ]
     return [
         draw_series(title, lines, points=POINTS, top=top, last=max(ends))

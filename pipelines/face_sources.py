@@ -72,7 +72,7 @@ class SyntheticFaces:
     def read(self, samples: Whole, epochs: Whole) -> Read:
         identity, number, _ = self._samples.look_up(samples, epochs)
         identity, number = identity + self._first_identity, number + self._first_sample
-        return list(draw_faces(self._seed, identity, number, *self.size, self._nuisances)), []
+        return list(draw_faces(self._seed, identity, number, *self.size, self._nuisances)), [], 0
 
     def describe(self) -> dict[str, Any]:
         known = self._samples

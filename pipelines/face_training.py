@@ -40,7 +40,7 @@ from .face_report import write_face_report
 from .face_sources import OpenedFaces, SyntheticOptions, open_faces
 from .face_validation import Measured, describe_scores, measure_embedder
 from .interrupts import StopAfterStep
-from .ranks import INTERRUPTED, LOST, join_ranks, leave_ranks
+from .ranks import INTERRUPTED, LOST, is_loss, join_ranks, leave_ranks
 from .training_log import TrainingLog
 from .unusable_pictures import UnusablePictures, read_unusable
 
@@ -178,6 +178,7 @@ class _Run:
             self.unusable.add(faces.left_out)
         self.stop, self.skipped, self.seconds = StopAfterStep(), 0, 0.0
         self.losses: list[float] = []
+        self.has_grey = False
 
     def train(self) -> None:
         """Step after step; all ranks stop after the same one."""
@@ -218,8 +219,10 @@ class _Run:
                 self.seconds += seconds
                 loss = result.loss if math.isfinite(result.loss) else None
                 self.losses = [*self.losses[-49:], loss] if loss is not None else self.losses
-                shared = torch.tensor([int(self.stop.is_asked), self.meter.current_bytes, result.samples])
-                asked, memory, samples = self.ranks.add(shared).tolist()
+                grey = sum(batch.grey for batch in batches)
+                shared = torch.tensor([int(self.stop.is_asked), self.meter.current_bytes, result.samples, grey])
+                asked, memory, samples, grey = self.ranks.add(shared).tolist()
+                self._remark_grey(grey, samples)
                 entry = {
                     "step": self.step,
                     "loss": loss,
@@ -272,6 +275,15 @@ class _Run:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip or torch.inf)
         self.optimiser.step()
         return float(norm)
+
+    def _remark_grey(self, grey: int, samples: int) -> None:
+        """Once in a call."""
+        if grey and not self.has_grey and self.is_first:
+            self.console.remark(
+                f"{grey} of the {samples} pictures of step {self.step} are without colour: grey is taken for red, "
+                "green and blue, in later steps too"
+            )
+        self.has_grey = self.has_grey or grey > 0
 
     def _require_progress(self, samples: int, is_finite: bool) -> None:
         if not samples:
@@ -430,7 +442,7 @@ def main(rank: int, folder: Path) -> int:
             print(printable(f"outsize: error: {error}"), file=sys.stderr, flush=True)
         return error.exit_code
     except RuntimeError as error:
-        if "gloo" not in str(error):
+        if not is_loss(error):
             raise
         return LOST  # another rank is gone; the command says which
     return 0

@@ -66,7 +66,7 @@ def measure_embedder(model: nn.Module, description: EmbedderDescription, held_ou
     vectors, known, failed = list[np.ndarray](), list[int](), list[tuple[str, str]]()
     for start in range(0, len(shown), BATCH):
         part = shown[start : start + BATCH]
-        pictures, unusable = held_out.read(part, np.zeros_like(part))
+        pictures, unusable, _ = held_out.read(part, np.zeros_like(part))
         failed += unusable
         good = [(pixels, labels[sample]) for pixels, sample in zip(pictures, part, strict=True) if pixels is not None]
         if good:

@@ -13,12 +13,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from torch import distributed as dist
 
-from ..tiler.errors import TilerError
+from ..tiler.errors import TilerError, UsageError
 
 INTERRUPTED = 130
 LOST = 75
@@ -28,8 +31,16 @@ _SETTLE_S = 1.0
 """For the others to fail, once one has: the first that is seen need not be the cause."""
 
 
+_PATIENCE = timedelta(days=7)
+"""That ranks wait for one that works alone; one that has died is noticed at once."""
+
+
 class RankError(TilerError):
-    """A rank ended early."""
+    """A rank ended early; what it refused is told with its exit code."""
+
+    def __init__(self, text: str, exit_code: int = TilerError.exit_code) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 def run_ranks(module: str, ranks: int, threads: int, folder: Path) -> dict[str, Any]:
@@ -48,11 +59,11 @@ def run_ranks(module: str, ranks: int, threads: int, folder: Path) -> dict[str, 
     ]
     try:
         try:
-            _watch(processes)
+            _watch(processes, folder)
         except KeyboardInterrupt:
             for process in processes:
                 process.send_signal(signal.SIGTERM)
-            _watch(processes)
+            _watch(processes, folder)
             raise
     finally:
         for process in processes:
@@ -61,7 +72,7 @@ def run_ranks(module: str, ranks: int, threads: int, folder: Path) -> dict[str, 
     return json.loads((folder / "result.json").read_text())
 
 
-def _watch(processes: list[subprocess.Popen[bytes]]) -> None:
+def _watch(processes: list[subprocess.Popen[bytes]], folder: Path) -> None:
     """Wait until all have ended well, or have stopped as they were asked to."""
     while any(process.poll() is None for process in processes):
         if any(process.returncode not in (None, *_GOOD) for process in processes):
@@ -83,13 +94,27 @@ def _watch(processes: list[subprocess.Popen[bytes]]) -> None:
         raise RankError(f"rank {rank} of {len(codes)} was ended by {signal.Signals(-code).name}")
     if code == LOST:
         raise RankError(f"the {len(codes)} ranks lost each other")
+    if (refusal := _refusal(folder, rank)).exists():
+        raise RankError(refusal.read_text(), code)
     raise RankError(f"rank {rank} of {len(codes)} ended with code {code}; what it said stands above")
+
+
+def _refusal(folder: Path, rank: int) -> Path:
+    return folder / f"refusal-{rank}.txt"
+
+
+def refuse_as_rank(rank: int, folder: Path, error: TilerError) -> int:
+    """Leave to `run_ranks` what this rank refuses, in place of saying it; the exit code."""
+    _refusal(folder, rank).write_text(str(error))
+    return error.exit_code
 
 
 def join_ranks(rank: int, ranks: int, folder: Path) -> None:
     """Become a rank that `run_ranks` started."""
     if ranks > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=_PATIENCE
+        )
 
 
 def leave_ranks() -> None:
@@ -102,3 +127,41 @@ def leave_ranks() -> None:
 def is_started_by_torchrun() -> bool:
     """Whether this process is a rank of torchrun, or of anything that sets its variables."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def joined_torchrun() -> Iterator[int]:
+    """Be a rank of torchrun; how many of its ranks this machine has.
+
+    Raises:
+        RankError: another one has gone.
+    """
+    dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        leave_ranks()
+    except RuntimeError as error:
+        if not is_loss(error):
+            raise
+        raise RankError("the ranks lost each other; what the first that ended said is the cause") from error
+
+
+def is_loss(error: RuntimeError) -> bool:
+    """Whether torch.distributed could not reach another rank."""
+    return "gloo" in str(error)
+
+
+def refuse_torchrun(command: str) -> None:
+    """For commands that are one process's work: of several ranks the first says so, the others end without a word.
+
+    Raises:
+        UsageError: on the first rank.
+        SystemExit: on the others.
+    """
+    if is_started_by_torchrun() and int(os.environ["WORLD_SIZE"]) > 1:
+        if int(os.environ["RANK"]) > 0:
+            raise SystemExit(0)
+        raise UsageError(
+            f"face {command} is one process's work, got {os.environ['WORLD_SIZE']} ranks of torchrun; call outsize "
+            f"face {command} without torchrun"
+        )

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from .. import __version__
-from ..tiler.errors import OutputError
+from ..tiler.errors import OutputError, reason_of
 from ..tiler.files import write_durably
 from ..tiler.machine import find_versions
 
@@ -21,7 +21,7 @@ TRAINING, LOCK = "training.json", ".lock"
 
 @contextmanager
 def owning_folder(out: Path, strange: str) -> Iterator[None]:
-    """One training in one folder at a time; the folder is made where there is none.
+    """One training in one folder at a time; the folder is made where there is none, and goes if it stays empty.
 
     Args:
         strange: what is said of a folder that holds something else; `{name}` stands for that.
@@ -30,6 +30,7 @@ def owning_folder(out: Path, strange: str) -> Iterator[None]:
         OutputError: another training runs there, something else lies there, or it cannot be written.
     """
     try:
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
         strangers = [path.name for path in out.iterdir() if path.name != LOCK]
         if strangers and not (out / TRAINING).exists():
@@ -39,10 +40,15 @@ def owning_folder(out: Path, strange: str) -> Iterator[None]:
     except Timeout:
         raise OutputError(f"another training runs in {out}; wait for it, or choose another folder") from None
     except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error}; choose another folder") from error
+        raise OutputError(f"{out} cannot be written: {reason_of(error)}; choose another folder") from error
     try:
         yield
     finally:
+        with suppress(OSError):
+            if made and [path.name for path in out.iterdir()] == [LOCK]:
+                (out / LOCK).unlink()
+                for folder in made:
+                    folder.rmdir()
         lock.release()
 
 
@@ -75,7 +81,7 @@ def require_same_training(out: Path, ours: dict[str, Any], remedy: str) -> None:
         found = read_training(out)
         theirs = ours if found is None else found["fingerprint"]
     except (OSError, ValueError, KeyError) as error:
-        raise OutputError(f"{out / TRAINING} cannot be read: {error}; {remedy}") from error
+        raise OutputError(f"{out / TRAINING} cannot be read: {reason_of(error)}; {remedy}") from error
     said = [
         f"{key.replace('_', ' ')} {_short(theirs.get(key))} there, {_short(ours.get(key))} now"
         for key in sorted({*ours, *theirs})
@@ -86,5 +92,5 @@ def require_same_training(out: Path, ours: dict[str, Any], remedy: str) -> None:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = "not given" if value is None else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

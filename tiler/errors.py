@@ -52,3 +52,9 @@ class WorkerError(TilerError):
 
 class LabelError(TilerError):
     """Labels that do not fit the network's output, or of which no pixel counts."""
+
+
+def reason_of(error: BaseException) -> str:
+    """What was wrong, in words and one line: of the system's errors without their number and path."""
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(said).splitlines()[0]

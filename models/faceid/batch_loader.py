@@ -27,6 +27,8 @@ class MicroBatch:
     """(n,); -1 where the picture cannot be used, which the head leaves out."""
     failed: list[tuple[str, str]]
     """(name, reason) of those."""
+    grey: int = 0
+    """Pictures without colour."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +67,7 @@ class BatchLoader:
     def load(self, step: int, number: int) -> MicroBatch:
         """Read one micro-batch."""
         epochs, samples = SampleOrder(samples=len(self.source), seed=self.seed).at(self.positions(step, number))
-        pictures, failed = self.source.read(samples, epochs)
+        pictures, failed, grey = self.source.read(samples, epochs)
         labels = self.source.labels_of(samples, epochs).copy()
         images = np.zeros((len(samples), *self.source.size, 3), np.uint8)
         for place, pixels in enumerate(pictures):
@@ -73,7 +75,7 @@ class BatchLoader:
                 labels[place] = -1
             else:
                 images[place] = self.augmentation.apply(pixels, self.seed, int(epochs[place]), int(samples[place]))
-        return MicroBatch(images=torch.from_numpy(images), labels=torch.from_numpy(labels), failed=failed)
+        return MicroBatch(images=torch.from_numpy(images), labels=torch.from_numpy(labels), failed=failed, grey=grey)
 
     def run(self, first: int, end: int, threads: int, ahead: int = 2) -> Iterator[list[MicroBatch]]:
         """This rank's micro-batches of each step first ... end - 1; `ahead` steps are read while one is computed."""

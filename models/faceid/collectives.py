@@ -60,6 +60,20 @@ class Ranks:
             dist.all_reduce(mine, group=self.group)
         return mine
 
+    def share_first(self, matrix: Tensor | None) -> Tensor | None:
+        """Before: the first rank has a float32 matrix, or None; what others give is not looked at. After: all have what
+        it has."""
+        if self.size == 1:
+            return matrix
+        is_first = self.rank == 0
+        shape = torch.tensor((-1, -1) if matrix is None or not is_first else matrix.shape)
+        dist.broadcast(shape, group=self.group, group_src=0)
+        if int(shape[0]) < 0:
+            return None
+        shared = matrix.contiguous() if is_first and matrix is not None else torch.empty(tuple(shape.tolist()))
+        dist.broadcast(shared, group=self.group, group_src=0)
+        return shared
+
     def _gather(self, mine: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(parts, mine.contiguous(), group=self.group)

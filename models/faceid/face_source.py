@@ -11,13 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import HeadError
-from .images import ImageError, read_picture
+from .images import ImageError, Picture, read_picture
 from .record_io import RecordFile
 
 Pixels = npt.NDArray[np.uint8]
 Whole = npt.NDArray[np.int64]
-Read = tuple[list[Pixels | None], list[tuple[str, str]]]
-"""((height, width, 3) of each sample, or None where it cannot be used; (name, reason) of those that cannot)."""
+Read = tuple[list[Pixels | None], list[tuple[str, str]], int]
+"""((height, width, 3) of each sample, or None where it cannot be used; (name, reason) of those that cannot; how many of
+the others are grey)."""
 
 
 class FaceSource(Protocol):
@@ -63,7 +64,7 @@ class PictureFiles:
     def read(self, samples: Whole, epochs: Whole) -> Read:  # noqa: ARG002 - the same in every epoch
         height, width = self.size
         paths = [self._paths[sample] for sample in samples.tolist()]
-        return _read_each(paths, [lambda path=path: read_picture(Path(path), height, width).pixels for path in paths])
+        return _read_each(paths, [lambda path=path: read_picture(Path(path), height, width) for path in paths])
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256()
@@ -90,23 +91,27 @@ class RecordPictures:
         height, width = self.size
         places = samples.tolist()
         names = [f"{self._file.path}, record {self._file.keys[place]}" for place in places]
-        reads = [lambda place=place: read_picture(self._file.read(place), height, width).pixels for place in places]
+        reads = [lambda place=place: read_picture(self._file.read(place), height, width) for place in places]
         return _read_each(names, reads)
 
     def describe(self) -> dict[str, Any]:
         return {"pictures": len(self), "identities": self.identities, **self._file.describe()}
 
 
-def _read_each(names: list[str], reads: Sequence[Callable[[], Pixels]]) -> Read:
+def _read_each(names: list[str], reads: Sequence[Callable[[], Picture]]) -> Read:
     pixels: list[Pixels | None] = []
     failed: list[tuple[str, str]] = []
+    grey = 0
     for name, read in zip(names, reads, strict=True):
         try:
-            pixels.append(read())
+            picture = read()
         except ImageError as error:
             pixels.append(None)
             failed.append((name, str(error)))
-    return pixels, failed
+        else:
+            pixels.append(picture.pixels)
+            grey += picture.was_grey
+    return pixels, failed, grey
 
 
 class SourcePart:

@@ -302,7 +302,9 @@ class Gallery:
             HeadMemoryError: the budget is too small.
             GalleryError: the gallery is damaged, or somebody changed it: open it again.
         """
-        best = self._search(self._unit(embeddings), k, self._ranks)
+        unit = self._unit(embeddings)
+        self._require_one_generation()
+        best = self._search(unit, k, self._ranks)
         answers: list[Answer] = []
         for scores, owners in zip(best.scores.tolist(), best.owners.tolist(), strict=True):
             found = tuple(
@@ -312,6 +314,15 @@ class Gallery:
             )
             answers.append(Answer(matches=found, nearest=scores[0]))
         return answers
+
+    def _require_one_generation(self) -> None:
+        """Ranks that opened the gallery before and after a change would search the rows of neither."""
+        found = self._ranks.gather_tablets(torch.tensor([self.generation]), [1] * self._ranks.size).unique().tolist()
+        if len(found) > 1:
+            raise GalleryError(
+                f"{self.folder} was changed while ranks opened it: generations {', '.join(map(str, found))}; open it "
+                f"again on all of them"
+            )
 
     def _unit(self, embeddings: npt.ArrayLike) -> npt.NDArray[np.float32]:
         values = np.asarray(embeddings)

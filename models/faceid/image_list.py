@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ...tiler.errors import UsageError
+from ...tiler.errors import UsageError, reason_of
 
 SUFFIXES = (".csv", ".parquet")
 _COLUMNS = ("path", "label")
@@ -78,7 +78,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, str | None, str | None]]:
             for row in rows:
                 yield rows.line_num, row["path"], row["label"]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{path} must be a list of pictures that can be read: {error}") from error
+        raise UsageError(f"{path} must be a list of pictures that can be read: {reason_of(error)}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, str | None, str | None]]:
@@ -116,8 +116,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, str | None, str | None]]:
                     number += 1
                     yield number, name, None if value is None else str(value)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{path} must be a list of pictures that can be read: {reason}") from error
+        raise UsageError(f"{path} must be a list of pictures that can be read: {reason_of(error)}") from error
 
 
 def _is_text(kind: object) -> bool:

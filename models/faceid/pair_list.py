@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...tiler.errors import UsageError
+from ...tiler.errors import UsageError, reason_of
 
 Shot = tuple[str, int]
 """A person's name and the number of her picture, from 1 on."""
@@ -44,7 +44,7 @@ def read_pairs(path: Path) -> PairList:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} must be a list of pairs as text: {error}") from error
+        raise UsageError(f"{path} must be a list of pairs as text: {reason_of(error)}") from error
     numbered = [(number, _fields(line)) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UsageError(f"{path} must begin with the numbers of folds and of pairs, got an empty file")

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...tiler.errors import reason_of
 from .errors import HeadError
 from .images import ImageError
 
@@ -45,9 +46,13 @@ class RecordFile:
             table = [line.split("\t") for line in index.read_text().splitlines() if line.strip()]
             self._offsets = {int(key): int(offset) for key, offset in table}
         except FileNotFoundError as error:
-            raise HeadError(f"{path} must be a RecordIO file with {index.name} beside it: {error}") from error
+            raise HeadError(
+                f"{path} must be a RecordIO file with {index.name} beside it, got no {Path(error.filename).name}"
+            ) from error
         except (OSError, ValueError) as error:
-            raise HeadError(f"{path} and {index.name} must be a RecordIO file and its index: {error}") from error
+            raise HeadError(
+                f"{path} and {index.name} must be a RecordIO file and its index: {reason_of(error)}"
+            ) from error
         self.keys, self.labels = self._list_pictures()
         if not len(self.keys):
             raise HeadError(f"{path} must hold pictures, got none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import pytest
 import safetensors.torch
 import torch
 from outsize.models.faceid.checkpoint import save_checkpoint
+from outsize.models.faceid.collectives import Ranks
 from outsize.models.faceid.embedder import SmallEmbedder
 from outsize.models.faceid.embedder_file import BACKBONE, DESCRIPTION, EmbedderDescription, load_embedder
+from outsize.models.faceid.errors import GalleryError
 from outsize.models.faceid.gallery import Gallery
 from outsize.models.faceid.head import ShardedMarginHead
 from outsize.models.faceid.images import read_picture
@@ -142,6 +145,90 @@ def test_another_embedder_is_refused_by_its_hash(world: Path, gallery: Path) -> 
         "must be a folder that outsize face train made"
         in outsize("identify", gallery, picture, "--embedder", world / "people", code=1)[1]
     )
+
+
+@pytest.fixture
+def tablets(world: Path, tmp_path: Path) -> Path:
+    """A gallery of six tablets, which two ranks share."""
+    place, embedder = tmp_path / "tablets", load_embedder(world / "faces").sha256
+    Gallery.create(place, dim=DIM, embedder=embedder, tablet_rows=PEOPLE // 6)
+    outsize("enroll", place, world / "people", "--embedder", world / "faces")
+    return place
+
+
+def test_two_ranks_give_the_bits_of_one(world: Path, tablets: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    pictures = [*sorted((world / "people").glob("*/*_0003.png")), tmp_path / "broken.png"]
+    words = ("identify", tablets, *pictures, "--embedder", world / "faces", "-k", "4", "--threshold", "-1")
+    alone, _ = outsize(*words, code=3)
+    assert len(alone["faces"]) == PEOPLE
+    both, _ = outsize(*words, "--ranks", "2", code=3)
+    same = ("faces", "threshold", "images", "failed")
+    assert [both[key] for key in same] == [alone[key] for key in same]
+    assert both["predicted_peak_bytes"] > 1.5 * alone["predicted_peak_bytes"]
+    outsize("identify", tablets, pictures[0], "--embedder", world / "faces", "--ranks", "4096", code=2)
+
+
+def run_two(folder: Path, *words: str | Path) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each of two ranks, with the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    streams = [[(folder / f"{rank}.{kind}").open("w") for kind in ("out", "err")] for rank in (0, 1)]
+    ranks = [
+        commands.Command("--json", "face", *words, env={**shared, "RANK": str(rank)}, stdout=out, stderr=errors)
+        for rank, (out, errors) in enumerate(streams)
+    ]
+    codes = [rank.wait(60) for rank in ranks]
+    for stream in (stream for pair in streams for stream in pair):
+        stream.close()
+    return [
+        (code, *((folder / f"{rank}.{kind}").read_text() for kind in ("out", "err"))) for rank, code in enumerate(codes)
+    ]
+
+
+def test_under_torchrun_the_first_rank_alone_speaks(world: Path, tablets: Path, tmp_path: Path) -> None:
+    words = ("identify", tablets, world / "people" / name(7), "-k", "2", "--embedder")
+    alone, _ = outsize(*words, world / "faces")
+    (code, out, _), other = run_two(tmp_path, *words, world / "faces")
+    assert (code, other) == (0, (0, "", ""))
+    assert json.loads(out)["faces"] == alone["faces"]
+    (code, _, said), other = run_two(tmp_path, *words, world / "other")
+    assert (code, other) == (1, (0, "", ""))
+    assert "was made by another embedder" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_ranks_of_different_generations_refuse_to_search(gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Gallery.open(gallery)
+    monkeypatch.setattr(Ranks, "gather_tablets", lambda _, mine, __: torch.cat([mine, mine + 1]))
+    here = opened.generation
+    with pytest.raises(GalleryError, match=f"changed while ranks opened it: generations {here}, {here + 1}; open it"):
+        opened.identify(np.ones((1, DIM)))
+
+
+@pytest.mark.parametrize(("rank", "code"), [(0, 2), (1, 0)])
+def test_changes_are_no_work_for_ranks(
+    world: Path, gallery: Path, monkeypatch: pytest.MonkeyPatch, rank: int, code: int
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = Gallery.open(gallery).generation
+    for words in (
+        ("enroll", gallery, world / "strangers", "--embedder", world / "faces"),
+        ("remove", gallery, name(0)),
+        ("calibrate", gallery),
+    ):
+        values, said = outsize(*words, code=code)
+        assert said == (
+            f"outsize: error: face {words[0]} is one process's work, got 2 ranks of torchrun; call outsize face "
+            f"{words[0]} without torchrun\n"
+            if rank == 0
+            else ""
+        )
+        assert bool(values) == (rank == 0)
+    assert Gallery.open(gallery).generation == before
 
 
 def test_bad_pictures_are_named_and_counted_and_the_others_enrolled(world: Path, tmp_path: Path) -> None:
@@ -314,6 +401,11 @@ def test_embeddings_give_the_same_numbers_as_pictures(world: Path, tmp_path: Pat
         (("{people}", "--embedder", "{faces}", "--far", "2"), "a rate must be"),
         (("{people}", "--embedder", "{faces}", "--report", "x.png"), "its name ends in .html"),
         (("{people}", "--embedder", "{faces}", "--pairs", "{e}"), "must be a list of pairs as text"),
+        (("{people}", "--embedder", "{faces}", "--pairs", "nowhere.txt"), "list of pairs as text: No such file"),
+        (
+            ("--embeddings", "nowhere.npy", "--labels", "{e}"),
+            "nowhere.npy must be an array that can be read: No such f",
+        ),
         (("{people}", "--embedder", "{faces}", "--memory", "300MB"), "the budget is 300 MB"),
     ],
 )
@@ -329,3 +421,4 @@ def test_contradictions_are_refused_before_the_work(
     last = said.strip().splitlines()[-1]
     assert last.startswith("outsize: error: ")
     assert reason in last
+    assert "Errno" not in last

@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from outsize.pipelines.ranks import RankError, run_ranks
+from outsize.pipelines.face_charts import BLUE, RED
+from outsize.pipelines.ranks import RankError, refuse_as_rank, run_ranks
 from outsize.sample_data.faces import write_faces
 from outsize.tests import commands
 from outsize.tests.models.faceid.test_record_io import indexed
+from outsize.tiler.errors import UsageError
 from PIL import Image
 from pyarrow import csv as csv_reader
 from pyarrow import parquet
@@ -148,7 +150,16 @@ def test_log_and_report_hold_what_was_done(whole: tuple[Path, dict[str, Any], st
     assert "images/s, memory" in said
     page = (out / "report.html").read_text()
     HTMLParser().feed(page)
-    assert page.count("<svg") == 6  # four curves, ROC, scores
+    assert page.count("<svg") == 8  # six curves, ROC, scores
+    assert "Images a second" in page
+    assert "Memory of all ranks, GB" in page
+    marks = re.findall(r'<circle [^>]*stroke="(#\w+)"[^>]*><title>(step [^<]*)</title>', page)
+    # Of the second line of the first chart, drawn as that line is.
+    full = {f"step {line['step']}: {line['full_loss']:.4g}" for line in validations}
+    assert {text for colour, text in marks if colour == RED} >= full
+    assert (BLUE, f"step 1: {steps[0]['loss']:.4g}") in marks
+    (speed,) = re.findall(r"step 7: ([^<]+)<", page[page.index("Images a second") : page.index("Memory of all")])
+    assert float(speed) == pytest.approx(8 / steps[6]["seconds"], rel=1e-3)
     assert "Rank-1" in page
     assert "over all classes, of one batch" in page
     assert "synthetic:40" in page
@@ -202,6 +213,12 @@ def _check_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "codes").write_text(codes)
         with pytest.raises(RankError, match=said):
             run_ranks("some_rank", 2, 1, tmp_path)
+    # What a rank refuses is told as if this process did, with its exit code.
+    (tmp_path / "codes").write_text("2 75")
+    refuse_as_rank(0, tmp_path, UsageError("that is not there"))
+    with pytest.raises(RankError, match=r"^that is not there$") as refused:
+        run_ranks("some_rank", 2, 1, tmp_path)
+    assert refused.value.exit_code == 2
     (tmp_path / "codes").unlink()
     for rank in (0, 1):
         (tmp_path / str(rank)).unlink()
@@ -234,6 +251,9 @@ def test_a_damaged_generation_is_made_again(tmp_path: Path, whole: tuple[Path, d
 def test_a_folder_holds_one_training(tmp_path: Path, whole: tuple[Path, dict[str, Any], str]) -> None:
     _, said = train(whole[0], *STEPS, "--margin", "arcface", code=1)
     assert 'holds another training: margin "cosface" there, "arcface" now; choose another folder' in said
+    place = STEPS.index("--held-out")
+    _, said = train(whole[0], *STEPS[:place], *STEPS[place + 2 :], code=1)
+    assert "holds another training: held out 6 there, not given now; choose another folder" in said
     (tmp_path / "notes.txt").write_text("x")
     assert "must be a new or empty folder, or hold this training, got notes.txt" in train(tmp_path, *STEPS, code=1)[1]
 
@@ -249,6 +269,11 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.new("RGB", (20, 16)).save(one / "wide.png")
     (one / "notes.txt").write_text("x")
     shutil.copy(folder / "identity-000001" / "identity-000001_0001.png", folder / "identity-000002" / "copy.png")
+    for number in range(3, 7):  # three are held out
+        third = folder / f"identity-{number:06d}" / f"identity-{number:06d}_0003.png"
+        with Image.open(third) as picture:
+            grey = picture.convert("L")
+        grey.save(third)
     (folder / "nobody").mkdir()
     (folder / "single").mkdir()
     Image.new("RGB", (16, 16), "red").save(folder / "single" / "a.png")
@@ -272,6 +297,8 @@ def test_a_folder_is_trained_on_and_what_is_wrong_is_named(tmp_path: Path, peopl
     assert values["unusable"] == len(named) + 2
     assert "1 of 13 identities have one picture" in said
     assert "1 file left alone" in said
+    (grey,) = re.findall(r"(\d) of the \d pictures of step \d+ are without colour: grey is taken for red", said)
+    assert int(grey) > 0
     assert values["identities"] == 3
     described = json.loads((tmp_path / "run" / "training.json").read_text())
     assert described["fingerprint"]["size"] == [16, 16]
@@ -343,7 +370,11 @@ def test_an_iresnet_is_trained_saved_and_enrolls(tmp_path: Path) -> None:
             "synthetic faces need 2 identities or more, such as synthetic:2000, got synthetic:x",
         ),
         (("--faces", "nowhere"), "NAME.parquet or NAME.rec, got nowhere, which is not there"),
-        (("--faces", "nowhere.rec"), "must be a RecordIO file with nowhere.idx beside it"),
+        (("--faces", "nowhere.rec"), "must be a RecordIO file with nowhere.idx beside it, got no nowhere.rec$"),
+        (
+            ("--faces", "nowhere.csv"),
+            "nowhere.csv must be a list of pictures that can be read: No such file or directory$",
+        ),
         (("--network", "r50", "--size", "20"), "sides that are multiples of 16, got 20 x 20"),
         (("--size", "4"), "faces must be 8 x 8 or larger, got 4 x 4"),
         (("--batch", "16", "--ranks", "2"), "2 ranks need a micro-batch each, a batch of 16 has 1 of 16"),
@@ -356,15 +387,19 @@ def test_an_iresnet_is_trained_saved_and_enrolls(tmp_path: Path) -> None:
     ],
 )
 def test_bad_choices_are_refused_in_one_line(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
-    _, said = train(tmp_path / "run", *words, code=2)
-    assert re.search(message, said.strip().splitlines()[-1])
-    assert not (tmp_path / "run" / "training.json").exists()
+    _, said = train(tmp_path / "runs" / "run", *words, code=2)
+    last = said.strip().splitlines()[-1]
+    assert re.search(message, last)
+    assert "Errno" not in last
+    assert not any(tmp_path.iterdir())  # folders that were made for it are gone
 
 
 def test_sources_that_teach_nothing_are_refused(tmp_path: Path, people: Path) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
     _, said = train(tmp_path / "run", "--faces", tmp_path / "empty", code=2)
     assert "must hold a folder for each person with pictures" in said
+    assert (tmp_path / "run").exists()  # it was there before
     write_faces(tmp_path / "one", identities=1, images=2, height=16, width=16)
     assert (
         "must have 2 identities to tell apart, got 1" in train(tmp_path / "run", "--faces", tmp_path / "one", code=2)[1]

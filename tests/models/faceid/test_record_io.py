@@ -72,7 +72,7 @@ def test_pictures_and_labels_are_those_that_were_written(tmp_path: Path) -> None
     assert (len(source), source.identities) == (6, 3)
     everything = np.arange(6)
     assert source.labels_of(everything, everything).tolist() == [0, 0, 0, 1, 2, 2]
-    pixels, failed = source.read(everything[::-1], everything)
+    pixels, failed, _ = source.read(everything[::-1], everything)
     assert not failed
     for number, found in enumerate(pixels):
         assert found is not None
@@ -106,7 +106,7 @@ def test_damage_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
     body[at] ^= 1
     path.write_bytes(body)
     source = RecordPictures(RecordFile(path), (10, 12))
-    pixels, failed = source.read(np.arange(4), np.zeros(4, np.int64))
+    pixels, failed, _ = source.read(np.arange(4), np.zeros(4, np.int64))
     assert [found is None for found in pixels] == [False, True, True, False]
     assert failed[0] == (f"{path}, record 2", "its label is 7, the file's index says 0")
     assert failed[1][1].startswith(f"record 3 of train.rec is damaged: no record is at byte {at}")

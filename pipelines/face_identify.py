@@ -1,0 +1,244 @@
+"""`outsize face identify`: who is on pictures, looked up by one process, or by ranks that share the gallery's rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..models.faceid.collectives import Ranks
+from ..models.faceid.embedder_file import load_embedder
+from ..models.faceid.gallery import Answer, Gallery
+from ..models.faceid.head_plan import PROCESS_BYTES
+from ..models.faceid.images import FORMATS, ImageError, is_picture
+from ..tiler.errors import TilerError, UsageError
+from ..tiler.machine import cpu_count, die_with_parent
+from ..tiler.memory import parse_bytes
+from ..tiler.meter import MemoryMeter
+from .console import Console
+from .face import require_cores
+from .face_gallery import open_gallery, require_memory
+from .face_pictures import BATCH, Pictures, embed_files
+from .ranks import (
+    INTERRUPTED,
+    LOST,
+    is_loss,
+    is_started_by_torchrun,
+    join_ranks,
+    joined_torchrun,
+    leave_ranks,
+    refuse_as_rank,
+    run_ranks,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdentifyOptions:
+    """What `face identify` is told."""
+
+    gallery: Path
+    images: tuple[Path, ...]
+    embedder: Path
+    k: int
+    threshold: float | None
+    fpir: float | None
+    resize: bool
+    memory: str
+    """Of all ranks on this machine."""
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> IdentifyOptions:
+        paths = {"gallery": Path(values["gallery"]), "embedder": Path(values["embedder"])}
+        return cls(**{**values, **paths, "images": tuple(map(Path, values["images"]))})
+
+
+def run_identify(console: Console, options: IdentifyOptions, *, ranks: int) -> bool:
+    """Say who is on each picture; False where some pictures could not be read.
+
+    Started by torchrun, this process is one of its ranks, of which the first speaks.
+
+    Raises:
+        GalleryError: the gallery is another embedder's, or damaged.
+        UsageError: no pictures; a threshold and a rate at once.
+        ImageError: not one picture could be used.
+        RankError: a rank refused any of these, or ended early.
+    """
+    if is_started_by_torchrun():
+        with joined_torchrun() as local:
+            found = identify_as_rank(console, options, local)
+    elif ranks == 1:
+        found = identify_as_rank(console, options, 1)
+    else:
+        require_cores(ranks)
+        with tempfile.TemporaryDirectory() as folder:
+            spec = {"options": asdict(options), "ranks": ranks}
+            (Path(folder) / "spec.json").write_text(json.dumps(spec, default=str))
+            found = run_ranks("outsize.pipelines.face_identify", ranks, max(1, cpu_count() // ranks), Path(folder))
+    if found is None:
+        return True
+    console.result(found["text"], found["values"])
+    return not found["values"]["failed"]
+
+
+def identify_as_rank(console: Console, options: IdentifyOptions, local: int) -> dict[str, Any] | None:
+    """One rank: the first embeds and sends the embeddings to the others, each searches its tablets, the first returns
+    text and values of the result. What the first refuses ends the others without a word.
+
+    Args:
+        local: ranks on this machine, which share its cores and the budget.
+    """
+    ranks = Ranks.of(None)
+    with MemoryMeter() as meter:
+        if ranks.rank == 0:
+            try:
+                first = _Prepared(console, options, local, ranks)
+            except TilerError:
+                ranks.share_first(None)
+                leave_ranks()
+                raise
+            ranks.share_first(torch.from_numpy(first.pictures.embeddings))
+            answers = first.gallery.identify(first.pictures.embeddings, options.k, first.threshold)
+            peak = int(ranks.add(torch.tensor([meter.peak_bytes])))
+            return first.describe(answers, peak)
+        embeddings = ranks.share_first(None)
+        if embeddings is not None:
+            budget, threads = _share(options, local)
+            Gallery.open(options.gallery, memory=budget, threads=threads).identify(embeddings.numpy(), options.k)
+            ranks.add(torch.tensor([meter.peak_bytes]))
+    return None
+
+
+def _share(options: IdentifyOptions, local: int) -> tuple[int, int]:
+    """(bytes, threads) of a rank."""
+    return parse_bytes(options.memory) // local, max(1, cpu_count() // local)
+
+
+class _Prepared:
+    """What the first rank knows before the search."""
+
+    def __init__(self, console: Console, options: IdentifyOptions, local: int, ranks: Ranks) -> None:
+        if options.threshold is not None and options.fpir is not None:
+            raise UsageError("give either --threshold or --fpir, not both")
+        paths = _pictures_of(options.images)
+        embedder = load_embedder(options.embedder)
+        require_memory(embedder, options.memory, local)
+        budget, threads = _share(options, local)
+        self.options = options
+        self.gallery = open_gallery(options.gallery, embedder, budget, threads=threads)
+        self.threshold = options.threshold if options.fpir is None else self.gallery.threshold_for(options.fpir)
+        if self.threshold is None:
+            console.remark("no threshold: the nearest are named, whoever is on the picture; --fpir rejects strangers")
+        plan = self.gallery.plan_identify(len(paths), options.k)
+        console.remark(plan.explain())
+        with _all_cores():
+            self.pictures = embed_files(console, embedder, paths, resize=options.resize)
+        if not self.pictures.paths:
+            raise ImageError("none of the pictures can be used; what is wrong stands above")
+        embedding = PROCESS_BYTES + embedder.plan_bytes(BATCH)
+        self.predicted = max(plan.total_bytes, embedding) + (ranks.size - 1) * plan.total_bytes
+
+    def describe(self, answers: list[Answer], peak: int) -> dict[str, Any]:
+        """Text and values of the result."""
+        pictures: Pictures = self.pictures
+        pairs = list(zip(pictures.paths, answers, strict=True))
+        return {
+            "text": "\n".join(_answer_sentence(self.gallery, path, answer) for path, answer in pairs),
+            "values": {
+                "faces": [_describe_answer(self.gallery, path, answer) for path, answer in pairs],
+                "threshold": self.threshold,
+                "fpir": self.options.fpir,
+                **pictures.counts(),
+                "peak_bytes": peak,
+                "predicted_peak_bytes": self.predicted,
+            },
+        }
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """The first rank embeds while the others wait; as many threads whatever the ranks, since other ones may give other
+    last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(cpu_count())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _describe_answer(gallery: Gallery, path: Path, answer: Answer) -> dict[str, Any]:
+    matches = [
+        {"name": match.name, "score": match.score, "stranger_rate": gallery.rate_of(match.score)}
+        for match in answer.matches
+    ]
+    nearest = answer.nearest if gallery.people else None
+    return {"image": str(path), "known": bool(matches), "matches": matches, "nearest": nearest}
+
+
+def _answer_sentence(gallery: Gallery, path: Path, answer: Answer) -> str:
+    if not answer.matches:
+        nearest = f" (nearest {answer.nearest:.4f})" if gallery.people else " (the gallery is empty)"
+        return f"{path}: unknown{nearest}"
+    parts = []
+    for match in answer.matches:
+        parts.append(f"{match.name} {match.score:.4f}{_rate_sentence(gallery, match.score)}")
+    return f"{path}: {', '.join(parts)}"
+
+
+def _rate_sentence(gallery: Gallery, score: float) -> str:
+    rate, calibration = gallery.rate_of(score), gallery.calibration
+    if rate is None or calibration is None:
+        return ""
+    return f" ({100 * rate:.2g} % of strangers)" if rate else f" (none of {len(calibration.scores)} strangers)"
+
+
+def _pictures_of(places: tuple[Path, ...]) -> list[Path]:
+    """Files as they are named; of folders the pictures that lie in them."""
+    found: list[Path] = []
+    for place in places:
+        if place.is_dir():
+            inside = sorted(path for path in place.iterdir() if is_picture(path) and not path.is_dir())
+            if not inside:
+                raise UsageError(f"{place} must hold pictures ({', '.join(FORMATS)}), got none")
+            found += inside
+        elif not place.exists():
+            raise UsageError(f"{place} is not there")
+        else:
+            found.append(place)
+    return found
+
+
+def main(rank: int, folder: Path) -> int:
+    """A rank that `outsize face identify` started; its exit code."""
+    die_with_parent()
+    warnings.simplefilter("ignore")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(INTERRUPTED))  # there is nothing to save
+    spec = json.loads((folder / "spec.json").read_text())
+    try:
+        join_ranks(rank, spec["ranks"], folder)
+        found = identify_as_rank(Console(), IdentifyOptions.from_json(spec["options"]), spec["ranks"])
+        if found is not None:
+            (folder / "result.json").write_text(json.dumps(found))
+        leave_ranks()
+    except TilerError as error:
+        return refuse_as_rank(rank, folder, error)
+    except RuntimeError as error:
+        if not is_loss(error):
+            raise
+        return LOST  # another rank is gone; the command says which
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(int(sys.argv[1]), Path(sys.argv[2])))
