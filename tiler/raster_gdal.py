@@ -48,7 +48,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-NO_LISTING = {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE"}
+NO_LISTING: dict[str, Any] = {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE"}
 """A listing of a bucket may be long: what may lie beside a file, such as its mask, is asked for by name. (EMPTY_DIR
 would not ask, and a mask beside a file would be lost without a word.)"""
 
