@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -48,18 +49,40 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-NO_LISTING: dict[str, Any] = {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE"}
-"""A listing of a bucket may be long: what may lie beside a file, such as its mask, is asked for by name. (EMPTY_DIR
-would not ask, and a mask beside a file would be lost without a word.)"""
+_IN_TURN = threading.RLock()
+"""GDAL holds locks of its own while it tells of a request that failed, and rasterio wants Python's lock to pass that
+on; another thread may hold that one while it waits for GDAL's: both would wait for ever. So what goes through a network
+is asked for by one thread of a process at a time."""
+
+
+@contextmanager
+def _in_turn(path: str) -> Iterator[None]:
+    """Around all that GDAL does for a file. Options hold for that alone: a process reads local files too."""
+    if not (path.startswith("/vsi") or is_far(path) or path.lower().endswith(".vrt")):
+        yield
+        return
+    with _IN_TURN, rasterio.Env(**_far_options(path)):
+        yield
+
+
+def _far_options(path: str) -> dict[str, Any]:
+    """What spares requests and loses nothing that changes pixels; variables that are set stay."""
+    options: dict[str, Any] = {}
+    if is_far(path):
+        # A listing of a bucket may be long: what may lie beside a file is asked for by name. (EMPTY_DIR would not even
+        # ask, and a mask beside a file would be lost without a word.)
+        options["GDAL_DISABLE_READDIR_ON_OPEN"] = "TRUE"
+        if path.lower().endswith((".tif", ".tiff")):
+            # Else some 50 names are asked for that only other formats have, at each opening.
+            options["CPL_VSIL_CURL_ALLOWED_EXTENSIONS"] = ".tif,.tiff,.msk,.aux.xml,.tfw,.wld"
+    return {name: value for name, value in options.items() if name not in os.environ}
 
 
 def _open(path: str) -> rasterio.DatasetReader:
     if path.startswith("/vsi"):
         set_gdal_options()
-    # Of this opening alone: options of the process would hold for local files too.
-    options = NO_LISTING if is_far(path) and not NO_LISTING.keys() & os.environ.keys() else {}
     try:
-        with _quiet(), rasterio.Env(**options):
+        with _in_turn(path), _quiet():
             return rasterio.open(path)
     except (RasterioError, TypeError, ValueError) as error:
         raise RasterError(f"{path} is not a raster that GDAL can open: {_reason(error)}") from error
@@ -71,7 +94,7 @@ def describe_gdal(path: str, options: ReadOptions) -> Raster:
     Raises:
         RasterError: GDAL cannot open it, its bands differ in dtype, or its pixels are complex.
     """
-    with _quiet(), _open(path) as dataset:
+    with _in_turn(path), _quiet(), _open(path) as dataset:
         try:
             dtypes = set(dataset.dtypes)
             if len(dtypes) != 1:
@@ -177,6 +200,10 @@ class GdalReader:
             self._mask_blocks = BlockCache(blocks, (raster.path, "mask"), pixel_bytes=1, read=self._read_valid, **grid)
 
     def _read_bands(self, window: Window, indexes: tuple[int, ...], *, mask: bool = False) -> Array:
+        with _in_turn(self._raster.path):
+            return self._read_window(window, indexes, mask=mask)
+
+    def _read_window(self, window: Window, indexes: tuple[int, ...], *, mask: bool) -> Array:
         if self._dataset is None:
             self._dataset = _open(self._raster.path)
         place = RasterioWindow(window.x, window.y, window.width, window.height)  # pyright: ignore[reportCallIssue]
@@ -218,5 +245,6 @@ class GdalReader:
 
     def close(self) -> None:
         if self._dataset is not None:
-            self._dataset.close()
+            with _in_turn(self._raster.path):
+                self._dataset.close()
             self._dataset = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -152,3 +154,16 @@ def test_a_bucket_that_is_gone_stops_the_run_and_fails_no_tile(
     monkeypatch.setenv("CPL_VSIL_CURL_NON_CACHED", f"/vsis3/{BUCKET}/gone")
     with pytest.raises(RasterError, match="is gone; when it is back, the same command goes on"):
         run(url, class_network(), out, client, listener=vanish)  # pyright: ignore[reportArgumentType]
+
+
+def test_threads_that_are_told_of_failures_do_not_wait_for_each_other_for_ever(
+    tmp_path: Path, server: ObjectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = upload(server, scene(tmp_path, 100, 120), "threads/scene.tif")
+    server.use(monkeypatch, Faults(errors=3, cuts=7))
+    # Two threads that GDAL tells of failures at the same moment are enough; in a process of their own, which can be
+    # ended.
+    words = [sys.executable, "-P", str(Path(__file__).with_name("far_threads.py")), url]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=True)
+    assert int(done.stdout) > 0
+    assert server.count_faults()["errors"] > 5
