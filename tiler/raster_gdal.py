@@ -6,15 +6,18 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rasterio
 from rasterio.enums import ColorInterp, Interleaving, MaskFlags
+from rasterio.env import get_gdal_config
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.session import DummySession
 from rasterio.windows import Window as RasterioWindow
 
 from .block_cache import BlockCache, BlockStore
@@ -48,18 +51,45 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-NO_LISTING = {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE"}
-"""A listing of a bucket may be long: what may lie beside a file, such as its mask, is asked for by name. (EMPTY_DIR
-would not ask, and a mask beside a file would be lost without a word.)"""
+_LISTING = "GDAL_DISABLE_READDIR_ON_OPEN"
+"""How GDAL learns what lies beside a file, such as its mask. By default it lists the folder, and takes the first
+GDAL_READDIR_LIMIT_ON_OPEN (1000) names for all; with EMPTY_DIR it does not look; with TRUE it asks by name. All but
+the last lose masks in a bucket without a word."""
+
+log = logging.getLogger(__name__)
 
 
-def _open(path: str) -> rasterio.DatasetReader:
+@cache
+def warn_of_overlooking(value: str) -> None:
+    """Say once in each process what a setting of the user's, which is obeyed, may cost."""
+    log.warning(
+        "%s=%s is set: nodata in a file beside a raster, such as a .msk, may be overlooked; unset it to have all found",
+        _LISTING,
+        value,
+    )
+
+
+def _reaching(*names: str) -> AbstractContextManager[object]:
+    """Options for one call of GDAL's, if one of the names is far: those of the process would hold for local files too.
+
+    In the main thread other threads see them, and may take these for the user's: TRUE is set again therefore, or it
+    could end before their calls do. To ask by name finds the same beside local files.
+    """
+    far, value = any(map(is_far, names)), get_gdal_config(_LISTING)
+    if value not in (None, "TRUE"):
+        if far or str(value).upper() == "EMPTY_DIR":
+            warn_of_overlooking(str(value))
+        return nullcontext()
+    # GDAL finds credentials itself, as without an Env; to make a session of them takes 57 ms each time.
+    return rasterio.Env.from_defaults(session=DummySession(), **{_LISTING: "TRUE"}) if far else nullcontext()
+
+
+def _open(path: str, files: Iterable[str] = ()) -> rasterio.DatasetReader:
+    """Open a file; of what is made of others, such as a VRT, `files` are those."""
     if path.startswith("/vsi"):
         set_gdal_options()
-    # Of this opening alone: options of the process would hold for local files too.
-    options = NO_LISTING if is_far(path) and not NO_LISTING.keys() & os.environ.keys() else {}
     try:
-        with _quiet(), rasterio.Env(**options):
+        with _quiet(), _reaching(path, *files):
             return rasterio.open(path)
     except (RasterioError, TypeError, ValueError) as error:
         raise RasterError(f"{path} is not a raster that GDAL can open: {_reason(error)}") from error
@@ -71,7 +101,7 @@ def describe_gdal(path: str, options: ReadOptions) -> Raster:
     Raises:
         RasterError: GDAL cannot open it, its bands differ in dtype, or its pixels are complex.
     """
-    with _quiet(), _open(path) as dataset:
+    with _quiet(), _open(path) as dataset, _reaching(path, *dataset.files):
         try:
             dtypes = set(dataset.dtypes)
             if len(dtypes) != 1:
@@ -163,7 +193,7 @@ class GdalReader:
 
     def __init__(self, raster: Raster, blocks: BlockStore | None = None) -> None:
         self._raster = raster
-        self._dataset: rasterio.DatasetReader | None = _open(raster.path)
+        self._dataset: rasterio.DatasetReader | None = _open(raster.path, raster.files)
         self._blocks = self._mask_blocks = None
         if blocks is not None:
             grid: dict[str, Any] = {"shape_yx": raster.shape_yx, "block": raster.block}
@@ -178,12 +208,15 @@ class GdalReader:
 
     def _read_bands(self, window: Window, indexes: tuple[int, ...], *, mask: bool = False) -> Array:
         if self._dataset is None:
-            self._dataset = _open(self._raster.path)
+            self._dataset = _open(self._raster.path, self._raster.files)
+        dataset = self._dataset
         place = RasterioWindow(window.x, window.y, window.width, window.height)  # pyright: ignore[reportCallIssue]
         try:
-            if mask:
-                return self._dataset.read_masks(1, window=place)
-            return self._dataset.read(list(indexes), window=place)
+            # A VRT opens its files as they are read.
+            with _reaching(self._raster.path, *self._raster.files):
+                if mask:
+                    return dataset.read_masks(1, window=place)
+                return dataset.read(list(indexes), window=place)
         except (RasterioError, ValueError, MemoryError) as error:
             # An open dataset may answer a later read with zeros after a failed one: never use it again.
             self.close()
