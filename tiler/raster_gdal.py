@@ -7,15 +7,18 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rasterio
 from rasterio.enums import ColorInterp, Interleaving, MaskFlags
+from rasterio.env import get_gdal_config
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.session import DummySession
 from rasterio.windows import Window as RasterioWindow
 
 from .block_cache import BlockCache, BlockStore
@@ -49,40 +52,63 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+_LISTING = "GDAL_DISABLE_READDIR_ON_OPEN"
+"""How GDAL learns what lies beside a file, such as its mask. By default it lists the folder, and takes the first
+GDAL_READDIR_LIMIT_ON_OPEN (1000) names for all; with EMPTY_DIR it does not look; with TRUE it asks by name. All but
+the last lose masks in a bucket without a word."""
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def warn_of_overlooking(value: str) -> None:
+    """Say once in each process what a setting of the user's, which is obeyed, may cost."""
+    log.warning(
+        "%s=%s is set: nodata in a file beside a raster, such as a .msk, may be overlooked; unset it to have all found",
+        _LISTING,
+        value,
+    )
+
+
 _IN_TURN = threading.RLock()
 """GDAL holds locks of its own while it tells of a request that failed, and rasterio wants Python's lock to pass that
 on; another thread may hold that one while it waits for GDAL's: both would wait for ever. So what goes through a network
 is asked for by one thread of a process at a time."""
+_NAMES = "CPL_VSIL_CURL_ALLOWED_EXTENSIONS"
+_OF_TIFFS = (".tif", ".tiff", ".msk", ".aux.xml", ".tfw", ".wld")
+"""All that GDAL need ask for by name: else it asks for some fifty that only other formats have, at each opening."""
 
 
 @contextmanager
-def _in_turn(path: str) -> Iterator[None]:
-    """Around all that GDAL does for a file. Options hold for that alone: a process reads local files too."""
-    if not (path.startswith("/vsi") or is_far(path) or path.lower().endswith(".vrt")):
+def _reaching(*names: str) -> Iterator[None]:
+    """Around what GDAL does for files, with options if one of them is far: those of the process would hold for local
+    files too.
+
+    In the main thread other threads see them, and may take these for the user's: TRUE is set again therefore, or it
+    could end before their calls do. To ask by name finds the same beside local files.
+    """
+    far, value = list(filter(is_far, names)), get_gdal_config(_LISTING)
+    is_users = value not in (None, "TRUE")
+    if is_users and (far or str(value).upper() == "EMPTY_DIR"):
+        warn_of_overlooking(str(value))
+    # Below a VRT may be anything.
+    if not far and not any(name.startswith("/vsi") or name.lower().endswith(".vrt") for name in names):
         yield
         return
-    with _IN_TURN, rasterio.Env(**_far_options(path)):
+    options = {} if is_users or not far else {_LISTING: "TRUE"}
+    if far and all(name.lower().endswith(_OF_TIFFS) for name in far) and _NAMES not in os.environ:
+        options[_NAMES] = ",".join(_OF_TIFFS)
+    # GDAL finds credentials itself, as without an Env; to make a session of them takes 57 ms each time.
+    with _IN_TURN, rasterio.Env.from_defaults(session=DummySession(), **options) if options else nullcontext():
         yield
 
 
-def _far_options(path: str) -> dict[str, Any]:
-    """What spares requests and loses nothing that changes pixels; variables that are set stay."""
-    options: dict[str, Any] = {}
-    if is_far(path):
-        # A listing of a bucket may be long: what may lie beside a file is asked for by name. (EMPTY_DIR would not even
-        # ask, and a mask beside a file would be lost without a word.)
-        options["GDAL_DISABLE_READDIR_ON_OPEN"] = "TRUE"
-        if path.lower().endswith((".tif", ".tiff")):
-            # Else some 50 names are asked for that only other formats have, at each opening.
-            options["CPL_VSIL_CURL_ALLOWED_EXTENSIONS"] = ".tif,.tiff,.msk,.aux.xml,.tfw,.wld"
-    return {name: value for name, value in options.items() if name not in os.environ}
-
-
-def _open(path: str) -> rasterio.DatasetReader:
+def _open(path: str, files: Iterable[str] = ()) -> rasterio.DatasetReader:
+    """Open a file; of what is made of others, such as a VRT, `files` are those."""
     if path.startswith("/vsi"):
         set_gdal_options()
     try:
-        with _in_turn(path), _quiet():
+        with _quiet(), _reaching(path, *files):
             return rasterio.open(path)
     except (RasterioError, TypeError, ValueError) as error:
         raise RasterError(f"{path} is not a raster that GDAL can open: {_reason(error)}") from error
@@ -94,7 +120,7 @@ def describe_gdal(path: str, options: ReadOptions) -> Raster:
     Raises:
         RasterError: GDAL cannot open it, its bands differ in dtype, or its pixels are complex.
     """
-    with _in_turn(path), _quiet(), _open(path) as dataset:
+    with _reaching(path), _quiet(), _open(path) as dataset, _reaching(path, *dataset.files):
         try:
             dtypes = set(dataset.dtypes)
             if len(dtypes) != 1:
@@ -186,7 +212,9 @@ class GdalReader:
 
     def __init__(self, raster: Raster, blocks: BlockStore | None = None) -> None:
         self._raster = raster
-        self._dataset: rasterio.DatasetReader | None = _open(raster.path)
+        # Looked at for every window; of thousands of files of a VRT, only those that matter.
+        self._far_files = tuple(filter(is_far, raster.files))
+        self._dataset: rasterio.DatasetReader | None = _open(raster.path, self._far_files)
         self._blocks = self._mask_blocks = None
         if blocks is not None:
             grid: dict[str, Any] = {"shape_yx": raster.shape_yx, "block": raster.block}
@@ -200,17 +228,16 @@ class GdalReader:
             self._mask_blocks = BlockCache(blocks, (raster.path, "mask"), pixel_bytes=1, read=self._read_valid, **grid)
 
     def _read_bands(self, window: Window, indexes: tuple[int, ...], *, mask: bool = False) -> Array:
-        with _in_turn(self._raster.path):
-            return self._read_window(window, indexes, mask=mask)
-
-    def _read_window(self, window: Window, indexes: tuple[int, ...], *, mask: bool) -> Array:
         if self._dataset is None:
-            self._dataset = _open(self._raster.path)
+            self._dataset = _open(self._raster.path, self._far_files)
+        dataset = self._dataset
         place = RasterioWindow(window.x, window.y, window.width, window.height)  # pyright: ignore[reportCallIssue]
         try:
-            if mask:
-                return self._dataset.read_masks(1, window=place)
-            return self._dataset.read(list(indexes), window=place)
+            # A VRT opens its files as they are read.
+            with _reaching(self._raster.path, *self._far_files):
+                if mask:
+                    return dataset.read_masks(1, window=place)
+                return dataset.read(list(indexes), window=place)
         except (RasterioError, ValueError, MemoryError) as error:
             # An open dataset may answer a later read with zeros after a failed one: never use it again.
             self.close()
@@ -245,6 +272,6 @@ class GdalReader:
 
     def close(self) -> None:
         if self._dataset is not None:
-            with _in_turn(self._raster.path):
+            with _reaching(self._raster.path, *self._far_files):
                 self._dataset.close()
             self._dataset = None

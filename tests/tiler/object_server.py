@@ -125,6 +125,8 @@ class _Proxy(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Else a body waits for the headers before it to be acknowledged: 48 ms a request, not 2.
+    disable_nagle_algorithm = True
     server: _Proxy  # pyright: ignore[reportIncompatibleVariableOverride] - which server it is for
 
     def _forward(self) -> None:

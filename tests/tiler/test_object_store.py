@@ -15,8 +15,10 @@ from outsize.tiler.events import Event, TileFinished
 from outsize.tiler.geometry import Window
 from outsize.tiler.places import gdal_name, place_of, scheme_of, url_of
 from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_gdal import warn_of_overlooking
 from outsize.tiler.raster_parts import open_reference, open_stack, reference_to
 from outsize.tiler.transfer import copy_raster
+from rasterio.env import get_gdal_config
 
 from .object_server import BUCKET, Faults, ObjectServer
 from .rasters import write_geotiff
@@ -51,19 +53,68 @@ def test_names_of_places() -> None:
         place_of("nonsense://b/k")
 
 
-def test_a_mask_beside_a_file_counts_in_a_bucket_and_then_on_the_disk(
-    tmp_path: Path, server: ObjectServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+VALID = np.array([[255, 0, 255], [0, 255, 255]], np.uint8)
+NODATA = (VALID == 0).tolist()
+MOSAIC = """<VRTDataset rasterXSize="3" rasterYSize="2"><VRTRasterBand dataType="Byte" band="1"><SimpleSource>
+<SourceFilename>{0}</SourceFilename><SourceBand>1</SourceBand></SimpleSource></VRTRasterBand><MaskBand><VRTRasterBand
+dataType="Byte"><SimpleSource><SourceFilename>{0}</SourceFilename><SourceBand>mask,1</SourceBand></SimpleSource>
+</VRTRasterBand></MaskBand></VRTDataset>"""
+
+
+@pytest.fixture
+def masked(tmp_path: Path, server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """One raster with its mask in a file beside it: its URL, that of a mosaic of it, and both on the disk."""
     server.use(monkeypatch)
     path = write_geotiff(tmp_path / "masked.tif", np.ones((1, 2, 3), np.uint8))
-    valid = np.array([[255, 0, 255], [0, 255, 255]], np.uint8)
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(path, "r+") as dataset:
-        dataset.write_mask(valid)
-    beside = path.with_name("masked.tif.msk")
-    upload(server, beside, "masks/masked.tif.msk")
-    # What is set for a bucket must not hold for local files.
-    for name in (upload(server, path, "masks/masked.tif"), path):
-        assert missing_of(open_raster(name)) == (valid == 0).tolist(), name
+        dataset.write_mask(VALID)
+    upload(server, path.with_name("masked.tif.msk"), "masks/masked.tif.msk")
+    url, mosaic = upload(server, path, "masks/masked.tif"), tmp_path / "mosaic.vrt"
+    mosaic.write_text(MOSAIC.format(gdal_name(url)))
+    return [url, upload(server, mosaic, "masks/mosaic.vrt"), str(path), str(mosaic)]
+
+
+@pytest.mark.parametrize("kind", ["file", "mosaic"])
+def test_a_mask_beside_a_file_counts_in_a_full_folder_of_a_bucket_and_then_on_the_disk(
+    masked: list[str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    # Of a folder with more names than that, GDAL takes a part for the whole. A mosaic opens its files as it is read.
+    monkeypatch.setenv("GDAL_READDIR_LIMIT_ON_OPEN", "1")
+    for name in masked[kind == "mosaic" :: 2]:
+        assert missing_of(open_raster(name)) == NODATA, name
+
+
+@pytest.mark.parametrize("by", ["variable", "rasterio"])
+def test_who_has_gdal_overlook_files_is_obeyed_and_warned_once(
+    masked: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, by: str
+) -> None:
+    warn_of_overlooking.cache_clear()
+    option = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"}
+    if by == "variable":
+        monkeypatch.setenv(*option.popitem())
+    with rasterio.Env(**option):
+        for name in (masked[0], masked[2], masked[0]):
+            assert not np.any(missing_of(open_raster(name))), name
+    (said,) = (record.getMessage() for record in caplog.records if "GDAL_DISABLE" in record.getMessage())
+    assert said.startswith("GDAL_DISABLE_READDIR_ON_OPEN=EMPTY_DIR is set")
+    if by == "variable":
+        monkeypatch.undo()
+    assert missing_of(open_raster(masked[2])) == NODATA
+
+
+def test_what_far_files_need_is_set_for_no_local_one(masked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, object] = {}
+    open_ = rasterio.open
+
+    def look(path: str) -> object:
+        seen[path] = get_gdal_config("GDAL_DISABLE_READDIR_ON_OPEN")
+        return open_(path)
+
+    monkeypatch.setattr(rasterio, "open", look)
+    for name in (masked[0], masked[2]):
+        open_raster(name)
+    assert seen == {gdal_name(masked[0]): "TRUE", masked[2]: None}
+    assert get_gdal_config("GDAL_DISABLE_READDIR_ON_OPEN") is None
 
 
 def test_a_geotiff_and_a_zarr_in_a_bucket_give_the_local_result(
