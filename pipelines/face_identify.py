@@ -8,8 +8,6 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from ..models.faceid.gallery import Answer, Gallery
 from ..models.faceid.head_plan import PROCESS_BYTES
 from ..models.faceid.images import FORMATS, ImageError, is_picture
 from ..tiler.errors import TilerError, UsageError
-from ..tiler.machine import cpu_count, die_with_parent
+from ..tiler.machine import cpu_count, die_with_parent, torch_threads
 from ..tiler.memory import parse_bytes
 from ..tiler.meter import MemoryMeter
 from .console import Console
@@ -140,7 +138,8 @@ class _Prepared:
             console.remark("no threshold: the nearest are named, whoever is on the picture; --fpir rejects strangers")
         plan = self.gallery.plan_identify(len(paths), options.k)
         console.remark(plan.explain())
-        with _all_cores():
+        # The others wait meanwhile; as many threads whatever the ranks, since other ones may give other last bits.
+        with torch_threads(cpu_count()):
             self.pictures = embed_files(console, embedder, paths, resize=options.resize)
         if not self.pictures.paths:
             raise ImageError("none of the pictures can be used; what is wrong stands above")
@@ -162,18 +161,6 @@ class _Prepared:
                 "predicted_peak_bytes": self.predicted,
             },
         }
-
-
-@contextmanager
-def _all_cores() -> Iterator[None]:
-    """The first rank embeds while the others wait; as many threads whatever the ranks, since other ones may give other
-    last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(cpu_count())
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _describe_answer(gallery: Gallery, path: Path, answer: Answer) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     python -m outsize.tests.benchmarks.scheduling [--tiles 1000000] [--map]
 
-Prints, each time the number of tiles has doubled, tiles a second, the memory of client and scheduler (PSS), and the CPU
-time that each process took for one tile.
+Prints, each time the number of tiles has doubled, tiles a second, and of client, scheduler and worker the memory (PSS)
+and the CPU time for one tile.
 """
 
 from __future__ import annotations
