@@ -47,17 +47,23 @@ def measure_flops_per_s(seconds: float = 0.25, device: str = "cpu") -> float:
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """torch on one thread, for the whole process: on tiny images, or beside other work, threads only wait for each
-    other."""
+def torch_threads(count: int) -> Iterator[None]:
+    """torch on so many threads: whatever the thread that enters computes, for the whole process."""
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    # Even where it says so already: OpenMP keeps a number for each thread that computes.
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def one_thread() -> contextlib.AbstractContextManager[None]:
+    """torch on one thread, for the whole process: on tiny images, or beside other work, threads only wait for each
+    other."""
+    return torch_threads(1)
 
 
 def release_freed_memory() -> None:

@@ -27,7 +27,7 @@ from .gradient import (
 from .loss import Loss
 from .machine import map_large_blocks
 from .network import Network
-from .trainable import TrainableNetwork, prepare_training
+from .trainable import TrainableNetwork, detach_tensors, prepare_training
 from .training_cluster import StepData, TrainingCluster
 from .training_plan import TrainPlan
 from .window_source import Pixels, TensorSource, WindowSource, open_source
@@ -193,11 +193,11 @@ class _Step:
     def _data(self, named: dict[str, Tensor], loss: Loss, labels: Pixels, image: Tensor | None) -> StepData:
         pixels = self.pixels if image is None else image.detach()
         assert pixels is not None
-        return StepData.of(
+        return StepData(
             image=pixels,
             labels=labels,
             fill=self.fill,
-            tensors=named,
+            tensors=detach_tensors(named),
             loss=loss,
             precision=self.precision,
             cuts=self.plan.cuts,

@@ -19,8 +19,9 @@ from outsize.tiler.errors import LabelError, UsageError
 from outsize.tiler.geometry import Window
 from outsize.tiler.loss import Loss
 from outsize.tiler.raster import open_raster
+from outsize.tiler.sum_tree import cut_groups, fold_tree
 from outsize.tiler.tiled_autograd import tile_loss
-from outsize.tiler.training_cluster import TrainingCluster, cut_groups, fold_tree
+from outsize.tiler.training_cluster import TrainingCluster
 from outsize.tiler.training_plan import TrainPlan
 from torch import Tensor, nn
 
