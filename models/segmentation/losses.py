@@ -227,7 +227,7 @@ def _select_classes(labels: Tensor, valid: Tensor, ignore_index: int | None) -> 
         raise LabelError(f"class labels must be one band of class numbers, got {labels.shape[0]} bands; pick one")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise LabelError(f"class labels must be integers, got {labels.dtype}; convert them")
-    return valid if ignore_index is None else valid & (labels[0] != ignore_index)
+    return valid if ignore_index is None else valid & _differs(labels[0], ignore_index)
 
 
 def _true_classes(labels: Tensor, counted: Tensor, classes: int) -> Tensor:
@@ -251,7 +251,16 @@ def _known(labels: Tensor, valid: Tensor, ignore_index: int | None) -> Tensor:
     known = valid.expand(labels.shape)
     if labels.is_floating_point():
         known = known & ~labels.isnan()
-    return known if ignore_index is None else known & (labels != ignore_index)
+    return known if ignore_index is None else known & _differs(labels, ignore_index)
+
+
+def _differs(labels: Tensor, value: int) -> Tensor:
+    """Where labels are not that value; torch itself takes -1 for 255 among labels of 8 bits."""
+    if not labels.is_floating_point() and labels.dtype != torch.bool:
+        held = torch.iinfo(labels.dtype)
+        if not held.min <= value <= held.max:
+            return torch.ones_like(labels, dtype=torch.bool)
+    return labels != value
 
 
 def _targets(logits: Tensor, labels: Tensor, counted: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
@@ -261,7 +270,8 @@ def _targets(logits: Tensor, labels: Tensor, counted: Tensor, ignore_index: int 
             f"labels must have a band for each of the {logits.shape[0]} channels, got {labels.shape[0]}; pick bands"
         )
     known = _known(labels, counted, ignore_index)
-    return known, labels.masked_fill(~known, 0).to(logits.dtype)
+    # Masked as floats: torch masks no unsigned integers of more than 8 bits.
+    return known, labels.to(logits.dtype).masked_fill(~known, 0)
 
 
 def _sum_and_count(each: Tensor, known: Tensor) -> Tensor:

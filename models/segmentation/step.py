@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,13 +23,10 @@ from ...tiler.nodata import Mask
 from ...tiler.raster import RasterReader, read_filled
 from ...tiler.sum_tree import cut_groups, fold_tree
 from ...tiler.trainable import TrainableNetwork, detach_tensors
+from ...tiler.training_cluster import TrainingCluster
 from .augmentation import Variant
 from .sampling import TrainingTile
 from .scene import UNTURNED, LabelPart, SceneLabelReader, SceneLabels, TrainingScene, VariantRaster, VariantReader
-
-if TYPE_CHECKING:
-    # Dask is imported only where it is used.
-    from ...tiler.training_cluster import TrainingCluster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,14 +128,18 @@ class StepOrder:
         return StepEngine(network, self.scenes, self.loss, self.fill, self.cuts, self.cache_bytes)
 
     def try_scenes(self) -> None:
-        """Open all scenes and labels, and close them again.
+        """Read a pixel of each scene and of its labels.
 
         Raises:
-            RasterError: one cannot be opened.
+            RasterError: one cannot be opened or read.
         """
+        pixel = Window(y=0, x=0, height=1, width=1)
         for scene in self.scenes:
-            scene.raster.open_reader().close()
-            scene.labels.open_reader().close()
+            for reader in (scene.raster.open_reader(), scene.labels.open_reader()):
+                try:
+                    reader.read(pixel)
+                finally:
+                    reader.close()
 
 
 class StepEngine:

@@ -134,6 +134,25 @@ def test_pixels_that_are_not_valid_do_not_count(loss: Loss) -> None:
     assert gradient[:, valid].all()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int16, torch.uint32])
+@pytest.mark.parametrize("loss", [BinaryCrossEntropy, SquaredLoss, HuberLoss])
+def test_labels_of_every_type_of_whole_numbers_are_those_numbers(loss: type, dtype: torch.dtype) -> None:
+    logits, labels = draw(1, *SHAPE), draw_classes(2) % 2
+    expected, gradient = by_parts(loss(), logits, labels.double())
+    value, found = by_parts(loss(), logits, labels.to(dtype))
+    assert float(value) == float(expected)
+    assert torch.equal(found, gradient)
+
+
+@pytest.mark.parametrize("ignored", [-1, 256, 2**40])
+def test_an_ignored_label_that_the_labels_cannot_hold_ignores_none(ignored: int) -> None:
+    """torch compares -1 with 8 bits as 255."""
+    labels, logits = draw_classes(4).to(torch.uint8), draw(256, *SHAPE)
+    assert (labels == 255).any()
+    value, _ = by_parts(CrossEntropy(ignore_index=ignored), logits, labels)
+    assert float(value) == pytest.approx(float(F.cross_entropy(logits[None], labels.long())), rel=1e-12)
+
+
 def test_single_precision_sums_do_not_lose_pixels() -> None:
     """Ten million pixels of one value: a running sum in float32 would be off by a per mille and more."""
     shape = (4000, 2500)
