@@ -78,7 +78,8 @@ train_options = together(
         default="cross-entropy",
         show_default=True,
         metavar="NAME",
-        help="cross-entropy, dice, or a sum: cross-entropy+0.5*dice.",
+        help="cross-entropy; dice; binary, cross-entropy of each class against all others; or a sum: "
+        "cross-entropy+0.5*dice.",
     ),
     option(
         "--class-weights",

@@ -96,6 +96,30 @@ class BinaryCrossEntropy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OneAgainstAll:
+    """BinaryCrossEntropy of every class against all others: the mean over pixels and classes c of that of z_c with
+    y = 1 where the pixel is of c, else 0.
+
+    Labels: one band of class numbers.
+    """
+
+    ignore_index: int | None = None
+    """Pixels of this label do not count."""
+    separable: bool = True
+
+    def select(self, labels: Tensor, valid: Tensor) -> Tensor:
+        return _select_classes(labels, valid, self.ignore_index)
+
+    def sums(self, logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+        classes = _true_classes(labels, counted, logits.shape[0])
+        truth = classes[None] == torch.arange(len(logits), device=logits.device)[:, None, None]
+        return BinaryCrossEntropy().sums(logits, truth, counted)
+
+    def value(self, sums: Tensor) -> Tensor:
+        return _mean(sums)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SquaredLoss:
     """The mean over pixels and channels of (z - y)^2.
 

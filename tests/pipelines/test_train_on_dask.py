@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 from distributed import LocalCluster
+from outsize.models.segmentation.step import StepEngine
+from outsize.tiler import training_cluster
 from outsize.tiler.training_cluster import TrainingCluster
 
 from .test_train import done, make_scene, refusal, same_log, same_tensors
@@ -71,10 +74,36 @@ def test_two_workers_of_which_one_is_killed_in_a_step_make_the_same_training(
     assert values["predicted_peak_bytes"] % 3 == 0
 
 
-def test_a_schedulers_worker_goes_on_with_what_one_process_began(
+def test_a_schedulers_worker_makes_the_same_training(
     words: list[Any], alone: Path, address: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     done(*words, *LOSS, "--scheduler", address, "--out", out)
     assert same_training(alone, out)
+    # Steps of tiles too, of which there are fewer than groups.
+    tiles, apart = tmp_path / "tiles", tmp_path / "apart"
+    done(*words, "--step", "tiles:3", "--scheduler", address, "--out", tiles)
+    done(*words, "--step", "tiles:3", "--threads", "1", "--out", apart)
+    assert same_training(tiles, apart)
+    # Nothing of it stays on the workers.
+    assert not training_cluster._PLUGINS
+    assert not training_cluster._WORKS
     assert "--workers 2 with" in refusal(*words, "--workers", "2", "--scheduler", address, "--out", tmp_path / "other")
+
+
+def test_scenes_that_workers_do_not_see_are_refused_before_the_first_step(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene, labels = make_scene(tmp_path / "scene")
+    spread, out = StepEngine.spread_over, tmp_path / "out"
+
+    def spread_elsewhere(self: StepEngine, cluster: TrainingCluster) -> None:
+        """The worker shares this machine's disk: the file is moved away for it."""
+        hidden = scene.rename(tmp_path / "hidden")
+        spread(self, cluster)
+        hidden.rename(scene)
+
+    monkeypatch.setattr(StepEngine, "spread_over", spread_elsewhere)
+    said = refusal("train", scene, "--labels", labels, *CHOICES, "--scheduler", address, "--out", out)
+    assert re.match(r"worker inproc://.*: .*scene\.tif.*; scenes and labels must lie under the same paths", said)
+    assert not (out / "training.json").exists()

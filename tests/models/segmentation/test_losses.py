@@ -9,6 +9,7 @@ from outsize.models.segmentation.losses import (
     CrossEntropy,
     Dice,
     HuberLoss,
+    OneAgainstAll,
     SquaredLoss,
     SumOfLosses,
 )
@@ -80,6 +81,14 @@ def test_binary_cross_entropy_is_torchs(pos_weight: tuple[float, ...] | None) ->
     one = draw(1, *SHAPE).requires_grad_()
     each = F.binary_cross_entropy_with_logits(one, classes.double(), reduction="none")
     require_same(BinaryCrossEntropy(ignore_index=-1), one.detach(), classes, each[classes >= 0].mean(), one)
+
+
+def test_one_against_all_is_torchs_binary_cross_entropy_of_one_hot_classes() -> None:
+    labels, logits = draw_classes(4), draw(4, *SHAPE).requires_grad_()
+    known = labels[0] != 255
+    truth = F.one_hot(labels[0][known].long(), 4).T.double()
+    expected = F.binary_cross_entropy_with_logits(logits[:, known], truth)
+    require_same(OneAgainstAll(ignore_index=255), logits.detach(), labels, expected, logits)
 
 
 @pytest.mark.parametrize("kind", ["squared", "huber"])
