@@ -12,9 +12,9 @@ import pickle
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ from distributed.scheduler import KilledWorker
 from torch import Tensor, nn
 
 from .cluster import ClusterError
-from .errors import TilerError, UsageError
+from .errors import RasterError, TilerError, UsageError
 from .geometry import Window
 from .gradient import (
     GradientSum,
@@ -177,7 +177,7 @@ class TrainingCluster:
                 return self._submit(name, sent, groups, weights, with_gradients=with_gradients).result()
             except ClosedClientError as error:
                 raise ClusterError("the Dask scheduler was lost; the last checkpoint goes on from there") from error
-            except (KilledWorker, CancelledError, CommClosedError) as error:
+            except (KilledWorker, CancelledError, CommClosedError, TimeoutError) as error:
                 if attempt == ATTEMPTS or self.client.status != "running":
                     raise ClusterError(f"training step: workers were lost {attempt} times: {error}") from error
                 log.warning("a training step is begun anew, its workers were lost: %s", error)
@@ -247,7 +247,7 @@ class TrainingCluster:
         self._wait()
         found: Any = self.client.run(_try_order, name, check, on_error="return")
         for address, error in sorted(found.items()):
-            if isinstance(error, TilerError):
+            if isinstance(error, RasterError):
                 raise ClusterError(
                     f"worker {address}: {first_line(error)}; scenes and labels must lie under the same paths on all "
                     "workers"
@@ -265,8 +265,9 @@ class TrainingCluster:
         """Have the workers forget all that was introduced; the client stays."""
         for _, name in self._known.values():
             # Of a scheduler that is gone there is nothing to forget.
-            with suppress(Exception):
-                self.client.unregister_worker_plugin(_plugin_name(name))
+            if self.client.status == "running":
+                with suppress(Exception):
+                    self.client.unregister_worker_plugin(_plugin_name(name))
         self._known.clear()
 
     def __enter__(self) -> TrainingCluster:
@@ -330,8 +331,20 @@ _COMPUTING = threading.Lock()
 """Of a process: one group at a time, as many tiles as were counted on."""
 
 
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Refusals without what caused them: their messages say all, and some causes do not survive the way to the
+    client."""
+    try:
+        yield
+    except TilerError as error:
+        error.__cause__ = error.__context__ = None
+        raise
+
+
 def _try_order(name: str, check: Callable[[Any], None]) -> None:
-    check(_PLUGINS[name].open())
+    with _plain_errors():
+        check(_PLUGINS[name].open())
 
 
 def _work(name: str) -> Work:
@@ -348,13 +361,8 @@ def _sum_group(
 ) -> GradientSum:
     """A task: the sums of some tiles, and their gradients."""
     # For each task: another thread may run it, another training may have run before it.
-    with _COMPUTING, torch_threads(_PLUGINS[name].threads):
-        try:
-            return _work(name).sum_tiles(pickle.loads(packed), tiles, weights, with_gradients=with_gradients)
-        except TilerError as error:
-            # Its message says all; what caused it may not survive the way to the client.
-            error.__cause__ = error.__context__ = None
-            raise
+    with _COMPUTING, torch_threads(_PLUGINS[name].threads), _plain_errors():
+        return _work(name).sum_tiles(pickle.loads(packed), tiles, weights, with_gradients=with_gradients)
 
 
 def _add(left: GradientSum, right: GradientSum) -> GradientSum:

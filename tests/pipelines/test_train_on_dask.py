@@ -17,7 +17,7 @@ from outsize.tiler.training_cluster import TrainingCluster
 
 from .test_train import done, make_scene, refusal, same_log, same_tensors
 
-STEPS = 4
+STEPS = 3
 CHOICES = ("--widths", "4,6", "--core", "48", "--warm-up", "2", "--val-every", "2", "--steps", str(STEPS))
 LOSS = ("--step", "image", "--loss", "cross-entropy+0.5*dice")
 
@@ -53,12 +53,13 @@ def same_training(one: Path, other: Path) -> bool:
 def test_two_workers_of_which_one_is_killed_in_a_step_make_the_same_training(
     words: list[Any], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In the second pass of the second step."""
     submit, killed, calls = TrainingCluster._submit, [], 0
 
     def submit_and_kill(self: TrainingCluster, *arguments: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
-        pids: Any = self.client.run(os.getpid) if calls == STEPS else {}
+        pids: Any = self.client.run(os.getpid) if calls == 4 else {}
         future = submit(self, *arguments, **named)
         for pid in list(pids.values())[:1]:
             assert pid != os.getpid()
@@ -69,7 +70,7 @@ def test_two_workers_of_which_one_is_killed_in_a_step_make_the_same_training(
     monkeypatch.setattr(TrainingCluster, "_submit", submit_and_kill)
     values = done(*words, *LOSS, "--workers", "2", "--no-dashboard", "--out", tmp_path / "out")
     assert killed == [2]
-    assert calls > 2 * STEPS - 1
+    assert calls >= 2 * STEPS
     assert same_training(alone, tmp_path / "out")
     assert values["predicted_peak_bytes"] % 3 == 0
 
