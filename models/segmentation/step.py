@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...tiler.errors import LabelError
+from ...tiler.errors import LabelError, RasterError
 from ...tiler.geometry import Window
 from ...tiler.gradient import GradientSum, Tiles, compute_loss_sums, compute_outputs, gradient_of_tiles
+from ...tiler.graph import first_line
 from ...tiler.labels import UNLABELLED, Classes
 from ...tiler.loss import Loss
 from ...tiler.memory import MB
@@ -134,12 +135,12 @@ class StepOrder:
             RasterError: one cannot be opened or read.
         """
         pixel = Window(y=0, x=0, height=1, width=1)
-        for scene in self.scenes:
-            for reader in (scene.raster.open_reader(), scene.labels.open_reader()):
-                try:
+        for part in (part for scene in self.scenes for part in (scene.raster, scene.labels)):
+            try:
+                with closing(part.open_reader()) as reader:
                     reader.read(pixel)
-                finally:
-                    reader.close()
+            except (OSError, ValueError) as error:
+                raise RasterError(f"{part.path} cannot be opened: {first_line(error)}") from error
 
 
 class StepEngine:
@@ -184,7 +185,7 @@ class StepEngine:
             module=self.network.module,
             bands=traced.bands,
             dtype=traced.dtype,
-            scenes=tuple(self.scenes),
+            scenes=tuple(scene.made_absolute() for scene in self.scenes),
             loss=self.loss.inner,
             fill=self.fill,
             cuts=self.cuts,

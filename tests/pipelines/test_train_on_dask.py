@@ -9,15 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from distributed import LocalCluster
 from outsize.models.segmentation.step import StepEngine
 from outsize.tiler import training_cluster
+from outsize.tiler.geometry import Window
+from outsize.tiler.raster import open_raster
 from outsize.tiler.training_cluster import TrainingCluster
 
 from .test_train import done, make_scene, refusal, same_log, same_tensors
 
 STEPS = 3
+WINDOW = Window(y=50, x=60, height=7, width=9)
 CHOICES = ("--widths", "4,6", "--core", "48", "--warm-up", "2", "--val-every", "2", "--steps", str(STEPS))
 LOSS = ("--step", "image", "--loss", "cross-entropy+0.5*dice")
 
@@ -92,19 +96,31 @@ def test_a_schedulers_worker_makes_the_same_training(
     assert "--workers 2 with" in refusal(*words, "--workers", "2", "--scheduler", address, "--out", tmp_path / "other")
 
 
+@pytest.mark.parametrize("kind", ["tif", "zarr"])
 def test_scenes_that_workers_do_not_see_are_refused_before_the_first_step(
-    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene, labels = make_scene(tmp_path / "scene")
+    if kind == "zarr":
+        scene = tmp_path / "scene.zarr"
+        done("ingest", tmp_path / "scene" / "scene.tif", scene, "--no-dashboard")
+    # Paths of this folder are found from others too.
+    monkeypatch.chdir(tmp_path)
+    here = open_raster(scene.relative_to(tmp_path))
+    pixels = here.open_reader().read(WINDOW)
+    anywhere = here.made_absolute()
+    monkeypatch.chdir(tmp_path / "scene")
+    assert np.array_equal(anywhere.open_reader().read(WINDOW), pixels)
     spread, out = StepEngine.spread_over, tmp_path / "out"
 
     def spread_elsewhere(self: StepEngine, cluster: TrainingCluster) -> None:
-        """The worker shares this machine's disk: the file is moved away for it."""
+        """The worker shares this machine's disk: the scene is moved away for it."""
         hidden = scene.rename(tmp_path / "hidden")
         spread(self, cluster)
         hidden.rename(scene)
 
     monkeypatch.setattr(StepEngine, "spread_over", spread_elsewhere)
-    said = refusal("train", scene, "--labels", labels, *CHOICES, "--scheduler", address, "--out", out)
-    assert re.match(r"worker inproc://.*: .*scene\.tif.*; scenes and labels must lie under the same paths", said)
+    words = ["train", scene, "--labels", labels, *CHOICES]
+    said = refusal(*words, "--scheduler", address, "--out", out)
+    assert re.match(rf"worker inproc://.*: .*scene\.{kind}.*; scenes and labels must lie under the same paths", said)
     assert not (out / "training.json").exists()
