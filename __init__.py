@@ -15,6 +15,7 @@ __getattr__, __dir__, _names = lazy_loader.attach(
             "CrossEntropy",
             "Dice",
             "HuberLoss",
+            "OneAgainstAll",
             "Scaling",
             "SegmentationClass",
             "SegmentationModel",

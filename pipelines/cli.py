@@ -695,14 +695,16 @@ def verify(console: Any, out: Path, **options: Any) -> None:
 @train_options
 @click.option("--model", metavar="MODEL", help="Start from this one, as segment takes it; without it a new U-Net.")
 @_model_options
-@option("--memory", default="2GB", show_default=True, metavar="SIZE", help="Budget of the process.")
+@option("--memory", default="2GB", show_default=True, metavar="SIZE", help="Budget of the process; on Dask of each.")
 @_reading
+@_cluster
 @_overwrite
 @click.pass_obj
 def train(console: Any, scenes: tuple[str, ...], **options: Any) -> None:
     """Train a segmentation network on scenes of any size and leave DIR/best.json, a model for segment, with last.json,
     train.jsonl and report.html beside it. Gradients are exact: those of whole scenes, or of tiles that see their true
-    context. The same command goes on after a stop, with the same weights as without it.
+    context, computed here, by --workers or on Dask. The same command goes on after a stop, with the same weights as
+    without it.
 
     \b
     outsize train scene.tif --labels labels.tif --out training
@@ -711,11 +713,12 @@ def train(console: Any, scenes: tuple[str, ...], **options: Any) -> None:
     outsize train scene.zarr --labels polygons.geojson --out training --minutes 30 --class-weights balanced
     outsize train scene.zarr --labels labels.zarr --out tuned --model training/best.json --lr 2e-4 --steps 300
     outsize train scene.tif --labels labels.tif --out training --step image --optimiser sgd --lr 0.05 --steps 200
+    outsize train scene.tif --labels labels.tif --out training --step image --scheduler tcp://10.0.0.5:8786
     outsize segment other.tif map.zarr --model training/best.json
     """
     from .cli_train import run_train_command
 
-    run_train_command(console, scenes, options, _read_options(options))
+    run_train_command(console, scenes, options, _read_options(options), _cluster_options(options))
 
 
 @cli.command()

@@ -78,7 +78,8 @@ train_options = together(
         default="cross-entropy",
         show_default=True,
         metavar="NAME",
-        help="cross-entropy, dice, or a sum: cross-entropy+0.5*dice.",
+        help="cross-entropy; dice; binary, cross-entropy of each class against all others; or a sum: "
+        "cross-entropy+0.5*dice.",
     ),
     option(
         "--class-weights",
@@ -132,15 +133,34 @@ train_options = together(
         help="Of a new U-Net: channels of each level.",
     ),
     option(
+        "--workers",
+        type=click.IntRange(1),
+        help="Worker processes that share each step; without it, and without --scheduler, this process alone. Each "
+        "keeps --memory.",
+    ),
+    option(
+        "--threads",
+        type=click.IntRange(1),
+        help="Compute threads of each process: without it all cores, on Dask 1. With the same number a training has "
+        "the same bits on any number of workers, and without any.",
+    ),
+    option(
         "--norm", type=click.Choice(["frozen", "none"]), default="frozen", show_default=True, help="Of a new U-Net."
     ),
 )
 
 
-def run_train_command(console: Any, scenes: tuple[str, ...], options: dict[str, Any], reading: Any) -> None:
-    """`outsize train`."""
+def run_train_command(
+    console: Any, scenes: tuple[str, ...], options: dict[str, Any], reading: Any, cluster: Any
+) -> None:
+    """`outsize train`.
+
+    Args:
+        cluster: `ClusterOptions`.
+    """
     from .model import SourceOptions
     from .train import TrainOptions, make_recipe, run_train
+    from .training_workers import WorkerOptions
 
     weights, minutes, steps = options["class_weights"] or (), options["minutes"], options["steps"]
     recipe = make_recipe(
@@ -189,5 +209,6 @@ def run_train_command(console: Any, scenes: tuple[str, ...], options: dict[str, 
             widths=options["widths"],
             norm=options["norm"],
             overwrite=options["overwrite"],
+            workers=WorkerOptions(cluster=cluster, workers=options["workers"], threads=options["threads"]),
         ),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import sys
 import time
@@ -35,16 +36,20 @@ from ..tiler.meter import MemoryMeter
 from ..tiler.plan import format_seconds
 from ..tiler.raster import Raster, ReadOptions, open_with
 from ..tiler.reading import GDAL_CACHE_BYTES
+from ..tiler.training_cluster import TrainingCluster
 from .console import Console, Step, count_of, describe_memory, format_table
 from .model import SourceOptions
 from .training_data import TrainingData, prepare_data
 from .training_folder import LOCK, describe_training, owning_folder, read_training, require_same_training
 from .training_log import TrainingLog
 from .training_report import write_training_report
+from .training_workers import WorkerOptions, open_training_cluster
 
 LOG, REPORT = "train.jsonl", "report.html"
 SAVE_EVERY_S = 60.0
 """A kill costs at most this, and a step."""
+_NUMBERED = re.compile(r"band \d+")
+"""Name of a band that has none."""
 _PARTS = 1_000_000
 """Of the progress bar."""
 
@@ -78,6 +83,7 @@ class TrainOptions:
     widths: tuple[int, ...] = (16, 32, 64, 128)
     norm: Norm = "frozen"
     overwrite: bool = False
+    workers: WorkerOptions = field(default_factory=WorkerOptions)
 
 
 def run_train(console: Console, options: TrainOptions) -> None:
@@ -88,10 +94,11 @@ def run_train(console: Console, options: TrainOptions) -> None:
         owning_folder(options.out, "holds {name} and no training; choose another folder"),
         rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES // MB),
         MemoryMeter() as meter,
+        open_training_cluster(console, options.workers) as cluster,
     ):
         if options.overwrite:
             _empty(options.out)
-        run = _Run(console, options, meter)
+        run = _Run(console, options, meter, cluster)
         run.start()
         try:
             run.train()
@@ -110,8 +117,10 @@ def _empty(out: Path) -> None:
 class _Run:
     """One call of the command."""
 
-    def __init__(self, console: Console, options: TrainOptions, meter: MemoryMeter) -> None:
-        self.console, self.options, self.meter = console, options, meter
+    def __init__(
+        self, console: Console, options: TrainOptions, meter: MemoryMeter, cluster: TrainingCluster | None
+    ) -> None:
+        self.console, self.options, self.meter, self.cluster = console, options, meter, cluster
         self.out = options.out
         self.began = time.perf_counter()
         self.best: dict[str, Any] | None = None
@@ -140,6 +149,8 @@ class _Run:
         self.data: TrainingData = prepare_data(
             self.console, options, self.rasters, found, self.module, self.start_model, _find_tiles(self.out)
         )
+        if self.cluster is not None:
+            self.data.engine.spread_over(self.cluster)
         describe_training(self.out, self.fingerprint, self.data.describe())
         # After what makes the folder a training's own.
         self.data.survey.save(self.out)
@@ -321,7 +332,7 @@ class _Run:
             "best": self.best,
             "classes": [entry.name for entry in self.data.classes],
             "peak_bytes": self.meter.peak_bytes,
-            "predicted_peak_bytes": self.data.predicted_bytes,
+            "predicted_peak_bytes": self.data.predicted_bytes * self.options.workers.processes,
             "report_bytes": report_bytes,
         }
 
@@ -352,7 +363,8 @@ def _require_fitting(rasters: Sequence[Raster], options: TrainOptions) -> None:
     """Before anything is read.
 
     Raises:
-        UsageError: scenes of different bands, another number of labels, a held-out scene that is none of them.
+        UsageError: scenes of different bands, or of another order of them, as far as they have names; another number of
+            labels, a held-out scene that is none of them.
     """
     first = rasters[0]
     for raster in rasters[1:]:
@@ -360,6 +372,12 @@ def _require_fitting(rasters: Sequence[Raster], options: TrainOptions) -> None:
             raise UsageError(
                 f"scenes must have the same bands, {first.path} has {first.bands} and {raster.path} {raster.bands}; "
                 "choose with --bands"
+            )
+        named = list(zip(first.band_names, raster.band_names, strict=True))
+        if any(ours != theirs and not any(map(_NUMBERED.fullmatch, (ours, theirs))) for ours, theirs in named):
+            raise UsageError(
+                f"scenes must have the same bands in the same order, {first.path} has {', '.join(first.band_names)} and"
+                f" {raster.path} {', '.join(raster.band_names)}; leave one out, or write it anew in that order"
             )
     if len(options.labels) not in (1, len(rasters)) or (len(rasters) > 1 and len(options.labels) == 1 and not
                                                         _serves_all(options.labels[0])):  # fmt: skip
@@ -382,8 +400,10 @@ def _serves_all(labels: str) -> bool:
 
 def _fingerprint(rasters: Sequence[Raster], options: TrainOptions, model: SegmentationModel | None) -> dict[str, Any]:
     """What the trajectory depends on, as plain values."""
-    values = asdict(replace(options, model=None, out=Path(), reading=ReadOptions(), recipe=Recipe()))
-    for name in ("out", "model", "reading", "recipe", "overwrite", "scenes", "memory", "labels"):
+    values = asdict(
+        replace(options, model=None, out=Path(), reading=ReadOptions(), recipe=Recipe(), workers=WorkerOptions())
+    )
+    for name in ("out", "model", "reading", "recipe", "overwrite", "scenes", "memory", "labels", "workers"):
         del values[name]
     recipe = asdict(options.recipe)
     found: dict[str, Any] = {

@@ -49,8 +49,9 @@ _VALIDATED = 2
 """Side of validation's cores in units of the training's, where without gradients they take no more memory."""
 _LARGEST_SAMPLED = 256
 """Cores of tiles:N that a plan chooses: they are part of what such a step is, so a larger budget changes nothing."""
-_OPTIMISER_STATE = 5.0
-"""Numbers for each parameter: AdamW's two, the average, and copies while a state is saved."""
+_OPTIMISER_STATE = 6.0
+"""Numbers for each parameter, beside weights and what a tile adds: AdamW's two, the average, and copies while a state
+is saved, or sums of a step's groups that wait for each other (`fold_tree`)."""
 _CACHE_BYTES = 64 * MB
 """Of decoded blocks of all scenes."""
 _CALIBRATED = 8
@@ -145,7 +146,7 @@ class TrainingData:
 
     @property
     def predicted_bytes(self) -> int:
-        """Peak of the process."""
+        """Peak of this process, and of each worker."""
         return self.plan.memory.total_bytes if self.plan.memory else 0
 
     def describe(self) -> dict[str, Any]:
@@ -277,7 +278,7 @@ def prepare_data(
         remarks=(
             *_remark(survey, names, scenes),
             f"tiles: {plan.explain_tile()}",
-            f"memory: {plan.explain_memory()}",
+            f"memory: {plan.explain_memory()}{', of each process' if options.workers.uses_dask else ''}",
         ),
         plan=plan,
     )

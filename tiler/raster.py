@@ -132,6 +132,15 @@ class Raster:
             return self.path
         return str(Path(self.path).absolute() / self.array_path)
 
+    def made_absolute(self) -> Raster:
+        """The same raster, for processes in other folders: by absolute paths where it lies on this machine."""
+        local = self.path and not scheme_of(self.path) and Path(self.path).exists()
+        return replace(
+            self,
+            path=str(Path(self.path).absolute()) if local else self.path,
+            parts=tuple(replace(part, raster=part.raster.made_absolute()) for part in self.parts),
+        )
+
     @property
     def chosen(self) -> tuple[int, ...]:
         """Stored bands, from 1, that are read."""

@@ -559,7 +559,7 @@ class _Run:
         )
         spec = RunSpec(
             run_id=run_id,
-            raster=self.raster,
+            raster=self.raster.made_absolute(),
             plan=self.plan,
             program=program,
             fill=self.fill,

@@ -6,31 +6,20 @@ scaling and accumulation see what they see in ordinary training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import LabelError, UsageError
-from .gradient import (
-    GradientSum,
-    Precision,
-    Tiles,
-    compute_loss_sums,
-    compute_outputs,
-    gradient_of_tiles,
-    pull_back,
-)
+from .errors import UsageError
+from .gradient import compute_outputs, pull_back
 from .loss import Loss
-from .machine import map_large_blocks
 from .network import Network
-from .trainable import TrainableNetwork, prepare_training
-from .training_cluster import StepData, TrainingCluster
+from .tiled_step import TiledStep, begin_step, compute_shared_value, compute_value, opened, require_labels
+from .training_cluster import TrainingCluster
 from .training_plan import TrainPlan
-from .window_source import Pixels, TensorSource, WindowSource, open_source
+from .window_source import Pixels
 
 
 def tile_checkpoint(module: nn.Module | Network, plan: TrainPlan) -> TiledModule:
@@ -75,7 +64,9 @@ def tile_loss(
         plan: the tiles of an image of that shape; any gives the same gradients.
         loss: see `Loss`; `outsize.CrossEntropy` and others.
         raster: (bands, height, width): an open raster, an array or a tensor, which may require gradients.
-        labels: (height, width) or (bands, height, width), on the grid of the module's output.
+        labels: (height, width) or (bands, height, width), on the grid of the module's output. Losses of two passes
+            read image and labels again in backward(); a tensor that was changed meanwhile is refused, an array or a
+            file is not noticed.
         fill: raw value of each band that stands in for nodata pixels; None: 0. Nodata pixels of either do not count.
 
         cluster: workers of a Dask client that compute the tiles, with the same bits for any number of them; None: this
@@ -86,21 +77,22 @@ def tile_loss(
 
     Raises:
         UntileableError: a module that cannot be tiled or trained exactly.
-        LabelError: labels on another grid, labels that are no class, or no pixel that counts.
+        LabelError: labels on another grid, labels that are no class, or no pixel that counts; of a rank of several
+            (torch.distributed) the last is a loss of 0 with gradients of 0, so that the others do not wait for it.
         RasterError: a window cannot be read.
     """
-    step, image, tensors = _begin(module, plan, raster, fill, cluster)
+    step, image, tensors = begin_step(module, plan, raster, fill, cluster)
     if cluster is not None and image is not None and image.requires_grad:
         raise UsageError(
             "the image's own gradient is not computed on a cluster; detach() the image, or leave cluster out"
         )
-    with _opened(labels) as source:
-        _require_labels(source.shape[1:], step)
+    with opened(labels) as source:
+        require_labels(source.shape[1:], step)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *([image] if image is not None else []))):
         value = _TiledLoss.apply(step, loss, labels, image, *tensors)
         assert isinstance(value, Tensor)
         return value
-    return _value(loss, step.sum_loss(loss, labels, image, tensors), step)[0]
+    return compute_value(loss, step.sum_loss(loss, labels, image, tensors), step)[0]
 
 
 class TiledModule(nn.Module):
@@ -121,7 +113,7 @@ class TiledModule(nn.Module):
         return self._one(raster)
 
     def _one(self, raster: Pixels) -> Tensor:
-        step, image, tensors = _begin(self._given[0], self.plan, raster, self.fill)
+        step, image, tensors = begin_step(self._given[0], self.plan, raster, self.fill)
         output = (
             _TiledOutput.apply(step, image, *tensors) if torch.is_grad_enabled() else _assemble(step, image, tensors)
         )
@@ -150,104 +142,18 @@ class TiledLoss(nn.Module):
         return tile_loss(self._given[0], self.plan, self.loss, raster, labels, fill=self.fill, cluster=self.cluster)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Step:
-    """One image on its way through one node."""
-
-    network: TrainableNetwork
-    plan: TrainPlan
-    precision: Precision
-    names: tuple[str, ...]
-    """Of the tensors in the trace, in the order in which the node takes them."""
-    aliases: dict[str, str]
-    """Names under which a tensor is used too."""
-    pixels: Pixels | None
-    """None: the node takes the image as a tensor."""
-    fill: tuple[float, ...] | None
-    cluster: TrainingCluster | None
-
-    def sum_loss(self, loss: Loss, labels: Pixels, image: Tensor | None, tensors: Sequence[Tensor]) -> GradientSum:
-        """The loss's sums over all tiles, here or on the cluster."""
-        named = self.named(tensors, (False,) * len(tensors))
-        if self.cluster is not None:
-            return self.cluster.compute_sums(self.network, self._data(named, loss, labels, image), self.plan.cores)
-        with self.tiles(image) as tiles, _opened(labels) as source:
-            return compute_loss_sums(tiles, named, loss, source)
-
-    def differentiate(
-        self,
-        loss: Loss,
-        labels: Pixels,
-        image: Tensor | None,
-        named: dict[str, Tensor],
-        weights: Tensor | None,
-        into: Tensor | None,
-    ) -> GradientSum:
-        """`gradient_of_tiles` for all tiles, here or on the cluster."""
-        if self.cluster is not None:
-            data = self._data(named, loss, labels, image)
-            return self.cluster.compute_gradient(self.network, data, self.plan.cores, weights)
-        with self.tiles(image) as tiles, _opened(labels) as source:
-            return gradient_of_tiles(tiles, named, loss, source, weights=weights, image_gradient=into)
-
-    def _data(self, named: dict[str, Tensor], loss: Loss, labels: Pixels, image: Tensor | None) -> StepData:
-        pixels = self.pixels if image is None else image.detach()
-        assert pixels is not None
-        return StepData.of(
-            image=pixels,
-            labels=labels,
-            fill=self.fill,
-            tensors=named,
-            loss=loss,
-            precision=self.precision,
-            cuts=self.plan.cuts,
-        )
-
-    @contextmanager
-    def tiles(self, image: Tensor | None) -> Iterator[Tiles]:
-        pixels = self.pixels if image is None else image.detach()
-        assert pixels is not None
-        with _opened(pixels, self.fill) as source:
-            yield Tiles(
-                network=self.network,
-                image=source,
-                cores=self.plan.cores,
-                cuts=self.plan.cuts,
-                precision=self.precision,
-            )
-
-    def named(self, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> dict[str, Tensor]:
-        """The tensors by name; of those only the `wanted` require gradients."""
-        given = zip(self.names, tensors, wanted, strict=True)
-        found = {name: tensor if wants else tensor.detach() for name, tensor, wants in given}
-        return found | {alias: found[name] for alias, name in self.aliases.items()}
-
-    def collect(
-        self, total: GradientSum, tensors: Sequence[Tensor], wanted: Sequence[bool], factor: float = 1.0
-    ) -> list[Tensor | None]:
-        """factor * gradients in the order and types of the tensors; zeros where no tile depends on one."""
-        found: list[Tensor | None] = []
-        for name, tensor, wants in zip(self.names, tensors, wanted, strict=True):
-            gradient = total.gradients.pop(name, None)
-            if wants and gradient is None:
-                found.append(torch.zeros_like(tensor))
-            else:
-                found.append(gradient.mul_(factor).to(tensor) if wants and gradient is not None else None)
-        return found
-
-
 class _TiledOutput(torch.autograd.Function):
     """The output of all tiles; each tile is computed again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, step: _Step, image: Tensor | None, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, step: TiledStep, image: Tensor | None, *tensors: Tensor) -> Tensor:
         ctx.step = step
         ctx.save_for_backward(image, *tensors)
         return _assemble(step, image, tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        step: _Step = ctx.step
+        step: TiledStep = ctx.step
         image, *tensors = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]
         into = _zeros_for(image) if ctx.needs_input_grad[1] else None
@@ -261,7 +167,9 @@ class _TiledLoss(torch.autograd.Function):
     of others forward takes the sums, and backward differentiates."""
 
     @staticmethod
-    def forward(ctx: Any, step: _Step, loss: Loss, labels: Pixels, image: Tensor | None, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, step: TiledStep, loss: Loss, labels: Pixels, image: Tensor | None, *tensors: Tensor
+    ) -> Tensor:
         ctx.step, ctx.loss, ctx.labels = step, loss, labels
         ctx.save_for_backward(image, *tensors)
         wanted = ctx.needs_input_grad[4:]
@@ -269,11 +177,12 @@ class _TiledLoss(torch.autograd.Function):
         is_half = step.precision.enabled and step.precision.dtype == torch.float16
         ctx.is_fused = loss.separable and not (is_half or any(tensor.dtype == torch.float16 for tensor in tensors))
         if not ctx.is_fused:
-            value, ctx.weights = _value(loss, step.sum_loss(loss, labels, image, tensors), step)
+            ctx.version = _version_of(labels)
+            value, ctx.weights = compute_shared_value(loss, step.sum_loss(loss, labels, image, tensors), step)
             return value
         into = _zeros_for(image) if ctx.needs_input_grad[3] else None
         total = step.differentiate(loss, labels, image, step.named(tensors, wanted), None, into)
-        value, weights = _value(loss, total, step)
+        value, weights = compute_shared_value(loss, total, step)
         factor = float(weights[0])
         ctx.gradients = (_like(into, image, factor), *step.collect(total, tensors, wanted, factor))
         return value
@@ -284,8 +193,13 @@ class _TiledLoss(torch.autograd.Function):
         if ctx.is_fused:
             scaled = (None if gradient is None else gradient * cotangent.to(gradient) for gradient in ctx.gradients)
             return None, None, None, *_once(ctx, cotangent, *scaled)
-        step: _Step = ctx.step
+        step: TiledStep = ctx.step
         image, *tensors = ctx.saved_tensors
+        if _version_of(ctx.labels) != ctx.version:
+            raise UsageError(
+                "the labels were changed in place between the loss and its backward(), which reads them again; change "
+                "them later, or give a copy"
+            )
         wanted = ctx.needs_input_grad[4:]
         into = _zeros_for(image) if ctx.needs_input_grad[3] else None
         weights = ctx.weights * cotangent.double()
@@ -322,70 +236,7 @@ def _once(ctx: Any, cotangent: Tensor, *gradients: Tensor | None) -> tuple[Tenso
     return tuple(None if gradient is None else next(made) for gradient in gradients)
 
 
-def _fits(dtype: torch.dtype, traced: torch.dtype, tensors: Iterable[Tensor]) -> bool:
-    """Whether a network takes such pixels: those that it was analysed for, or floats that autocast casts, or that its
-    weights were turned into. Pixels of another kind would be scaled otherwise."""
-    if dtype == traced:
-        return True
-    if not (dtype.is_floating_point and traced.is_floating_point):
-        return False
-    return torch.is_autocast_enabled() or any(
-        torch.is_autocast_enabled(tensor.device.type) or tensor.dtype == dtype for tensor in tensors
-    )
-
-
-def _begin(
-    module: nn.Module | Network,
-    plan: TrainPlan,
-    raster: Pixels,
-    fill: tuple[float, ...] | None,
-    cluster: TrainingCluster | None = None,
-) -> tuple[_Step, Tensor | None, list[Tensor]]:
-    """(the step, the image where it is a tensor, parameters and buffers that the result depends on)."""
-    with _opened(raster) as source:
-        shape = source.shape
-        dtype = source.dtype
-        image = source.image if isinstance(source, TensorSource) and isinstance(raster, Tensor) else None
-    image_learns = image is not None and image.requires_grad
-    network = prepare_training(module, shape[0], dtype, image_learns=image_learns)
-    traced = network.network
-    if shape[0] != traced.bands or not _fits(dtype, traced.dtype, network.tensors().values()):
-        raise UsageError(
-            f"the network was analysed for {traced.bands} bands {_name(traced.dtype)}, the image has {shape[0]} bands "
-            f"{_name(dtype)}; analyse it for those"
-        )
-    if shape != plan.image_shape:
-        raise UsageError(f"the plan is for images of {plan.image_shape}, got {shape}; make one for that shape")
-    height, width = traced.output_shape(shape[1:])
-    if plan.output_shape[1:] != (height, width):
-        raise UsageError(
-            f"the plan's output_shape must be (channels, {height}, {width}), as the network makes of {shape}, got "
-            f"{plan.output_shape}"
-        )
-    if fill is not None and len(fill) != shape[0]:
-        raise UsageError(f"fill must have one value a band, got {len(fill)} for {shape[0]} bands")
-    if plan.memory is not None:
-        map_large_blocks()
-    live = network.tensors()
-    first: dict[int, str] = {}
-    for name, tensor in live.items():
-        first.setdefault(id(tensor), name)
-    tensors = [live[name] for name in first.values()]
-    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-    step = _Step(
-        network=network,
-        plan=plan,
-        precision=Precision.current(device),
-        names=tuple(first.values()),
-        aliases={name: first[id(tensor)] for name, tensor in live.items() if first[id(tensor)] != name},
-        pixels=None if image is not None else raster,
-        fill=fill,
-        cluster=cluster,
-    )
-    return step, image, tensors
-
-
-def _assemble(step: _Step, image: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
+def _assemble(step: TiledStep, image: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
     """(channels, height, width) of the whole output, streamed."""
     whole: Tensor | None = None
     with step.tiles(image) as tiles:
@@ -398,39 +249,9 @@ def _assemble(step: _Step, image: Tensor | None, tensors: Sequence[Tensor]) -> T
     return whole
 
 
-def _value(loss: Loss, total: GradientSum, step: _Step) -> tuple[Tensor, Tensor]:
-    """(the loss, its gradient for each of its sums)."""
-    if total.sums is None:
-        raise LabelError("no pixel counts: all are nodata in the image or its labels, or ignored; leave the image out")
-    with torch.inference_mode(False), torch.enable_grad():
-        sums = total.sums.detach().clone().requires_grad_()
-        value = loss.value(sums)
-        (weights,) = torch.autograd.grad(value, sums)
-        if loss.separable:
-            other = torch.cat([sums.detach()[:1] + 1, sums.detach()[1:]]).requires_grad_()
-            (elsewhere,) = torch.autograd.grad(loss.value(other), other)
-            if not torch.allclose(elsewhere[0], weights[0], rtol=1e-9, atol=0):
-                raise UsageError(f"{type(loss).__name__} is not linear in its first sum; say separable = False")
-    dtype = step.network.output.meta["val"].dtype
-    return value.detach().to(torch.float64 if dtype == torch.float64 else torch.float32), weights
-
-
-def _require_labels(shape_yx: tuple[int, int], step: _Step) -> None:
-    height, width = step.plan.output_shape[1:]
-    if shape_yx != (height, width):
-        raise LabelError(
-            f"labels must lie on the network's output of {height} x {width} px, got {shape_yx[0]} x {shape_yx[1]}; "
-            "resample or crop them"
-        )
-
-
-@contextmanager
-def _opened(pixels: Pixels, fill: tuple[float, ...] | None = None) -> Iterator[WindowSource]:
-    source = open_source(pixels, fill)
-    try:
-        yield source
-    finally:
-        source.close()
+def _version_of(labels: Pixels) -> int:
+    """Changes when a tensor is written to in place; arrays do not tell."""
+    return labels._version if isinstance(labels, Tensor) and not labels.is_inference() else 0
 
 
 def _zeros_for(image: Tensor | None) -> Tensor:
@@ -440,7 +261,3 @@ def _zeros_for(image: Tensor | None) -> Tensor:
 
 def _like(gradient: Tensor | None, image: Tensor | None, factor: float = 1.0) -> Tensor | None:
     return None if gradient is None or image is None else gradient.mul_(factor).to(image.dtype)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -117,6 +117,15 @@ class TrainableNetwork:
         return self._geometries[key]
 
 
+def detach_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as they are now, without the caller's graph, hooks and device; one that has two names stays one."""
+    once: dict[int, Tensor] = {}
+    for tensor in tensors.values():
+        if id(tensor) not in once:
+            once[id(tensor)] = tensor.detach().cpu().requires_grad_(tensor.requires_grad)
+    return {name: once[id(tensor)] for name, tensor in tensors.items()}
+
+
 def _keep(entries: OrderedDict, most: int) -> None:
     if len(entries) > most:
         entries.popitem(last=False)

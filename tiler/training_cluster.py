@@ -7,13 +7,16 @@ same bits for any number of workers, and after any of them has died.
 from __future__ import annotations
 
 import itertools
+import os
 import pickle
+import socket
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import cloudpickle
 import torch
@@ -21,10 +24,10 @@ from distributed import Client, Future, Worker, WorkerPlugin
 from distributed.client import ClosedClientError
 from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cluster import ClusterError
-from .errors import UsageError
+from .errors import RasterError, TilerError, UsageError
 from .geometry import Window
 from .gradient import (
     GradientSum,
@@ -33,36 +36,39 @@ from .gradient import (
     compute_loss_sums,
     gradient_of_tiles,
 )
+from .graph import first_line
 from .loss import Loss
-from .machine import map_large_blocks
+from .machine import die_with_parent, find_versions, map_large_blocks, torch_threads
 from .network import analyze_network
 from .records import log
+from .sum_tree import GROUPS, cut_groups, fold_tree
 from .trainable import TrainableNetwork
 from .window_source import Pixels, open_source
 
-GROUPS = 16
-"""Tasks of a step, at most: each gives back a gradient as large as the weights."""
 ATTEMPTS = 3
 """How often a step is begun anew whose weights are lost with the workers that held them."""
 FIRST_WORKER_S = 120
 
-T = TypeVar("T")
+
+class Work(Protocol):
+    """What a worker process keeps of a training from step to step: a traced network, open readers."""
+
+    def sum_tiles(
+        self, data: Any, tiles: Sequence[Any], weights: Tensor | None, *, with_gradients: bool
+    ) -> GradientSum:
+        """The sums of some tiles, and their gradients; with the same bits in any process.
+
+        Args:
+            data: what is new in this step, its weights before all.
+            weights: the gradient of the loss's value for its sums; None: of sums[0] alone.
+        """
+        ...
 
 
-def cut_groups(cores: Sequence[Window], groups: int = GROUPS) -> list[tuple[Window, ...]]:
-    """At most that many runs of neighbouring tiles, of sizes that differ by one; a function of the tiles alone."""
-    count = min(groups, len(cores))
-    bounds = [index * len(cores) // count for index in range(count + 1)] if count else [0]
-    return [tuple(cores[start:stop]) for start, stop in itertools.pairwise(bounds)]
+class Order(Protocol):
+    """All that a process needs to begin such work; sent once to each."""
 
-
-def fold_tree(leaves: Sequence[T], add: Callable[[T, T], T]) -> T:
-    """All leaves added in pairs of neighbours, then those sums, and so on: an order that no timing changes."""
-    level = list(leaves)
-    while len(level) > 1:
-        pairs = [add(left, right) for left, right in zip(level[::2], level[1::2], strict=False)]
-        level = pairs + level[2 * len(pairs) :]
-    return level[0]
+    def begin(self) -> Work: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +84,35 @@ class StepData:
     precision: Precision
     cuts: tuple[int, ...]
 
-    @classmethod
-    def of(cls, *, tensors: Mapping[str, Tensor], **rest: Any) -> StepData:
-        """With the tensors as they are now, without the caller's graph, hooks and device."""
-        plain = {name: t.detach().cpu().requires_grad_(t.requires_grad) for name, t in tensors.items()}
-        return cls(tensors=plain, **rest)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ImageOrder:
+    """The work of `tile_loss`, whose images come with each step."""
+
+    module: nn.Module
+    bands: int
+    dtype: torch.dtype
+
+    def begin(self) -> _ImageWork:
+        return _ImageWork(TrainableNetwork(analyze_network(self.module, self.bands, self.dtype)))
+
+
+class _ImageWork:
+    def __init__(self, network: TrainableNetwork) -> None:
+        self._network = network
+
+    def sum_tiles(
+        self, data: StepData, tiles: Sequence[Window], weights: Tensor | None, *, with_gradients: bool
+    ) -> GradientSum:
+        image, labels = open_source(data.image, data.fill), open_source(data.labels)
+        try:
+            part = Tiles(network=self._network, image=image, cores=tiles, cuts=data.cuts, precision=data.precision)
+            if with_gradients:
+                return gradient_of_tiles(part, data.tensors, data.loss, labels, weights=weights)
+            return compute_loss_sums(part, data.tensors, data.loss, labels)
+        finally:
+            image.close()
+            labels.close()
 
 
 class TrainingCluster:
@@ -102,11 +132,11 @@ class TrainingCluster:
         if threads < 1 or groups < 1:
             raise UsageError(f"threads and groups must be >= 1, got {threads} and {groups}")
         self.client, self.threads, self.groups = client, threads, groups
-        self._known: dict[int, tuple[TrainableNetwork, str]] = {}
+        self._known: dict[int, tuple[object, str]] = {}
 
     def compute_sums(self, network: TrainableNetwork, data: StepData, cores: Sequence[Window]) -> GradientSum:
         """As `compute_loss_sums`, over all workers."""
-        return self._run(network, data, cores, None, with_gradients=False)
+        return self.add_up(self._introduce(network), data, cores, None, with_gradients=False)
 
     def compute_gradient(
         self,
@@ -121,33 +151,33 @@ class TrainingCluster:
             ClusterError: the scheduler is gone, or all workers are, again and again.
             TilerError: what a tile raises.
         """
-        return self._run(network, data, cores, weights, with_gradients=True)
+        return self.add_up(self._introduce(network), data, cores, weights, with_gradients=True)
 
-    def _run(
-        self,
-        network: TrainableNetwork,
-        data: StepData,
-        cores: Sequence[Window],
-        weights: Tensor | None,
-        *,
-        with_gradients: bool,
+    def add_up(
+        self, name: str, data: Any, tiles: Sequence[Any], weights: Tensor | None, *, with_gradients: bool
     ) -> GradientSum:
-        run_id = self._introduce(network)
-        groups = cut_groups(cores, self.groups)
+        """`Work.sum_tiles` of all tiles, over all workers.
+
+        Args:
+            name: of the work, as `introduce` gave it.
+
+        Raises:
+            ClusterError: the scheduler is gone, or all workers are, again and again; one that cannot do the work.
+            TilerError: what a tile raises.
+        """
+        groups = cut_groups(tiles, self.groups)
         # Losses may be classes of the user's own script, which workers do not know.
         packed = cloudpickle.dumps(data)
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                self.client.wait_for_workers(1, timeout=FIRST_WORKER_S)
+                self._wait()
                 # Broadcast: a worker that dies then takes no weights with it that another does not hold.
                 scattered: Any = self.client.scatter([packed], broadcast=True, hash=False)
                 (sent,) = scattered
-                return self._submit(run_id, sent, groups, weights, with_gradients=with_gradients).result()
-            except TimeoutError as error:
-                raise ClusterError(f"the Dask scheduler has no workers after {FIRST_WORKER_S} s; start some") from error
+                return self._submit(name, sent, groups, weights, with_gradients=with_gradients).result()
             except ClosedClientError as error:
                 raise ClusterError("the Dask scheduler was lost; the last checkpoint goes on from there") from error
-            except (KilledWorker, CancelledError, CommClosedError) as error:
+            except (KilledWorker, CancelledError, CommClosedError, TimeoutError) as error:
                 if attempt == ATTEMPTS or self.client.status != "running":
                     raise ClusterError(f"training step: workers were lost {attempt} times: {error}") from error
                 log.warning("a training step is begun anew, its workers were lost: %s", error)
@@ -155,102 +185,184 @@ class TrainingCluster:
 
     def _submit(
         self,
-        run_id: str,
+        name: str,
         sent: Future,
-        groups: list[tuple[Window, ...]],
+        groups: Sequence[tuple[Any, ...]],
         weights: Tensor | None,
         *,
         with_gradients: bool,
     ) -> Future:
-        """The sum over all groups. Nobody holds the sums below it, so that workers drop them as they are added."""
+        """The sum over all groups. Nobody holds the sums below it, so that workers drop them as they are added: tasks
+        are submitted, and done, in an order in which few wait."""
         step, numbers = uuid.uuid4().hex[:12], itertools.count()
 
         def add(left: Future, right: Future) -> Future:
             return self.client.submit(_add, left, right, key=(f"sum-{step}", next(numbers)), pure=False)
 
         return fold_tree(
-            [
+            (
                 self.client.submit(
-                    _run_group,
-                    run_id,
-                    sent,
-                    group,
-                    weights,
-                    with_gradients,
-                    key=(f"tiles-{step}", index),
-                    pure=False,
+                    _sum_group, name, sent, group, weights, with_gradients, key=(f"tiles-{step}", index), pure=False
                 )
                 for index, group in enumerate(groups)
-            ],
+            ),
             add,
         )
 
     def _introduce(self, network: TrainableNetwork) -> str:
-        """Make all workers, and those to come, know a network; once."""
-        if id(network) not in self._known:
-            run_id = uuid.uuid4().hex[:12]
-            traced = network.network
-            payload = cloudpickle.dumps((network.module, traced.bands, str(traced.dtype).removeprefix("torch.")))
-            self.client.register_plugin(TrainingPlugin(run_id, payload, self.threads))
-            self._known[id(network)] = (network, run_id)
-        return self._known[id(network)][1]
+        traced = network.network
+        order = _ImageOrder(module=network.module, bands=traced.bands, dtype=traced.dtype)
+        return self.introduce(network, order)
+
+    def introduce(self, owner: object, order: Order) -> str:
+        """Make all workers, and those to come, know what is to be done for an owner, once; returns the work's name.
+
+        Raises:
+            ClusterError: the order cannot be sent, or a worker cannot take it.
+        """
+        if id(owner) not in self._known:
+            name = uuid.uuid4().hex[:12]
+            try:
+                payload = cloudpickle.dumps(order)
+            except Exception as error:
+                raise ClusterError(
+                    f"this network cannot be sent to workers: {first_line(error)}; train in one process"
+                ) from error
+            try:
+                self.client.register_plugin(TrainingPlugin(name, payload, self.threads))
+            except Exception as error:
+                raise ClusterError(
+                    f"workers cannot take a training: {first_line(error)}; install this package there, in the same "
+                    "version"
+                ) from error
+            self._known[id(owner)] = (owner, name)
+        return self._known[id(owner)][1]
+
+    def try_out(self, name: str, check: Callable[[Any], None]) -> None:
+        """Have each worker that is there check its order of a work.
+
+        Raises:
+            ClusterError: names the first worker on which `check` fails, and why.
+        """
+        self._wait()
+        found: Any = self.client.run(_try_order, name, check, on_error="return")
+        for address, error in sorted(found.items()):
+            if isinstance(error, RasterError):
+                raise ClusterError(
+                    f"worker {address}: {first_line(error)}; scenes and labels must lie under the same paths on all "
+                    "workers"
+                ) from error
+            if isinstance(error, Exception):
+                raise ClusterError(f"worker {address}: {first_line(error)}") from error
+
+    def _wait(self) -> None:
+        try:
+            self.client.wait_for_workers(1, timeout=FIRST_WORKER_S)
+        except TimeoutError as error:
+            raise ClusterError(f"the Dask scheduler has no workers after {FIRST_WORKER_S} s; start some") from error
+
+    def close(self) -> None:
+        """Have the workers forget all that was introduced; the client stays."""
+        for _, name in self._known.values():
+            # Of a scheduler that is gone there is nothing to forget.
+            if self.client.status == "running":
+                with suppress(Exception):
+                    self.client.unregister_worker_plugin(_plugin_name(name))
+        self._known.clear()
+
+    def __enter__(self) -> TrainingCluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _plugin_name(name: str) -> str:
+    return f"outsize-training-{name}"
 
 
 class TrainingPlugin(WorkerPlugin):
-    """Gives every worker process, a restarted one too, the network of a training."""
+    """Gives every worker process, a restarted one too, the work of a training."""
 
-    def __init__(self, run_id: str, payload: bytes, threads: int) -> None:
-        self.run_id, self.payload, self.threads = run_id, payload, threads
-        self.name = f"outsize-training-{run_id}"
+    def __init__(self, work: str, payload: bytes, threads: int) -> None:
+        self.work, self.payload, self.threads = work, payload, threads
+        self.name = _plugin_name(work)
+        self._versions = _versions()
+        self._starter = (socket.gethostname(), os.getpid())
 
     def setup(self, worker: Worker) -> None:  # noqa: ARG002 - Dask's signature
-        _PAYLOADS[self.run_id] = (self.payload, self.threads)
+        if (socket.gethostname(), os.getppid()) == self._starter:
+            die_with_parent()
+        _PLUGINS[self.work] = self
 
     def teardown(self, worker: Worker) -> None:  # noqa: ARG002
-        _PAYLOADS.pop(self.run_id, None)
-        _NETWORKS.pop(self.run_id, None)
+        _PLUGINS.pop(self.work, None)
+        _WORKS.pop(self.work, None)
+
+    def open(self) -> Order:
+        """The order.
+
+        Raises:
+            ClusterError: this process has other versions, or cannot load the network.
+        """
+        ours = _versions()
+        for name, version in self._versions.items():
+            if ours.get(name) != version:
+                raise ClusterError(
+                    f"a worker has {name} {ours.get(name)}, and this command {version}: bits would differ; install the "
+                    "same everywhere"
+                )
+        try:
+            return pickle.loads(self.payload)
+        except (ImportError, AttributeError) as error:
+            raise ClusterError(
+                f"a worker cannot load the network: {first_line(error)}; install its package there"
+            ) from error
 
 
-_PAYLOADS: dict[str, tuple[bytes, int]] = {}
-_NETWORKS: dict[str, TrainableNetwork] = {}
+def _versions() -> dict[str, str]:
+    """Of what a step's bits depend on."""
+    return {name: version for name, version in find_versions().items() if name in ("outsize", "torch")}
+
+
+_PLUGINS: dict[str, TrainingPlugin] = {}
+_WORKS: dict[str, Work] = {}
 _COMPUTING = threading.Lock()
 """Of a process: one group at a time, as many tiles as were counted on."""
 
 
-def _network(run_id: str) -> TrainableNetwork:
-    """This process's network of a training; traced by the first task."""
-    if run_id not in _NETWORKS:
-        payload, threads = _PAYLOADS[run_id]
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Refusals without what caused them: their messages say all, and some causes do not survive the way to the
+    client."""
+    try:
+        yield
+    except TilerError as error:
+        error.__cause__ = error.__context__ = None
+        raise
+
+
+def _try_order(name: str, check: Callable[[Any], None]) -> None:
+    with _plain_errors():
+        check(_PLUGINS[name].open())
+
+
+def _work(name: str) -> Work:
+    """This process's work; begun by the first task."""
+    if name not in _WORKS:
         # What a plan predicts holds in workers too.
         map_large_blocks()
-        torch.set_num_threads(threads)
-        module, bands, dtype = pickle.loads(payload)
-        _NETWORKS[run_id] = TrainableNetwork(analyze_network(module, bands, dtype))
-    return _NETWORKS[run_id]
+        _WORKS[name] = _PLUGINS[name].open().begin()
+    return _WORKS[name]
 
 
-def _run_group(
-    run_id: str, packed: bytes, cores: tuple[Window, ...], weights: Tensor | None, with_gradients: bool
+def _sum_group(
+    name: str, packed: bytes, tiles: tuple[Any, ...], weights: Tensor | None, with_gradients: bool
 ) -> GradientSum:
     """A task: the sums of some tiles, and their gradients."""
-    with _COMPUTING:
-        network = _network(run_id)
-        data: StepData = pickle.loads(packed)
-        image, labels = open_source(data.image, data.fill), open_source(data.labels)
-        try:
-            tiles = Tiles(
-                network=network,
-                image=image,
-                cores=cores,
-                cuts=data.cuts,
-                precision=data.precision,
-            )
-            if with_gradients:
-                return gradient_of_tiles(tiles, data.tensors, data.loss, labels, weights=weights)
-            return compute_loss_sums(tiles, data.tensors, data.loss, labels)
-        finally:
-            image.close()
-            labels.close()
+    # For each task: another thread may run it, another training may have run before it.
+    with _COMPUTING, torch_threads(_PLUGINS[name].threads), _plain_errors():
+        return _work(name).sum_tiles(pickle.loads(packed), tiles, weights, with_gradients=with_gradients)
 
 
 def _add(left: GradientSum, right: GradientSum) -> GradientSum:

@@ -468,7 +468,7 @@ class _Transfer:
         self._tell(TransferProgress(**said, advanced=0, memory_bytes=self.meter.current_bytes))
         job = TransferJob(
             run_id=uuid.uuid4().hex[:8],
-            raster=self.raster,
+            raster=self.raster.made_absolute(),
             grid=self.plan.grid,
             out=str(self.unfinished),
             chunk=self.plan.chunk,

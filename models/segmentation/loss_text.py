@@ -1,4 +1,4 @@
-"""Losses by their names: "cross-entropy", "dice", or a sum such as "cross-entropy+0.5*dice"."""
+"""Losses by their names: "cross-entropy", "dice", "binary", or a sum such as "cross-entropy+0.5*dice"."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from ...tiler.errors import UsageError
 from ...tiler.labels import UNLABELLED
 from ...tiler.loss import Loss
-from .losses import CrossEntropy, Dice, SumOfLosses
+from .losses import CrossEntropy, Dice, OneAgainstAll, SumOfLosses
 
-LOSSES = ("cross-entropy", "dice")
+LOSSES = ("cross-entropy", "dice", "binary")
+OF_NUMBERS = ("mse", "huber")
 
 
 def parse_loss(text: str, class_weights: Sequence[float] = ()) -> Loss:
@@ -30,12 +31,19 @@ def parse_loss(text: str, class_weights: Sequence[float] = ()) -> Loss:
             factors.append(float(factor) if sign else 1.0)
         except ValueError:
             name = ""
+        if name in OF_NUMBERS:
+            raise UsageError(
+                f"{name} is a loss of numbers, and labels are classes here; train numbers in a loop of your own: "
+                "outsize.tile_loss with outsize.SquaredLoss or outsize.HuberLoss"
+            )
         if name not in LOSSES or not factors[-1] > 0:
             raise UsageError(
-                f"a loss must be {' or '.join(LOSSES)}, or a sum such as cross-entropy+0.5*dice, got {text!r}"
+                f"a loss must be {', '.join(LOSSES)}, or a sum such as cross-entropy+0.5*dice, got {text!r}"
             )
         if name == "dice":
             losses.append(Dice(ignore_index=UNLABELLED))
+        elif name == "binary":
+            losses.append(OneAgainstAll(ignore_index=UNLABELLED))
         else:
             losses.append(CrossEntropy(ignore_index=UNLABELLED, weight=tuple(class_weights) or None))
     if class_weights and not any(isinstance(loss, CrossEntropy) for loss in losses):

@@ -96,6 +96,30 @@ class BinaryCrossEntropy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OneAgainstAll:
+    """BinaryCrossEntropy of every class against all others: the mean over pixels and classes c of that of z_c with
+    y = 1 where the pixel is of c, else 0.
+
+    Labels: one band of class numbers.
+    """
+
+    ignore_index: int | None = None
+    """Pixels of this label do not count."""
+    separable: bool = True
+
+    def select(self, labels: Tensor, valid: Tensor) -> Tensor:
+        return _select_classes(labels, valid, self.ignore_index)
+
+    def sums(self, logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+        classes = _true_classes(labels, counted, logits.shape[0])
+        truth = classes[None] == torch.arange(len(logits), device=logits.device)[:, None, None]
+        return BinaryCrossEntropy().sums(logits, truth, counted)
+
+    def value(self, sums: Tensor) -> Tensor:
+        return _mean(sums)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SquaredLoss:
     """The mean over pixels and channels of (z - y)^2.
 
@@ -227,7 +251,7 @@ def _select_classes(labels: Tensor, valid: Tensor, ignore_index: int | None) -> 
         raise LabelError(f"class labels must be one band of class numbers, got {labels.shape[0]} bands; pick one")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise LabelError(f"class labels must be integers, got {labels.dtype}; convert them")
-    return valid if ignore_index is None else valid & (labels[0] != ignore_index)
+    return valid if ignore_index is None else valid & _differs(labels[0], ignore_index)
 
 
 def _true_classes(labels: Tensor, counted: Tensor, classes: int) -> Tensor:
@@ -251,7 +275,16 @@ def _known(labels: Tensor, valid: Tensor, ignore_index: int | None) -> Tensor:
     known = valid.expand(labels.shape)
     if labels.is_floating_point():
         known = known & ~labels.isnan()
-    return known if ignore_index is None else known & (labels != ignore_index)
+    return known if ignore_index is None else known & _differs(labels, ignore_index)
+
+
+def _differs(labels: Tensor, value: int) -> Tensor:
+    """Where labels are not that value; torch itself takes -1 for 255 among labels of 8 bits."""
+    if not labels.is_floating_point() and labels.dtype != torch.bool:
+        held = torch.iinfo(labels.dtype)
+        if not held.min <= value <= held.max:
+            return torch.ones_like(labels, dtype=torch.bool)
+    return labels != value
 
 
 def _targets(logits: Tensor, labels: Tensor, counted: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ...tiler.block_cache import BlockStore
 from ...tiler.geometry import Window
-from ...tiler.labels import UNLABELLED, Classes, LabelReader, Labels
+from ...tiler.labels import UNLABELLED, Classes, LabelReader, Labels, RasterLabels
 from ...tiler.raster import Raster, RasterReader
 from .augmentation import Turn, Variant
 from .split import Split
@@ -38,6 +38,13 @@ class TrainingScene:
     @property
     def validates(self) -> bool:
         return self.is_held_out or (self.split is not None and self.split.share > 0)
+
+    def made_absolute(self) -> TrainingScene:
+        """The same scene, for processes in other folders."""
+        labels = self.labels
+        if isinstance(labels, RasterLabels):
+            labels = replace(labels, raster=labels.raster.made_absolute())
+        return replace(self, raster=self.raster.made_absolute(), labels=labels)
 
     def find_training(self, window: Window) -> Mask | None:
         """(height, width): True where a pixel may be trained on; None: everywhere."""

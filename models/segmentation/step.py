@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...tiler.block_cache import BlockStore
-from ...tiler.errors import LabelError
+from ...tiler.errors import LabelError, RasterError
 from ...tiler.geometry import Window
 from ...tiler.gradient import GradientSum, Tiles, compute_loss_sums, compute_outputs, gradient_of_tiles
+from ...tiler.graph import first_line
 from ...tiler.labels import UNLABELLED, Classes
 from ...tiler.loss import Loss
 from ...tiler.memory import MB
-from ...tiler.network import torch_dtype
+from ...tiler.network import analyze_network, torch_dtype
 from ...tiler.nodata import Mask
 from ...tiler.raster import RasterReader, read_filled
-from ...tiler.trainable import TrainableNetwork
+from ...tiler.sum_tree import cut_groups, fold_tree
+from ...tiler.trainable import TrainableNetwork, detach_tensors
+from ...tiler.training_cluster import TrainingCluster
 from .augmentation import Variant
 from .sampling import TrainingTile
 from .scene import UNTURNED, LabelPart, SceneLabelReader, SceneLabels, TrainingScene, VariantRaster, VariantReader
@@ -89,32 +93,63 @@ class LabelSource:
 
 
 class CountingLoss:
-    """A loss that counts the pixels it has seen."""
+    """A loss whose last sum is the number of pixels that count."""
 
     def __init__(self, loss: Loss) -> None:
-        self._loss = loss
-        self.pixels = 0
+        self.inner = loss
 
     @property
     def separable(self) -> bool:
-        return self._loss.separable
+        return self.inner.separable
 
     def select(self, labels: Tensor, valid: Tensor) -> Tensor:
-        return self._loss.select(labels, valid)
+        return self.inner.select(labels, valid)
 
     def sums(self, logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
-        self.pixels += int(counted.sum())
-        return self._loss.sums(logits, labels, counted)
+        return torch.cat([self.inner.sums(logits, labels, counted), counted.sum(dtype=torch.float64)[None]])
 
     def value(self, sums: Tensor) -> Tensor:
-        return self._loss.value(sums)
+        return self.inner.value(sums[:-1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOrder:
+    """What a worker process needs for the steps of a training; sent to it once."""
+
+    module: nn.Module
+    bands: int
+    dtype: torch.dtype
+    scenes: tuple[TrainingScene, ...]
+    loss: Loss
+    fill: tuple[float, ...]
+    cuts: tuple[int, ...]
+    cache_bytes: int
+
+    def begin(self) -> StepEngine:
+        network = TrainableNetwork(analyze_network(self.module, self.bands, self.dtype))
+        return StepEngine(network, self.scenes, self.loss, self.fill, self.cuts, self.cache_bytes)
+
+    def try_scenes(self) -> None:
+        """Read a pixel of each scene and of its labels.
+
+        Raises:
+            RasterError: one cannot be opened or read.
+        """
+        pixel = Window(y=0, x=0, height=1, width=1)
+        for part in (part for scene in self.scenes for part in (scene.raster, scene.labels)):
+            try:
+                with closing(part.open_reader()) as reader:
+                    reader.read(pixel)
+            except (OSError, ValueError) as error:
+                raise RasterError(f"{part.path} cannot be opened: {first_line(error)}") from error
 
 
 class StepEngine:
     """Scenes held open beside a traced network: gradients of steps, classes of tiles.
 
     Guarantee: `compute` gives the gradient of the loss over the union of the tiles' cores, each as it would be in its
-    whole scene shown in the tile's variant, up to floating-point rounding. Tiles are added in their order.
+    whole scene shown in the tile's variant, up to floating-point rounding. Tiles are added in fixed groups and by a
+    fixed tree, so that it has the same bits here and on any number of workers, with as many threads.
 
     Args:
         fill: raw value of each band that stands in for nodata.
@@ -131,28 +166,87 @@ class StepEngine:
         cuts: tuple[int, ...] = (),
         cache_bytes: int = 64 * MB,
     ) -> None:
-        self.network, self.scenes, self.loss, self.fill, self.cuts = network, scenes, loss, fill, cuts
+        self.network, self.scenes, self.fill, self.cuts = network, scenes, fill, cuts
+        self.loss = CountingLoss(loss)
+        self._cache_bytes = cache_bytes
+        self._cluster: TrainingCluster | None = None
+        self._work = ""
+        """Its name on the cluster."""
         self._pixels = [scene.raster.open_reader(BlockStore(cache_bytes // len(scenes))) for scene in scenes]
         self._labels = [scene.labels.open_reader() for scene in scenes]
 
+    def spread_over(self, cluster: TrainingCluster) -> None:
+        """Have `compute` use the workers of a cluster from now on.
+
+        Raises:
+            ClusterError: a worker cannot load the network, or open the scenes or their labels.
+        """
+        traced = self.network.network
+        order = StepOrder(
+            module=self.network.module,
+            bands=traced.bands,
+            dtype=traced.dtype,
+            scenes=tuple(scene.made_absolute() for scene in self.scenes),
+            loss=self.loss.inner,
+            fill=self.fill,
+            cuts=self.cuts,
+            cache_bytes=self._cache_bytes,
+        )
+        self._cluster, self._work = cluster, cluster.introduce(self, order)
+        cluster.try_out(self._work, StepOrder.try_scenes)
+
     def compute(self, tiles: Sequence[TrainingTile]) -> StepGradient:
         """The gradient of a step."""
-        groups = [(self._tiles(key[0], key[1], [tile.core for tile in group]), self._label_source(*key, "training"))
-                  for key, group in groupby(tiles, key=lambda tile: (tile.scene, tile.variant))]  # fmt: skip
-        tensors = self.network.tensors()
-        counting = CountingLoss(self.loss)
         weights: Tensor | None = None
         if not self.loss.separable:
-            sums = _added(lambda part, labels: compute_loss_sums(part, tensors, self.loss, labels), groups).sums
+            sums = self._add_up(tiles, None, with_gradients=False).sums
             _, weights = self._value(sums)
-        total = _added(lambda part, labels: gradient_of_tiles(part, tensors, counting, labels, weights=weights), groups)
+        total = self._add_up(tiles, weights, with_gradients=True)
         loss, slope = self._value(total.sums)
         scale = float(slope[0]) if weights is None else 1.0
+        assert total.sums is not None
         return StepGradient(
             loss=loss,
             gradients={self.network.names[name]: gradient * scale for name, gradient in total.gradients.items()},
-            pixels=counting.pixels,
+            pixels=round(float(total.sums[-1])),
         )
+
+    def _add_up(self, tiles: Sequence[TrainingTile], weights: Tensor | None, *, with_gradients: bool) -> GradientSum:
+        """`sum_tiles` of all tiles, here or on the cluster."""
+        tensors = self.network.tensors()
+        if self._cluster is not None:
+            data = detach_tensors(tensors)
+            return self._cluster.add_up(self._work, data, tiles, weights, with_gradients=with_gradients)
+        groups = cut_groups(tiles)
+        return fold_tree(
+            (self.sum_tiles(tensors, group, weights, with_gradients=with_gradients) for group in groups),
+            operator.iadd,
+        )
+
+    def sum_tiles(
+        self,
+        data: Mapping[str, Tensor],
+        tiles: Sequence[TrainingTile],
+        weights: Tensor | None,
+        *,
+        with_gradients: bool,
+    ) -> GradientSum:
+        """The loss's sums over some tiles, added in their order, and their gradients.
+
+        Args:
+            data: parameters and buffers by the names of the trace.
+            weights: the gradient of the loss's value for its sums; None: of sums[0] alone.
+        """
+        total = GradientSum()
+        for (scene, variant), group in groupby(tiles, key=lambda tile: (tile.scene, tile.variant)):
+            part = self._tiles(scene, variant, [tile.core for tile in group])
+            labels = self._label_source(scene, variant, "training")
+            total += (
+                gradient_of_tiles(part, data, self.loss, labels, weights=weights)
+                if with_gradients
+                else compute_loss_sums(part, data, self.loss, labels)
+            )
+        return total
 
     def _value(self, sums: Tensor | None) -> tuple[float, Tensor]:
         """The loss of sums, and its slope along each."""
@@ -229,14 +323,3 @@ class StepEngine:
         for reader in (*self._pixels, *self._labels):
             with suppress(OSError):
                 reader.close()
-
-
-_Group = tuple[Tiles, LabelSource]
-
-
-def _added(compute: Callable[[Tiles, LabelSource], GradientSum], groups: Sequence[_Group]) -> GradientSum:
-    """The sum over groups, in their order."""
-    total = GradientSum()
-    for tiles, labels in groups:
-        total += compute(tiles, labels)
-    return total

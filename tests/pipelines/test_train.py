@@ -136,6 +136,21 @@ def dying(self):
 Trainer.make_step = dying
 main(sys.argv[1:])
 """
+_INTERRUPTED_IN_VALIDATION = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+from outsize.models.segmentation.step import StepEngine
+from outsize.pipelines.cli import main
+made, predict = 0, StepEngine.predict
+def interrupted(self, *arguments):
+    global made
+    made += 1
+    if made == {tile}:
+        os.kill(os.getpid(), signal.SIGINT)
+    return predict(self, *arguments)
+StepEngine.predict = interrupted
+main(sys.argv[1:])
+"""
 
 
 def run_dying(after: int, how: str, words: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
@@ -192,6 +207,26 @@ def test_an_interrupted_training_says_how_to_go_on_and_loses_nothing(
 
 TINY = ("--widths", "4", "--core", "48", "--step", "tiles:1", "--warm-up", "1", "--memory", "1GB")
 """Steps that take next to no time."""
+
+
+def test_a_signal_inside_a_validation_changes_nothing_of_the_training(scene: tuple[Path, Path], tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    words = ["train", scene[0], "--labels", scene[1], "--steps", "4", "--val-every", "2", *TINY, "--threads", "1"]
+    done(*words, "--out", whole)
+    # At its second tile, after the second step.
+    code = _INTERRUPTED_IN_VALIDATION.format(tile=2)
+    call = [sys.executable, "-c", code, *map(str, words), "--out", str(out)]
+    stopped = subprocess.run(call, capture_output=True, text=True, check=False, timeout=300)
+    assert stopped.returncode == 130, stopped.stderr
+    assert "stopped after step 2" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert json.loads((out / "state.json").read_text())["step"] == 2
+    assert [line["step"] for line in read_log(out / "train.jsonl")] == [1, 2]
+    assert not (out / "best.json").exists()
+    done(*words, "--out", out)
+    assert same_log(whole, out)
+    for name in ("state-00000004", "best", "last"):
+        assert same_tensors(whole / f"{name}.safetensors", out / f"{name}.safetensors")
 
 
 def test_a_validation_that_was_interrupted_is_made_when_the_training_goes_on(
@@ -458,6 +493,15 @@ def test_what_cannot_be_trained_is_refused_in_one_line(scene: tuple[Path, Path],
     assert "needs 2 to 255 classes, the labels have 0" in say(labels=empty)
     assert "no labelled pixel is left to train on" in say("--block", "300", "--validation", "0.9")
     assert "a loss must be" in say("--loss", "hinge")
+    assert "mse is a loss of numbers, and labels are classes here" in say("--loss", "mse")
+    other = _described(image, tmp_path, ("red", "green", "nir"))
+    last = _described(image, tmp_path, ("red", "nir", "green"))
+    again = ["--labels", labels, "--out", out, "--steps", "1", *SMALL]
+    assert re.search(
+        r"same bands in the same order, .*red-green-nir.tif has red, green, nir and .*tif red, nir, green; leave one",
+        refusal("train", other, last, "--labels", labels, *again),
+    )
+    assert "scenes must have the same bands, " in refusal("train", other, small, "--labels", labels, *again)
     assert "must be one for each of 2 classes, got 3" in say("--class-weights", "1,2,3")
     assert "--validate-on must be one of the scenes" in say("--validate-on", "other.tif")
     assert "leaves no scene to train on" in say("--validate-on", image)
@@ -475,7 +519,17 @@ def test_what_cannot_be_trained_is_refused_in_one_line(scene: tuple[Path, Path],
     assert "pixels that are no numbers" in answer
     # Nothing of all that is left to go on from.
     assert not (out / "training.json").exists()
-    done("train", image, "--labels", labels, "--out", out, "--steps", "1", *SMALL)
+    # A scene without names goes with one that has them; and every class against all others is learnt.
+    done("train", image, other, "--labels", labels, *again, "--loss", "binary+dice")
+
+
+def _described(image: Path, folder: Path, names: tuple[str, ...]) -> Path:
+    """A copy whose bands are named."""
+    copy = folder / f"{'-'.join(names)}.tif"
+    copy.write_bytes(image.read_bytes())
+    with rasterio.open(copy, "r+") as dataset:
+        dataset.descriptions = names
+    return copy
 
 
 def _shipped() -> Path:

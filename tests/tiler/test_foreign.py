@@ -15,6 +15,8 @@ import torch
 import xarray
 import zarr
 from distributed import Client
+from outsize.models import as_tile_network, load_model
+from outsize.tiler.cluster import ClusterOptions, open_client
 from outsize.tiler.network import Network, analyze_network
 from outsize.tiler.raster import open_raster
 from outsize.tiler.run import predict
@@ -161,3 +163,20 @@ def test_segmented_directly_the_result_is_the_same(tmp_path: Path, client: Clien
         place = open_raster(tmp_path / "o.zarr").place
         assert place.crs == rasterio.crs.CRS.from_string(CRS)
         assert place.affine.almost_equals(TRANSFORM)
+
+
+def test_rasters_named_from_this_folder_are_found_by_workers_in_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_geotiff(tmp_path / "a.tif", np.random.default_rng(0).integers(1, 200, (4, 90, 70)).astype(np.uint8))
+    network = analyze_network(as_tile_network(load_model()), bands=4, dtype="uint8")
+    with open_client(
+        ClusterOptions(dashboard_address=None), workers=1, threads=1, gdal_cache_bytes=64_000_000
+    ) as client:
+        monkeypatch.chdir(tmp_path)
+        copy_raster(open_raster("a.tif"), "i.zarr", client=client)
+        for name in ("a.tif", "i.zarr"):
+            assert not predict(name, network, f"{name}.o.zarr", client=client, engine="torch").failed_tiles
+    maps = [np.asarray(open_array(tmp_path / f"{name}.o.zarr", "class")[:]) for name in ("a.tif", "i.zarr")]
+    assert np.array_equal(*maps)
+    assert len(np.unique(maps[0])) > 1

@@ -300,6 +300,34 @@ def test_gradients_twice_over_and_of_changed_weights_are_refused() -> None:
         late.backward()
 
 
+def test_labels_that_change_before_they_are_read_again_are_refused() -> None:
+    network, image, labels = analysed("unet depth 1"), draw(3, *SHAPE), draw_labels(*SHAPE)
+    plan = plan_of(network, SHAPE, (30, 40))
+    once, twice = (tile_loss(network, plan, loss, image, labels) for loss in (CrossEntropy(ignore_index=255), BOTH))
+    labels[0, 0] = 1
+    once.backward()
+    with pytest.raises(UsageError, match=r"labels were changed in place between the loss and its backward\(\)"):
+        twice.backward()
+    with torch.inference_mode():
+        kept = labels.clone()
+    tile_loss(network, plan, BOTH, image, kept).backward()
+
+
+def test_pixels_of_float64_and_weights_of_float32_are_refused() -> None:
+    network = nn.Conv2d(3, 2, 3, padding=1)
+    plan = TrainPlan(image_shape=(3, *SHAPE), output_shape=(2, *SHAPE), core=(30, 40))
+    image, labels = draw(3, *SHAPE), draw_labels(*SHAPE)
+    assert image.dtype == torch.float64
+    loss = CrossEntropy(ignore_index=255)
+    with pytest.raises(UsageError, match=r"image is float64 and the network's weights are float32; give image\.float"):
+        tile_loss(network, plan, loss, image, labels)
+    known = analyze_network(network, bands=3)
+    with pytest.raises(UsageError, match="analysed for 3 bands float32, the image has 3 bands float64; convert"):
+        tile_loss(known, plan, loss, image, labels)
+    with pytest.raises(UsageError, match="float64, the image has 3 bands float32; convert"):
+        tile_loss(analysed("unet depth 1"), plan, loss, image.float(), labels)
+
+
 def test_modules_that_are_random_or_take_statistics_in_training_are_refused_and_left_as_they_are() -> None:
     norm = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).double()
     plan = plan_of_module(20, 20)
@@ -478,3 +506,9 @@ def test_ranks_of_ddp_average_the_gradients_of_their_images(tmp_path: Path) -> N
         found = torch.load(tmp_path / f"{rank}.pt")
         assert largest_difference(found["loss"], mean) < 1e-11
         assert largest_difference(found["output"], found["whole output"]) < 1e-11
+        # The second rank had no pixel that counts: it gave 0, and waited for by the first.
+        for kind in ("no pixel", "no pixel by sums"):
+            halves = [gradient / 2 for gradient in expected[0]]
+            assert kind == "no pixel by sums" or largest_difference(found[kind], halves) < 1e-11
+            assert all(gradient.isfinite().all() for gradient in found[kind])
+            assert any(gradient.any() for gradient in found[kind])

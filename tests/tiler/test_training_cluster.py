@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cloudpickle
 import pytest
@@ -15,12 +19,17 @@ import torch
 from distributed import Client, LocalCluster
 from outsize.models.segmentation.losses import CrossEntropy, Dice, SumOfLosses
 from outsize.models.segmentation.unet import UNet
+from outsize.tiler import training_cluster
+from outsize.tiler.cluster import ClusterError
 from outsize.tiler.errors import LabelError, UsageError
 from outsize.tiler.geometry import Window
+from outsize.tiler.gradient import GradientSum
 from outsize.tiler.loss import Loss
+from outsize.tiler.network import analyze_network
 from outsize.tiler.raster import open_raster
+from outsize.tiler.sum_tree import cut_groups, fold_tree
 from outsize.tiler.tiled_autograd import tile_loss
-from outsize.tiler.training_cluster import TrainingCluster, cut_groups, fold_tree
+from outsize.tiler.training_cluster import TrainingCluster, TrainingPlugin, _sum_group
 from outsize.tiler.training_plan import TrainPlan
 from torch import Tensor, nn
 
@@ -64,6 +73,19 @@ class Deadly:
 def make_network() -> nn.Module:
     torch.manual_seed(5)
     return UNet(3, 2, (4, 8))
+
+
+class Tied(nn.Module):
+    """Two layers of one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.first, self.middle, self.last = nn.Conv2d(3, 2, 3), nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3)
+        self.last.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(nn.functional.pad(self.first(x), (3, 3, 3, 3))).relu())
 
 
 def draw(*shape: int) -> Tensor:
@@ -133,6 +155,82 @@ def test_steps_have_the_same_bits_on_all_workers_on_one_and_when_one_dies(
             gradients(network, BOTH, shared, draw(3, *SHAPE).requires_grad_())
 
 
+@pytest.mark.parametrize("loss", [CrossEntropy(ignore_index=255), BOTH], ids=["separable", "by sums"])
+def test_parameters_that_are_tied_after_the_analysis_have_one_gradient_on_a_cluster_too(loss: Loss) -> None:
+    module = Tied()
+    network = analyze_network(module, bands=3)
+    with (
+        LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+        TrainingCluster(client) as shared,
+    ):
+        for tied in (False, True):
+            if tied:
+                module.last.weight = module.middle.weight
+            parameters = list(module.parameters())
+            assert len(parameters) == (4 if tied else 5)
+            found = [
+                torch.autograd.grad(
+                    tile_loss(network, PLAN, loss, draw(3, *SHAPE), draw_labels(), cluster=where), parameters
+                )
+                for where in (None, shared)
+            ]
+            whole = module(draw(1, 3, *SHAPE))
+            if loss is not BOTH:
+                expected = nn.functional.cross_entropy(whole, draw_labels()[None], ignore_index=255)
+                found.append(torch.autograd.grad(expected, parameters))
+            for here, *others in zip(*found, strict=True):
+                for other in others:
+                    torch.testing.assert_close(other, here, rtol=1e-4, atol=1e-5 * float(here.abs().max()))
+
+
+class CountedThreads:
+    """Work that tells on how many threads it is done, in the process and in the thread that does it."""
+
+    def begin(self) -> CountedThreads:
+        return self
+
+    def sum_tiles(self, data: object, tiles: object, weights: object, *, with_gradients: bool) -> GradientSum:
+        assert (data, tiles, weights, with_gradients) == ("data", ("tile",), None, True)
+        return GradientSum(sums=torch.tensor([torch.get_num_threads()]))
+
+
+def test_each_training_has_its_own_threads_in_whatever_thread_and_order_its_tasks_come() -> None:
+    before = torch.get_num_threads()
+    plugins = [TrainingPlugin(f"on {count}", cloudpickle.dumps(CountedThreads()), count) for count in (1, 3)]
+    worker: Any = None
+    for plugin in plugins:
+        plugin.setup(worker)
+    with ThreadPoolExecutor(2) as pool, ThreadPoolExecutor(1) as other:
+        for count in (1, 3, 1, 3, 3, 1):
+            for each in (pool, other):
+                task = each.submit(_sum_group, f"on {count}", cloudpickle.dumps("data"), ("tile",), None, True)
+                assert task.result().sums == count
+    assert torch.get_num_threads() == before
+    for plugin in plugins:
+        plugin.teardown(worker)
+    with pytest.raises(KeyError):
+        _sum_group("on 1", b"", (), None, True)
+
+
+def test_workers_that_cannot_take_a_training_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "absent_network.py").write_text("class Order: pass")
+    monkeypatch.syspath_prepend(tmp_path)
+    order = importlib.import_module("absent_network").Order()
+    plugin = TrainingPlugin("a", cloudpickle.dumps(order), 1)
+    assert type(plugin.open()) is type(order)
+    monkeypatch.undo()
+    del sys.modules["absent_network"]
+    with pytest.raises(ClusterError, match="a worker cannot load the network: No module named 'absent_network'"):
+        plugin.open()
+    monkeypatch.setattr(training_cluster, "find_versions", lambda: {"outsize": "0", "torch": "0"})
+    with pytest.raises(ClusterError, match=r"a worker has outsize 0, and this command .*; install the same"):
+        plugin.open()
+    unsent = TrainingCluster(None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ClusterError, match=r"cannot be sent to workers: .*lock.*; train in one process"):
+        unsent.introduce(plugin, threading.Lock())  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("count", [1, 2, 7, 16, 17, 100])
 def test_groups_partition_the_tiles_and_the_tree_adds_each_once(count: int) -> None:
     cores = [Window(y=0, x=x, height=1, width=1) for x in range(count)]
@@ -144,3 +242,26 @@ def test_groups_partition_the_tiles_and_the_tree_adds_each_once(count: int) -> N
     assert added == tuple(range(count))
     depth = fold_tree([0] * count, lambda a, b: max(a, b) + 1)
     assert depth == (count - 1).bit_length()
+    # Level by level, as it is defined; and of the leaves few are there at once.
+    level = [str(index) for index in range(count)]
+    while len(level) > 1:
+        pairs = [f"({a}{b})" for a, b in zip(level[::2], level[1::2], strict=False)]
+        level = pairs + level[2 * len(pairs) :]
+    assert fold_tree(map(str, range(count)), lambda a, b: f"({a}{b})") == level[0]
+    alive = Alive()
+    fold_tree((alive.make() for _ in range(count)), alive.add)
+    assert alive.most <= count.bit_length() + 1
+
+
+class Alive:
+    """Counts the sums that wait."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def make(self) -> None:
+        self.now += 1
+        self.most = max(self.most, self.now)
+
+    def add(self, _one: None, _other: None) -> None:
+        self.now -= 1

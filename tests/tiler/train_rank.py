@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from outsize.models.segmentation.losses import CrossEntropy
+from outsize.models.segmentation.losses import CrossEntropy, Dice
 from outsize.models.segmentation.unet import UNet
 from outsize.tiler.network import analyze_network
 from outsize.tiler.tiled_autograd import TiledLoss, TiledModule
@@ -37,13 +37,22 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     plan = TrainPlan(image_shape=(3, *SHAPE), output_shape=(2, *SHAPE), core=(30, 31))
     image, labels = make_sample(rank)
     saved: dict[str, list[Tensor | None]] = {}
-    for kind in ("loss", "output", "whole output"):
+    for kind in ("loss", "no pixel", "no pixel by sums", "output", "whole output"):
         # One each, since DDP's hooks stay on parameters.
         module = make_module()
         network = analyze_network(module, bands=3)
-        kinds = {"loss": TiledLoss(network, plan, CrossEntropy()), "output": TiledModule(network, plan)}
+        kinds = {
+            "loss": TiledLoss(network, plan, CrossEntropy()),
+            "no pixel": TiledLoss(network, plan, CrossEntropy(ignore_index=255)),
+            "no pixel by sums": TiledLoss(network, plan, Dice(ignore_index=255)),
+            "output": TiledModule(network, plan),
+        }
         parallel = DistributedDataParallel(kinds.get(kind, module))
-        value = parallel(image, labels) if kind == "loss" else parallel(image[None]).square().mean()
+        if "output" in kind:
+            value = parallel(image[None]).square().mean()
+        else:
+            # Of the ranks only the first has labels then.
+            value = parallel(image, labels.fill_(255) if rank and kind != "loss" else labels)
         value.backward()
         saved[kind] = [parameter.grad for parameter in module.parameters()]
     torch.save(saved, folder / f"{rank}.pt")

@@ -9,6 +9,7 @@ from outsize.models.segmentation.losses import (
     CrossEntropy,
     Dice,
     HuberLoss,
+    OneAgainstAll,
     SquaredLoss,
     SumOfLosses,
 )
@@ -82,6 +83,14 @@ def test_binary_cross_entropy_is_torchs(pos_weight: tuple[float, ...] | None) ->
     require_same(BinaryCrossEntropy(ignore_index=-1), one.detach(), classes, each[classes >= 0].mean(), one)
 
 
+def test_one_against_all_is_torchs_binary_cross_entropy_of_one_hot_classes() -> None:
+    labels, logits = draw_classes(4), draw(4, *SHAPE).requires_grad_()
+    known = labels[0] != 255
+    truth = F.one_hot(labels[0][known].long(), 4).T.double()
+    expected = F.binary_cross_entropy_with_logits(logits[:, known], truth)
+    require_same(OneAgainstAll(ignore_index=255), logits.detach(), labels, expected, logits)
+
+
 @pytest.mark.parametrize("kind", ["squared", "huber"])
 def test_losses_of_regression_are_torchs(kind: str) -> None:
     labels = 3 * draw(2, *SHAPE, seed=2)
@@ -132,6 +141,25 @@ def test_pixels_that_are_not_valid_do_not_count(loss: Loss) -> None:
     assert float(other) == float(value)
     assert not gradient[:, ~valid].any()
     assert gradient[:, valid].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int16, torch.uint32])
+@pytest.mark.parametrize("loss", [BinaryCrossEntropy, SquaredLoss, HuberLoss])
+def test_labels_of_every_type_of_whole_numbers_are_those_numbers(loss: type, dtype: torch.dtype) -> None:
+    logits, labels = draw(1, *SHAPE), draw_classes(2) % 2
+    expected, gradient = by_parts(loss(), logits, labels.double())
+    value, found = by_parts(loss(), logits, labels.to(dtype))
+    assert float(value) == float(expected)
+    assert torch.equal(found, gradient)
+
+
+@pytest.mark.parametrize("ignored", [-1, 256, 2**40])
+def test_an_ignored_label_that_the_labels_cannot_hold_ignores_none(ignored: int) -> None:
+    """torch compares -1 with 8 bits as 255."""
+    labels, logits = draw_classes(4).to(torch.uint8), draw(256, *SHAPE)
+    assert (labels == 255).any()
+    value, _ = by_parts(CrossEntropy(ignore_index=ignored), logits, labels)
+    assert float(value) == pytest.approx(float(F.cross_entropy(logits[None], labels.long())), rel=1e-12)
 
 
 def test_single_precision_sums_do_not_lose_pixels() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from outsize.models.segmentation.augmentation import Augmentation
 from outsize.models.segmentation.loss_text import parse_loss
+from outsize.models.segmentation.losses import OneAgainstAll
 from outsize.models.segmentation.model import TileNetwork
 from outsize.models.segmentation.sampling import (
     ImageSampler,
@@ -253,6 +254,10 @@ def test_tiles_without_labels_are_refused_and_losses_have_names(network: Network
     for text in ("l2", "cross-entropy+", "much*dice", "-1*dice", ""):
         with pytest.raises(UsageError, match="a loss must be"):
             parse_loss(text)
+    for text in ("mse", "cross-entropy+0.1*huber"):
+        with pytest.raises(UsageError, match=r"(mse|huber) is a loss of numbers, and labels are classes here"):
+            parse_loss(text)
+    assert parse_loss("binary") == OneAgainstAll(ignore_index=UNLABELLED)
     with pytest.raises(UsageError, match="class-weights are for cross-entropy"):
         parse_loss("dice", WEIGHTS)
 
