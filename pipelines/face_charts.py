@@ -1,49 +1,15 @@
-"""Curves of a page on an embedder, as points of SVG drawings of 720 x 240."""
+"""Curves of a page on an embedder: rates, scores, ranks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-WIDTH, HEIGHT = 720, 240
+from .charts import BLUE, HEIGHT, RED, WIDTH, Chart, Curve, Line, join_points
+
 BINS = 160
-BLUE, RED = "#2f7de1", "#c2410c"
-Curve = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """One curve."""
-
-    name: str
-    colour: str
-    points: str
-    """As SVG's polyline has them."""
-    filled: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chart:
-    """A drawing with its axes."""
-
-    title: str
-    x_name: str
-    y_name: str
-    """Empty: the title says it."""
-    x_ticks: list[tuple[float, str]]
-    """(place, text)."""
-    y_ticks: list[tuple[float, str]]
-    lines: list[Line]
-    marks: list[tuple[float, float, str, str]]
-    """Points that are measured exactly: place, what they say, their line's colour."""
-
-
-def _points(x: Curve, y: Curve) -> str:
-    return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x.tolist(), y.tolist(), strict=True))
 
 
 def draw_roc(far: Curve, tar: Curve, measured: Sequence[tuple[float, float]], pairs: int) -> Chart:
@@ -88,7 +54,7 @@ def _draw_over_rates(
         y_name=names[1],
         x_ticks=[(WIDTH * n / decades, f"1e-{decades - n}" if n < decades else "1") for n in range(decades + 1)],
         y_ticks=[(HEIGHT * (1 - share), f"{share:g}") for share in (0, 0.25, 0.5, 0.75, 1)],
-        lines=[Line(name="all thresholds", colour=BLUE, points=_points(x[shown], HEIGHT * (1 - shares[shown])))],
+        lines=[Line(name="all thresholds", colour=BLUE, points=join_points(x[shown], HEIGHT * (1 - shares[shown])))],
         marks=[(float(place(np.array([rate]))[0]), HEIGHT * (1 - share), text, BLUE) for rate, share, text in measured],
     )
 
@@ -101,7 +67,7 @@ def draw_scores(edges: Curve, genuine: Curve, impostor: Curve) -> Chart:
     def steps(shares: Curve) -> str:
         x = np.repeat((edges - low) / (high - low) * WIDTH, 2)
         y = np.concatenate([[HEIGHT], np.repeat(HEIGHT * (1 - shares / top), 2), [HEIGHT]])
-        return _points(x, y)
+        return join_points(x, y)
 
     return Chart(
         title="Scores",
@@ -131,54 +97,9 @@ def draw_cmc(match_rates: Sequence[float]) -> Chart:
         y_name="person found",
         x_ticks=[(float(x[rank - 1]), str(rank)) for rank in ticks],
         y_ticks=[(HEIGHT * (1 - share), f"{low + (1 - low) * share:.3g}") for share in (0, 0.25, 0.5, 0.75, 1)],
-        lines=[Line(name="known persons", colour=BLUE, points=_points(x, y))],
+        lines=[Line(name="known persons", colour=BLUE, points=join_points(x, y))],
         marks=[
             (float(x[rank - 1]), float(y[rank - 1]), f"rank {rank}: {match_rates[rank - 1]:.4f}", BLUE)
             for rank in ticks
-        ],
-    )
-
-
-def draw_series(
-    title: str,
-    lines: Sequence[tuple[str, Sequence[tuple[float, float]]]],
-    *,
-    points: int,
-    top: float | None,
-    last: float,
-) -> Chart:
-    """Values over steps, from 0 on; more than `points` of a line are averaged.
-
-    Args:
-        lines: name, and (step, value) of each point.
-        top: of the axis; None: a little above the highest value.
-        last: step at the end of the axis.
-    """
-    thin: list[tuple[str, Curve]] = []
-    for name, line in lines:
-        if line:
-            parts = np.array_split(np.asarray(line, np.float64), min(points, len(line)))
-            thin.append((name, np.array([part.mean(axis=0) for part in parts])))
-    highest = top or 1.08 * max(float(line[:, 1].max()) for _, line in thin) or 1.0
-
-    def place(line: Curve) -> tuple[Curve, Curve]:
-        return WIDTH * line[:, 0] / last, HEIGHT * (1 - line[:, 1] / highest)
-
-    colours = (BLUE, RED)
-    return Chart(
-        title=title,
-        x_name="step",
-        y_name="",
-        x_ticks=[(WIDTH * n / 4, f"{last * n / 4:,.0f}") for n in range(5)],
-        y_ticks=[(HEIGHT * (1 - share), f"{highest * share:.3g}") for share in (0, 0.5, 1)],
-        lines=[
-            Line(name=name, colour=colours[index % 2], points=_points(*place(line)))
-            for index, (name, line) in enumerate(thin)
-        ],
-        marks=[
-            (float(x), float(y), f"step {step:g}: {value:.4g}", colours[index % 2])
-            for index, (_, line) in enumerate(thin)
-            if len(line) <= 40
-            for x, y, (step, value) in zip(*place(line), line.tolist(), strict=True)
         ],
     )

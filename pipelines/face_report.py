@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..tiler.files import write_durably
-from .face_charts import BINS, Chart, draw_roc, draw_scores, draw_series
+from .charts import Chart, draw_series
+from .face_charts import BINS, draw_roc, draw_scores
 from .face_validation import Measured
-from .page import render_page
+from .page import describe_choice, render_page
 from .training_folder import read_training
 from .training_log import read_log
 
@@ -44,7 +45,7 @@ def write_face_report(
         "points": verification.points if verification else [],
         "pairs": (verification.genuine_pairs, verification.impostor_pairs) if verification else None,
         "unusable": list(unusable.items()),
-        "choices": [(key.replace("_", " "), _text(value)) for key, value in training["fingerprint"].items()],
+        "choices": [(key.replace("_", " "), describe_choice(value)) for key, value in training["fingerprint"].items()],
     }
     if verification is not None:
         exact = [(p.rate, p.true_accept_rate) for p in verification.points if p.true_accept_rate is not None]
@@ -75,11 +76,3 @@ def _curves(steps: list[dict[str, Any]], validations: list[dict[str, Any]]) -> l
         for title, lines, top in charts
         if ends and any(points for _, points in lines)
     ]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(part)}" for key, part in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "-"
-    return "-" if value is None else str(value)

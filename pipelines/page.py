@@ -31,3 +31,14 @@ def render_page(template: str, kind: str, values: dict[str, Any], **filters: Cal
     environment.filters.update(bytes=format_bytes, seconds=format_seconds, words=shlex.join, **filters)
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
     return environment.get_template(template).render(kind=kind, made=made, version=__version__, **values)
+
+
+def describe_choice(value: Any) -> str:
+    """An option as a page shows it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {describe_choice(part)}" for key, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else str(value)

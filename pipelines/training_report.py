@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from ..models.segmentation.sources import load_model
 from ..tiler.files import write_durably
 from ..tiler.geometry import Window
 from ..tiler.labels import UNLABELLED
-from .page import render_page
+from .charts import Chart, draw_series
+from .page import describe_choice, render_page
 from .training_data import TrainingData
 from .training_folder import read_training
 from .training_log import read_log
@@ -55,11 +55,11 @@ def render_training_report(folder: Path, data: TrainingData) -> str:
         "pixels": sum(line["pixels"] for line in steps),
         "memory": max((line["memory_bytes"] for line in steps), default=0),
         "best": best,
-        "curves": _curves(steps, validations),
+        "charts": _curves(steps, validations),
         "classes": [(entry["name"], "#{:02x}{:02x}{:02x}".format(*entry["colour"])) for entry in classes],
         "matrix": _matrix(best["confusion"]) if best else [],
         "worst": _worst_tiles(folder, data, best) if best else [],
-        "choices": [(key.replace("_", " "), _text(value)) for key, value in training["fingerprint"].items()
+        "choices": [(key.replace("_", " "), describe_choice(value)) for key, value in training["fingerprint"].items()
                     if not key.startswith(("scene", "labels"))],
     }  # fmt: skip
     return render_page("training.html", "training", values, score=_score)
@@ -69,67 +69,25 @@ def _score(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "-"
-    return "-" if value is None else (json.dumps(value) if isinstance(value, dict) else str(value))
-
-
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most POINTS of them, each the mean of its neighbours."""
-    if len(points) <= POINTS:
-        return list(points)
-    parts = np.array_split(np.asarray(points), POINTS)
-    return [(float(part[:, 0].mean()), float(part[:, 1].mean())) for part in parts]
-
-
-def _curves(steps: Sequence[dict[str, Any]], validations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Drawings of 720 x 150: loss, scores, gradient and learning rate over the steps."""
+def _curves(steps: Sequence[dict[str, Any]], validations: Sequence[dict[str, Any]]) -> list[Chart]:
+    """Loss, scores, gradient and learning rate over the steps."""
     last = max((line["step"] for line in steps), default=1)
 
     def of(lines: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-        return _thinned([(line["step"], line[key]) for line in lines])
+        return [(line["step"], line[key]) for line in lines]
 
+    scores = {"mean IoU": "mean_iou", "mean F1": "mean_f1", "accuracy": "accuracy"}
     named = [
-        ("loss", [("training", "#2f7de1", of(steps, "loss"))], None),
-        (
-            "scores on validation",
-            [
-                ("mean IoU", "#1b7f4b", of(validations, "mean_iou")),
-                ("mean F1", "#8a5a00", of(validations, "mean_f1")),
-                ("accuracy", "#6b46c1", of(validations, "accuracy")),
-            ],
-            1.0,
-        ),
-        ("norm of the gradient", [("before clipping", "#b3261e", of(steps, "gradient_norm"))], None),
-        ("learning rate", [("", "#5d6678", of(steps, "rate"))], None),
+        ("Loss", [("training", of(steps, "loss"))], None),
+        ("Scores on validation", [(name, of(validations, key)) for name, key in scores.items()], 1.0),
+        ("Norm of the gradient, before clipping", [("", of(steps, "gradient_norm"))], None),
+        ("Learning rate", [("", of(steps, "rate"))], None),
     ]
-    return [_curve(name, lines, top, last) for name, lines, top in named if any(points for _, _, points in lines)]
-
-
-def _curve(
-    name: str, lines: Sequence[tuple[str, str, list[tuple[float, float]]]], top: float | None, last: int
-) -> dict[str, Any]:
-    highest = top or 1.08 * max(value for _, _, points in lines for _, value in points) or 1.0
-
-    def place(step: float, value: float) -> str:
-        return f"{720 * step / last:.1f},{150 - 150 * value / highest:.1f}"
-
-    return {
-        "name": name,
-        "top": highest,
-        "last": last,
-        "lines": [
-            {
-                "label": label,
-                "colour": colour,
-                "points": " ".join(place(*point) for point in points),
-                "dots": [place(*point).split(",") for point in points] if len(points) <= 60 else [],
-            }
-            for label, colour, points in lines
-            if points
-        ],
-    }
+    return [
+        draw_series(title, lines, points=POINTS, top=top, last=last)
+        for title, lines, top in named
+        if any(points for _, points in lines)
+    ]
 
 
 def _matrix(counts: Sequence[Sequence[int]]) -> list[list[tuple[int, float]]]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from outsize.pipelines.face_charts import BLUE, RED
+from outsize.pipelines.charts import BLUE, RED
 from outsize.pipelines.ranks import RankError, refuse_as_rank, run_ranks
 from outsize.sample_data.faces import write_faces
 from outsize.tests import commands
