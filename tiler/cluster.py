@@ -75,6 +75,18 @@ def worker_environment(gdal_cache_bytes: int) -> dict[str, str]:
     }
 
 
+def complete_environment(gdal_cache_bytes: int) -> None:
+    """In a worker that others have started: what keeps it small, where its own environment says nothing of that."""
+    import zarr
+
+    wanted = worker_environment(gdal_cache_bytes)
+    # GDAL looks when it reads its first block. Memory allocators look when a process starts: too late for them.
+    os.environ.setdefault("GDAL_CACHEMAX", wanted["GDAL_CACHEMAX"])
+    if _ZARR_CONCURRENCY not in os.environ:
+        zarr.config.set({"async.concurrency": int(wanted[_ZARR_CONCURRENCY])})
+
+
+_ZARR_CONCURRENCY = "ZARR_ASYNC__CONCURRENCY"
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 

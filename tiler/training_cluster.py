@@ -26,7 +26,7 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 from torch import Tensor, nn
 
-from .cluster import ClusterError
+from .cluster import ClusterError, complete_environment
 from .errors import RasterError, TilerError, UsageError
 from .geometry import Window
 from .gradient import (
@@ -40,6 +40,7 @@ from .graph import first_line
 from .loss import Loss
 from .machine import die_with_parent, find_versions, map_large_blocks, torch_threads
 from .network import analyze_network
+from .reading import GDAL_CACHE_BYTES
 from .records import log
 from .sum_tree import GROUPS, cut_groups, fold_tree
 from .trainable import TrainableNetwork
@@ -291,8 +292,13 @@ class TrainingPlugin(WorkerPlugin):
         self._starter = (socket.gethostname(), os.getpid())
 
     def setup(self, worker: Worker) -> None:  # noqa: ARG002 - Dask's signature
-        if (socket.gethostname(), os.getppid()) == self._starter:
+        here = socket.gethostname()
+        if (here, os.getppid()) == self._starter:
             die_with_parent()
+        if (here, os.getpid()) != self._starter:
+            # What a plan predicts holds here too; before the first tensor, and the first block that GDAL reads.
+            map_large_blocks()
+            complete_environment(GDAL_CACHE_BYTES)
         _PLUGINS[self.work] = self
 
     def teardown(self, worker: Worker) -> None:  # noqa: ARG002
@@ -350,8 +356,6 @@ def _try_order(name: str, check: Callable[[Any], None]) -> None:
 def _work(name: str) -> Work:
     """This process's work; begun by the first task."""
     if name not in _WORKS:
-        # What a plan predicts holds in workers too.
-        map_large_blocks()
         _WORKS[name] = _PLUGINS[name].open().begin()
     return _WORKS[name]
 

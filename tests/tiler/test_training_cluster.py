@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cloudpickle
 import pytest
@@ -27,6 +27,7 @@ from outsize.tiler.gradient import GradientSum
 from outsize.tiler.loss import Loss
 from outsize.tiler.network import analyze_network
 from outsize.tiler.raster import open_raster
+from outsize.tiler.reading import GDAL_CACHE_BYTES
 from outsize.tiler.sum_tree import cut_groups, fold_tree
 from outsize.tiler.tiled_autograd import tile_loss
 from outsize.tiler.training_cluster import TrainingCluster, TrainingPlugin, _sum_group
@@ -211,6 +212,31 @@ def test_each_training_has_its_own_threads_in_whatever_thread_and_order_its_task
         plugin.teardown(worker)
     with pytest.raises(KeyError):
         _sum_group("on 1", b"", (), None, True)
+
+
+def test_a_worker_of_others_keeps_gdals_cache_and_freed_memory_as_small_as_was_planned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mapped: list[bool] = []
+    monkeypatch.setattr(training_cluster, "map_large_blocks", lambda: mapped.append(True))
+    monkeypatch.setenv("ZARR_ASYNC__CONCURRENCY", "3")
+    monkeypatch.setenv("GDAL_CACHEMAX", "7")  # so that it is put back
+    plugin, worker = TrainingPlugin("elsewhere", b"", 1), cast("Any", None)
+    for own, wanted in ((None, str(GDAL_CACHE_BYTES // 2**20)), ("7", "7")):
+        monkeypatch.setattr(plugin, "_starter", ("another machine", 1))
+        if own is None:
+            monkeypatch.delenv("GDAL_CACHEMAX")
+        else:
+            monkeypatch.setenv("GDAL_CACHEMAX", own)
+        plugin.setup(worker)
+        assert os.environ["GDAL_CACHEMAX"] == wanted
+    assert mapped == [True, True]
+    # The command's own process is its own affair.
+    monkeypatch.undo()
+    before = os.environ.get("GDAL_CACHEMAX")
+    plugin.setup(worker)
+    assert os.environ.get("GDAL_CACHEMAX") == before
+    plugin.teardown(worker)
 
 
 def test_workers_that_cannot_take_a_training_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
