@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -215,7 +216,7 @@ def _start_local(options: ClusterOptions, workers: int, threads: int, cuda: Sequ
     reason = ""
     for _ in range(STARTS):
         try:
-            with _quiet_main(), _quiet_tracker(), _interrupts_ignored():
+            with _quiet_main(), _quiet_tracker(), _quiet_port(), _interrupts_ignored():
                 return LocalCluster(
                     n_workers=workers if options.processes else 1,
                     threads_per_worker=threads,
@@ -260,6 +261,14 @@ def _quiet_main() -> Iterator[None]:
         if file is not None:
             main.__file__ = file
         main.__spec__ = spec
+
+
+@contextmanager
+def _quiet_port() -> Iterator[None]:
+    """A dashboard's port that is taken is nothing to warn of: another is, and its address is shown."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\s*Port \d+ is already in use", UserWarning)
+        yield
 
 
 @contextmanager
