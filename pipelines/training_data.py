@@ -317,6 +317,8 @@ def _plan(
         sides=sides,
         cuts=tuple(known["cuts"]) if known else None,
         optimiser_state=_OPTIMISER_STATE,
+        # With workers or without: the tiles are the same.
+        on_cluster=True,
     )
 
 

@@ -95,7 +95,8 @@ def tile_loss(
         value = _TiledLoss.apply(step, loss, labels, image, *tensors)
         assert isinstance(value, Tensor)
         return value
-    return compute_value(loss, step.sum_loss(loss, labels, image, tensors), step)[0]
+    named = step.named(tensors, (False,) * len(tensors))
+    return compute_value(loss, step.sum_loss(loss, labels, image, named), step)[0]
 
 
 class TiledModule(nn.Module):
@@ -181,7 +182,9 @@ class _TiledLoss(torch.autograd.Function):
         ctx.is_fused = loss.separable and not (is_half or any(tensor.dtype == torch.float16 for tensor in tensors))
         if not ctx.is_fused:
             ctx.version = _version_of(labels)
-            value, ctx.weights = compute_shared_value(loss, step.sum_loss(loss, labels, image, tensors), step)
+            # With the same wishes as in backward, so that workers need not be sent the weights again.
+            total = step.sum_loss(loss, labels, image, step.named(tensors, wanted))
+            value, ctx.weights = compute_shared_value(loss, total, step)
             return value
         into = _zeros_for(image) if ctx.needs_input_grad[3] else None
         total = step.differentiate(loss, labels, image, step.named(tensors, wanted), None, into)

@@ -38,9 +38,8 @@ class TiledStep:
     fill: tuple[float, ...] | None
     cluster: TrainingCluster | None
 
-    def sum_loss(self, loss: Loss, labels: Pixels, image: Tensor | None, tensors: Sequence[Tensor]) -> GradientSum:
+    def sum_loss(self, loss: Loss, labels: Pixels, image: Tensor | None, named: dict[str, Tensor]) -> GradientSum:
         """The loss's sums over all tiles, here or on the cluster."""
-        named = self.named(tensors, (False,) * len(tensors))
         if self.cluster is not None:
             return self.cluster.compute_sums(self.network, self._data(named, loss, labels, image), self.plan.cores)
         with self.tiles(image) as tiles, opened(labels) as source:
