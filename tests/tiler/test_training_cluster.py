@@ -131,7 +131,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[LocalCluster]:
 
 
 def test_steps_have_the_same_bits_on_all_workers_on_one_and_when_one_dies(
-    cluster: LocalCluster, tmp_path: Path
+    cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Client(cluster) as client:
         workers = len(cluster.workers)
@@ -164,7 +164,10 @@ def test_steps_have_the_same_bits_on_all_workers_on_one_and_when_one_dies(
         for ours, here in zip(moved, gradients(network, BOTH, None), strict=True):
             torch.testing.assert_close(ours, here, rtol=1e-5, atol=1e-6 * float(here.abs().max()))
         assert not torch.equal(moved[1], first[1])
-        raster = open_raster(write_geotiff(tmp_path / "image.tif", draw(3, *SHAPE).numpy()))
+        # By a path that is the workers' only when it is made absolute.
+        write_geotiff(tmp_path / "image.tif", draw(3, *SHAPE).numpy())
+        monkeypatch.chdir(tmp_path)
+        raster = open_raster("image.tif")
         assert torch.equal(gradients(network, BOTH, shared, raster)[1], moved[1])
         with torch.no_grad():
             value = tile_loss(network, PLAN, BOTH, raster, draw_labels(), cluster=shared)
