@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -136,7 +137,7 @@ def open_client(
             client = Client(address, scheduler_file=options.scheduler_file, security=security, timeout="20s")
         except (OSError, TimeoutError, TypeError, ValueError) as error:
             raise ClusterError(f"no Dask scheduler at {address or options.scheduler_file}: {error}") from error
-        with client:
+        with _quiet_reconnecting(), client:
             yield client
         return
     settings = {
@@ -261,6 +262,22 @@ def _quiet_main() -> Iterator[None]:
         if file is not None:
             main.__file__ = file
         main.__spec__ = spec
+
+
+@contextmanager
+def _quiet_reconnecting() -> Iterator[None]:
+    """A client whose scheduler is lost tries to find it again until it is closed, and logs as a traceback that it was
+    stopped; what was lost is said by who needed it."""
+
+    def is_no_traceback(record: logging.LogRecord) -> bool:
+        return not record.exc_info
+
+    logger = logging.getLogger("distributed.client")
+    logger.addFilter(is_no_traceback)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_no_traceback)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import cloudpickle
 import torch
 from distributed import Client, Future, Worker, WorkerPlugin
-from distributed.client import ClosedClientError
+from distributed.client import ClosedClientError, FutureCancelledError
 from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from .machine import die_with_parent, find_versions, map_large_blocks, torch_thr
 from .network import analyze_network
 from .reading import GDAL_CACHE_BYTES
 from .records import log
+from .schedule import LOST
 from .sum_tree import GROUPS, cut_groups, fold_tree
 from .trainable import TrainableNetwork
 from .window_source import Pixels, open_source
@@ -181,11 +182,17 @@ class TrainingCluster:
                 self._sent = None if with_gradients else (digest, sent)
                 return total
             except ClosedClientError as error:
-                raise ClusterError("the Dask scheduler was lost; the last checkpoint goes on from there") from error
+                raise ClusterError(LOST) from error
             except (KilledWorker, CancelledError, CommClosedError, TimeoutError) as error:
-                if attempt == ATTEMPTS or self.client.status != "running":
-                    raise ClusterError(f"training step: workers were lost {attempt} times: {error}") from error
-                log.warning("a training step is begun anew, its workers were lost: %s", error)
+                by_scheduler = isinstance(error, FutureCancelledError) and (error.reason or "").startswith("scheduler")
+                if by_scheduler or self.client.status != "running":
+                    raise ClusterError(LOST) from error
+                if attempt == ATTEMPTS:
+                    raise ClusterError(
+                        f"workers were lost in each of {ATTEMPTS} attempts at a training step: {first_line(error)}; is "
+                        "there enough memory?"
+                    ) from error
+                log.warning("a training step is begun anew, its workers were lost: %s", first_line(error))
         raise AssertionError
 
     def _send(self, packed: bytes, digest: bytes) -> Future:

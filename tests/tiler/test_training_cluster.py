@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import cloudpickle
 import pytest
 import torch
-from distributed import Client, LocalCluster
+from distributed import Client, Future, LocalCluster
+from distributed.client import FutureCancelledError
 from outsize.models.segmentation.losses import CrossEntropy, Dice, SumOfLosses
 from outsize.models.segmentation.unet import UNet
 from outsize.tiler import training_cluster
@@ -307,6 +309,33 @@ def test_workers_that_cannot_take_a_training_say_why(tmp_path: Path, monkeypatch
     unsent = TrainingCluster(None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ClusterError, match=r"cannot be sent to workers: .*lock.*; train in one process"):
         unsent.introduce(plugin, threading.Lock())  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "attempts", "message"),
+    [
+        ("lost dependencies", "running", 3, r"lost in each of 3 attempts at a training step: .*lost dependencies"),
+        ("scheduler-connection-lost", "running", 1, r"^the Dask scheduler was lost; .* the same command goes on$"),
+        ("unknown", "closed", 1, "the Dask scheduler was lost"),
+    ],
+)
+def test_a_lost_scheduler_is_told_from_lost_workers(
+    reason: str, status: str, attempts: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def submit(*_: object, **__: object) -> Future:
+        tried.append(1)
+        raise FutureCancelledError("sum", reason)
+
+    client = cast("Any", SimpleNamespace(status=status))
+    shared = TrainingCluster(client)
+    for name, stub in (("_wait", lambda: None), ("_send", lambda *_: None), ("_submit", submit)):
+        monkeypatch.setattr(shared, name, stub)
+    with pytest.raises(ClusterError, match=message) as refused:
+        shared.add_up("a", (), ("tile",), None, with_gradients=True)
+    assert "\n" not in str(refused.value)
+    assert len(tried) == attempts
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 16, 17, 100])
