@@ -159,7 +159,7 @@ def _describe(total: Confusion, names: Sequence[str], peak_bytes: int) -> str:
     ]
     text = (
         f"accuracy {total.accuracy:.4f}, mean IoU {total.mean_iou:.4f}, mean F1 {total.mean_f1:.4f}, "
-        f"{total.pixels / 1e6:.1f} Mpx compared, peak memory {format_bytes(peak_bytes)}\n"
+        f"{total.pixels:,} pixels compared, peak memory {format_bytes(peak_bytes)}\n"
         + format_table(("class", "IoU", "F1", "precision", "recall", "labelled", "mapped"), rows)
     )
     if len(present) > _MOST_SHOWN:

@@ -219,6 +219,7 @@ def prepare_data(
         raise UsageError(
             f"the model takes {count_of(len(start.bands), 'band')}, the scenes have {bands}; choose with --bands"
         )
+    _require_loss(options, len(found.classes))
     label_options = replace(options.label_options, values=found.values or options.label_options.values)
     names = [entry.name for entry in found.classes]
     scenes = tuple(
@@ -316,6 +317,8 @@ def _plan(
         sides=sides,
         cuts=tuple(known["cuts"]) if known else None,
         optimiser_state=_OPTIMISER_STATE,
+        # With workers or without: the tiles are the same.
+        on_cluster=True,
     )
 
 
@@ -403,6 +406,18 @@ def _cells_of(scene: TrainingScene, cell: int) -> tuple[int, int]:
     return (-(-height // cell), -(-width // cell))
 
 
+def _require_loss(options: TrainOptions, classes: int) -> None:
+    """Before anything that takes time.
+
+    Raises:
+        UsageError: no loss of that name, or weights that do not fit it.
+    """
+    weights = options.recipe.class_weights
+    if weights and len(weights) != classes:
+        raise UsageError(f"--class-weights must be one for each of {count_of(classes, 'class')}, got {len(weights)}")
+    parse_loss(options.recipe.loss, weights or (1.0,) * classes * options.balanced)
+
+
 def _require_labels(options: TrainOptions, survey: Survey, names: Sequence[str]) -> None:
     """Pixels of every class that the user named, on both sides.
 
@@ -451,10 +466,6 @@ def _remark(survey: Survey, names: Sequence[str], scenes: Sequence[TrainingScene
 def _weigh(options: TrainOptions, survey: Survey, classes: int) -> Recipe:
     """The recipe with weights of classes: as given, or n / (classes * n_c), at most 10."""
     recipe = options.recipe
-    if recipe.class_weights and len(recipe.class_weights) != classes:
-        raise UsageError(
-            f"--class-weights must be one for each of {count_of(classes, 'class')}, got {len(recipe.class_weights)}"
-        )
     if not options.balanced:
         return recipe
     counts = _sum(survey.training).astype(np.float64)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -75,6 +77,18 @@ def worker_environment(gdal_cache_bytes: int) -> dict[str, str]:
     }
 
 
+def complete_environment(gdal_cache_bytes: int) -> None:
+    """In a worker that others have started: what keeps it small, where its own environment says nothing of that."""
+    import zarr
+
+    wanted = worker_environment(gdal_cache_bytes)
+    # GDAL looks when it reads its first block. Memory allocators look when a process starts: too late for them.
+    os.environ.setdefault("GDAL_CACHEMAX", wanted["GDAL_CACHEMAX"])
+    if _ZARR_CONCURRENCY not in os.environ:
+        zarr.config.set({"async.concurrency": int(wanted[_ZARR_CONCURRENCY])})
+
+
+_ZARR_CONCURRENCY = "ZARR_ASYNC__CONCURRENCY"
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
@@ -123,7 +137,7 @@ def open_client(
             client = Client(address, scheduler_file=options.scheduler_file, security=security, timeout="20s")
         except (OSError, TimeoutError, TypeError, ValueError) as error:
             raise ClusterError(f"no Dask scheduler at {address or options.scheduler_file}: {error}") from error
-        with client:
+        with _quiet_reconnecting(), client:
             yield client
         return
     settings = {
@@ -203,7 +217,7 @@ def _start_local(options: ClusterOptions, workers: int, threads: int, cuda: Sequ
     reason = ""
     for _ in range(STARTS):
         try:
-            with _quiet_main(), _quiet_tracker(), _interrupts_ignored():
+            with _quiet_main(), _quiet_tracker(), _quiet_port(), _interrupts_ignored():
                 return LocalCluster(
                     n_workers=workers if options.processes else 1,
                     threads_per_worker=threads,
@@ -248,6 +262,30 @@ def _quiet_main() -> Iterator[None]:
         if file is not None:
             main.__file__ = file
         main.__spec__ = spec
+
+
+@contextmanager
+def _quiet_reconnecting() -> Iterator[None]:
+    """A client whose scheduler is lost tries to find it again until it is closed, and logs as a traceback that it was
+    stopped; what was lost is said by who needed it."""
+
+    def is_no_traceback(record: logging.LogRecord) -> bool:
+        return not record.exc_info
+
+    logger = logging.getLogger("distributed.client")
+    logger.addFilter(is_no_traceback)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_no_traceback)
+
+
+@contextmanager
+def _quiet_port() -> Iterator[None]:
+    """A dashboard's port that is taken is nothing to warn of: another is, and its address is shown."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\s*Port \d+ is already in use", UserWarning)
+        yield
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,17 @@ def write_durably(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     fresh.replace(path)
     sync_folder(path.parent)
+
+
+def use_default_mode(path: Path) -> None:
+    """Give a file of this machine the permissions of those that open() makes here: safetensors makes its files for
+    their owner alone, whatever the umask, so that colleagues and servers could not read a model."""
+    probe = path.with_name(f".{path.name}.mode")
+    # Not of every file system.
+    with suppress(OSError):
+        probe.touch()
+        path.chmod(stat.S_IMODE(probe.stat().st_mode))
+        probe.unlink()
 
 
 def flush_file(place: Path) -> None:

@@ -10,10 +10,9 @@ import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-import zarr
 from distributed import Reschedule, Status, Worker, WorkerPlugin, get_worker
 
-from .cluster import worker_environment
+from .cluster import complete_environment
 from .errors import TilerError, WorkerError
 from .machine import die_with_parent, find_versions
 from .tile_map import TOPIC, tile_message
@@ -96,7 +95,7 @@ class JobPlugin(WorkerPlugin):
         if (here, os.getppid()) == self._starter:
             die_with_parent()
         if (here, os.getpid()) != self._starter:
-            _complete_environment(self.job.gdal_cache_bytes)
+            complete_environment(self.job.gdal_cache_bytes)
         _USERS[run_id] = _USERS.get(run_id, 0) + 1
         _SLOTS.setdefault(run_id, threading.Semaphore(self.job.in_flight))
         if self.watched:
@@ -144,18 +143,6 @@ def unfit_worker(reason: Exception, worker: Worker | None = None) -> WorkerError
     text = (str(reason).strip().splitlines() or [""])[0]
     kind = "" if isinstance(reason, TilerError) else f"{type(reason).__name__}: "
     return WorkerError(f"{name} cannot do this run: {kind}{text}; mend or remove it, then the same command goes on")
-
-
-def _complete_environment(gdal_cache_bytes: int) -> None:
-    """In a worker that others have started: what keeps it small, where its own environment says nothing of that."""
-    wanted = worker_environment(gdal_cache_bytes)
-    # GDAL looks when it reads its first block. Memory allocators look when a process starts: too late for them.
-    os.environ.setdefault("GDAL_CACHEMAX", wanted["GDAL_CACHEMAX"])
-    if ZARR_CONCURRENCY not in os.environ:
-        zarr.config.set({"async.concurrency": int(wanted[ZARR_CONCURRENCY])})
-
-
-ZARR_CONCURRENCY = "ZARR_ASYNC__CONCURRENCY"
 
 
 def runner_of(run_id: str) -> Any:

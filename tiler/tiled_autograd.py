@@ -22,7 +22,9 @@ from .training_plan import TrainPlan
 from .window_source import Pixels
 
 
-def tile_checkpoint(module: nn.Module | Network, plan: TrainPlan) -> TiledModule:
+def tile_checkpoint(
+    module: nn.Module | Network, plan: TrainPlan, *, fill: tuple[float, ...] | None = None
+) -> TiledModule:
     """The module with tiles inside: the same output and gradients, without the whole image's activations.
 
     Guarantee: output, parameter gradients and input gradient equal those of the module on the whole image by ordinary
@@ -32,11 +34,13 @@ def tile_checkpoint(module: nn.Module | Network, plan: TrainPlan) -> TiledModule
     Args:
         module: maps (1, bands, height, width) to floats; or its analysis.
         plan: the tiles of an image of that shape.
+        fill: raw value of each band that stands in for a raster's nodata pixels, as in `tile_loss`; None: 0. What the
+            network makes of them is in the output as of any others.
 
     Raises:
         UntileableError: at the first call, for a module that cannot be tiled or trained exactly.
     """
-    return TiledModule(module, plan)
+    return TiledModule(module, plan, fill=fill)
 
 
 def tile_loss(
@@ -68,7 +72,6 @@ def tile_loss(
             read image and labels again in backward(); a tensor that was changed meanwhile is refused, an array or a
             file is not noticed.
         fill: raw value of each band that stands in for nodata pixels; None: 0. Nodata pixels of either do not count.
-
         cluster: workers of a Dask client that compute the tiles, with the same bits for any number of them; None: this
             process does. Image and labels must be rasters that workers can open, or small enough to be sent to them.
 
@@ -92,7 +95,8 @@ def tile_loss(
         value = _TiledLoss.apply(step, loss, labels, image, *tensors)
         assert isinstance(value, Tensor)
         return value
-    return compute_value(loss, step.sum_loss(loss, labels, image, tensors), step)[0]
+    named = step.named(tensors, (False,) * len(tensors))
+    return compute_value(loss, step.sum_loss(loss, labels, image, named), step)[0]
 
 
 class TiledModule(nn.Module):
@@ -178,7 +182,9 @@ class _TiledLoss(torch.autograd.Function):
         ctx.is_fused = loss.separable and not (is_half or any(tensor.dtype == torch.float16 for tensor in tensors))
         if not ctx.is_fused:
             ctx.version = _version_of(labels)
-            value, ctx.weights = compute_shared_value(loss, step.sum_loss(loss, labels, image, tensors), step)
+            # With the same wishes as in backward, so that workers need not be sent the weights again.
+            total = step.sum_loss(loss, labels, image, step.named(tensors, wanted))
+            value, ctx.weights = compute_shared_value(loss, total, step)
             return value
         into = _zeros_for(image) if ctx.needs_input_grad[3] else None
         total = step.differentiate(loss, labels, image, step.named(tensors, wanted), None, into)

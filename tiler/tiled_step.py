@@ -15,6 +15,7 @@ from .gradient import GradientSum, Precision, Tiles, compute_loss_sums, gradient
 from .loss import Loss
 from .machine import map_large_blocks
 from .network import Network
+from .raster import Raster
 from .records import log
 from .trainable import TrainableNetwork, detach_tensors, prepare_training
 from .training_cluster import StepData, TrainingCluster
@@ -38,9 +39,8 @@ class TiledStep:
     fill: tuple[float, ...] | None
     cluster: TrainingCluster | None
 
-    def sum_loss(self, loss: Loss, labels: Pixels, image: Tensor | None, tensors: Sequence[Tensor]) -> GradientSum:
+    def sum_loss(self, loss: Loss, labels: Pixels, image: Tensor | None, named: dict[str, Tensor]) -> GradientSum:
         """The loss's sums over all tiles, here or on the cluster."""
-        named = self.named(tensors, (False,) * len(tensors))
         if self.cluster is not None:
             return self.cluster.compute_sums(self.network, self._data(named, loss, labels, image), self.plan.cores)
         with self.tiles(image) as tiles, opened(labels) as source:
@@ -66,8 +66,8 @@ class TiledStep:
         pixels = self.pixels if image is None else image.detach()
         assert pixels is not None
         return StepData(
-            image=pixels,
-            labels=labels,
+            image=_from_anywhere(pixels),
+            labels=_from_anywhere(labels),
             fill=self.fill,
             tensors=detach_tensors(named),
             loss=loss,
@@ -222,6 +222,11 @@ def require_labels(shape_yx: tuple[int, int], step: TiledStep) -> None:
             f"labels must lie on the network's output of {height} x {width} px, got {shape_yx[0]} x {shape_yx[1]}; "
             "resample or crop them"
         )
+
+
+def _from_anywhere(pixels: Pixels) -> Pixels:
+    """The same, for processes in other folders."""
+    return pixels.made_absolute() if isinstance(pixels, Raster) else pixels
 
 
 @contextmanager

@@ -6,6 +6,7 @@ same bits for any number of workers, and after any of them has died.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import pickle
@@ -21,12 +22,12 @@ from typing import Any, Protocol
 import cloudpickle
 import torch
 from distributed import Client, Future, Worker, WorkerPlugin
-from distributed.client import ClosedClientError
+from distributed.client import ClosedClientError, FutureCancelledError
 from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 from torch import Tensor, nn
 
-from .cluster import ClusterError
+from .cluster import ClusterError, complete_environment
 from .errors import RasterError, TilerError, UsageError
 from .geometry import Window
 from .gradient import (
@@ -40,7 +41,9 @@ from .graph import first_line
 from .loss import Loss
 from .machine import die_with_parent, find_versions, map_large_blocks, torch_threads
 from .network import analyze_network
+from .reading import GDAL_CACHE_BYTES
 from .records import log
+from .schedule import LOST
 from .sum_tree import GROUPS, cut_groups, fold_tree
 from .trainable import TrainableNetwork
 from .window_source import Pixels, open_source
@@ -133,6 +136,8 @@ class TrainingCluster:
             raise UsageError(f"threads and groups must be >= 1, got {threads} and {groups}")
         self.client, self.threads, self.groups = client, threads, groups
         self._known: dict[int, tuple[object, str]] = {}
+        self._sent: tuple[bytes, Future] | None = None
+        """What workers hold of a step whose gradients are still to come, and its hash."""
 
     def compute_sums(self, network: TrainableNetwork, data: StepData, cores: Sequence[Window]) -> GradientSum:
         """As `compute_loss_sums`, over all workers."""
@@ -168,20 +173,38 @@ class TrainingCluster:
         groups = cut_groups(tiles, self.groups)
         # Losses may be classes of the user's own script, which workers do not know.
         packed = cloudpickle.dumps(data)
+        digest = hashlib.sha256(packed).digest()
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 self._wait()
-                # Broadcast: a worker that dies then takes no weights with it that another does not hold.
-                scattered: Any = self.client.scatter([packed], broadcast=True, hash=False)
-                (sent,) = scattered
-                return self._submit(name, sent, groups, weights, with_gradients=with_gradients).result()
+                sent = self._send(packed, digest)
+                total = self._submit(name, sent, groups, weights, with_gradients=with_gradients).result()
+                self._sent = None if with_gradients else (digest, sent)
+                return total
             except ClosedClientError as error:
-                raise ClusterError("the Dask scheduler was lost; the last checkpoint goes on from there") from error
+                raise ClusterError(LOST) from error
             except (KilledWorker, CancelledError, CommClosedError, TimeoutError) as error:
-                if attempt == ATTEMPTS or self.client.status != "running":
-                    raise ClusterError(f"training step: workers were lost {attempt} times: {error}") from error
-                log.warning("a training step is begun anew, its workers were lost: %s", error)
+                by_scheduler = isinstance(error, FutureCancelledError) and (error.reason or "").startswith("scheduler")
+                if by_scheduler or self.client.status != "running":
+                    raise ClusterError(LOST) from error
+                if attempt == ATTEMPTS:
+                    raise ClusterError(
+                        f"workers were lost in each of {ATTEMPTS} attempts at a training step: {first_line(error)}; is "
+                        "there enough memory?"
+                    ) from error
+                log.warning("a training step is begun anew, its workers were lost: %s", first_line(error))
         raise AssertionError
+
+    def _send(self, packed: bytes, digest: bytes) -> Future:
+        """All workers hold it; what they hold since the step's first pass is not sent again."""
+        held, self._sent = self._sent, None
+        if held is not None and held[0] == digest and held[1].status == "finished":
+            return held[1]
+        del held
+        # Broadcast: a worker that dies then takes no weights with it that another does not hold.
+        scattered: Any = self.client.scatter([packed], broadcast=True, hash=False)
+        (sent,) = scattered
+        return sent
 
     def _submit(
         self,
@@ -269,6 +292,7 @@ class TrainingCluster:
                 with suppress(Exception):
                     self.client.unregister_worker_plugin(_plugin_name(name))
         self._known.clear()
+        self._sent = None
 
     def __enter__(self) -> TrainingCluster:
         return self
@@ -291,11 +315,21 @@ class TrainingPlugin(WorkerPlugin):
         self._starter = (socket.gethostname(), os.getpid())
 
     def setup(self, worker: Worker) -> None:  # noqa: ARG002 - Dask's signature
-        if (socket.gethostname(), os.getppid()) == self._starter:
+        here = socket.gethostname()
+        if (here, os.getppid()) == self._starter:
             die_with_parent()
+        if (here, os.getpid()) != self._starter:
+            # What a plan predicts holds here too; before the first tensor, and the first block that GDAL reads.
+            map_large_blocks()
+            complete_environment(GDAL_CACHE_BYTES)
         _PLUGINS[self.work] = self
+        _USERS[self.work] = _USERS.get(self.work, 0) + 1
 
     def teardown(self, worker: Worker) -> None:  # noqa: ARG002
+        _USERS[self.work] -= 1
+        if _USERS[self.work]:
+            return
+        del _USERS[self.work]
         _PLUGINS.pop(self.work, None)
         _WORKS.pop(self.work, None)
 
@@ -327,6 +361,8 @@ def _versions() -> dict[str, str]:
 
 _PLUGINS: dict[str, TrainingPlugin] = {}
 _WORKS: dict[str, Work] = {}
+_USERS: dict[str, int] = {}
+"""Dask workers of this process that know a training: more than one where workers are threads."""
 _COMPUTING = threading.Lock()
 """Of a process: one group at a time, as many tiles as were counted on."""
 
@@ -350,9 +386,10 @@ def _try_order(name: str, check: Callable[[Any], None]) -> None:
 def _work(name: str) -> Work:
     """This process's work; begun by the first task."""
     if name not in _WORKS:
-        # What a plan predicts holds in workers too.
-        map_large_blocks()
-        _WORKS[name] = _PLUGINS[name].open().begin()
+        plugin = _PLUGINS[name]
+        _WORKS[name] = plugin.open().begin()
+        # As large as the weights, and never asked for again.
+        plugin.payload = b""
     return _WORKS[name]
 
 

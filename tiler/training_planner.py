@@ -60,6 +60,7 @@ def plan_training(
     cuts: tuple[int, ...] | None = None,
     keep_output: bool = False,
     optimiser_state: float = 2.0,
+    on_cluster: bool = False,
 ) -> TrainPlan:
     """Decide how to train a network on an image within a memory budget.
 
@@ -79,6 +80,7 @@ def plan_training(
         cuts: positions in the graph's order; (): nothing is computed again; None: chosen.
         keep_output: for `tile_checkpoint`, which holds the output and its gradient.
         optimiser_state: numbers that the optimiser keeps for each parameter: 2 for Adam, 1 for momentum, 0 for SGD.
+        on_cluster: the tiles are computed by workers of a `TrainingCluster`, each of which keeps the budget.
 
     Raises:
         UsageError: another number of bands than the network takes; a core below 1; neither budget nor core.
@@ -94,6 +96,7 @@ def plan_training(
         cuts=cuts,
         keep_output=keep_output,
         optimiser_state=optimiser_state,
+        on_cluster=on_cluster,
     )
 
 
@@ -106,6 +109,7 @@ def choose_training_tiles(
     cuts: tuple[int, ...] | None = None,
     keep_output: bool = False,
     optimiser_state: float = 2.0,
+    on_cluster: bool = False,
 ) -> TrainPlan:
     """`plan_training` for images of which only this much is known.
 
@@ -115,7 +119,9 @@ def choose_training_tiles(
     if images.shape[0] != network.network.bands:
         raise UsageError(f"the network takes {network.network.bands} bands, the image has {images.shape[0]}")
     require_cuts(cuts or ())
-    candidates = _Candidates(network, images, keep_output=keep_output, optimiser_state=optimiser_state)
+    candidates = _Candidates(
+        network, images, keep_output=keep_output, optimiser_state=optimiser_state, on_cluster=on_cluster
+    )
     if memory is None:
         if not sides:
             raise UsageError("a plan needs a memory budget or a core, got neither")
@@ -179,7 +185,13 @@ class _Candidates:
     """Cores for a network and images, and what each would need."""
 
     def __init__(
-        self, network: TrainableNetwork, images: TrainedImages, *, keep_output: bool, optimiser_state: float
+        self,
+        network: TrainableNetwork,
+        images: TrainedImages,
+        *,
+        keep_output: bool,
+        optimiser_state: float,
+        on_cluster: bool,
     ) -> None:
         self._network, self._images = network, images
         self._shape_yx = (images.shape[1], images.shape[2])
@@ -191,6 +203,13 @@ class _Candidates:
         trained = sum(t.numel() * max(4, t.element_size()) for t in tensors if t.requires_grad)
         self._weight_bytes = kept + round((3 + optimiser_state) * trained)
         self._held_bytes = images.present_bytes + images.cache_bytes
+        if on_cluster:
+            # A worker has the network, at first as it was sent too, and the step's weights as they were sent and as
+            # they are; of gradients those of a tile, their sum over a group, four sums that wait for each other
+            # (`fold_tree`), and one on its way.
+            self._weight_bytes = max(self._weight_bytes, 4 * kept + 7 * trained)
+            # Images in memory come with each step.
+            self._held_bytes += images.present_bytes + (images.cache_bytes if images.present_bytes else 0)
         if keep_output:
             self._held_bytes += 2 * prod(self._output_shape) * output.dtype.itemsize
         there = process_bytes() - kept - images.present_bytes

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...tiler.files import use_default_mode
 from .errors import HeadError
 from .head import ShardedMarginHead
 
@@ -91,6 +92,7 @@ def export_safetensors(head: ShardedMarginHead, folder: str | Path) -> Path:
         partial = root / f".{names[tablet.index]}.partial"
         tensors = {f"head.weight.{tablet.index:06d}": rows[: tablet.rows].contiguous()}
         save_file(tensors, partial, metadata={"first_class": str(tablet.first), "rows": str(tablet.rows)})
+        use_default_mode(partial)
         partial.replace(root / names[tablet.index])
     head.ranks.add(torch.zeros(1))  # all shards are there
     index_file = root / INDEX

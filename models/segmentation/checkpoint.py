@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...tiler.errors import OutputError
-from ...tiler.files import write_durably
+from ...tiler.files import use_default_mode, write_durably
 
 NAME = "state.json"
 
@@ -41,6 +41,7 @@ def save_state(folder: Path, state: TrainingState) -> None:
     fresh = folder / f".{name}.new"
     try:
         save_file({key: tensor.detach().contiguous().clone() for key, tensor in state.tensors.items()}, fresh)
+        use_default_mode(fresh)
         with fresh.open("rb+") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())

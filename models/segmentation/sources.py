@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...tiler.errors import OutputError, UsageError
-from ...tiler.files import flush_file, sync_folder
+from ...tiler.files import flush_file, sync_folder, use_default_mode
 from ...tiler.graph import first_line
 from .exported import ExportedNetwork, load_exported, load_script
 from .factory import build_network, is_factory
@@ -296,6 +296,7 @@ def save_model(model: SegmentationModel, path: str | Path, card: dict[str, Any] 
         else:
             # Copies: safetensors takes no two tensors of the same memory.
             save_file({key: value.detach().clone().contiguous() for key, value in network.state_dict().items()}, fresh)
+        use_default_mode(fresh)
         digest = hash_file(fresh)
         description = describe(
             model,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distributed import LocalCluster
+from distributed import Client, LocalCluster
 from outsize.models.segmentation.step import StepEngine
 from outsize.tiler import training_cluster
 from outsize.tiler.geometry import Window
@@ -80,11 +80,19 @@ def test_two_workers_of_which_one_is_killed_in_a_step_make_the_same_training(
 
 
 def test_a_schedulers_worker_makes_the_same_training(
-    words: list[Any], alone: Path, address: str, tmp_path: Path
+    words: list[Any], alone: Path, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
+    out, scatter, sent = tmp_path / "out", Client.scatter, list[int]()
+
+    def count(self: Client, data: Any, **options: Any) -> Any:
+        sent.append(len(data))
+        return scatter(self, data, **options)
+
+    monkeypatch.setattr(Client, "scatter", count)
     done(*words, *LOSS, "--scheduler", address, "--out", out)
     assert same_training(alone, out)
+    # Once a step, though it has two passes.
+    assert sent == [1] * STEPS
     # Steps of tiles too, of which there are fewer than groups.
     tiles, apart = tmp_path / "tiles", tmp_path / "apart"
     done(*words, "--step", "tiles:3", "--scheduler", address, "--out", tiles)

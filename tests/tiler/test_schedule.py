@@ -84,7 +84,7 @@ class Waiter:
 
 @contextmanager
 def threads_here(workers: int, threads: int) -> Iterator[tuple[LocalCluster, Client]]:
-    settings: dict[str, Any] = {"processes": False, "dashboard_address": None}
+    settings: dict[str, Any] = {"processes": False, "dashboard_address": "127.0.0.1:0"}
     with (
         LocalCluster(n_workers=workers, threads_per_worker=threads, **settings) as cluster,
         Client(cluster) as client,
@@ -174,7 +174,8 @@ def beside(cluster: LocalCluster, **packages: str) -> Iterator[Callable[[], None
 @pytest.fixture
 def address() -> Iterator[tuple[LocalCluster, Client]]:
     """One worker in this process, whose scheduler other processes can reach."""
-    settings: dict[str, Any] = {"processes": False, "dashboard_address": None, "protocol": "tcp", "host": "127.0.0.1"}
+    settings: dict[str, Any] = {"processes": False, "protocol": "tcp", "host": "127.0.0.1"}
+    settings["dashboard_address"] = "127.0.0.1:0"
     with LocalCluster(n_workers=1, threads_per_worker=2, **settings) as cluster, Client(cluster) as client:
         yield cluster, client
 

@@ -411,10 +411,19 @@ def test_a_model_with_scaling_and_classes_is_trained_at_its_logits(tmp_path: Pat
     mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in ([90, 110], [30, 40]))
     target = torch.from_numpy(labels[0]).long().masked_fill(torch.from_numpy((image == 0).all(0)), 7)
     ordinary = F.cross_entropy(network(((filled - mean) / std)[None]), target[None], ignore_index=7)
-    value = tile_loss(analysis, plan_of_analysis(analysis, (19, 23)), CrossEntropy(), raster, truth, fill=fill)
+    plan = plan_of_analysis(analysis, (19, 23))
+    value = tile_loss(analysis, plan, CrossEntropy(), raster, truth, fill=fill)
     assert float(value.detach()) == pytest.approx(float(ordinary.detach()), rel=1e-12)
-    found, expected = (torch.autograd.grad(v, [*network.parameters()]) for v in (value, ordinary))
+    # The whole output, whose loss is the caller's.
+    output = tile_checkpoint(analysis, plan, fill=fill)(raster)
+    held = F.cross_entropy(output, target[None], ignore_index=7)
+    assert float(held.detach()) == pytest.approx(float(ordinary.detach()), rel=1e-12)
+    found, by_output, expected = (torch.autograd.grad(v, [*network.parameters()]) for v in (value, held, ordinary))
     assert largest_difference(found, expected) < 1e-11
+    assert largest_difference(by_output, expected) < 1e-11
+    # Pixels that do not count are seen by those beside them.
+    unfilled = F.cross_entropy(tile_checkpoint(analysis, plan)(raster), target[None], ignore_index=7)
+    assert float(unfilled.detach()) != pytest.approx(float(ordinary.detach()), rel=1e-4)
 
 
 def plan_of_analysis(network: Network, core: tuple[int, int]) -> TrainPlan:

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import cloudpickle
 import pytest
 import torch
-from distributed import Client, LocalCluster
+from distributed import Client, Future, LocalCluster
+from distributed.client import FutureCancelledError
 from outsize.models.segmentation.losses import CrossEntropy, Dice, SumOfLosses
 from outsize.models.segmentation.unet import UNet
 from outsize.tiler import training_cluster
@@ -27,10 +29,12 @@ from outsize.tiler.gradient import GradientSum
 from outsize.tiler.loss import Loss
 from outsize.tiler.network import analyze_network
 from outsize.tiler.raster import open_raster
+from outsize.tiler.reading import GDAL_CACHE_BYTES
 from outsize.tiler.sum_tree import cut_groups, fold_tree
 from outsize.tiler.tiled_autograd import tile_loss
 from outsize.tiler.training_cluster import TrainingCluster, TrainingPlugin, _sum_group
 from outsize.tiler.training_plan import TrainPlan
+from outsize.tiler.training_planner import plan_training
 from torch import Tensor, nn
 
 from .rasters import write_geotiff
@@ -46,10 +50,11 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 @dataclass(frozen=True)
 class Deadly:
-    """A loss that kills the first process that computes it."""
+    """A loss that kills the first process that computes it, with gradients or without."""
 
     loss: Loss
     marker: str
+    with_gradients: bool
 
     @property
     def separable(self) -> bool:
@@ -59,6 +64,8 @@ class Deadly:
         return self.loss.select(labels, valid)
 
     def sums(self, logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+        if torch.is_grad_enabled() != self.with_gradients:
+            return self.loss.sums(logits, labels, counted)
         try:
             os.close(os.open(self.marker, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
@@ -88,6 +95,17 @@ class Tied(nn.Module):
         return self.last(self.middle(nn.functional.pad(self.first(x), (3, 3, 3, 3))).relu())
 
 
+class Heavy(nn.Module):
+    """Many weights, and little to compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.head = nn.Parameter(torch.rand(9_000_000, 1)), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) * self.rows.mean()
+
+
 def draw(*shape: int) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(1))
 
@@ -115,26 +133,31 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[LocalCluster]:
 
 
 def test_steps_have_the_same_bits_on_all_workers_on_one_and_when_one_dies(
-    cluster: LocalCluster, tmp_path: Path
+    cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Client(cluster) as client:
         workers = len(cluster.workers)
         client.wait_for_workers(workers, timeout=60)
         shared, network = TrainingCluster(client, groups=7), make_network()
-        for name, loss in (("separable", CrossEntropy(ignore_index=255)), ("by sums", BOTH)):
+
+        def die(*, with_gradients: bool) -> list[Tensor]:
+            marker = tmp_path / f"{with_gradients}"
+            found = gradients(network, Deadly(loss=BOTH, marker=str(marker), with_gradients=with_gradients), shared)
+            assert marker.exists()
+            return found
+
+        first: list[Tensor] = []
+        for loss in (CrossEntropy(ignore_index=255), BOTH):
             first = gradients(network, loss, shared)
             for ours, here in zip(first, gradients(network, loss, None), strict=True):
                 # Added in another order, and no more.
                 torch.testing.assert_close(ours, here, rtol=1e-5, atol=1e-6 * float(here.abs().max()))
-            marker = tmp_path / name
-            after_death = gradients(network, Deadly(loss=loss, marker=str(marker)), shared)
-            assert marker.exists()
-            assert all(torch.equal(a, b) for a, b in zip(first, after_death, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first, die(with_gradients=True), strict=True))
         client.wait_for_workers(workers, timeout=60)
         client.retire_workers(list(client.scheduler_info()["workers"])[1:])
         assert len(client.scheduler_info()["workers"]) == 1
-        alone = gradients(network, BOTH, shared)
-        assert all(torch.equal(a, b) for a, b in zip(first, alone, strict=True))
+        # Alone, and with all that was sent to it lost.
+        assert all(torch.equal(a, b) for a, b in zip(first, die(with_gradients=False), strict=True))
         # Weights are those of the step, not those of the first.
         with torch.no_grad():
             for parameter in network.parameters():
@@ -143,7 +166,10 @@ def test_steps_have_the_same_bits_on_all_workers_on_one_and_when_one_dies(
         for ours, here in zip(moved, gradients(network, BOTH, None), strict=True):
             torch.testing.assert_close(ours, here, rtol=1e-5, atol=1e-6 * float(here.abs().max()))
         assert not torch.equal(moved[1], first[1])
-        raster = open_raster(write_geotiff(tmp_path / "image.tif", draw(3, *SHAPE).numpy()))
+        # By a path that is the workers' only when it is made absolute.
+        write_geotiff(tmp_path / "image.tif", draw(3, *SHAPE).numpy())
+        monkeypatch.chdir(tmp_path)
+        raster = open_raster("image.tif")
         assert torch.equal(gradients(network, BOTH, shared, raster)[1], moved[1])
         with torch.no_grad():
             value = tile_loss(network, PLAN, BOTH, raster, draw_labels(), cluster=shared)
@@ -153,6 +179,32 @@ def test_steps_have_the_same_bits_on_all_workers_on_one_and_when_one_dies(
             tile_loss(network, PLAN, BOTH, raster, draw_labels().clamp(max=200), cluster=shared)
         with pytest.raises(UsageError, match="gradient is not computed on a cluster"):
             gradients(network, BOTH, shared, draw(3, *SHAPE).requires_grad_())
+        if sys.platform == "linux":
+            assert_memory_is_predicted(client, shared)
+
+
+def assert_memory_is_predicted(client: Client, shared: TrainingCluster) -> None:
+    """Of one worker, with weights of 36 MB beside which all else is little."""
+
+    def look(*, resets: bool) -> tuple[int, int]:
+        """(resident set now, the largest since it was reset)."""
+        if resets:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+        now, most = (int(status.split(f"{name}:")[1].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+        return now, most
+
+    image, labels = draw(3, 16, 16), torch.zeros((16, 16), dtype=torch.int64)
+    for learns in (True, False):
+        heavy = Heavy()
+        heavy.rows.requires_grad_(learns)
+        network = analyze_network(heavy, bands=3)
+        plan = plan_training(image, network, core=4, memory="8GB", on_cluster=True)
+        assert plan.memory is not None
+        ((before, _),) = client.run(look, resets=True).values()  # pyright: ignore[reportAttributeAccessIssue]
+        tile_loss(network, plan, CrossEntropy(), image, labels, cluster=shared)
+        ((_, most),) = client.run(look, resets=False).values()  # pyright: ignore[reportAttributeAccessIssue]
+        assert most - before <= plan.memory.total_bytes - plan.memory.process_bytes < 1.6 * (most - before)
 
 
 @pytest.mark.parametrize("loss", [CrossEntropy(ignore_index=255), BOTH], ids=["separable", "by sums"])
@@ -201,6 +253,9 @@ def test_each_training_has_its_own_threads_in_whatever_thread_and_order_its_task
     worker: Any = None
     for plugin in plugins:
         plugin.setup(worker)
+    # Of two workers of this process one has left.
+    plugins[0].setup(worker)
+    plugins[0].teardown(worker)
     with ThreadPoolExecutor(2) as pool, ThreadPoolExecutor(1) as other:
         for count in (1, 3, 1, 3, 3, 1):
             for each in (pool, other):
@@ -211,6 +266,31 @@ def test_each_training_has_its_own_threads_in_whatever_thread_and_order_its_task
         plugin.teardown(worker)
     with pytest.raises(KeyError):
         _sum_group("on 1", b"", (), None, True)
+
+
+def test_a_worker_of_others_keeps_gdals_cache_and_freed_memory_as_small_as_was_planned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mapped: list[bool] = []
+    monkeypatch.setattr(training_cluster, "map_large_blocks", lambda: mapped.append(True))
+    monkeypatch.setenv("ZARR_ASYNC__CONCURRENCY", "3")
+    monkeypatch.setenv("GDAL_CACHEMAX", "7")  # so that it is put back
+    plugin, worker = TrainingPlugin("elsewhere", b"", 1), cast("Any", None)
+    for own, wanted in ((None, str(GDAL_CACHE_BYTES // 2**20)), ("7", "7")):
+        monkeypatch.setattr(plugin, "_starter", ("another machine", 1))
+        if own is None:
+            monkeypatch.delenv("GDAL_CACHEMAX")
+        else:
+            monkeypatch.setenv("GDAL_CACHEMAX", own)
+        plugin.setup(worker)
+        assert os.environ["GDAL_CACHEMAX"] == wanted
+    assert mapped == [True, True]
+    # The command's own process is its own affair.
+    monkeypatch.undo()
+    before = os.environ.get("GDAL_CACHEMAX")
+    plugin.setup(worker)
+    assert os.environ.get("GDAL_CACHEMAX") == before
+    plugin.teardown(worker)
 
 
 def test_workers_that_cannot_take_a_training_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +309,33 @@ def test_workers_that_cannot_take_a_training_say_why(tmp_path: Path, monkeypatch
     unsent = TrainingCluster(None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ClusterError, match=r"cannot be sent to workers: .*lock.*; train in one process"):
         unsent.introduce(plugin, threading.Lock())  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "attempts", "message"),
+    [
+        ("lost dependencies", "running", 3, r"lost in each of 3 attempts at a training step: .*lost dependencies"),
+        ("scheduler-connection-lost", "running", 1, r"^the Dask scheduler was lost; .* the same command goes on$"),
+        ("unknown", "closed", 1, "the Dask scheduler was lost"),
+    ],
+)
+def test_a_lost_scheduler_is_told_from_lost_workers(
+    reason: str, status: str, attempts: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def submit(*_: object, **__: object) -> Future:
+        tried.append(1)
+        raise FutureCancelledError("sum", reason)
+
+    client = cast("Any", SimpleNamespace(status=status))
+    shared = TrainingCluster(client)
+    for name, stub in (("_wait", lambda: None), ("_send", lambda *_: None), ("_submit", submit)):
+        monkeypatch.setattr(shared, name, stub)
+    with pytest.raises(ClusterError, match=message) as refused:
+        shared.add_up("a", (), ("tile",), None, with_gradients=True)
+    assert "\n" not in str(refused.value)
+    assert len(tried) == attempts
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 16, 17, 100])

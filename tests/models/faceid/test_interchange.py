@@ -72,11 +72,13 @@ def test_other_layers_and_broken_files_are_refused(tmp_path: Path) -> None:
 
 def test_shards_are_read_by_safetensors(tmp_path: Path) -> None:
     head = ShardedMarginHead(61, DIM, rule=SGD(lr=0.1), tablet_rows=8, block_rows=4)
-    index = json.loads(export_safetensors(head, tmp_path / "out").read_text())
+    listed = export_safetensors(head, tmp_path / "out")
+    index = json.loads(listed.read_text())
     parts: list[Tensor] = []
     for name, shard in index["weight_map"].items():
         with safe_open(tmp_path / "out" / shard, "pt") as file:
             parts.append(file.get_tensor(name))
+            assert (tmp_path / "out" / shard).stat().st_mode == listed.stat().st_mode
             assert int(file.metadata()["first_class"]) == sum(len(part) for part in parts[:-1])
     assert torch.equal(torch.cat(parts), head.dense_weight())
     assert index["metadata"]["total_size"] == 61 * DIM * 2

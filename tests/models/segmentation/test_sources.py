@@ -493,6 +493,7 @@ def test_any_network_survives_its_files(network: Small, folder: Path) -> None:
     model = described(folder, network)
     saved = save_model(model, "m.json", card={"accuracy": 0.5})
     assert saved.sha256 == digest(folder / "m.safetensors")
+    assert (folder / "m.safetensors").stat().st_mode == (folder / "m.json").stat().st_mode
     again = load_model("m.json", trust=True)
     assert again == replace(saved, network=again.network)
     assert_same(again.network, network)

@@ -73,6 +73,7 @@ def test_an_optimiser_continues_bit_for_bit_from_its_tensors(name: OptimiserName
         step(network, optimiser, number)
     tensors = {**network.state_dict(), **{f"optimiser.{k}": v for k, v in optimiser_tensors(optimiser).items()}}
     save_state(tmp_path, TrainingState(step=3, tensors=tensors, values={"seconds": 1.5}))
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
     again = nn.Linear(5, 3)
     state = load_state(tmp_path)
     assert state is not None
