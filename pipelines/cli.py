@@ -21,6 +21,7 @@ from .cli_face_train import face_train_options
 from .cli_train import label_options, make_label_options, train_options
 from .interrupts import heed_interrupts
 from .option_types import Numbers, Place, option, together
+from .torchrun import refuse_torchrun
 
 EXIT_FAILED, EXIT_USAGE, EXIT_FAILED_TILES, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -585,7 +586,8 @@ _layer = together(
 
 
 @cli.group(cls=_Group)
-def face() -> None:
+@click.pass_context
+def face(context: click.Context) -> None:
     """Faces: the giant classification layer, an embedder trained through it, and galleries of persons.
 
     \b
@@ -595,6 +597,8 @@ def face() -> None:
     outsize face enroll staff/ people/ --embedder faces/
     outsize face identify staff/ door.png --embedder faces/
     """
+    if context.invoked_subcommand not in ("train", "identify"):
+        refuse_torchrun(str(context.invoked_subcommand))
 
 
 @face.command("benchmark")

@@ -16,7 +16,6 @@ from ..tiler.memory import format_bytes, parse_bytes
 from ..tiler.meter import MemoryMeter
 from .console import Console, count_of, format_table
 from .face_pictures import BATCH, Pictures, embed_people, group_by_person
-from .ranks import refuse_torchrun
 
 SHOWN = 20
 """Names that are listed in a sentence."""
@@ -46,7 +45,6 @@ def run_enroll(console: Console, options: EnrollOptions) -> bool:
         UsageError: no pictures; persons who are there already.
         ImageError: not one picture could be used.
     """
-    refuse_torchrun("enroll")
     with MemoryMeter() as meter:
         embedder = load_embedder(options.embedder)
         require_memory(embedder, options.memory)
@@ -109,7 +107,6 @@ def _store(gallery: Gallery, names: list[str], templates: Any, there: set[str], 
 
 def run_remove(console: Console, place: Path, names: tuple[str, ...]) -> None:
     """Remove persons; their names and templates are in no file afterwards."""
-    refuse_torchrun("remove")
     gallery = Gallery.open(place)
     before = gallery.calibration
     templates = gallery.remove(names)
@@ -140,7 +137,6 @@ def run_calibrate(
     Raises:
         UsageError: strangers without an embedder.
     """
-    refuse_torchrun("calibrate")
     if strangers is None:
         gallery, pictures = Gallery.open(place, memory=memory), None
         calibration = gallery.calibrate()

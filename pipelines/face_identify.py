@@ -31,13 +31,13 @@ from .ranks import (
     INTERRUPTED,
     LOST,
     is_loss,
-    is_started_by_torchrun,
     join_ranks,
     joined_torchrun,
     leave_ranks,
     refuse_as_rank,
     run_ranks,
 )
+from .torchrun import is_started_by_torchrun, require_torchrun_ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +67,12 @@ def run_identify(console: Console, options: IdentifyOptions, *, ranks: int) -> b
 
     Raises:
         GalleryError: the gallery is another embedder's, or damaged.
-        UsageError: no pictures; a threshold and a rate at once.
+        UsageError: no pictures; a threshold and a rate at once; another number of ranks than torchrun's.
         ImageError: not one picture could be used.
         RankError: a rank refused any of these, or ended early.
     """
     if is_started_by_torchrun():
+        require_torchrun_ranks(ranks)
         with joined_torchrun() as local:
             found = identify_as_rank(console, options, local)
     elif ranks == 1:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed as dist
 from torch import nn
 
 from ..models.faceid.augmentation import FaceAugmentation
 from ..models.faceid.batch_loader import BatchLoader
 from ..models.faceid.checkpoint import list_generations
+from ..models.faceid.collectives import Ranks
 from ..models.faceid.head_plan import plan_head
 from ..models.faceid.row_rules import RULES
-from ..tiler.errors import BudgetError, UsageError
+from ..tiler.errors import BudgetError, TilerError, UsageError
 from ..tiler.machine import cpu_count, map_large_blocks
 from ..tiler.memory import format_bytes
 from .console import Console, count_of
@@ -27,7 +27,8 @@ from .face import available_bytes, require_cores
 from .face_sources import SYNTHETIC, OpenedFaces
 from .face_training import FaceTraining, train_rank, write_spec
 from .face_validation import describe_scores
-from .ranks import RankError, is_started_by_torchrun, leave_ranks, run_ranks
+from .ranks import INTERRUPTED, RankError, joined_torchrun, leave_ranks, run_ranks
+from .torchrun import is_started_by_torchrun, require_torchrun_ranks
 from .training_folder import describe_training, owning_folder, require_same_training
 
 _STRANGE = "must be a new or empty folder, or hold this training, got {name} there"
@@ -47,13 +48,15 @@ def run_face_train(
         threads: of each rank; None: the cores divided among them.
 
     Raises:
-        UsageError, HeadError: a choice that breaks a rule, a source that cannot be trained on.
+        UsageError, HeadError: a choice that breaks a rule, a source that cannot be trained on; other ranks than
+            torchrun's.
         OutputError: OUT holds something else, or another training runs there.
         BudgetError: it does not fit.
         RankError: a rank ended early.
         KeyboardInterrupt: stopped, and saved.
     """
     if is_started_by_torchrun():
+        require_torchrun_ranks(ranks)
         return _run_as_rank(console, training, threads, memory)
     require_cores(ranks)
     training = replace(training, threads=threads or max(1, cpu_count() // ranks))
@@ -77,18 +80,41 @@ def run_face_train(
 
 
 def _run_as_rank(console: Console, training: FaceTraining, threads: int | None, memory: str | None) -> bool:
-    """One rank of torchrun; rank 0 prepares the folder and shows the result."""
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    training = replace(training, threads=threads or max(1, cpu_count() // local))
-    out = Path(training.out)
-    dist.init_process_group("gloo")
-    with owning_folder(out, _STRANGE) if rank == 0 else nullcontext():
-        faces = _prepare(console, training, ranks, memory) if rank == 0 else training.open()
-        dist.barrier()
-        result = train_rank(console, training, faces)
-        leave_ranks()
+    """One rank of torchrun; the first prepares the folder and shows the result, or says alone what went wrong."""
+    with joined_torchrun() as local:
+        ranks = Ranks.of(None)
+        training = replace(training, threads=threads or max(1, cpu_count() // local))
+        with _prepared(console, training, ranks, memory) as faces:
+            if faces is None:
+                return True
+            try:
+                result = train_rank(console, training, faces)
+            except (TilerError, KeyboardInterrupt) as error:
+                if ranks.rank == 0:
+                    raise
+                raise SystemExit(error.exit_code if isinstance(error, TilerError) else INTERRUPTED) from None
     return _show(console, result) if result is not None else True
+
+
+@contextmanager
+def _prepared(
+    console: Console, training: FaceTraining, ranks: Ranks, memory: str | None
+) -> Iterator[OpenedFaces | None]:
+    """What a rank trains on, opened by the others when the first has prepared the folder, which it owns meanwhile; None
+    where the first has refused."""
+    with ExitStack() as owned:
+        if ranks.rank == 0:
+            try:
+                owned.enter_context(owning_folder(Path(training.out), _STRANGE))
+                faces = _prepare(console, training, ranks.size, memory)
+            except TilerError:
+                ranks.add(torch.tensor([1]))
+                leave_ranks()
+                raise
+            ranks.add(torch.tensor([0]))
+            yield faces
+        else:
+            yield None if int(ranks.add(torch.tensor([0]))) else training.open()
 
 
 def _prepare(console: Console, training: FaceTraining, ranks: int, memory: str | None) -> OpenedFaces:

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import distributed as dist
 
-from ..tiler.errors import TilerError, UsageError
+from ..tiler.errors import TilerError
 
 INTERRUPTED = 130
 LOST = 75
@@ -124,11 +124,6 @@ def leave_ranks() -> None:
         dist.destroy_process_group()
 
 
-def is_started_by_torchrun() -> bool:
-    """Whether this process is a rank of torchrun, or of anything that sets its variables."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 @contextmanager
 def joined_torchrun() -> Iterator[int]:
     """Be a rank of torchrun; how many of its ranks this machine has.
@@ -149,19 +144,3 @@ def joined_torchrun() -> Iterator[int]:
 def is_loss(error: RuntimeError) -> bool:
     """Whether torch.distributed could not reach another rank."""
     return "gloo" in str(error)
-
-
-def refuse_torchrun(command: str) -> None:
-    """For commands that are one process's work: of several ranks the first says so, the others end without a word.
-
-    Raises:
-        UsageError: on the first rank.
-        SystemExit: on the others.
-    """
-    if is_started_by_torchrun() and int(os.environ["WORLD_SIZE"]) > 1:
-        if int(os.environ["RANK"]) > 0:
-            raise SystemExit(0)
-        raise UsageError(
-            f"face {command} is one process's work, got {os.environ['WORLD_SIZE']} ranks of torchrun; call outsize "
-            f"face {command} without torchrun"
-        )

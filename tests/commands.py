@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import gc
 import io
+import itertools
 import json
 import os
 import select
@@ -97,6 +98,32 @@ def outsize(
         for stream in (out, errors):
             stream.seek(0)
         return subprocess.CompletedProcess(command.args, command.wait(), out.read(), errors.read())
+
+
+def outsize_on_two_ranks(*words: str | Path) -> list[subprocess.CompletedProcess[str]]:
+    """The same as each of two ranks, with the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    with contextlib.ExitStack() as opened:
+        streams = [[opened.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in range(2)]
+        ranks = [
+            Command(*words, env={**shared, "RANK": str(rank)}, stdout=out, stderr=errors)
+            for rank, (out, errors) in enumerate(streams)
+        ]
+        try:
+            codes = [rank.wait(60) for rank in ranks]
+        except BaseException:
+            for rank in ranks:
+                rank.kill()
+            raise
+        for stream in itertools.chain(*streams):
+            stream.seek(0)
+        return [
+            subprocess.CompletedProcess(list(words), code, out.read(), errors.read())
+            for code, (out, errors) in zip(codes, streams, strict=True)
+        ]
 
 
 def fresh_outsize(

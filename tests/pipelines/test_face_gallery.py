@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -169,35 +168,25 @@ def test_two_ranks_give_the_bits_of_one(world: Path, tablets: Path, tmp_path: Pa
     outsize("identify", tablets, pictures[0], "--embedder", world / "faces", "--ranks", "4096", code=2)
 
 
-def run_two(folder: Path, *words: str | Path) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of each of two ranks, with the variables that torchrun sets."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    streams = [[(folder / f"{rank}.{kind}").open("w") for kind in ("out", "err")] for rank in (0, 1)]
-    ranks = [
-        commands.Command("--json", "face", *words, env={**shared, "RANK": str(rank)}, stdout=out, stderr=errors)
-        for rank, (out, errors) in enumerate(streams)
-    ]
-    codes = [rank.wait(60) for rank in ranks]
-    for stream in (stream for pair in streams for stream in pair):
-        stream.close()
-    return [
-        (code, *((folder / f"{rank}.{kind}").read_text() for kind in ("out", "err"))) for rank, code in enumerate(codes)
-    ]
+def on_two_ranks(*words: str | Path) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each."""
+    ranks = commands.outsize_on_two_ranks("--json", "face", *words)
+    return [(rank.returncode, rank.stdout, rank.stderr) for rank in ranks]
 
 
-def test_under_torchrun_the_first_rank_alone_speaks(world: Path, tablets: Path, tmp_path: Path) -> None:
+def test_under_torchrun_the_first_rank_alone_speaks(world: Path, tablets: Path) -> None:
     words = ("identify", tablets, world / "people" / name(7), "-k", "2", "--embedder")
     alone, _ = outsize(*words, world / "faces")
-    (code, out, _), other = run_two(tmp_path, *words, world / "faces")
+    (code, out, _), other = on_two_ranks(*words, world / "faces")
     assert (code, other) == (0, (0, "", ""))
     assert json.loads(out)["faces"] == alone["faces"]
-    (code, _, said), other = run_two(tmp_path, *words, world / "other")
+    (code, _, said), other = on_two_ranks(*words, world / "other")
     assert (code, other) == (1, (0, "", ""))
     assert "was made by another embedder" in said
     assert len(said.splitlines()) == 1
+    (code, _, said), other = on_two_ranks(*words, world / "faces", "--ranks", "4")
+    assert (code, other) == (2, (0, "", ""))
+    assert said == "outsize: error: torchrun started 2 ranks, --ranks asks for 4; leave --ranks out\n"
 
 
 def test_ranks_of_different_generations_refuse_to_search(gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,26 +198,32 @@ def test_ranks_of_different_generations_refuse_to_search(gallery: Path, monkeypa
 
 
 @pytest.mark.parametrize(("rank", "code"), [(0, 2), (1, 0)])
-def test_changes_are_no_work_for_ranks(
-    world: Path, gallery: Path, monkeypatch: pytest.MonkeyPatch, rank: int, code: int
+def test_what_is_called_once_is_no_work_for_ranks(
+    world: Path, gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, code: int
 ) -> None:
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    before = Gallery.open(gallery).generation
+    embedder = ("--embedder", world / "faces")
+    before, page = Gallery.open(gallery).generation, tmp_path / "page.html"
     for words in (
-        ("enroll", gallery, world / "strangers", "--embedder", world / "faces"),
+        ("enroll", gallery, world / "strangers", *embedder),
         ("remove", gallery, name(0)),
         ("calibrate", gallery),
+        ("gallery", gallery),
+        ("sample", tmp_path / "people", "--identities", "2"),
+        ("evaluate", world / "people", *embedder, "--report", page),
+        ("benchmark", "--classes", "100", "--checkpoint", tmp_path / "layer"),
     ):
         values, said = outsize(*words, code=code)
         assert said == (
-            f"outsize: error: face {words[0]} is one process's work, got 2 ranks of torchrun; call outsize face "
+            f"outsize: error: face {words[0]} must be called once, got 2 ranks of torchrun; call outsize face "
             f"{words[0]} without torchrun\n"
             if rank == 0
             else ""
         )
         assert bool(values) == (rank == 0)
     assert Gallery.open(gallery).generation == before
+    assert [path.name for path in tmp_path.iterdir()] == ["g"]
 
 
 def test_bad_pictures_are_named_and_counted_and_the_others_enrolled(world: Path, tmp_path: Path) -> None:

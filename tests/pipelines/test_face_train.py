@@ -394,6 +394,22 @@ def test_bad_choices_are_refused_in_one_line(tmp_path: Path, words: tuple[str, .
     assert not any(tmp_path.iterdir())  # folders that were made for it are gone
 
 
+def test_under_torchrun_the_first_rank_alone_refuses(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    for words, code, message in (
+        ((tmp_path / "run", "--faces", "synthetic:1"), 2, "synthetic faces need 2 identities or more"),
+        ((tmp_path, *STEPS), 1, "must be a new or empty folder, or hold this training, got notes.txt"),
+        ((tmp_path / "run", *STEPS, "--lr", "1e30", "--optimiser", "sgd", "--clip", "0"), 1, "was not finite in 10 st"),
+        ((tmp_path / "more", *STEPS, "--ranks", "3"), 2, "torchrun started 2 ranks, --ranks asks for 3"),
+    ):
+        first, other = commands.outsize_on_two_ranks("face", "train", *words)
+        assert (first.returncode, other.returncode) == (code, code if "--lr" in words else 0)
+        assert message in first.stderr.splitlines()[-1]
+        assert first.stderr.count("outsize: error") == 1
+        assert (other.stdout, other.stderr) == ("", "")
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "run"}
+
+
 def test_sources_that_teach_nothing_are_refused(tmp_path: Path, people: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
