@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 import tempfile
 import warnings
@@ -28,7 +26,6 @@ from .face import require_cores
 from .face_gallery import open_gallery, require_memory
 from .face_pictures import BATCH, Pictures, embed_files
 from .ranks import (
-    INTERRUPTED,
     LOST,
     is_loss,
     join_ranks,
@@ -210,8 +207,6 @@ def main(rank: int, folder: Path) -> int:
     """A rank that `outsize face identify` started; its exit code."""
     die_with_parent()
     warnings.simplefilter("ignore")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: os._exit(INTERRUPTED))  # there is nothing to save
     spec = json.loads((folder / "spec.json").read_text())
     try:
         join_ranks(rank, spec["ranks"], folder)

@@ -27,6 +27,8 @@ INTERRUPTED = 130
 LOST = 75
 """A rank could not reach another one, which is the cause."""
 _GOOD = (0, INTERRUPTED)
+_STOPPED = (*_GOOD, LOST, -signal.SIGTERM, -signal.SIGHUP)
+"""Of ranks that were asked to stop: those with nothing to save are ended by the signal, and the others lose them."""
 _SETTLE_S = 1.0
 """For the others to fail, once one has: the first that is seen need not be the cause."""
 
@@ -53,17 +55,18 @@ def run_ranks(module: str, ranks: int, threads: int, folder: Path) -> dict[str, 
         KeyboardInterrupt: the ranks stopped when they were asked to.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen([sys.executable, "-P", "-m", module, str(rank), str(folder)], env=environment)
-        for rank in range(ranks)
-    ]
+    processes: list[subprocess.Popen[bytes]] = []
     try:
         try:
-            _watch(processes, folder)
+            with _interrupts_held():
+                for rank in range(ranks):
+                    words = [sys.executable, "-P", "-m", module, str(rank), str(folder)]
+                    processes.append(subprocess.Popen(words, env=environment))
+            _watch(processes, folder, _GOOD)
         except KeyboardInterrupt:
             for process in processes:
                 process.send_signal(signal.SIGTERM)
-            _watch(processes, folder)
+            _watch(processes, folder, _STOPPED)
             raise
     finally:
         for process in processes:
@@ -72,22 +75,38 @@ def run_ranks(module: str, ranks: int, threads: int, folder: Path) -> dict[str, 
     return json.loads((folder / "result.json").read_text())
 
 
-def _watch(processes: list[subprocess.Popen[bytes]], folder: Path) -> None:
-    """Wait until all have ended well, or have stopped as they were asked to."""
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold back SIGINT. Processes started meanwhile inherit that, for ever: Ctrl-C in a terminal reaches them too, and
+    the command alone should act, as soon as it has started all."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _watch(processes: list[subprocess.Popen[bytes]], folder: Path, good: tuple[int, ...]) -> None:
+    """Wait until all have ended with good codes.
+
+    Raises:
+        RankError: one has not; the others may still run.
+        KeyboardInterrupt: a rank was interrupted.
+    """
     while any(process.poll() is None for process in processes):
-        if any(process.returncode not in (None, *_GOOD) for process in processes):
+        if any(process.returncode not in (None, *good) for process in processes):
             deadline = time.monotonic() + _SETTLE_S
             while time.monotonic() < deadline and any(process.poll() is None for process in processes):
                 time.sleep(0.05)
             break
         time.sleep(0.05)
     codes = [process.poll() for process in processes]
-    if all(code in _GOOD for code in codes):
+    if all(code in good for code in codes):
         if INTERRUPTED in codes:
             raise KeyboardInterrupt
         return
     # A rank that was killed is the cause of what others say of it.
-    failed = [rank for rank, code in enumerate(codes) if code not in (None, *_GOOD)]
+    failed = [rank for rank, code in enumerate(codes) if code not in (None, *good)]
     rank = min(failed, key=lambda rank: (codes[rank] == LOST, codes[rank] or 0))
     code = codes[rank] or 0
     if code < 0:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from ...tiler.machine import die_with_parent
 from .checkpoint import load_checkpoint, save_checkpoint
 from .head import ShardedMarginHead
 from .row_rules import RULES, RowRule
@@ -142,6 +143,7 @@ def run_rank(rank: int, spec: BenchmarkSpec, folder: Path) -> None:
 
 def main(rank: int, folder: Path) -> None:
     """`python -m outsize.models.faceid.benchmark RANK FOLDER`, with the spec in FOLDER/spec.json."""
+    die_with_parent()
     warnings.simplefilter("ignore")
     run_rank(rank, BenchmarkSpec(**json.loads((folder / "spec.json").read_text())), folder)
 

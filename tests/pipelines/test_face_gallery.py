@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
+import signal
+import time
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -166,6 +172,58 @@ def test_two_ranks_give_the_bits_of_one(world: Path, tablets: Path, tmp_path: Pa
     assert [both[key] for key in same] == [alone[key] for key in same]
     assert both["predicted_peak_bytes"] > 1.5 * alone["predicted_peak_bytes"]
     outsize("identify", tablets, pictures[0], "--embedder", world / "faces", "--ranks", "4096", code=2)
+
+
+def wait_for(what: Callable[[], Any]) -> Any:
+    """What it gives, once that is something."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if found := what():
+            return found
+        time.sleep(0.01)
+    raise AssertionError("it did not come so far")
+
+
+def has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE  # where nobody collects what a dead parent has left
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at_work", [True, False], ids=["at work", "starting"])
+def test_ranks_end_with_their_command_in_one_line(
+    world: Path, tablets: Path, tmp_path: Path, sign: signal.Signals, at_work: bool
+) -> None:
+    """Ctrl-C, which a terminal sends to all of them, and SIGTERM, which a user sends to one and a system to all."""
+    picture, said = tmp_path / "door.png", tmp_path / "said.txt"
+    os.mkfifo(picture)  # whoever reads it waits
+
+    def begin_to_read() -> int | None:
+        with contextlib.suppress(OSError):  # nobody reads it yet
+            return os.open(picture, os.O_WRONLY | os.O_NONBLOCK)
+        return None
+
+    words = ("face", "identify", tablets, picture, "--embedder", world / "faces", "--ranks", "2")
+    with said.open("w") as errors:
+        command = commands.Command(*words, stderr=errors, start_new_session=True)
+        ranks = wait_for(lambda: len(found := psutil.Process(command.pid).children()) == 2 and found)
+        writer = wait_for(begin_to_read) if at_work else None
+        if sign == signal.SIGTERM and at_work:
+            command.send_signal(sign)
+        else:
+            os.killpg(command.pid, sign)
+        try:
+            assert command.wait(60) == 130
+        finally:
+            command.kill()
+    if writer is not None:
+        os.close(writer)
+    *remarks, last = filter(None, said.read_text().splitlines())
+    assert last == "outsize: interrupted; the same command begins anew"
+    assert [remark.split()[0] for remark in remarks] == (["no", str(PEOPLE)] if at_work else [])
+    assert wait_for(lambda: all(has_ended(rank) for rank in ranks))
 
 
 def on_two_ranks(*words: str | Path) -> list[tuple[int, str, str]]:
