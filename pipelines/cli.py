@@ -620,7 +620,7 @@ def face(context: click.Context) -> None:
 @_layer
 @click.pass_obj
 def face_benchmark(console: Any, **options: Any) -> None:
-    """Time training steps of a layer with random batches: full softmax over all classes.
+    """Time training steps of a layer, with random batches.
 
     \b
     outsize face benchmark --classes 100000

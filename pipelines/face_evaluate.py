@@ -268,7 +268,8 @@ def _sentence(source: str, values: Values) -> str:
             f"identification of {found['known']:,} pictures among {found['people']:,} persons: {ranks}",
             format_table(("strangers named", "threshold", "known missed", "strangers"), rows),
         ]
-    if any("?" in line for line in lines):
+    measured = [part["points"] for part in (values["verification"], values["identification"]) if part]
+    if not all(point["is_sure"] for points in measured for point in points):
         lines.append("? fewer than 10 are allowed: uncertain; - not even one: these pictures cannot tell")
     return "\n".join(lines)
 

@@ -25,7 +25,8 @@ from ..tiler.memory import format_bytes
 from .console import Console, count_of
 from .face import available_bytes, require_cores
 from .face_sources import SYNTHETIC, OpenedFaces
-from .face_training import FaceTraining, train_rank, write_spec
+from .face_trainer import train_rank
+from .face_training import FaceTraining, write_spec
 from .face_validation import describe_scores
 from .ranks import INTERRUPTED, RankError, joined_torchrun, leave_ranks, run_ranks
 from .torchrun import is_started_by_torchrun, require_torchrun_ranks
@@ -69,7 +70,7 @@ def run_face_train(
             else:
                 with tempfile.TemporaryDirectory() as folder:
                     write_spec(training, ranks, Path(folder))
-                    result = run_ranks("outsize.pipelines.face_training", ranks, training.threads, Path(folder))
+                    result = run_ranks("outsize.pipelines.face_trainer", ranks, training.threads, Path(folder))
         except RankError as error:
             raise RankError(f"{error}; {_how_to_go_on(out)}") from error
         except KeyboardInterrupt:

@@ -33,6 +33,8 @@ class Measured:
     verification: Verification | None
     failed: list[tuple[str, str]]
     """(picture, reason) of those that cannot be used."""
+    grey: int
+    """Pictures without colour, of those that were measured with."""
 
 
 def describe_scores(scores: dict[str, Any]) -> str:
@@ -64,10 +66,12 @@ def measure_embedder(model: nn.Module, description: EmbedderDescription, held_ou
     place[order] = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])
     shown = np.flatnonzero(place < MOST_PICTURES)
     vectors, known, failed = list[np.ndarray](), list[int](), list[tuple[str, str]]()
+    grey = 0
     for start in range(0, len(shown), BATCH):
         part = shown[start : start + BATCH]
-        pictures, unusable, _ = held_out.read(part, np.zeros_like(part))
+        pictures, unusable, without_colour = held_out.read(part, np.zeros_like(part))
         failed += unusable
+        grey += without_colour
         good = [(pixels, labels[sample]) for pixels, sample in zip(pictures, part, strict=True) if pixels is not None]
         if good:
             vectors.append(embedder.embed(torch.from_numpy(np.stack([pixels for pixels, _ in good]))).double().numpy())
@@ -79,11 +83,11 @@ def measure_embedder(model: nn.Module, description: EmbedderDescription, held_ou
         split = split_pictures(np.array(known), stranger_share=0.0, seed=seed)
         found = measure_identification(unit, np.array(known), split, threads=torch.get_num_threads())
     except HeadError as error:
-        return Measured(scores={**scores, "not_measured": str(error)}, verification=None, failed=failed)
+        return Measured(scores={**scores, "not_measured": str(error)}, verification=None, failed=failed, grey=grey)
     scores["rank_1"] = found.match_rates[0]
     scores["tar"] = {
         rate: point.true_accept_rate
         for rate, point in zip(RATES, verification.points, strict=True)
         if point.true_accept_rate is not None
     }
-    return Measured(scores=scores, verification=verification, failed=failed)
+    return Measured(scores=scores, verification=verification, failed=failed, grey=grey)

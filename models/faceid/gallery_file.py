@@ -115,7 +115,9 @@ def read_newest(folder: Path) -> Manifest:
             return _read_manifest(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reasons.append(f"{path.name} is damaged ({error})")
-    raise GalleryError(f"{folder} is no gallery: {'; '.join(reasons) or 'it has no generation'}")
+    raise GalleryError(
+        f"{folder} is no gallery: {'; '.join(reasons) or 'it has no generation; outsize face enroll makes one'}"
+    )
 
 
 def _read_manifest(path: Path) -> Manifest:

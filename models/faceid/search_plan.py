@@ -48,7 +48,7 @@ class SearchPlan:
         """The plan in words."""
         where = "read from the disk for each pass" if self.reads_disk else "kept in memory"
         return (
-            f"{self.rows:,} rows x {self.dim} in {self.storage}, {where}; {self.query_part:,} faces a pass; memory "
+            f"{self.rows:,} rows x {self.dim} in {self.storage}, {where}; faces a pass: {self.query_part:,}; memory "
             f"{format_bytes(self.total_bytes)} a rank (rows {format_bytes(self.rows_bytes)}, buffers "
             f"{format_bytes(self.buffer_bytes)}, names {format_bytes(self.names_bytes)}, process "
             f"{format_bytes(self.process_bytes)})"

@@ -430,8 +430,14 @@ def test_embeddings_give_the_same_numbers_as_pictures(world: Path, tmp_path: Pat
             assert one["threshold"] == pytest.approx(other["threshold"], abs=1e-5)
     assert found["identification"]["match_rates"] == pytest.approx(expected["identification"]["match_rates"], abs=0.03)
     np.save(tmp_path / "labels.npy", np.arange(len(files)) // PICTURES)
-    numbered, _ = outsize("evaluate", "--embeddings", tmp_path / "e.npy", "--labels", tmp_path / "labels.npy")
+    words = ("evaluate", "--embeddings", tmp_path / "e.npy", "--labels", tmp_path / "labels.npy")
+    numbered, _ = outsize(*words)
     assert numbered["verification"]["points"] == found["verification"]["points"]
+    # What - stands for is said, if there is no ? beside it.
+    shown = commands.outsize_here("face", *words, "--far", "1e-1,1e-6", "--strangers", "0").stdout
+    assert "1e-06                      -" in shown
+    assert " ?" not in shown
+    assert shown.splitlines()[-1].endswith("- not even one: these pictures cannot tell")
 
 
 @pytest.mark.parametrize(

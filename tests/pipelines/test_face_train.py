@@ -269,7 +269,7 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.new("RGB", (20, 16)).save(one / "wide.png")
     (one / "notes.txt").write_text("x")
     shutil.copy(folder / "identity-000001" / "identity-000001_0001.png", folder / "identity-000002" / "copy.png")
-    for number in range(3, 7):  # three are held out
+    for number in range(1, 12):
         third = folder / f"identity-{number:06d}" / f"identity-{number:06d}_0003.png"
         with Image.open(third) as picture:
             grey = picture.convert("L")
@@ -284,7 +284,7 @@ FOLDER = ("--batch", "8", "--micro-batch", "4", "--dim", "16", "--held-out", "3"
 
 
 def test_a_folder_is_trained_on_and_what_is_wrong_is_named(tmp_path: Path, people: Path) -> None:
-    values, said = train(tmp_path / "run", "--faces", people, *FOLDER, "--steps", "12", code=3)
+    values, said = train(tmp_path / "run", "--faces", people, *FOLDER, "--steps", "12", "--evaluate-every", "6", code=3)
     named = {
         Path(entry["path"]).name: entry["reason"]
         for entry in map(json.loads, (tmp_path / "run" / "unreadable.jsonl").read_text().splitlines())
@@ -299,6 +299,10 @@ def test_a_folder_is_trained_on_and_what_is_wrong_is_named(tmp_path: Path, peopl
     assert "1 file left alone" in said
     (grey,) = re.findall(r"(\d) of the \d pictures of step \d+ are without colour: grey is taken for red", said)
     assert int(grey) > 0
+    # One of each; of the first identity it is the first picture.
+    assert (
+        len(re.findall(r"3 of the [89] pictures of identities never seen are without colour: grey is taken", said)) == 1
+    )
     assert values["identities"] == 3
     described = json.loads((tmp_path / "run" / "training.json").read_text())
     assert described["fingerprint"]["size"] == [16, 16]
