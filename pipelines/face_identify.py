@@ -203,9 +203,9 @@ def _pictures_of(places: tuple[Path, ...]) -> list[Path]:
     return found
 
 
-def main(rank: int, folder: Path) -> int:
+def main(rank: int, folder: Path, command: int) -> int:
     """A rank that `outsize face identify` started; its exit code."""
-    die_with_parent()
+    die_with_parent(command)
     warnings.simplefilter("ignore")
     spec = json.loads((folder / "spec.json").read_text())
     try:
@@ -224,4 +224,4 @@ def main(rank: int, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(int(sys.argv[1]), Path(sys.argv[2])))
+    raise SystemExit(main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])))

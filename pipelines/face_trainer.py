@@ -295,9 +295,9 @@ class _Silent(Console):
         pass
 
 
-def main(rank: int, folder: Path) -> int:
+def main(rank: int, folder: Path, command: int) -> int:
     """A rank that `outsize face train` started; its exit code."""
-    die_with_parent()
+    die_with_parent(command)
     warnings.simplefilter("ignore")
     spec = json.loads((folder / "spec.json").read_text())
     training = FaceTraining.from_json(json.dumps(spec["training"]))
@@ -322,4 +322,4 @@ def main(rank: int, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(int(sys.argv[1]), Path(sys.argv[2])))
+    raise SystemExit(main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])))

@@ -46,7 +46,9 @@ class RankError(TilerError):
 
 
 def run_ranks(module: str, ranks: int, threads: int, folder: Path) -> dict[str, Any]:
-    """Run `python -m module RANK FOLDER` for each rank; what rank 0 wrote to FOLDER/result.json.
+    """Run `python -m module RANK FOLDER PID`, with this process's number, for each rank.
+
+    Returns what rank 0 wrote to FOLDER/result.json.
 
     Interrupted, it asks the ranks to stop and waits for them; interrupted again, it ends them.
 
@@ -60,7 +62,7 @@ def run_ranks(module: str, ranks: int, threads: int, folder: Path) -> dict[str, 
         try:
             with _interrupts_held():
                 for rank in range(ranks):
-                    words = [sys.executable, "-P", "-m", module, str(rank), str(folder)]
+                    words = [sys.executable, "-P", "-m", module, str(rank), str(folder), str(os.getpid())]
                     processes.append(subprocess.Popen(words, env=environment))
             _watch(processes, folder, _GOOD)
         except KeyboardInterrupt:

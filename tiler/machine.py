@@ -99,10 +99,14 @@ PR_SET_PDEATHSIG = 1
 """Of Linux's prctl: the signal that a process gets when its parent has died."""
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int | None = None) -> None:
     """A process that this command started must not outlive it. Dask's workers notice a closed pipe, in a thread that
-    waits for the interpreter; the kernel does not wait."""
-    parent = os.getppid()
+    waits for the interpreter; the kernel does not wait.
+
+    Args:
+        parent: its process number, so that one that died before this call is noticed; None: whichever is there.
+    """
+    parent = parent or os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died just before

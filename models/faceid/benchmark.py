@@ -141,9 +141,9 @@ def run_rank(rank: int, spec: BenchmarkSpec, folder: Path) -> None:
         dist.destroy_process_group()
 
 
-def main(rank: int, folder: Path) -> None:
-    """`python -m outsize.models.faceid.benchmark RANK FOLDER`, with the spec in FOLDER/spec.json."""
-    die_with_parent()
+def main(rank: int, folder: Path, command: int) -> None:
+    """`python -m outsize.models.faceid.benchmark RANK FOLDER PID`: the spec is in FOLDER/spec.json, PID starts it."""
+    die_with_parent(command)
     warnings.simplefilter("ignore")
     run_rank(rank, BenchmarkSpec(**json.loads((folder / "spec.json").read_text())), folder)
 
@@ -153,4 +153,4 @@ def write_spec(spec: BenchmarkSpec, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

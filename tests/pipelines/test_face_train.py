@@ -93,7 +93,7 @@ def test_killed_and_stopped_it_goes_on_to_the_same_bits(
         wait_for_steps(command, out, 12)
         ranks = psutil.Process(command.pid).children()
         assert len(ranks) == 2
-        next(rank for rank in ranks if rank.cmdline()[-2] == "1").kill()
+        next(rank for rank in ranks if rank.cmdline()[-3] == "1").kill()
         assert command.wait(60) == 1
     lines = said.read_text().strip().splitlines()
     assert not [line for line in lines if "onnection" in line]  # the others say nothing of their own
@@ -234,6 +234,13 @@ def _check_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_ranks("some_rank", 2, 1, tmp_path)
     thread.join()
+
+
+def test_a_rank_whose_command_died_before_it_came_up_ends_at_once() -> None:
+    words = "import os, sys; from outsize.tiler.machine import die_with_parent as die; "
+    words += "die(os.getppid() + int(sys.argv[1])); print(1)"
+    ran = [subprocess.run([sys.executable, "-c", words, away], capture_output=True, text=True) for away in ("1", "0")]
+    assert [(run.returncode, run.stdout, run.stderr) for run in ran] == [(1, "", ""), (0, "1\n", "")]
 
 
 @pytest.mark.parametrize("name", ["backbone.safetensors", "optimiser.safetensors", "tablet-000000.rows"])
