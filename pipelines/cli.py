@@ -743,7 +743,7 @@ def evaluate(console: Any, pairs: tuple[str, ...], **options: Any) -> None:
     if len(pairs) % 2:
         raise click.UsageError(f"each OUT needs its LABELS after it, got {len(pairs)} arguments")
     maps = [Place().convert(out, None, None) for out in pairs[::2]]
-    run_evaluate(console, list(zip(maps, pairs[1::2], strict=True)), make_label_options(options))
+    run_evaluate(console, list(zip(maps, pairs[1::2], strict=True)), make_label_options(options, pairs[1::2]))
 
 
 @cli.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,18 @@ label_options = together(
 )
 
 
-def make_label_options(options: dict[str, Any]) -> Any:
-    """`LabelOptions` of the command line's."""
+def make_label_options(options: dict[str, Any], labels: Sequence[str]) -> Any:
+    """`LabelOptions` of the command line's, for these files of labels."""
     from ..tiler.labels import LabelOptions
 
-    return LabelOptions(
+    made = LabelOptions(
         values=options["class_values"] or (),
         nodata=options["label_nodata"] or None,
         field=options["label_field"],
         encoding=options["label_encoding"],
     )
+    made.require_use(labels)
+    return made
 
 
 train_options = together(
@@ -196,7 +199,7 @@ def run_train_command(
             out=options["out"],
             recipe=recipe,
             reading=reading,
-            label_options=make_label_options(options),
+            label_options=make_label_options(options, options["labels"]),
             classes=options["classes"] or (),
             balanced=weights == "balanced",
             validation=options["validation"],

@@ -18,7 +18,7 @@ from dask import config
 from distributed import Client, LocalCluster, Nanny
 from distributed.security import Security
 
-from .errors import TilerError
+from .errors import TilerError, UsageError
 from .records import log
 
 
@@ -44,6 +44,17 @@ class ClusterOptions:
     """Of a cluster on this machine; None: no dashboard, and no tile map elsewhere. A taken port gives another one."""
     processes: bool = True
     """False: workers are threads of this process."""
+
+    def __post_init__(self) -> None:
+        if self.has_certificates and not self.connects:
+            raise UsageError(
+                "--tls-ca-file, --tls-cert and --tls-key are for a running scheduler: name it with --scheduler or "
+                "--scheduler-file, or leave them out"
+            )
+
+    @property
+    def has_certificates(self) -> bool:
+        return bool(self.tls_ca_file or self.tls_cert or self.tls_key)
 
     @property
     def address(self) -> str | None:
@@ -119,7 +130,7 @@ def open_client(
         ClusterError: the scheduler does not answer.
     """
     security = None
-    if options.tls_ca_file or options.tls_cert or options.tls_key:
+    if options.has_certificates:
         security = Security(
             tls_ca_file=options.tls_ca_file,
             tls_client_cert=options.tls_cert,

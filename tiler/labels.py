@@ -192,6 +192,19 @@ class LabelOptions:
     encoding: str | None = None
     """Of a vector file's texts."""
 
+    def require_use(self, sources: Sequence[str]) -> None:
+        """Raises:
+        UsageError: an option that is for labels of a kind of which there are none.
+        """
+        vectors = [is_vector_file(source) for source in sources]
+        of_polygons = [
+            name for name, value in (("--label-field", self.field), ("--label-encoding", self.encoding)) if value
+        ]
+        if of_polygons and not any(vectors):
+            raise UsageError(f"{of_polygons[0]} is for polygons, but all labels are rasters; leave it out")
+        if self.nodata and all(vectors):
+            raise UsageError("--label-nodata is for rasters of labels, but all labels are polygons; leave it out")
+
 
 def open_labels(
     src: str,

@@ -492,6 +492,10 @@ def test_what_cannot_be_trained_is_refused_in_one_line(scene: tuple[Path, Path],
     assert "no training pixel has the class c" in say("--classes", "a,b,c")
     assert "needs 2 to 255 classes, the labels have 0" in say(labels=empty)
     assert "no labelled pixel is left to train on" in say("--block", "300", "--validation", "0.9")
+    assert "--label-field is for polygons, but all labels are rasters" in say("--label-field", "cover")
+    polygons = tmp_path / "labels.geojson"
+    assert "--label-nodata is for rasters of labels" in say("--label-nodata", "3", labels=polygons)
+    assert "--tls-ca-file, --tls-cert and --tls-key are for a running scheduler" in say("--tls-cert", "cert.pem")
     assert "a loss must be" in say("--loss", "hinge")
     assert "mse is a loss of numbers, and labels are classes here" in say("--loss", "mse")
     other = _described(image, tmp_path, ("red", "green", "nir"))
