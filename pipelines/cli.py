@@ -8,9 +8,8 @@ import sys
 import threading
 import tomllib
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import click
 
@@ -18,21 +17,25 @@ from .. import __version__
 from ..tiler.errors import TilerError
 from .cli_face_gallery import COMMANDS as FACE_COMMANDS
 from .cli_face_train import face_train_options
+from .cli_model import model
+from .cli_options import (
+    cluster_options,
+    make_cluster_options,
+    make_read_options,
+    make_segment_options,
+    make_write_options,
+    model_options,
+    overwrite_option,
+    planning_options,
+    reading_options,
+    writing_options,
+)
 from .cli_train import label_options, make_label_options, train_options
 from .interrupts import heed_interrupts
-from .option_types import Numbers, Place, option, together
+from .option_types import OrderedGroup, Place, option, together
 from .torchrun import refuse_torchrun
 
 EXIT_FAILED, EXIT_USAGE, EXIT_FAILED_TILES, EXIT_INTERRUPTED = 1, 2, 3, 130
-
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-
-
-class _Group(click.Group):
-    """Commands in the order in which they are used."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        return list(self.commands)
 
 
 def _load_config(context: click.Context, _parameter: click.Parameter, path: str | None) -> None:
@@ -65,7 +68,7 @@ def _load_config(context: click.Context, _parameter: click.Parameter, path: str 
 
 
 @click.group(
-    cls=_Group,
+    cls=OrderedGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "auto_envvar_prefix": "OUTSIZE"},
     epilog="Every option is also a variable, OUTSIZE_MEMORY or OUTSIZE_SEGMENT_MEMORY. "
     "Exit codes: 0 done, 1 failed, 2 usage, 3 finished with failed tiles or windows, 130 interrupted.",
@@ -102,250 +105,6 @@ def cli(context: click.Context, as_json: bool, debug: bool) -> None:  # noqa: AR
     context.obj = Console(as_json=as_json)
 
 
-class _NodataValue(click.ParamType):
-    """A number, nan, or none."""
-
-    name = "value"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value is None or str(value).lower() == "none":
-            return "none"
-        try:
-            return float(value)
-        except ValueError:
-            self.fail(f"a number, nan or none, got {value!r}", param, ctx)
-
-
-class _MaskBand(click.ParamType):
-    """N=V,V,...: a band and its values that mean nodata."""
-
-    name = "mask"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
-            return value
-        band, _, values = str(value).partition("=")
-        try:
-            return int(band), tuple(float(part) for part in values.split(","))
-        except ValueError:
-            self.fail(f"a band and its values that mean nodata, such as 8=2,4; got {value!r}", param, ctx)
-
-
-_overwrite = option("--overwrite", is_flag=True, help="Replace an existing output.")
-_model_options = together(
-    option("--weights", type=click.Path(), help="A factory's weights: .safetensors, or a state dict (.pt)."),
-    option("--trust-model", is_flag=True, help="Load model files that could run code."),
-    option("--sha256", metavar="HEX", help="Load the one file of this hash that could run code."),
-)
-_planning = together(
-    option(
-        "--model",
-        metavar="MODEL",
-        help="A model's .json, package.module:factory, or .pt2 and others that could run code; "
-        "without it the shipped one.",
-    ),
-    _model_options,
-    option(
-        "--output",
-        type=click.Choice(["class", "probability", "logits"]),
-        default="class",
-        show_default=True,
-        help="What to write for each pixel.",
-    ),
-    option(
-        "--memory",
-        show_default="2GB, and 2GB more for each CUDA device",
-        metavar="SIZE",
-        help="Budget of all processes together.",
-    ),
-    option(
-        "--engine",
-        type=click.Choice(["auto", "openvino", "torch"]),
-        default="auto",
-        show_default=True,
-        help="What runs the network; auto: torch where it sees a CUDA device, else OpenVINO where it is installed.",
-    ),
-    option(
-        "--device",
-        default="auto",
-        show_default=True,
-        metavar="[auto|cpu|cuda|cuda:N]",
-        help="Where: cuda takes every CUDA device, with a worker process each.",
-    ),
-    option(
-        "--device-memory",
-        metavar="SIZE",
-        help="Budget on each CUDA device; without it 80 % of what is free there.",
-    ),
-    option(
-        "--batch",
-        type=click.IntRange(1),
-        help="Windows that torch runs together; without it what a CUDA device is busy with, 1 on the CPU.",
-    ),
-    option(
-        "--precision",
-        type=click.Choice(["float32", "int8", "bfloat16", "float16", "tf32"]),
-        default="float32",
-        show_default=True,
-        help="What the engine computes in. int8 is faster, and needs outsize[int8]: ranges are found on windows of the "
-        "raster. bfloat16 and float16: torch.autocast; tf32: CUDA devices only. What fewer bits cost is measured and "
-        "printed.",
-    ),
-    option("--compile", "compiles", is_flag=True, help="Run torch's windows by torch.compile."),
-    option(
-        "--method",
-        type=click.Choice(["auto", "window", "program"]),
-        default="auto",
-        show_default=True,
-        help="Run the network on windows of the raster, or specialised to each tile; auto: what is faster and exact.",
-    ),
-    option(
-        "--halo",
-        type=click.IntRange(0),
-        metavar="PX",
-        help="Of a network that cannot be traced: pixels around each that its result depends on. The start check "
-        "stops a run whose halo is too small.",
-    ),
-    option(
-        "--halo-stride",
-        type=click.IntRange(1),
-        metavar="PX",
-        help="With --halo: windows start on multiples of this, which the network's own stride must divide; 64 if left "
-        "out.",
-    ),
-    option("--workers", type=click.IntRange(1), help="Worker processes; without it one for each 8 cores."),
-    option("--threads", type=click.IntRange(1), help="Compute threads of each worker."),
-    option("--core", type=click.IntRange(1), help="Side of a tile's core; without it what the budget allows."),
-    option(
-        "--region",
-        type=Numbers(int, 4),
-        metavar="Y,X,HEIGHT,WIDTH",
-        help="Only these pixels; their result equals the whole raster's.",
-    ),
-    option(
-        "--bounds",
-        type=Numbers(float, 4),
-        metavar="W,S,E,N",
-        help="Only what these bounds in the raster's CRS touch.",
-    ),
-    option(
-        "--mark-nodata-context",
-        is_flag=True,
-        help="Also write nodata_context: 1 where a pixel's receptive field touches nodata.",
-    ),
-)
-_reading = together(
-    option("--axes", metavar="ORDER", help="Order of a Zarr array's dimensions, such as yxb."),
-    option("--bands", type=Numbers(int), metavar="N,N,...", help="Bands to read, from 1, in this order."),
-    option(
-        "--nodata",
-        type=_NodataValue(),
-        multiple=True,
-        metavar="VALUE",
-        help="Nodata value in place of the file's; repeat it for several; none: no value.",
-    ),
-    option("--nodata-any", is_flag=True, help="A pixel is nodata where one band is; without it where all are."),
-    option("--alpha", is_flag=True, help="Take the band tagged alpha for a mask, not for a band."),
-    option(
-        "--mask-band",
-        type=_MaskBand(),
-        metavar="N=V,V,...",
-        help="Band N is a mask; where it holds one of the values, a pixel is nodata.",
-    ),
-)
-_writing = together(
-    option(
-        "--zarr-format",
-        type=click.Choice(["2", "3"]),
-        default="3",
-        show_default=True,
-        help="2 for readers that know no other, such as GDAL before 3.12.",
-    ),
-    option("--no-space-check", is_flag=True, help="Begin even if the disk might be too small."),
-)
-_cluster = together(
-    option("--scheduler", metavar="ADDRESS", help="A running Dask scheduler, such as tcp://host:8786."),
-    option("--scheduler-file", type=click.Path(), help="A running Dask scheduler's file."),
-    option("--tls-ca-file", type=click.Path(), help="CA certificate of the scheduler."),
-    option("--tls-cert", type=click.Path(), help="Certificate of this client."),
-    option("--tls-key", type=click.Path(), help="Key of this client."),
-    option(
-        "--dashboard-address",
-        default="127.0.0.1:8787",
-        show_default=True,
-        metavar="ADDRESS",
-        help="Of the dashboard that a run on this machine shows.",
-    ),
-    option("--no-dashboard", is_flag=True, help="Show no dashboard."),
-)
-
-
-def _read_options(options: dict[str, Any]) -> Any:
-    from ..tiler.raster import ReadOptions
-
-    values = options["nodata"]
-    if "none" in values and len(values) > 1:
-        raise click.UsageError("--nodata none says that there is no value; give it alone")
-    if options["alpha"] and options["mask_band"]:
-        raise click.UsageError("--alpha and --mask-band both name a mask; choose one")
-    mask = options["mask_band"] or (None, ())
-    return ReadOptions(
-        axes=options["axes"],
-        bands=options["bands"] or (),
-        nodata=tuple(value for value in values if value != "none") if values else None,
-        any_band=options["nodata_any"],
-        alpha=options["alpha"],
-        mask_band=mask[0],
-        mask_values=mask[1],
-    )
-
-
-def _cluster_options(options: dict[str, Any]) -> Any:
-    from ..tiler.cluster import ClusterOptions
-
-    return ClusterOptions(
-        scheduler=options["scheduler"],
-        scheduler_file=options["scheduler_file"],
-        tls_ca_file=options["tls_ca_file"],
-        tls_cert=options["tls_cert"],
-        tls_key=options["tls_key"],
-        dashboard_address=None if options["no_dashboard"] else options["dashboard_address"],
-    )
-
-
-def _segment_options(source: str, options: dict[str, Any]) -> Any:
-    from .segment import SegmentOptions
-
-    names = (
-        "model",
-        "output",
-        "memory",
-        "engine",
-        "device",
-        "device_memory",
-        "batch",
-        "method",
-        "precision",
-        "compiles",
-        "workers",
-        "threads",
-        "core",
-        "weights",
-        "trust_model",
-        "sha256",
-        "halo",
-        "halo_stride",
-    )
-    return SegmentOptions(
-        source=source,
-        reading=_read_options(options),
-        region=options["region"],
-        bounds=options["bounds"],
-        mark_nodata_context=options["mark_nodata_context"],
-        **{name: options[name] for name in names},
-    )
-
-
 @cli.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--size", type=click.IntRange(1, 200_000), default=4096, show_default=True, help="Height and width.")
@@ -355,7 +114,7 @@ def _segment_options(source: str, options: dict[str, Any]) -> Any:
 @click.option(
     "--axes", type=click.Choice(["byx", "yxb"]), default="byx", show_default=True, help="Order of the dimensions."
 )
-@_overwrite
+@overwrite_option
 @click.pass_obj
 def sample(
     console: Any, folder: Path, size: int, height: int | None, width: int | None, seed: int, axes: str, overwrite: bool
@@ -376,12 +135,12 @@ def sample(
 @click.argument("dst", type=Place())
 @option("--stack", is_flag=True, help="Several SRC are bands of one grid, in this order.")
 @option("--mosaic", is_flag=True, help="Several SRC are pieces of one grid; the first with data counts.")
-@_reading
+@reading_options
 @option("--memory", default="2GB", show_default=True, metavar="SIZE", help="Budget of all processes together.")
 @option("--workers", type=click.IntRange(1), help="Worker processes; without it one for each core.")
-@_writing
-@_cluster
-@_overwrite
+@writing_options
+@cluster_options
+@overwrite_option
 @click.pass_obj
 def ingest(
     console: Any, src: tuple[str, ...], dst: Path, stack: bool, mosaic: bool, overwrite: bool, **options: Any
@@ -405,7 +164,7 @@ def ingest(
             sources=src,
             stack=stack,
             mosaic=mosaic,
-            reading=_read_options(options),
+            reading=make_read_options(options),
             memory=options["memory"],
             workers=options["workers"],
             zarr_format=2 if options["zarr_format"] == "2" else 3,
@@ -413,7 +172,7 @@ def ingest(
             overwrite=overwrite,
         ),
         dst,
-        _cluster_options(options),
+        make_cluster_options(options),
     )
     if summary.unreadable:
         raise SystemExit(EXIT_FAILED_TILES)
@@ -421,8 +180,8 @@ def ingest(
 
 @cli.command()
 @click.argument("src")
-@_reading
-@_planning
+@reading_options
+@planning_options
 @option("--prove", is_flag=True, help="Try instead, on a small image in float64, that tiles equal the whole.")
 @click.pass_obj
 def plan(console: Any, src: str, prove: bool, **options: Any) -> None:
@@ -435,8 +194,8 @@ def plan(console: Any, src: str, prove: bool, **options: Any) -> None:
     from .segment import run_plan, run_proof
 
     if not prove:
-        run_plan(console, _segment_options(src, options))
-    elif not run_proof(console, _segment_options(src, options)):
+        run_plan(console, make_segment_options(src, options))
+    elif not run_proof(console, make_segment_options(src, options)):
         raise SystemExit(EXIT_FAILED)
 
 
@@ -464,10 +223,10 @@ def plan(console: Any, src: str, prove: bool, **options: Any) -> None:
     help="Of STAC items: the asset to read; several are the bands of one raster. Without it the one of role data.",
 )
 @option("--dry-run", is_flag=True, help="List plan and cost of each scene; read and write nothing.")
-@_reading
-@_planning
-@_writing
-@_cluster
+@reading_options
+@planning_options
+@writing_options
+@cluster_options
 @option("--no-resume", is_flag=True, help="Refuse an existing output instead of continuing it.")
 @option(
     "--report",
@@ -485,7 +244,7 @@ def plan(console: Any, src: str, prove: bool, **options: Any) -> None:
     help="A worker that does not answer for so long is restarted, and its tile tried alone at the end; never less than "
     "20 times the longest tile, or than the largest tile's work takes a slow machine.",
 )
-@_overwrite
+@overwrite_option
 @click.pass_obj
 def segment(console: Any, sources: tuple[str, ...], out_dir: Path | None, **options: Any) -> None:
     """Segment a raster SRC into OUT, a Zarr store; or with --out-dir many: paths, patterns, folders of rasters, STAC
@@ -514,29 +273,15 @@ def segment(console: Any, sources: tuple[str, ...], out_dir: Path | None, **opti
         raise click.UsageError(f"one SRC and its OUT, or inputs and --out-dir DIR; got {len(sources)} arguments")
     from .segment import run_plan, run_segment
 
-    known, out = _segment_options(sources[0], options), Place().convert(sources[1], None, None)
-    cluster = _cluster_options(options)
+    known, out = make_segment_options(sources[0], options), Place().convert(sources[1], None, None)
+    cluster = make_cluster_options(options)
     if options["dry_run"]:
         from ..tiler.places import is_remote
 
         run_plan(console, known, dashboard=cluster.serves_dashboard, to_store=is_remote(out))
         return
-    if run_segment(console, known, out, cluster, _write_options(options)).failed_tiles:
+    if run_segment(console, known, out, cluster, make_write_options(options)).failed_tiles:
         raise SystemExit(EXIT_FAILED_TILES)
-
-
-def _write_options(options: dict[str, Any]) -> Any:
-    from .segment import WriteOptions
-
-    return WriteOptions(
-        resume=not options["no_resume"],
-        overwrite=options["overwrite"],
-        retry_failed=options["retry_failed"],
-        patience=options["tile_timeout"],
-        zarr_format=2 if options["zarr_format"] == "2" else 3,
-        space_check=not options["no_space_check"],
-        report=options["report"],
-    )
 
 
 def _segment_batch(console: Any, sources: tuple[str, ...], folder: Path, options: dict[str, Any]) -> None:
@@ -546,12 +291,12 @@ def _segment_batch(console: Any, sources: tuple[str, ...], folder: Path, options
     scenes = find_scenes(sources, options["lists"], options["assets"])
     from .batch import run_batch, run_dry
 
-    known, cluster = _segment_options("", options), _cluster_options(options)
+    known, cluster = make_segment_options("", options), make_cluster_options(options)
     if options["dry_run"]:
         if not run_dry(console, scenes, known, folder, dashboard=cluster.serves_dashboard):
             raise SystemExit(EXIT_FAILED)
         return
-    results = run_batch(console, scenes, known, folder, cluster, _write_options(options))
+    results = run_batch(console, scenes, known, folder, cluster, make_write_options(options))
     states = {result.state for result in results}
     if "failed" in states:
         raise SystemExit(EXIT_FAILED)
@@ -585,7 +330,7 @@ _layer = together(
 )
 
 
-@cli.group(cls=_Group)
+@cli.group(cls=OrderedGroup)
 @click.pass_context
 def face(context: click.Context) -> None:
     """Faces: the giant classification layer, an embedder trained through it, and galleries of persons.
@@ -666,14 +411,14 @@ for _command in FACE_COMMANDS:
 @option("--samples", type=click.IntRange(0), default=12, show_default=True, help="Tiles to compute again in part.")
 @option("--repair", is_flag=True, help="Compute damaged tiles again, and only those.")
 @option("--model", metavar="MODEL", help="The one that made OUT, as segment takes it; without it the shipped one.")
-@_model_options
+@model_options
 @option(
     "--memory",
     show_default="2GB, and 2GB more for each CUDA device",
     metavar="SIZE",
     help="Budget of a repair.",
 )
-@_cluster
+@cluster_options
 @click.pass_obj
 def verify(console: Any, out: Path, **options: Any) -> None:
     """Read every chunk of an output: present, decodable, of the content that was written; and compute sampled pixels
@@ -689,7 +434,7 @@ def verify(console: Any, out: Path, **options: Any) -> None:
 
     names = ("samples", "repair", "model", "weights", "trust_model", "sha256", "memory")
     known = VerifyOptions(**{name: options[name] for name in names})
-    state = run_verify(console, out, known, _cluster_options(options))
+    state = run_verify(console, out, known, make_cluster_options(options))
     if state != "sound":
         raise SystemExit(EXIT_FAILED_TILES if state == "partial" else EXIT_FAILED)
 
@@ -698,11 +443,11 @@ def verify(console: Any, out: Path, **options: Any) -> None:
 @click.argument("scenes", nargs=-1, required=True, metavar="SCENE...")
 @train_options
 @click.option("--model", metavar="MODEL", help="Start from this one, as segment takes it; without it a new U-Net.")
-@_model_options
+@model_options
 @option("--memory", default="2GB", show_default=True, metavar="SIZE", help="Budget of the process; on Dask of each.")
-@_reading
-@_cluster
-@_overwrite
+@reading_options
+@cluster_options
+@overwrite_option
 @click.pass_obj
 def train(console: Any, scenes: tuple[str, ...], **options: Any) -> None:
     """Train a segmentation network on scenes of any size and leave DIR/best.json, a model for segment, with last.json,
@@ -722,7 +467,7 @@ def train(console: Any, scenes: tuple[str, ...], **options: Any) -> None:
     """
     from .cli_train import run_train_command
 
-    run_train_command(console, scenes, options, _read_options(options), _cluster_options(options))
+    run_train_command(console, scenes, options, make_read_options(options), make_cluster_options(options))
 
 
 @cli.command()
@@ -749,7 +494,7 @@ def evaluate(console: Any, pairs: tuple[str, ...], **options: Any) -> None:
 @cli.command()
 @click.argument("out", type=Place())
 @click.argument("file", type=Place(), required=False)
-@_overwrite
+@overwrite_option
 @click.pass_obj
 def report(console: Any, out: Path, file: Path | None, overwrite: bool) -> None:
     """Write a page on an output, OUT.html where no FILE is named: pictures before and after, class areas, plan, start
@@ -767,7 +512,7 @@ def report(console: Any, out: Path, file: Path | None, overwrite: bool) -> None:
 @cli.command()
 @click.argument("out", type=Place())
 @click.argument("file", type=Place())
-@_overwrite
+@overwrite_option
 @click.pass_obj
 def export(console: Any, out: Path, file: Path, overwrite: bool) -> None:
     """Write an output as FILE: .tif a cloud-optimised GeoTIFF with overviews, .png a quicklook of input and result.
@@ -797,102 +542,7 @@ def doctor(console: Any) -> None:
         raise SystemExit(EXIT_FAILED)
 
 
-@cli.group(cls=_Group)
-def model() -> None:
-    """Look at model files, and write your own.
-
-    \b
-    outsize model show
-    outsize model pack mynet:build mynet.json --weights mynet.safetensors
-    """
-
-
-def _source_options(source: str | None, options: dict[str, Any]) -> Any:
-    from .model import SourceOptions, parse_hyperparameters
-
-    return SourceOptions(
-        source=source,
-        weights=options["weights"],
-        hyperparameters=parse_hyperparameters(options["hyperparameter"]),
-        trust_model=options["trust_model"],
-        sha256=options["sha256"],
-    )
-
-
-_hyperparameter = click.option(
-    "--hyperparameter", multiple=True, metavar="KEY=JSON", help="A keyword argument of the factory; once for each."
-)
-
-
-@model.command(short_help="Write a model file from a factory and weights, or from another file.")
-@click.argument("source")
-@click.argument("out", type=click.Path(path_type=Path))
-@_model_options
-@_hyperparameter
-@click.option("--name", help="Of the model; without it the source's.")
-@click.option("--band", "bands", multiple=True, metavar="NAME", help="A band's name; once for each, in order.")
-@click.option(
-    "--scaling",
-    type=click.Choice(["z-score", "min-max", "offset-scale", "none"]),
-    help="What happens to raw pixels x: (x - mean) / stddev, (x - minimum) / (maximum - minimum), "
-    "(x - offset) / scale, or nothing. Without it what the source says.",
-)
-@click.option("--mean", metavar="V,V,..", help="Of z-score; one number for each band, or one for all.")
-@click.option("--stddev", metavar="V,V,..", help="Of z-score.")
-@click.option("--minimum", metavar="V,V,..", help="Of min-max.")
-@click.option("--maximum", metavar="V,V,..", help="Of min-max.")
-@click.option("--offset", metavar="V,V,..", help="Of offset-scale.")
-@click.option("--scale", metavar="V,V,..", help="Of offset-scale.")
-@click.option("--fill", metavar="V,V,..", help="Raw value of each band that stands in for nodata.")
-@click.option(
-    "--class", "classes", multiple=True, metavar="NAME=#RRGGBB", help="A class and its colour; once for each channel."
-)
-@_overwrite
-@click.pass_obj
-def pack(
-    console: Any,
-    source: str,
-    out: Path,
-    name: str | None,
-    bands: tuple[str, ...],
-    scaling: str | None,
-    fill: str | None,
-    classes: tuple[str, ...],
-    overwrite: bool,
-    **options: Any,
-) -> None:
-    """Write OUT.json and the weights beside it from SOURCE: package.module:factory with --weights, a model's .json, or
-    a file of torch.export, torch.save or TorchScript.
-
-    \b
-    outsize model pack mynet:build mynet.json --weights mynet.safetensors --hyperparameter width=16
-    outsize model pack mynet:build mynet.json --weights mynet.pt --band red --band nir
-        --scaling z-score --mean 98.5,120 --stddev 40,35.5 --class water=#1F78B4 --class land=#B2DF8A
-    outsize model pack mynet.pt2 mynet.json --trust-model --scaling min-max --minimum 0 --maximum 255
-    """
-    from .model import PackOptions, run_pack
-
-    constants = {key: options[key] for key in ("mean", "stddev", "minimum", "maximum", "offset", "scale")}
-    packing = PackOptions(name=name, bands=bands, scaling=scaling, constants=constants, fill=fill, classes=classes)
-    run_pack(console, _source_options(source, options), out, packing, overwrite=overwrite)
-
-
-@model.command(short_help="Print what a model says.")
-@click.argument("source", metavar="[MODEL]", required=False)
-@_model_options
-@_hyperparameter
-@click.pass_obj
-def show(console: Any, source: str | None, **options: Any) -> None:
-    """Print what a model says: bands, scaling, fill, classes, architecture, sha256. A .json is read, not loaded.
-
-    \b
-    outsize model show
-    outsize model show mynet.json
-    outsize --json model show mynet.pt2 --trust-model
-    """
-    from .model import run_show
-
-    run_show(console, _source_options(source, options))
+cli.add_command(model)
 
 
 def _global_first(arguments: list[str]) -> list[str]:

@@ -88,3 +88,39 @@ class Size(click.ParamType):
         if len(sides) > 2 or not all(side.strip().isdecimal() and int(side) > 0 for side in sides):
             self.fail(f"sides in pixels, such as 112 or 112x96 (height x width), got {value!r}", param, ctx)
         return (int(sides[0]), int(sides[-1]))
+
+
+class NodataValue(click.ParamType):
+    """A number, nan, or none."""
+
+    name = "value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value is None or str(value).lower() == "none":
+            return "none"
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"a number, nan or none, got {value!r}", param, ctx)
+
+
+class MaskBand(click.ParamType):
+    """N=V,V,...: a band and its values that mean nodata."""
+
+    name = "mask"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        band, _, values = str(value).partition("=")
+        try:
+            return int(band), tuple(float(part) for part in values.split(","))
+        except ValueError:
+            self.fail(f"a band and its values that mean nodata, such as 8=2,4; got {value!r}", param, ctx)
+
+
+class OrderedGroup(click.Group):
+    """Commands in the order in which they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(self.commands)
