@@ -2,104 +2,44 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-import numpy as np
 import zarr
 from distributed import Client
 
 from .cluster import ClusterOptions, open_client
-from .errors import BudgetError, OutputError, RasterError
+from .copier import IMAGE, CellRecord, TransferJob, chunks_of, probe_raster
+from .errors import OutputError, RasterError
 from .files import make_folder, remove_tree, replace_store, sizes_below
 from .fingerprint import fingerprint_raster
-from .geometry import Grid, Interval, Window
-from .machine import cpu_count
-from .memory import MB, format_bytes, parse_bytes
 from .meter import MemoryMeter
-from .nodata import Array, Mask
 from .places import is_remote, place_of, store_at
-from .plan import STORE_BYTES
-from .raster import Raster, RasterReader, require_apart
-from .records import RunFolder, is_there, require_owner, writing
+from .raster import Raster, require_apart
+from .records import RunFolder, is_there, writing
 from .resume import SourceChangedError, SourceGuard
 from .schedule import Lost, job_on, run_cells
 from .store import (
     MASK,
-    VALID,
     ZarrFormat,
     add_mask,
-    chunk_name,
     create_raster_group,
     find_chunk_fault,
     finish_metadata,
     open_array,
     require_replaceable,
     require_space,
-    seal_chunks,
 )
-from .tile_map import begin_message, kept_cells, make_sketch, tile_message
+from .tile_map import begin_message, kept_cells, tile_message
+from .transfer_plan import TransferPlan, plan_transfer
 
-IMAGE = "image"
 MARK = "outsize_copy"
 """Group attribute of every copy."""
-CHUNK = 512
-CELL_BYTES = 48 * MB
-"""Of the pixels of one cell: what one task reads and writes."""
-HERE_BYTES = 64 * MB
-"""Rasters up to this size are copied in this process: starting workers would take longer."""
-CLIENT_BYTES = 200 * MB
-"""The commanding process with Dask, and each worker process with GDAL and Zarr; measured (docs/memory.md)."""
-WORKER_BYTES = 140 * MB
-CACHE_BYTES = 64 * MB
-COPIES = 3
-"""Of a cell's pixels at once: as read, as chunks, and half of that encoded, twice."""
-PROBES = 16
-"""Windows tried before the work begins; a raster of which none can be read is refused."""
-PROBE_SIDE = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransferPlan:
-    """How a raster is copied; a pure function of (raster, budget, number of workers)."""
-
-    grid: Grid
-    chunk: tuple[int, int]
-    workers: int
-    """Processes; 0: this one."""
-    cache_bytes: int
-    """GDAL's block cache in each."""
-    predicted_peak_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CellRecord:
-    """What is kept of a cell that was copied."""
-
-    row: int
-    column: int
-    pixels: int
-    unreadable: tuple[tuple[int, int, int, int, str], ...] = ()
-    """(y, x, height, width, reason) of what could not be read: nodata in the copy."""
-    state: str = "done"
-    lost: bool = False
-    """Its worker died over it."""
-    chunks: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Bytes and hash of its chunks, by their names in the store."""
-
-    @property
-    def error(self) -> str:
-        """Why something of it is nodata."""
-        return self.unreadable[0][4] if self.unreadable else ""
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,227 +96,6 @@ class TransferProgress:
     advanced: int
     resumed_cells: int
     memory_bytes: int
-
-
-def plan_transfer(
-    raster: Raster, memory: str | int = "2GB", workers: int | None = None, *, to_store: bool = False
-) -> TransferPlan:
-    """Cut a raster into cells of whole chunks so that all processes together keep the budget.
-
-    Args:
-        to_store: the copy goes to an object store.
-
-    Raises:
-        BudgetError: one chunk of all bands, or one block of the file, is too large for it; names what would do.
-    """
-    budget = parse_bytes(memory)
-    bands, height, width = raster.shape
-    chunk = (min(CHUNK, height), min(CHUNK, width))
-    chunk_bytes = raster.pixel_bytes * chunk[0] * chunk[1]
-    here = raster.pixel_bytes * height * width <= HERE_BYTES and workers is None
-    # Row and column centres are written as arrays.
-    store = STORE_BYTES if to_store or raster.is_far else 0
-    fixed = CLIENT_BYTES + store + 16 * (height + width)
-    cache = CACHE_BYTES + (raster.block_bytes if raster.kind != "zarr" else 0)
-    each = (0 if here else WORKER_BYTES + store) + cache + 2 * raster.block_bytes
-    wanted = 0 if here else (workers or cpu_count())
-    most = _cell_bytes_for(budget, fixed, each, max(1, wanted))
-    while most < chunk_bytes and wanted > 1:
-        wanted -= 1
-        most = _cell_bytes_for(budget, fixed, each, wanted)
-    if most < chunk_bytes:
-        least = fixed + COPIES * chunk_bytes + each
-        centres = 16 * (height + width)
-        _, what, remedy = max(
-            (centres, f"the positions of {height} rows and {width} columns are {format_bytes(centres)}", "cut it"),
-            (
-                raster.block_bytes,
-                f"one of its blocks, {raster.block[0]} x {raster.block[1]} px, is {format_bytes(raster.block_bytes)}",
-                "rewrite it in tiles",
-            ),
-            (
-                chunk_bytes,
-                f"{chunk[0]} x {chunk[1]} px of its {bands} bands are {format_bytes(chunk_bytes)}",
-                "choose --bands",
-            ),
-        )
-        raise BudgetError(
-            f"memory must be at least {format_bytes(least + 0.5 * MB)} for {raster.path}: {what}; got "
-            f"{format_bytes(budget)}; raise --memory, or {remedy}"
-        )
-    # Whole rows of chunks as far as memory allows: files in strips are then decoded once.
-    fitting = int(min(most, CELL_BYTES) // chunk_bytes)
-    across = max(1, min(-(-width // CHUNK), fitting))
-    down = max(1, min(fitting // across, -(-raster.block[0] // CHUNK), -(-height // CHUNK)))
-    grid = Grid(shape=(height, width), cell=(down * CHUNK, across * CHUNK))
-    cell_bytes = raster.pixel_bytes * min(down * CHUNK, height) * min(across * CHUNK, width)
-    process_bytes = max(1, min(wanted, len(grid))) * each
-    return TransferPlan(
-        grid=grid,
-        chunk=chunk,
-        workers=0 if here else min(wanted, len(grid)),
-        cache_bytes=cache,
-        predicted_peak_bytes=int(fixed + process_bytes + max(1, min(wanted, len(grid))) * COPIES * cell_bytes),
-    )
-
-
-def _cell_bytes_for(budget: int, fixed: int, each: int, workers: int) -> float:
-    return (budget - fixed - workers * each) / workers / COPIES
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransferJob:
-    """All that a process needs to copy any cell."""
-
-    run_id: str
-    raster: Raster
-    grid: Grid
-    out: str
-    """Where the copy is made, before it gets its name."""
-    chunk: tuple[int, int]
-    zarr_format: ZarrFormat
-    owned: str
-    """The output's own name, beside which its run's folder is."""
-    generation: int
-    gdal_cache_bytes: int = CACHE_BYTES
-    in_flight: int = 1
-    packages: tuple[str, ...] = ()
-
-    def open(self, *, watched: bool = False) -> Copier:
-        return Copier(self, watched=watched)
-
-
-class Copier:
-    """One process's reader and target arrays of a transfer.
-
-    Several threads may call it: one reads while another writes.
-    """
-
-    def __init__(self, job: TransferJob, *, watched: bool = False) -> None:
-        self.job = job
-        self._sketches: dict[tuple[int, int], bytes] | None = {} if watched else None
-        self._read_lock = threading.RLock()
-        self._reader: RasterReader | None = None
-
-    def run(self, row: int, column: int) -> CellRecord:
-        """Copy one cell; what cannot be read of it is left nodata and told.
-
-        Raises:
-            OutputError: the target cannot be written, or is another run's by now.
-        """
-        window = self.job.grid.window(row, column)
-        raster = self.job.raster
-        unreadable: list[tuple[Window, str]] = []
-        try:
-            image, missing = self._read(window)
-        except RasterError:
-            image = np.full(
-                (raster.bands, *window.shape), raster.nodata if raster.nodata is not None else 0, raster.dtype
-            )
-            missing = np.zeros(window.shape, np.bool_)
-            for piece, pixels, where in self._read_pieces(window):
-                rows, columns = piece.slices(window)
-                if isinstance(pixels, str):
-                    unreadable.append((piece, pixels))
-                    missing[rows, columns] = True
-                else:
-                    image[:, rows, columns] = pixels
-                    missing[rows, columns] = False if where is None else where
-        if self._sketches is not None:
-            self._sketches[row, column] = make_sketch(image, self.job.grid.cell, self.job.grid.counts, missing)
-        return CellRecord(
-            row=row,
-            column=column,
-            pixels=window.pixels,
-            unreadable=tuple((w.y, w.x, w.height, w.width, reason) for w, reason in _joined(unreadable)),
-            chunks=self._write(window, image, missing),
-        )
-
-    def take_sketch(self, row: int, column: int) -> bytes:
-        """The cell's part of the grey picture under the tile map; once."""
-        return b"" if self._sketches is None else self._sketches.pop((row, column), b"")
-
-    def _write(self, window: Window, image: Array, missing: Mask | None) -> dict[str, tuple[int, str]]:
-        job, out, owned = self.job, place_of(self.job.out), place_of(self.job.owned)
-        rows, columns = window.slices()
-        with writing(owned):
-            require_owner(owned, job.generation)
-            open_array(out, IMAGE, "r+", job.zarr_format)[:, rows, columns] = image
-            if not job.raster.nodata_rule.is_plain:
-                valid = np.full(window.shape, VALID, np.uint8)
-                if missing is not None:
-                    valid[missing] = 0
-                open_array(out, MASK, "r+", job.zarr_format)[rows, columns] = valid
-            return seal_chunks(out, _chunks_of(job.raster, job.chunk, window, job.zarr_format))
-
-    def _read(self, window: Window) -> tuple[Array, Mask | None]:
-        # GDAL's datasets are for one thread at a time.
-        with self._read_lock:
-            if self._reader is None:
-                self._reader = self.job.raster.open_reader()
-            try:
-                image = self._reader.read(window)
-                plain = self.job.raster.nodata_rule.is_plain
-                return image, None if plain else self._reader.read_missing(window, image)
-            except RasterError:
-                # What a reader says after it failed once is not to be believed.
-                self.close()
-                raise
-
-    def _read_pieces(self, window: Window) -> Iterator[tuple[Window, Array | str, Mask | None]]:
-        """Halves of a window that cannot be read at once, and halves of those, down to the file's own blocks."""
-        for half in _halves(window, self.job.raster.block):
-            try:
-                image, missing = self._read(half)
-                yield half, image, missing
-            except RasterError as error:
-                if _halves(half, self.job.raster.block):
-                    yield from self._read_pieces(half)
-                else:
-                    yield half, str(error), None
-
-    def close(self) -> None:
-        with self._read_lock:
-            if self._reader is not None:
-                self._reader.close()
-            self._reader = None
-
-
-def _chunks_of(raster: Raster, chunk: tuple[int, int], window: Window, zarr_format: ZarrFormat) -> list[str]:
-    """Names of the chunks of a cell."""
-    cells = Grid(shape=raster.shape_yx, cell=chunk).cells_touching(window)
-    names = [chunk_name(IMAGE, (0, *cell), zarr_format) for cell in cells]
-    return names + ([] if raster.nodata_rule.is_plain else [chunk_name(MASK, cell, zarr_format) for cell in cells])
-
-
-def _halves(window: Window, block: tuple[int, int]) -> list[Window]:
-    """A window cut in two along its longer side, in units of blocks, on a boundary of them; none if it is least."""
-    for axis in sorted((0, 1), key=lambda a: -window.shape[a] / block[a]):
-        sides = [window.rows, window.columns]
-        side, unit = sides[axis], block[axis]
-        first, last = -(-(side.start + 1) // unit), (side.stop - 1) // unit
-        if first > last:
-            continue
-        middle = (first + last + 1) // 2 * unit
-        halves: list[Window] = []
-        for part in (Interval(start=side.start, stop=middle), Interval(start=middle, stop=side.stop)):
-            sides[axis] = part
-            halves.append(Window.from_intervals(*sides))
-        return halves
-    return []
-
-
-def _joined(pieces: list[tuple[Window, str]]) -> list[tuple[Window, str]]:
-    """Pieces of one width that lie under each other, as one."""
-    joined: list[tuple[Window, str]] = []
-    for piece, reason in sorted(pieces, key=lambda entry: (entry[0].x, entry[0].y)):
-        if joined:
-            last, why = joined[-1]
-            if (last.x, last.width) == (piece.x, piece.width) and last.y + last.height == piece.y:
-                joined[-1] = (Window(y=last.y, x=last.x, height=last.height + piece.height, width=last.width), why)
-                continue
-        joined.append((piece, reason))
-    return joined
 
 
 def copy_raster(
@@ -586,7 +305,7 @@ class _Transfer:
         if not self.plan.grid.has(*cell) or not _is_list_of_windows(record.get("unreadable")):
             return False
         chunks = record["chunks"]
-        names = _chunks_of(self.raster, self.plan.chunk, self.plan.grid.window(*cell), self.zarr_format)
+        names = chunks_of(self.raster, self.plan.chunk, self.plan.grid.window(*cell), self.zarr_format)
         faults = (
             find_chunk_fault(self.unfinished, name, tuple(chunks.get(name, (0, ""))), sizes, read=read)
             for name in names
@@ -677,34 +396,6 @@ def _copy_on(client: Client, job: TransferJob, todo: list[tuple[int, int]], *, t
                 lost = (w.y, w.x, w.height, w.width, f"{job.raster.path}: window {w}: {outcome.reason}")
                 record = CellRecord(row=row, column=column, pixels=w.pixels, unreadable=(lost,), lost=True)
             yield record
-
-
-def probe_raster(raster: Raster) -> None:
-    """Try to read small windows spread over a raster until one succeeds.
-
-    Raises:
-        RasterError: none of them can be read; names the first.
-    """
-    # Within the file's own blocks, so that one bad block does not speak for its neighbours.
-    cell = (max(1, min(PROBE_SIDE, raster.block[0])), max(1, min(PROBE_SIDE, raster.block[1])))
-    grid = Grid(shape=raster.shape_yx, cell=cell)
-    reader = raster.open_reader()
-    first: RasterError | None = None
-    try:
-        for i in range(PROBES):
-            # Golden-ratio steps along both axes: spread evenly whatever the number.
-            steps = zip(grid.counts, (0.618034, 0.754878), strict=True)
-            window = grid.window(*(int(count * (i * step % 1)) for count, step in steps))
-            try:
-                reader.read_missing(window, reader.read(window))
-                return
-            except RasterError as error:
-                first = first or error
-                reader.close()
-    finally:
-        reader.close()
-    assert first is not None
-    raise RasterError(f"none of {PROBES} windows spread over it can be read; {first}")
 
 
 def _ignore(progress: TransferProgress) -> None:

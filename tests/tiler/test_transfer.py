@@ -21,12 +21,14 @@ from affine import Affine
 from distributed import Client, LocalCluster
 from outsize.tests.commands import Command, outsize, result_of
 from outsize.tiler.cluster import ClusterOptions
+from outsize.tiler.copier import Copier, TransferJob, probe_raster
 from outsize.tiler.dashboard import Watch
 from outsize.tiler.errors import BudgetError, OutputError, RasterError, UsageError
 from outsize.tiler.geometry import Window
 from outsize.tiler.raster import Raster, open_raster
 from outsize.tiler.raster_parts import open_mosaic, open_stack
-from outsize.tiler.transfer import Copier, TransferJob, copy_raster, plan_transfer, probe_raster
+from outsize.tiler.transfer import copy_raster
+from outsize.tiler.transfer_plan import plan_transfer
 
 from .rasters import TRANSFORM, unique_pixels, write_geotiff
 
