@@ -19,7 +19,7 @@ from ..tiler.memory import format_bytes
 from ..tiler.places import is_remote
 from ..tiler.plan import format_seconds
 from ..tiler.records import writing
-from ..tiler.run import RunSummary
+from ..tiler.run_summary import RunSummary
 from .console import Console, Step, count_of, format_table
 from .scenes import Scene
 from .segment import PROBING, Preparation, SegmentOptions, WriteOptions, make_plan, segment_raster

@@ -39,7 +39,8 @@ from ..tiler.proof import prove_network
 from ..tiler.quantise import require_quantiser
 from ..tiler.raster import Raster, ReadOptions, open_with
 from ..tiler.raster_parts import open_stack
-from ..tiler.run import RunSummary, predict
+from ..tiler.run import predict
+from ..tiler.run_summary import RunSummary
 from ..tiler.stated import state_network
 from ..tiler.store import ZarrFormat
 from .console import Console, Step, count_of, refuse_picture_name

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from distributed import Client
 
 from .backdrop import draw_backdrop
 from .calibration import read_calibration
-from .check import StartCheck, compare_patches, relative_tolerance, require_exact, sample_patches
-from .cluster import ClusterKeeper, ClusterOptions, open_client
+from .check import StartCheck, require_exact
+from .cluster import ClusterKeeper, ClusterOptions
 from .dashboard import Watch
 from .engine import Engine, EngineProgram, compile_program
 from .engine_programs import pack_programs
 from .engine_torch import AUTOCAST, load_reference
-from .errors import OutputError, RasterError, UsageError
+from .errors import OutputError, UsageError
 from .events import (
     Calibrating,
     ClusterReady,
@@ -41,7 +41,7 @@ from .files import remove_store
 from .fingerprint import MIXED, make_fingerprint
 from .geometry import Interval, Window
 from .machine import find_versions, release_freed_memory
-from .memory import CUDA_CONTEXT_BYTES, find_budget, format_bytes
+from .memory import CUDA_CONTEXT_BYTES, find_budget
 from .memory_probe import memory_lookup
 from .meter import MemoryMeter
 from .network import Network
@@ -52,7 +52,6 @@ from .precision_loss import PrecisionLoss
 from .quantise import QuantisedNetwork, quantise_network, require_quantiser
 from .raster import Raster, open_raster, require_apart
 from .raster_parts import count_pixel_bytes, reference_to
-from .reading import GDAL_CACHE_BYTES
 from .records import RunFolder, is_there, log, writing
 from .reference import ComputedPatch, Reference
 from .resume import (
@@ -64,12 +63,13 @@ from .resume import (
     keep_tiles,
     require_continuable,
 )
+from .run_summary import RunSummary
+from .run_workers import compare_workers, find_dashboard, find_device_peak, open_workers
 from .schedule import Lost, count_threads, job_on, run_cells
+from .start_check import run_start_check
 from .store import (
     CONTEXT,
-    DONE,
     FAILED,
-    MISSING,
     NODATA,
     OutputDescription,
     ZarrFormat,
@@ -83,74 +83,10 @@ from .store import (
     write_status,
 )
 from .tile_map import backdrop_message, begin_message, tile_message
-from .worker import RunSpec, check_tiles, device_peak
+from .tile_states import TileStates
+from .worker import RunSpec
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunSummary:
-    """What a run did; of this call only, where it continued an earlier one."""
-
-    out: str
-    pixels: int
-    """Output pixels of the tiles done in this call."""
-    startup_s: float
-    """Until the first read; from the caller's beginning, where it was given."""
-    seconds: float
-    """First read to last chunk."""
-    mpx_per_s: float
-    peak_bytes: int
-    """Sum of the PSS of all processes on this machine, sampled."""
-    predicted_peak_bytes: int
-    tiles: int
-    resumed_tiles: int
-    """Tiles that were already there."""
-    failed_tiles: tuple[tuple[int, int, str], ...]
-    """(row, column, reason)."""
-    start_check: StartCheck | None
-    """None where nothing was left to do."""
-    read_amplification: float | None
-    """Bytes of all blocks that workers decoded for each byte of the tiles that were done; None where the plan keeps no
-    blocks, and nobody counts."""
-    check_read_amplification: float
-    """Of that the start check's share: some tiles, whose blocks are seldom still there when their turn comes."""
-    predicted_read_amplification: float
-    """By the plan, at most, without the start check."""
-    engine: str
-    precision: str
-    device: str
-    device_peak_bytes: int
-    """Most that torch held on a CUDA device, its context apart; 0 on the CPU."""
-    predicted_device_peak_bytes: int
-    loss: PrecisionLoss | None = None
-    """Of a precision below float32: what it cost, measured when the output was begun."""
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "out": self.out,
-            "pixels": self.pixels,
-            "startup_s": round(self.startup_s, 3),
-            "seconds": round(self.seconds, 3),
-            "mpx_per_s": round(self.mpx_per_s, 4),
-            "peak_bytes": self.peak_bytes,
-            "predicted_peak_bytes": self.predicted_peak_bytes,
-            "tiles": self.tiles,
-            "resumed_tiles": self.resumed_tiles,
-            "failed_tiles": len(self.failed_tiles),
-            "failures": [{"row": r, "column": c, "error": e} for r, c, e in self.failed_tiles],
-            "start_check_max_abs": self.start_check.max_abs if self.start_check else None,
-            "start_check_flipped": self.start_check.flipped if self.start_check else None,
-            "read_amplification": None if self.read_amplification is None else round(self.read_amplification, 3),
-            "check_read_amplification": round(self.check_read_amplification, 3),
-            "predicted_read_amplification": round(self.predicted_read_amplification, 3),
-            "engine": self.engine,
-            "precision": self.precision,
-            "precision_loss": self.loss.to_json() if self.loss else None,
-            "device": self.device,
-            "device_peak_bytes": self.device_peak_bytes,
-            "predicted_device_peak_bytes": self.predicted_device_peak_bytes,
-        }
 
 
 def _default_description(network: Network) -> OutputDescription:
@@ -289,7 +225,7 @@ def predict(
                     out, plan, description.kind, folder, zarr_format, retry_failed=retry_failed, redo=redo
                 )
             folder.result = {"versions": find_versions(), "plan": plan.summarise()}
-            states, resumed = _States(plan, kept), len(kept)
+            states, resumed = TileStates(plan, kept), len(kept)
             del kept
             todo = states.find_missing(None if rest else redo)
             count = int(todo.sum())
@@ -321,7 +257,7 @@ def predict(
             )
             if count:
                 run.convert()
-                with _open(client, cluster, plan) as connected:
+                with open_workers(client, cluster, plan) as connected:
                     run.execute(connected, todo)
             folder.require()
             is_whole = resumed + states.ended == len(plan.grid)
@@ -365,82 +301,6 @@ def _quantised_before(header: dict[str, Any], plan: TilePlan) -> dict[str, Any]:
     return {"quantised": digest} if plan.precision == "int8" and digest else {}
 
 
-def _open(
-    client: Client | None, cluster: ClusterOptions | ClusterKeeper, plan: TilePlan
-) -> contextlib.AbstractContextManager[Client]:
-    """The client that was given, or one with the plan's workers."""
-    if client is not None:
-        return contextlib.nullcontext(client)
-    settings: dict[str, Any] = {
-        "workers": plan.workers,
-        "threads": plan.in_flight,
-        "gdal_cache_bytes": GDAL_CACHE_BYTES,
-        "cuda": plan.device_indices,
-    }
-    if isinstance(cluster, ClusterKeeper):
-        return cluster.open(**settings)
-    return open_client(cluster, **settings)
-
-
-class _States:
-    """What became of every tile, in this call and before: a byte each, and the reasons of those that failed."""
-
-    def __init__(self, plan: TilePlan, kept: Kept) -> None:
-        self.status = np.zeros(plan.grid.counts, np.uint8)
-        self.ended = 0
-        """Tiles that ended in this call."""
-        self.pixels = 0
-        """Of those that were done in this call."""
-        self.decoded_bytes = self.checked_bytes = 0
-        """Of blocks, by workers in this call; of those for the start check."""
-        self._wanted = plan.region[2] * plan.region[3] / (plan.output_shape[1] * plan.output_shape[2])
-        """Pixels of the raster for each of the result."""
-        self._reasons: dict[tuple[int, int], str] = {}
-        for at, reason in kept.items():
-            self._set(at, "failed" if reason else "done", reason)
-
-    def _set(self, at: tuple[int, int], state: str, reason: str) -> None:
-        self.status[at] = DONE if state == "done" else FAILED
-        self._reasons.pop(at, None)
-        if state != "done":
-            self._reasons[at] = reason
-
-    def add(self, record: TileRecord) -> None:
-        self._set((record.row, record.column), record.state, record.error)
-        self.ended += 1
-        self.pixels += record.pixels if record.state == "done" else 0
-        self.decoded_bytes += record.decoded_bytes + record.checked_bytes
-        self.checked_bytes += record.checked_bytes
-
-    def relate(self, decoded_bytes: int, pixel_bytes: int) -> float | None:
-        """Decoded bytes for each byte of the tiles that were done in this call; None where none was counted.
-
-        Args:
-            pixel_bytes: of all that is decoded for a pixel of the raster.
-        """
-        wanted = self.pixels * self._wanted * pixel_bytes
-        return decoded_bytes / wanted if decoded_bytes and wanted else None
-
-    def find_missing(self, redo: Collection[tuple[int, int]] | None) -> npt.NDArray[np.bool_]:
-        """(down, across) of the tiles that no call has done; of `redo` only, where that is given.
-
-        A byte each, since a run may have millions: nothing else of the command is as long as its grid.
-        """
-        missing = self.status == MISSING
-        if redo is not None:
-            wanted = np.zeros_like(missing)
-            for row, column in redo:
-                if 0 <= row < wanted.shape[0] and 0 <= column < wanted.shape[1]:
-                    wanted[row, column] = True
-            missing &= wanted
-        return missing
-
-    @property
-    def failed(self) -> tuple[tuple[int, int, str], ...]:
-        """(row, column, reason) of all tiles that hold nodata for want of a result."""
-        return tuple((*at, reason) for at, reason in sorted(self._reasons.items()))
-
-
 class _Run:
     """One call's run: the states of its tiles, its clock."""
 
@@ -457,7 +317,7 @@ class _Run:
         begins: bool,
         zarr_format: ZarrFormat,
         folder: RunFolder,
-        states: _States,
+        states: TileStates,
         meter: MemoryMeter,
         tell: Listener,
         patience: float,
@@ -577,9 +437,9 @@ class _Run:
             kept=~todo,
         )
         with job_on(client, spec, begin if self.tile_map else None) as watch:
-            link = _dashboard(client, with_map=watch.is_on)
+            link = find_dashboard(client, with_map=watch.is_on)
             threads = count_threads(client)
-            unplanned = _compare_workers(plan, list(threads.values()))
+            unplanned = compare_workers(plan, list(threads.values()))
             if unplanned:
                 log.warning("%s", unplanned)
             self.tell(ClusterReady(workers=len(threads), dashboard=link, unplanned=unplanned))
@@ -603,7 +463,7 @@ class _Run:
                     self._run_tiles(client, spec, todo, watch)
                     self.ended = time.perf_counter()
                     if self.plan.device != "cpu":
-                        self.device_peak_bytes = _find_device_peak(client, run_id)
+                        self.device_peak_bytes = find_device_peak(client, run_id)
                     self.folder.sync()
                     self.guard.require()
             except SourceChangedError:
@@ -684,95 +544,6 @@ class _Run:
         write_status(self.out, status)
 
 
-def _find_device_peak(client: Client, run_id: str) -> int:
-    """A figure of the summary. Workers that have left or come meanwhile do not know it, and cost no finished run."""
-    peaks: Any = {}
-    with contextlib.suppress(Exception):
-        peaks = client.run(device_peak, run_id, on_error="ignore")
-    return max(peaks.values(), default=0)
-
-
-def _compare_workers(plan: TilePlan, threads: list[int]) -> str:
-    """How workers that others have started differ from the plan's, and what that means; empty: they do not."""
-    count, said = len(threads), list[str]()
-    if count != plan.workers:
-        # What each takes is known; all at once are here only where this is one machine.
-        each = (plan.memory.total_bytes - plan.memory.client_bytes) // plan.workers
-        processes = "1 worker process" if count == 1 else f"{count} worker processes"
-        said.append(f"{processes}, planned for {plan.workers}: up to {format_bytes(each)} each")
-    if max(threads, default=0) > plan.in_flight:
-        said.append(f"of up to {max(threads)} threads no more than {plan.in_flight} work at once in each")
-    if min(threads, default=plan.in_flight) < plan.in_flight:
-        said.append(f"with less than {plan.in_flight} threads reading and writing wait for the computation")
-    return "; ".join(said)
-
-
-CHECK_ATTEMPTS = 4
-"""Sets of tiles that the start check tries where the raster cannot be read in the first ones."""
-
-
-def run_start_check(
-    client: Client,
-    spec: RunSpec,
-    reference: Reference,
-    computed_by_tiles: Callable[[list[ComputedPatch]], None] | None = None,
-) -> StartCheck:
-    """Compare patches that workers compute as tiles with the reference: the module in larger windows, or programs of
-    other cores by torch; of a network in few bits that network itself in larger windows.
-
-    Args:
-        computed_by_tiles: gets what the workers made of the patches.
-
-    Raises:
-        RasterError: none of several tiles can be read.
-    """
-    failure: RasterError | None = None
-    for attempt in range(CHECK_ATTEMPTS):
-        patches = sample_patches(spec.plan, attempt)
-        key = f"start-check-{spec.run_id}-{attempt}"
-        future = client.submit(check_tiles, spec.run_id, patches, key=key, pure=False)
-        expected: list[tuple[Array, Array] | None] = []
-        reader = spec.raster.open_reader()
-        try:
-            for index, patch in enumerate(patches):
-                try:
-                    expected.append(reference.run(reader, patch.window, index % 2))
-                except RasterError as error:
-                    reader.close()
-                    failure, reader = error, spec.raster.open_reader()
-                    expected.append(None)
-        finally:
-            reader.close()
-        computed: list[tuple[Array, Array] | None] = future.result()
-        both = [
-            (patch, (*ours, *theirs))
-            for patch, ours, theirs in zip(patches, computed, expected, strict=True)
-            if ours is not None and theirs is not None
-        ]
-        if both:
-            tiles = len({(patch.row, patch.column) for patch, _ in both})
-            if computed_by_tiles is not None:
-                computed_by_tiles([(patch.window, pair[:2]) for patch, pair in both])
-            return compare_patches(
-                [pair for _, pair in both],
-                tiles=tiles,
-                has_logits=reference.network.has_logits,
-                by=reference.by,
-                relative=relative_tolerance(spec.plan.precision),
-            )
-    raise RasterError(f"no tile of {CHECK_ATTEMPTS} sets can be read for the start check; {failure}")
-
-
 def _ignore(event: Event) -> None:
     """The listener of a run that nobody watches."""
     del event
-
-
-def _dashboard(client: Client, *, with_map: bool) -> str | None:
-    """Where to look: at the tile map, where there is one."""
-    if "dashboard" not in client.scheduler_info().get("services", {}):
-        return None
-    link = client.dashboard_link
-    if link is None or not with_map or not link.endswith("/status"):
-        return link
-    return f"{link.removesuffix('status')}tilemap"

@@ -31,7 +31,8 @@ from outsize.tiler.network import Network, analyze_network
 from outsize.tiler.plan import TilePlan
 from outsize.tiler.planner import BATCH_PIXELS, plan_tiles
 from outsize.tiler.raster import open_raster
-from outsize.tiler.run import RunSummary, predict
+from outsize.tiler.run import predict
+from outsize.tiler.run_summary import RunSummary
 from outsize.tiler.stated import state_network
 from outsize.tiler.store import read_header
 from torch import Tensor, nn

@@ -32,7 +32,8 @@ from outsize.tiler.raster import open_raster
 from outsize.tiler.raster_gdal import GdalReader
 from outsize.tiler.receptive import AxisGraph, Slide
 from outsize.tiler.records import RunFolder
-from outsize.tiler.run import RunSummary, predict
+from outsize.tiler.run import predict
+from outsize.tiler.run_summary import RunSummary
 from outsize.tiler.store import open_array, read_header
 from torch import Tensor, nn
 

@@ -24,7 +24,7 @@ from outsize.tiler.events import ClusterReady, Event, TileFinished
 from outsize.tiler.memory import format_bytes
 from outsize.tiler.plan import SLOW_FLOPS_PER_S
 from outsize.tiler.planner import plan_tiles
-from outsize.tiler.run import _compare_workers, _find_device_peak
+from outsize.tiler.run_workers import compare_workers, find_device_peak
 from outsize.tiler.schedule import Lost, job_on, run_cells
 
 from .test_run import class_network, run, scene, stored, whole
@@ -247,9 +247,9 @@ def test_workers_that_differ_from_the_plan_are_told(tmp_path: Path) -> None:
     each = format_bytes((plan.memory.total_bytes - plan.memory.client_bytes) // 2)
     assert told[0].startswith("2 worker processes, planned for 1: up to ")
     assert told[0].endswith("; of up to 5 threads no more than 2 work at once in each")
-    assert _compare_workers(plan, [2, 2]) == ""
-    assert _compare_workers(plan, [2]) == f"1 worker process, planned for 2: up to {each} each"
-    assert _compare_workers(plan, [2, 1]) == "with less than 2 threads reading and writing wait for the computation"
+    assert compare_workers(plan, [2, 2]) == ""
+    assert compare_workers(plan, [2]) == f"1 worker process, planned for 2: up to {each} each"
+    assert compare_workers(plan, [2, 1]) == "with less than 2 threads reading and writing wait for the computation"
 
 
 def test_a_worker_s_environment_is_completed_and_never_changed(
@@ -282,10 +282,10 @@ def test_a_figure_that_a_worker_does_not_know_costs_neither_the_run_nor_the_othe
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of two workers, the second has come as the last tile was done."""
-    monkeypatch.setattr("outsize.tiler.run.device_peak", lambda _, dask_worker: {0: 7}[dask_worker.name])
+    monkeypatch.setattr("outsize.tiler.run_workers.device_peak", lambda _, dask_worker: {0: 7}[dask_worker.name])
     with threads_here(2, 1) as (_, client):
-        assert _find_device_peak(client, "over") == 7
-    assert _find_device_peak(client, "over") == 0
+        assert find_device_peak(client, "over") == 7
+    assert find_device_peak(client, "over") == 0
 
 
 def test_what_dask_remembers_of_cells_does_not_grow_with_their_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,8 @@ from outsize.tiler.files import create_new, write_whole
 from outsize.tiler.journal import read_journal
 from outsize.tiler.raster import Raster
 from outsize.tiler.records import RECORDS, RunFolder, find_runs, read_owner, run_folder
-from outsize.tiler.run import RunSummary, predict
+from outsize.tiler.run import predict
+from outsize.tiler.run_summary import RunSummary
 from outsize.tiler.store import read_header, write_core
 from outsize.tiler.verify import verify_output
 
