@@ -25,7 +25,7 @@ face_train_options = together(
         "--size",
         type=Size(),
         metavar="HxW",
-        help="Of the pictures, in pixels; without it 32 of synthetic ones, that of the first picture of others.",
+        help="Of the pictures, in pixels; without it 32 of synthetic ones, that of most of others.",
     ),
     option(
         "--held-out",

@@ -300,7 +300,7 @@ def test_bad_pictures_are_named_and_counted_and_the_others_enrolled(world: Path,
     made, said = outsize("enroll", tmp_path / "g", folder, "--embedder", world / "faces", code=3)
     reasons = {Path(entry["path"]).name: entry["reason"] for entry in made["failed"]}
     assert reasons.keys() == {"cut.png", "large.png", "stolen.png", "x.jpg", "nobody", "only bad"}
-    assert "it must have that size, 32 x 32 pixels, got 32 x 33" in reasons["large.png"]
+    assert reasons["large.png"] == "it must be 32 x 32 pixels, got 32 x 33; crop it, or give --resize"
     assert reasons["stolen.png"].startswith("it is the same file as")
     assert "its folder has no picture" in reasons["nobody"]
     assert reasons["only bad"] == "not one of its pictures can be used"
