@@ -21,7 +21,7 @@ import psutil
 import pytest
 from outsize.models.faceid.image_list import read_image_list
 from outsize.pipelines.charts import BLUE, RED
-from outsize.pipelines.ranks import RankError, refuse_as_rank, run_ranks
+from outsize.pipelines.ranks import RankError, RankRefusedError, run_ranks
 from outsize.sample_data.faces import write_faces
 from outsize.tests import commands
 from outsize.tests.models.faceid.test_record_io import indexed
@@ -216,8 +216,8 @@ def _check_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             run_ranks("some_rank", 2, 1, tmp_path)
     # What a rank refuses is told as if this process did, with its exit code.
     (tmp_path / "codes").write_text("2 75")
-    refuse_as_rank(0, tmp_path, UsageError("that is not there"))
-    with pytest.raises(RankError, match=r"^that is not there$") as refused:
+    (tmp_path / "refusal-0.txt").write_text("that is not there")
+    with pytest.raises(RankRefusedError, match=r"^that is not there$") as refused:
         run_ranks("some_rank", 2, 1, tmp_path)
     assert refused.value.exit_code == 2
     (tmp_path / "codes").unlink()
@@ -408,6 +408,17 @@ def test_an_iresnet_is_trained_saved_and_enrolls(tmp_path: Path) -> None:
     assert commands.result_of(gallery)["dim"] == 8
 
 
+def test_a_margin_may_be_three_numbers(tmp_path: Path) -> None:
+    words = ("--faces", "synthetic:40", *TINY, "--held-out", "0", "--steps", "3")
+    for margin in ("cosface", "1,0,0.35", "1,0.2,0.1"):
+        train(tmp_path / margin, *words, "--margin", margin)
+    named, three, other = (hashes(tmp_path / margin, 3) for margin in ("cosface", "1,0,0.35", "1,0.2,0.1"))
+    assert named["backbone.safetensors"] == three["backbone.safetensors"] != other["backbone.safetensors"]
+    _, said = train(tmp_path / "1,0.2,0.1", *words, "--margin", "1,0.2,0.3", code=1)
+    assert "margin [1.0, 0.2, 0.1] there, [1.0, 0.2, 0.3] now" in said
+    assert train(tmp_path / "1,0.2,0.1", *words, "--margin", "1,0.2,0.1", "--steps", "3")[0]["first_step"] == 3
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -431,6 +442,11 @@ def test_an_iresnet_is_trained_saved_and_enrolls(tmp_path: Path) -> None:
         (("--warm-up", "9", "--steps", "3"), r"the warm-up must be 0 \.\.\. 3 steps"),
         (("--augment", "turn"), "augmentations are flip, colour, crop, erase"),
         (("--size", "big"), "sides in pixels, such as 112"),
+        (("--lr", "nan"), "Invalid value for '--lr': nan is not a finite number"),
+        (("--margin", "1,2"), r"arcface, cosface, softmax, or M1,M2,M3 such as 1,0\.3,0\.2, got '1,2'"),
+        (("--margin", "0.5,0,0"), r"margins must be m1 >= 1, 0 <= m2 < pi, m3 >= 0, got 0\.5, 0\.0, 0\.0"),
+        (("--margin", "arcface", "--margin-value", "4"), "margins must be m1 >= 1, 0 <= m2 < pi"),
+        (("--margin", "softmax", "--margin-value", "0.2"), "--margin-value is of arcface or cosface"),
     ],
 )
 def test_bad_choices_are_refused_in_one_line(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
@@ -477,6 +493,11 @@ def test_sources_that_teach_nothing_are_refused(tmp_path: Path, people: Path) ->
     assert f"{path.parent / 'a' / 'x.png'}: cannot identify" in said
     _, said = train(tmp_path / "run", "--faces", tmp_path / "bad", "--size", "16", *FOLDER[:6], code=1)
     assert "no picture of step 1 can be used" in said
+    words = ("--faces", tmp_path / "bad", "--size", "16", *FOLDER[:6])
+    _, said = train(tmp_path / "ranks", *words, "--ranks", "2", code=1)
+    (line,) = [line for line in said.splitlines() if line.startswith("outsize: ")]
+    assert line.startswith("outsize: error: no picture of step 1 can be used")
+    assert line.endswith("says what is wrong with each")  # the same command would not go on
 
 
 def test_a_rate_that_blows_up_is_told(tmp_path: Path) -> None:

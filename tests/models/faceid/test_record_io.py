@@ -154,9 +154,7 @@ def test_missing_and_cut_files_are_refused(tmp_path: Path) -> None:
         RecordFile(tmp_path / "train.rec")
     path = indexed(tmp_path, [0, 1])
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(
-        HeadError, match=r"record 4 says whose the pictures are, and it would begin at byte .* copy the"
-    ):
+    with pytest.raises(HeadError, match=r"record 4 says whose the pictures are, and it would begin at byte .* copy"):
         RecordFile(path)
     (tmp_path / "train.idx").write_text("1\t0\none two\n")
     with pytest.raises(HeadError, match=r"line 2 of .*train\.idx must be a record's number, tab, and its place"):
