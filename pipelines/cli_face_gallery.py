@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .option_types import Size, option
+from .option_types import Real, Size, option
 
 EXIT_FAILED, EXIT_SOME_FAILED = 1, 3
 
@@ -78,7 +78,7 @@ def sample(console: Any, folder: Path, **options: Any) -> None:
 )
 @option(
     "--strangers",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=Real(0, 1, max_open=True),
     default=0.2,
     show_default=True,
     help="Share of the persons who are not enrolled.",
@@ -92,7 +92,7 @@ def sample(console: Any, folder: Path, **options: Any) -> None:
 def evaluate(console: Any, **options: Any) -> None:
     """Measure how well an embedder tells persons apart: true accept rates at false accept rates over all pairs,
     accuracy on pairs in folds, rank-1 and error rates of identification with strangers. IMAGES has a folder for each
-    person.
+    person. Exit code 3 where some pictures, of the folder or of pairs, cannot be used.
 
     \b
     outsize face evaluate people/ --embedder faces/ --report people.html
@@ -154,10 +154,10 @@ def enroll(console: Any, *, replace: bool, add: bool, **options: Any) -> None:
 @click.argument("images", type=_place, nargs=-1, required=True, metavar="IMAGE...")
 @_embedder(required=True)
 @option("-k", type=click.IntRange(1), default=5, show_default=True, help="Persons that are named at most.")
-@option("--threshold", type=click.FloatRange(-1, 1), help="Name persons beyond this score only.")
+@option("--threshold", type=Real(-1, 1), help="Name persons beyond this score only.")
 @option(
     "--fpir",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=Real(0, 1, min_open=True, max_open=True),
     help="The threshold that this share of strangers exceeds, by the gallery's calibration.",
 )
 @option(

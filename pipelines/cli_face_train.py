@@ -7,10 +7,28 @@ from typing import Any
 
 import click
 
-from .option_types import Numbers, Size, option, together
+from .option_types import Numbers, Real, Size, option, together
 
-_share = click.FloatRange(0, 1)
-_strength = click.FloatRange(0, 3)
+_share = Real(0, 1)
+_strength = Real(0, 3)
+
+
+class MarginChoice(click.ParamType):
+    """The name of a margin, or three numbers."""
+
+    name = "margin"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        names = ("arcface", "cosface", "softmax")
+        parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
+        if value in names:
+            return value
+        try:
+            m1, m2, m3 = map(float, parts)
+        except ValueError:
+            self.fail(f"{', '.join(names)}, or M1,M2,M3 such as 1,0.3,0.2, got {value!r}", param, ctx)
+        return m1, m2, m3
+
 
 face_train_options = together(
     option(
@@ -25,7 +43,7 @@ face_train_options = together(
         "--size",
         type=Size(),
         metavar="HxW",
-        help="Of the pictures, in pixels; without it 32 of synthetic ones, that of the first picture of others.",
+        help="Of the pictures, in pixels; without it 32 of synthetic ones, that of most of others.",
     ),
     option(
         "--held-out",
@@ -49,7 +67,7 @@ face_train_options = together(
     ),
     option(
         "--label-noise",
-        type=click.FloatRange(0, 1, max_open=True),
+        type=Real(0, 1, max_open=True),
         default=0.0,
         show_default=True,
         help="Synthetic: share of wrong labels.",
@@ -93,22 +111,22 @@ face_train_options = together(
     option("--optimiser", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True),
     option(
         "--lr",
-        type=click.FloatRange(0, min_open=True),
+        type=Real(0, min_open=True),
         default=0.001,
         show_default=True,
         help="Of the embedder, at its highest.",
     ),
     option(
         "--head-lr",
-        type=click.FloatRange(0, min_open=True),
+        type=Real(0, min_open=True),
         default=0.1,
         show_default=True,
         help="Of the rows, at its highest.",
     ),
-    option("--weight-decay", type=click.FloatRange(0), default=0.05, show_default=True, help="Of the embedder."),
+    option("--weight-decay", type=Real(0), default=0.05, show_default=True, help="Of the embedder."),
     option(
         "--clip",
-        type=click.FloatRange(0),
+        type=Real(0),
         default=5.0,
         show_default=True,
         help="Largest norm of the embedder's gradient; 0: any.",
@@ -129,12 +147,18 @@ face_train_options = together(
         metavar="SHARE,...",
         help="Of all steps.",
     ),
-    option("--margin", type=click.Choice(["arcface", "cosface", "softmax"]), default="cosface", show_default=True),
-    option("--margin-value", type=click.FloatRange(0), help="Without it 0.5 of arcface, 0.35 of cosface."),
-    option("--scale", type=click.FloatRange(1), default=32.0, show_default=True, help="Of cosines."),
+    option(
+        "--margin",
+        type=MarginChoice(),
+        default="cosface",
+        show_default=True,
+        help="arcface, cosface, softmax, or M1,M2,M3: cos(M1 angle + M2) - M3 of a sample's own class.",
+    ),
+    option("--margin-value", type=Real(0), help="Of the named margin; without it 0.5 of arcface, 0.35 of cosface."),
+    option("--scale", type=Real(1), default=32.0, show_default=True, help="Of cosines."),
     option(
         "--sample",
-        type=click.FloatRange(0, 1, min_open=True),
+        type=Real(0, 1, min_open=True),
         default=1.0,
         show_default=True,
         help="Share of the classes that a step sees, besides the batch's own (Partial FC).",
@@ -166,6 +190,8 @@ def make_face_training(out: Path, options: dict[str, Any]) -> Any:
     source, network = options.pop("faces"), options["network"]
     named = ("samples", "zipf", "label_noise", "pose", "light", "occlusion", "noise")
     synthetic = {name: options.pop(name) for name in named}
+    if options["margin_value"] is not None and options["margin"] not in ("arcface", "cosface"):
+        raise click.UsageError("--margin-value is of arcface or cosface; M1,M2,M3 and softmax have none")
     if options["augment"] is None:
         options["augment"] = "none" if source.startswith(SYNTHETIC) else "flip,colour"
     if options["dim"] is None:

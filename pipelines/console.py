@@ -135,6 +135,12 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
 
 
+def format_rate(rate: float) -> str:
+    """1e-3, 2.5e-2: of what is rare."""
+    digits, exponent = f"{rate:.9e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
 def count_of(number: int, noun: str) -> str:
     """1 band, 4 bands, 2 processes."""
     ending = "" if number == 1 else ("es" if noun.endswith("s") else "s")

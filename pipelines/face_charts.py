@@ -7,20 +7,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .charts import BLUE, HEIGHT, RED, WIDTH, Chart, Curve, Line, join_points
+from .charts import BLUE, HEIGHT, RED, WIDTH, Chart, Curve, Line, join_points, round_ticks, round_up
+from .console import format_rate
 
 BINS = 160
 
 
 def draw_roc(far: Curve, tar: Curve, measured: Sequence[tuple[float, float]], pairs: int) -> Chart:
     """True accepts over false accepts, whose axis is logarithmic and ends where one pair stands."""
-    marks = [(rate, true, f"FAR {rate:.0e}: TAR {true:.4f}") for rate, true in measured]
+    marks = [(rate, true, f"FAR {format_rate(rate)}: TAR {true:.4f}") for rate, true in measured]
     return _draw_over_rates("ROC", ("false accept rate", "true accept rate"), far, tar, marks, pairs)
 
 
 def draw_det(fpir: Curve, fnir: Curve, measured: Sequence[tuple[float, float]], strangers: int) -> Chart:
     """Known persons who are missed over strangers who are named, whose axis ends where one stranger stands."""
-    marks = [(rate, missed, f"FPIR {rate:.0e}: FNIR {missed:.4f}") for rate, missed in measured]
+    marks = [(rate, missed, f"FPIR {format_rate(rate)}: FNIR {missed:.4f}") for rate, missed in measured]
     names = ("strangers named (FPIR)", "known missed (FNIR)")
     return _draw_over_rates("DET", names, fpir, fnir, marks, strangers)
 
@@ -62,7 +63,8 @@ def _draw_over_rates(
 def draw_scores(edges: Curve, genuine: Curve, impostor: Curve) -> Chart:
     """Shares of pairs by score."""
     low, high = float(edges[0]), float(edges[-1])
-    top = float(max(genuine.max(), impostor.max())) * 1.05
+    top = round_up(float(max(genuine.max(), impostor.max())), 5)
+    scores = round_ticks(low, high, 8)
 
     def steps(shares: Curve) -> str:
         x = np.repeat((edges - low) / (high - low) * WIDTH, 2)
@@ -73,8 +75,8 @@ def draw_scores(edges: Curve, genuine: Curve, impostor: Curve) -> Chart:
         title="Scores",
         x_name="score",
         y_name="share of pairs",
-        x_ticks=[(WIDTH * n / 4, f"{low + (high - low) * n / 4:.2f}") for n in range(5)],
-        y_ticks=[(HEIGHT * (1 - share), f"{100 * top * share:.2g} %") for share in (0, 0.5, 1)],
+        x_ticks=[(WIDTH * (score - low) / (high - low), f"{score:.3g}") for score in scores],
+        y_ticks=[(HEIGHT * (1 - share / top), f"{100 * share:.3g} %") for share in round_ticks(0, top, 5)],
         lines=[
             Line(name="two persons", colour=RED, points=steps(impostor), filled=True),
             Line(name="one person", colour=BLUE, points=steps(genuine), filled=True),
@@ -96,7 +98,7 @@ def draw_cmc(match_rates: Sequence[float]) -> Chart:
         x_name="rank",
         y_name="person found",
         x_ticks=[(float(x[rank - 1]), str(rank)) for rank in ticks],
-        y_ticks=[(HEIGHT * (1 - share), f"{low + (1 - low) * share:.3g}") for share in (0, 0.25, 0.5, 0.75, 1)],
+        y_ticks=[(HEIGHT * (1 - share) / (1 - low), f"{share:.3g}") for share in round_ticks(low, 1, 5)],
         lines=[Line(name="known persons", colour=BLUE, points=join_points(x, y))],
         marks=[
             (float(x[rank - 1]), float(y[rank - 1]), f"rank {rank}: {match_rates[rank - 1]:.4f}", BLUE)

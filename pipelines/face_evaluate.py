@@ -21,6 +21,7 @@ from ..models.faceid.top_k import exact_scores, unit_rows
 from ..models.faceid.verification import (
     FoldAccuracy,
     Verification,
+    count_blocks,
     measure_folds,
     measure_verification,
     parse_rates,
@@ -30,7 +31,7 @@ from ..tiler.files import upload_bytes
 from ..tiler.machine import find_versions
 from ..tiler.meter import MemoryMeter
 from ..tiler.records import writing
-from .console import Console, count_of, format_table
+from .console import Console, count_of, format_rate, format_table
 from .face_charts import BINS, draw_cmc, draw_det, draw_roc, draw_scores
 from .face_gallery import require_memory
 from .face_pictures import embed_people
@@ -38,6 +39,8 @@ from .page import render_page
 from .report import require_report_target
 
 Values = dict[str, Any]
+MOST_NAMED = 20
+"""Pictures of pairs that are not there, on the terminal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +77,7 @@ class _Faces:
 
 
 def run_face_evaluate(console: Console, options: EvaluateOptions) -> bool:
-    """Measure what the faces allow to; False where some pictures could not be used.
+    """Measure what the faces allow to; False where some pictures could not be used, or are not there for a pair.
 
     Raises:
         UsageError: inputs that contradict each other, or cannot be read.
@@ -88,7 +91,8 @@ def run_face_evaluate(console: Console, options: EvaluateOptions) -> bool:
         faces = _load(console, options)
         labels = np.unique(faces.names, return_inverse=True)[1]
         folds = _measure_pairs(console, faces, pair_list) if pair_list is not None else None
-        verification = _try(console, lambda: measure_verification(faces.unit, labels, rates))
+        with console.step("compare", count_blocks(len(labels)), counts_pixels=False) as step:
+            verification = _try(console, lambda: measure_verification(faces.unit, labels, rates, tell=step.advance))
         identification = _try(
             console,
             lambda: measure_identification(
@@ -116,7 +120,7 @@ def run_face_evaluate(console: Console, options: EvaluateOptions) -> bool:
             upload_bytes(options.report, page)
         values["report"] = str(options.report)
     console.result(_sentence(source, values), values)
-    return not values["failed"]
+    return not values["failed"] and not (values["pairs"] and values["pairs"]["left_out"])
 
 
 def _try(console: Console, measure: Any) -> Any:
@@ -183,10 +187,11 @@ def _measure_pairs(console: Console, faces: _Faces, pairs: PairList) -> tuple[Fo
     """(accuracy in folds, pairs left out since a picture of theirs is not there)."""
     places = _number_shots(faces)
     known = [pair for pair in pairs.pairs if pair.first in places and pair.second in places]
-    for pair in pairs.pairs:
-        for shot in (pair.first, pair.second):
-            if shot not in places:
-                console.remark(f"line {pair.line} of the pairs: there is no picture {shot[1]} of {shot[0]}")
+    lost = [(pair.line, shot) for pair in pairs.pairs for shot in (pair.first, pair.second) if shot not in places]
+    for line, (name, number) in lost[:MOST_NAMED]:
+        console.remark(f"line {line} of the pairs: there is no picture {number} of {name} that can be used")
+    if len(lost) > MOST_NAMED:
+        console.remark(f"{len(lost) - MOST_NAMED:,} more pictures of pairs are not there")
     if not known:
         raise UsageError("not one of the pairs has both its pictures here; names and numbers must be those of the list")
     first = faces.unit[[places[pair.first] for pair in known]]
@@ -241,7 +246,7 @@ def _sentence(source: str, values: Values) -> str:
         lines[0] += f", {len(values['failed'])} failed"
     if verification := values["verification"]:
         rows = [
-            [f"{p['rate']:.0e}", *(_cells(p["threshold"], p["true_accept_rate"], p["false_accepts"], p["is_sure"]))]
+            [format_rate(p["rate"]), *(_cells(p["threshold"], p["true_accept_rate"], p["false_accepts"], p["is_sure"]))]
             for p in verification["points"]
         ]
         lines += [
@@ -260,7 +265,7 @@ def _sentence(source: str, values: Values) -> str:
         shown = [rank for rank in RANKS if rank <= len(found["match_rates"])]
         ranks = ", ".join(f"rank-{rank} {100 * found['match_rates'][rank - 1]:.2f} %" for rank in shown)
         rows = [
-            [f"{p['rate']:.0e}", *(_cells(p["threshold"], p["missed_rate"], p["named_strangers"], p["is_sure"]))]
+            [format_rate(p["rate"]), *(_cells(p["threshold"], p["missed_rate"], p["named_strangers"], p["is_sure"]))]
             for p in found["points"]
         ]
         lines += [
@@ -314,4 +319,4 @@ def _render(
             [(p.rate, p.missed_rate) for p in identification.points if p.missed_rate is not None and p.is_sure],
             identification.strangers,
         )
-    return render_page("face_evaluate.html", "faces", content)
+    return render_page("face_evaluate.html", "faces", content, rate=format_rate)

@@ -9,9 +9,10 @@ from typing import Any
 from ..models.faceid.embedder_file import Embedder, load_embedder
 from ..models.faceid.errors import GalleryError, HeadMemoryError
 from ..models.faceid.gallery import Gallery
+from ..models.faceid.gallery_file import has_gallery, is_free
 from ..models.faceid.head_plan import PROCESS_BYTES
 from ..models.faceid.images import ImageError, find_people
-from ..tiler.errors import UsageError
+from ..tiler.errors import OutputError, UsageError
 from ..tiler.memory import format_bytes, parse_bytes
 from ..tiler.meter import MemoryMeter
 from .console import Console, count_of, format_table
@@ -42,14 +43,14 @@ def run_enroll(console: Console, options: EnrollOptions) -> bool:
 
     Raises:
         GalleryError: the gallery is another embedder's, or damaged, or being changed.
+        OutputError: the folder holds something else.
         UsageError: no pictures; persons who are there already.
         ImageError: not one picture could be used.
     """
     with MemoryMeter() as meter:
         embedder = load_embedder(options.embedder)
         require_memory(embedder, options.memory)
-        is_new = not options.gallery.exists() or (options.gallery.is_dir() and not any(options.gallery.iterdir()))
-        gallery = None if is_new else open_gallery(options.gallery, embedder, options.memory)
+        gallery = None if _is_new(options.gallery) else open_gallery(options.gallery, embedder, options.memory)
         found = find_people(options.images)
         there = gallery.find(found.people) if gallery is not None else set()
         if there and options.existing == "refuse":
@@ -94,6 +95,20 @@ def run_enroll(console: Console, options: EnrollOptions) -> bool:
     return not pictures.failed
 
 
+def _is_new(place: Path) -> bool:
+    """Whether a gallery can be made there; False: there is one.
+
+    Raises:
+        OutputError: something else is there.
+    """
+    if not place.exists() or (place.is_dir() and is_free(place)):
+        return True
+    if not (place.is_dir() and has_gallery(place)):
+        found = f"{min(path.name for path in place.iterdir())} there" if place.is_dir() else "a file"
+        raise OutputError(f"{place} must be a gallery, or a new or empty folder, got {found}; choose another folder")
+    return False
+
+
 def _store(gallery: Gallery, names: list[str], templates: Any, there: set[str], existing: str) -> int:
     """Put templates of known and new persons into the gallery; how many persons are new."""
     if existing == "add":
@@ -122,8 +137,10 @@ def run_remove(console: Console, place: Path, names: tuple[str, ...]) -> None:
 def _calibrate_again(console: Console, gallery: Gallery, of: str) -> None:
     """A change discards the calibration; make one of the gallery's own persons."""
     if of == "strangers":
+        instead = "persons of the gallery stand in for them" if gallery.people > 1 else "there is none now"
         console.remark(
-            "the calibration by strangers is out of date and deleted; outsize face calibrate makes a new one"
+            f"the calibration by strangers is out of date and deleted, {instead}; outsize face calibrate GALLERY "
+            "STRANGERS makes a new one"
         )
     if gallery.people > 1:
         gallery.calibrate()
@@ -158,11 +175,15 @@ def run_calibrate(
     rates = [rate for rate in (0.1, 0.01, 0.001, 0.0001) if rate * count >= 10]
     thresholds = {f"{rate:g}": gallery.threshold_for(rate) for rate in rates}
     rows = [[rate, f"{threshold:.4f}"] for rate, threshold in thresholds.items()]
-    whose = "persons of the gallery, each compared with all others" if calibration.of == "enrolled" else "strangers"
-    table = f"\n{format_table(('false positive rate', 'threshold'), rows)}" if rows else ""
+    by = (
+        f"{count_of(count, 'person')} of the gallery, each compared with all others"
+        if calibration.of == "enrolled"
+        else f"{count_of(count, 'picture')} of strangers"
+    )
+    table = format_table(("false positive rate", "threshold"), rows) if rows else ""
+    known = table or f"a rate of 0.1 needs 100, {gallery.describe_rates()}"
     console.result(
-        f"{place}: calibrated by {count_of(count, 'picture')} of {whose}; the highest score "
-        f"{calibration.scores[0]:.4f}{table}",
+        f"{place}: calibrated by {by}; the highest score {calibration.scores[0]:.4f}\n{known}",
         {
             **describe(gallery),
             "thresholds": thresholds,

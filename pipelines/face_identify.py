@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,14 @@ from ..models.faceid.gallery import Answer, Gallery
 from ..models.faceid.head_plan import PROCESS_BYTES
 from ..models.faceid.images import FORMATS, ImageError, is_picture
 from ..tiler.errors import TilerError, UsageError
-from ..tiler.machine import cpu_count, die_with_parent, torch_threads
+from ..tiler.machine import cpu_count, torch_threads
 from ..tiler.memory import parse_bytes
 from ..tiler.meter import MemoryMeter
-from .console import Console
+from .console import Console, count_of
 from .face import require_cores
 from .face_gallery import open_gallery, require_memory
 from .face_pictures import BATCH, Pictures, embed_files
-from .ranks import (
-    LOST,
-    is_loss,
-    join_ranks,
-    joined_torchrun,
-    leave_ranks,
-    refuse_as_rank,
-    run_ranks,
-)
+from .ranks import joined_torchrun, leave_ranks, run_as_rank, run_ranks
 from .torchrun import is_started_by_torchrun, require_torchrun_ranks
 
 
@@ -184,7 +175,8 @@ def _rate_sentence(gallery: Gallery, score: float) -> str:
     rate, calibration = gallery.rate_of(score), gallery.calibration
     if rate is None or calibration is None:
         return ""
-    return f" ({100 * rate:.2g} % of strangers)" if rate else f" (none of {len(calibration.scores)} strangers)"
+    strangers = f"{len(calibration.scores):,} strangers"
+    return f" ({100 * rate:.3g} % of strangers)" if 0 < rate < 1 else f" ({'all' if rate else 'none'} of {strangers})"
 
 
 def _pictures_of(places: tuple[Path, ...]) -> list[Path]:
@@ -194,7 +186,9 @@ def _pictures_of(places: tuple[Path, ...]) -> list[Path]:
         if place.is_dir():
             inside = sorted(path for path in place.iterdir() if is_picture(path) and not path.is_dir())
             if not inside:
-                raise UsageError(f"{place} must hold pictures ({', '.join(FORMATS)}), got none")
+                folders = sum(path.is_dir() for path in place.iterdir())
+                hint = f" but {count_of(folders, 'folder')}; name those" if folders else ""
+                raise UsageError(f"{place} must hold pictures ({', '.join(FORMATS)}), got none{hint}")
             found += inside
         elif not place.exists():
             raise UsageError(f"{place} is not there")
@@ -203,25 +197,10 @@ def _pictures_of(places: tuple[Path, ...]) -> list[Path]:
     return found
 
 
-def main(rank: int, folder: Path, command: int) -> int:
-    """A rank that `outsize face identify` started; its exit code."""
-    die_with_parent(command)
-    warnings.simplefilter("ignore")
-    spec = json.loads((folder / "spec.json").read_text())
-    try:
-        join_ranks(rank, spec["ranks"], folder)
-        found = identify_as_rank(Console(), IdentifyOptions.from_json(spec["options"]), spec["ranks"])
-        if found is not None:
-            (folder / "result.json").write_text(json.dumps(found))
-        leave_ranks()
-    except TilerError as error:
-        return refuse_as_rank(rank, folder, error)
-    except RuntimeError as error:
-        if not is_loss(error):
-            raise
-        return LOST  # another rank is gone; the command says which
-    return 0
+def _work(spec: dict[str, Any]) -> dict[str, Any] | None:
+    """What a rank does that `outsize face identify` started."""
+    return identify_as_rank(Console(), IdentifyOptions.from_json(spec["options"]), spec["ranks"])
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])))
+    raise SystemExit(run_as_rank(sys.argv[1:], _work))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 
 from ..models.faceid.embedder_file import Embedder
 from ..models.faceid.errors import HeadError
-from ..models.faceid.images import ImageError, PeopleFolder, read_picture
+from ..models.faceid.images import ImageError, PeopleFolder, SizeError, read_picture
 from ..models.faceid.name_list import require_name
 from ..models.faceid.top_k import unit_rows
 from .console import Console, count_of
@@ -94,8 +95,8 @@ def _embed(
     result = Pictures(embeddings=np.empty((0, embedder.description.dim), np.float32), failed=failed)
     parts: list[npt.NDArray[np.float32]] = []
     reader = _read(result, embedder, pairs, resize=resize, unique=unique)
-    size = embedder.description.height * embedder.description.width
-    with console.step("embed", len(pairs) * size) as step:
+    began = time.monotonic()
+    with console.step("embed", len(pairs), counts_pixels=False) as step:
         while batch := list(itertools.islice(reader, BATCH)):
             images = torch.from_numpy(np.stack([pixels for _, _, pixels in batch]))
             vectors = embedder.embed(images).double().numpy()
@@ -107,7 +108,8 @@ def _embed(
                     continue
                 result.paths.append(path)
                 result.names.append(name)
-            step.advance(len(batch) * size, count_of(len(result.paths), "picture"))
+            done = count_of(len(result.paths), "picture")
+            step.advance(len(batch), f"{done}, {len(result.paths) / (time.monotonic() - began):.0f} a second")
     if parts:
         result.embeddings = np.concatenate(parts)
     _remark(console, result)
@@ -132,7 +134,8 @@ def _read(
                     raise ImageError(f"it is the same file as {other}, of another person")
             picture = read_picture(path, height, width, resize=resize)
         except ImageError as error:
-            result.failed.append((str(path), str(error)))
+            remedy = ", or give --resize" if isinstance(error, SizeError) else ""
+            result.failed.append((str(path), f"{error}{remedy}"))
             continue
         except OSError as error:
             result.failed.append((str(path), f"it cannot be read: {error.strerror or error}"))

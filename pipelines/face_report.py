@@ -7,6 +7,7 @@ from typing import Any
 
 from ..tiler.files import write_durably
 from .charts import Chart, draw_series
+from .console import format_rate
 from .face_charts import BINS, draw_roc, draw_scores
 from .face_validation import Measured
 from .page import describe_choice, render_page
@@ -51,7 +52,8 @@ def write_face_report(
         exact = [(p.rate, p.true_accept_rate) for p in verification.points if p.true_accept_rate is not None]
         content["roc"] = draw_roc(*verification.curve(), exact, verification.impostor_pairs)
         content["scores"] = draw_scores(*verification.histogram(BINS))
-    write_durably(folder / "report.html", render_page("face_training.html", "training of faces", content).encode())
+    page = render_page("face_training.html", "training of faces", content, rate=format_rate)
+    write_durably(folder / "report.html", page.encode())
 
 
 def _curves(steps: list[dict[str, Any]], validations: list[dict[str, Any]]) -> list[Chart]:
@@ -66,7 +68,7 @@ def _curves(steps: list[dict[str, Any]], validations: list[dict[str, Any]]) -> l
     charts = [
         ("Loss", [("of each step", of(steps, "loss")), ("over all classes, of one batch", full)], None),
         ("Identities never seen", [("rank-1", of(validations, "rank_1")), ("TAR at FAR 1e-3", tar)], 1.0),
-        ("Norm of the gradient, before clipping", [("norm", of(steps, "gradient_norm"))], None),
+        ("Norm of the gradient, before clipping", [("", of(steps, "gradient_norm"))], None),
         ("Learning rate", [("embedder", of(steps, "rate"))], None),
         ("Images a second", [("of each step", speed)], None),
         ("Memory of all ranks, GB", [("after each step", memory)], None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ PAIRS = 30
 def run_face_sample(
     console: Console, folder: Path, *, identities: int, images: int, first: int, seed: int, size: tuple[int, int]
 ) -> None:
-    """Write the pictures, and pairs where there are identities enough for ten folds.
+    """Write the pictures, and pairs where there are identities enough for ten folds. Stopped, it leaves nothing.
 
     Raises:
         UsageError: the folder holds something, or the size is too small for a face.
@@ -28,12 +29,25 @@ def run_face_sample(
         draw_faces(seed, np.zeros(1, np.int64), np.zeros(1, np.int64), *size)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f"{folder} must be a new or empty folder, got files there")
-    written = write_faces(
-        folder, identities=identities, images=images, first=first, seed=seed, height=size[0], width=size[1]
-    )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with console.step("draw", identities * images, counts_pixels=False) as step:
+            written = write_faces(
+                folder,
+                identities=identities,
+                images=images,
+                first=first,
+                seed=seed,
+                height=size[0],
+                width=size[1],
+                tell=step.advance,
+            )
+    except BaseException:
+        for path in folder.iterdir():
+            shutil.rmtree(path, ignore_errors=True)
+        raise
     pairs = None
     if identities >= 2 * FOLDS:
         drawn = draw_pairs(identities=identities, images=images, count=PAIRS, first=first, seed=seed)

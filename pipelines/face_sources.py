@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..models.faceid.record_io import RecordFile
 from ..sample_data.faces import OUTSIDE_TRAINING
 from ..sample_data.identities import Nuisances, draw_faces
 from ..sample_data.identity_list import IdentityList
-from ..tiler.errors import UsageError
+from ..tiler.errors import TilerError, UsageError, reason_of
 from .console import count_of
 
 SYNTHETIC = "synthetic:"
@@ -29,7 +30,7 @@ HELD_OUT = 500
 MOST_COMPARED = 200_000
 """Picture files whose contents are compared before a training."""
 _TRIED = 20
-"""Pictures that are opened to learn their size."""
+"""Pictures, spread over all, that are opened to learn their size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +104,7 @@ def open_faces(
 
     Args:
         text: "synthetic:N", or the path of a folder, a .csv or .parquet list or a .rec file.
-        size: (height, width) of the pictures; None: 32 x 32 of synthetic ones, that of the first picture of others.
+        size: (height, width) of the pictures; None: 32 x 32 of synthetic ones, that of most of others.
         held_out: identities to measure with; None: 500, or a twentieth of the real ones.
 
     Raises:
@@ -116,7 +117,10 @@ def open_faces(
     source: FaceSource
     if path.suffix.lower() == ".rec":
         records = RecordFile(path)
-        source = RecordPictures(records, size or _find_size(records.read(place) for place in range(len(records.keys))))
+        left_out += records.damaged
+        tried = _spread(len(records.keys))
+        named = [(records.name_of(int(records.keys[place])), partial(records.read, place)) for place in tried]
+        source = RecordPictures(records, size or _find_size(named))
     else:
         if path.is_dir():
             found = find_people(path)
@@ -145,7 +149,8 @@ def open_faces(
             paths, labels = [paths[place] for place in kept], labels[kept]
         else:
             remarks.append(f"{len(paths):,} pictures: not compared with each other, as up to {MOST_COMPARED:,} are")
-        source = PictureFiles(paths, labels, names, size or _find_size(Path(entry) for entry in paths))
+        named = [(paths[place], partial(Path, paths[place])) for place in _spread(len(paths))]
+        source = PictureFiles(paths, labels, names, size or _find_size(named))
     return _part(text, source, held_out, seed, remarks, left_out)
 
 
@@ -195,17 +200,29 @@ def _open_synthetic(
     return OpenedFaces(training=training, held_out=kept, remarks=[], left_out=[])
 
 
-def _find_size(pictures: Iterable[Path | bytes]) -> tuple[int, int]:
-    """Of the first picture that can be opened."""
-    for tried, picture in enumerate(pictures):
-        if tried == _TRIED:
-            break
+def _spread(count: int) -> list[int]:
+    """Up to `_TRIED` places among so many, evenly."""
+    return sorted({place * count // _TRIED for place in range(_TRIED)} if count else set())
+
+
+def _find_size(pictures: Sequence[tuple[str, Callable[[], Path | bytes]]]) -> tuple[int, int]:
+    """(height, width) that most of the pictures have, the first of equally frequent ones.
+
+    Args:
+        pictures: name, and what gives file or bytes.
+    """
+    sizes: Counter[tuple[int, int]] = Counter()
+    reason = ""
+    for name, give in pictures:
         try:
+            picture = give()
             with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
-                return image.height, image.width
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            continue
-    raise UsageError(f"none of the first {_TRIED} pictures can be opened; say with --size how large pictures are")
+                sizes[image.height, image.width] += 1
+        except (TilerError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            reason = reason or f"{name}: {reason_of(error)}"
+    if not sizes:
+        raise UsageError(f"pictures must be files that can be opened, got {len(pictures)} that cannot; {reason}")
+    return sizes.most_common(1)[0][0]
 
 
 def _find_twins(paths: Sequence[str], labels: Whole) -> dict[int, str]:

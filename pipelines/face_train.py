@@ -18,6 +18,7 @@ from ..models.faceid.batch_loader import BatchLoader
 from ..models.faceid.checkpoint import list_generations
 from ..models.faceid.collectives import Ranks
 from ..models.faceid.head_plan import plan_head
+from ..models.faceid.margins import margin_from
 from ..models.faceid.row_rules import RULES
 from ..tiler.errors import BudgetError, TilerError, UsageError
 from ..tiler.machine import cpu_count, map_large_blocks
@@ -28,7 +29,7 @@ from .face_sources import SYNTHETIC, OpenedFaces
 from .face_trainer import train_rank
 from .face_training import FaceTraining, write_spec
 from .face_validation import describe_scores
-from .ranks import INTERRUPTED, RankError, joined_torchrun, leave_ranks, run_ranks
+from .ranks import INTERRUPTED, RankError, RankRefusedError, joined_torchrun, leave_ranks, run_ranks
 from .torchrun import is_started_by_torchrun, require_torchrun_ranks
 from .training_folder import describe_training, owning_folder, require_same_training
 
@@ -53,7 +54,7 @@ def run_face_train(
             torchrun's.
         OutputError: OUT holds something else, or another training runs there.
         BudgetError: it does not fit.
-        RankError: a rank ended early.
+        RankError: a rank ended early, or refused any of these.
         KeyboardInterrupt: stopped, and saved.
     """
     if is_started_by_torchrun():
@@ -71,6 +72,8 @@ def run_face_train(
                 with tempfile.TemporaryDirectory() as folder:
                     write_spec(training, ranks, Path(folder))
                     result = run_ranks("outsize.pipelines.face_trainer", ranks, training.threads, Path(folder))
+        except RankRefusedError:
+            raise
         except RankError as error:
             raise RankError(f"{error}; {_how_to_go_on(out)}") from error
         except KeyboardInterrupt:
@@ -121,7 +124,7 @@ def _prepared(
 def _prepare(console: Console, training: FaceTraining, ranks: int, memory: str | None) -> OpenedFaces:
     """Everything that can be refused before the first step; leaves training.json."""
     map_large_blocks()
-    _ = training.rates, FaceAugmentation.parse(training.augment)
+    _ = training.rates, FaceAugmentation.parse(training.augment), margin_from(training.margin, training.margin_value)
     if training.batch < 2:
         raise UsageError(f"--batch must be 2 or more, since features are normalised over a step, got {training.batch}")
     faces = training.open()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,17 +24,17 @@ from ..models.faceid.head import ShardedMarginHead
 from ..models.faceid.row_rules import RULES
 from ..models.faceid.sample_order import share_of
 from ..tiler.errors import TilerError
-from ..tiler.machine import die_with_parent, one_thread, torch_threads
+from ..tiler.machine import one_thread, torch_threads
 from ..tiler.memory import format_bytes
 from ..tiler.meter import MemoryMeter
-from .console import Console, printable
+from .console import Console
 from .face_checkpoint import load_face_training, save_face_training
 from .face_report import write_face_report
 from .face_sources import OpenedFaces
 from .face_training import FaceTraining
 from .face_validation import Measured, describe_scores, measure_embedder
 from .interrupts import StopAfterStep
-from .ranks import INTERRUPTED, LOST, is_loss, join_ranks, leave_ranks
+from .ranks import run_as_rank
 from .training_log import TrainingLog
 from .unusable_pictures import UnusablePictures, read_unusable
 
@@ -295,31 +293,11 @@ class _Silent(Console):
         pass
 
 
-def main(rank: int, folder: Path, command: int) -> int:
-    """A rank that `outsize face train` started; its exit code."""
-    die_with_parent(command)
-    warnings.simplefilter("ignore")
-    spec = json.loads((folder / "spec.json").read_text())
-    training = FaceTraining.from_json(json.dumps(spec["training"]))
-    try:
-        join_ranks(rank, spec["ranks"], folder)
-        result = train_rank(Console(), training, training.open())
-        if result is not None:
-            (folder / "result.json").write_text(json.dumps(result))
-        leave_ranks()
-    except KeyboardInterrupt:
-        leave_ranks()
-        return INTERRUPTED
-    except TilerError as error:
-        if rank == 0:
-            print(printable(f"outsize: error: {error}"), file=sys.stderr, flush=True)
-        return error.exit_code
-    except RuntimeError as error:
-        if not is_loss(error):
-            raise
-        return LOST  # another rank is gone; the command says which
-    return 0
+def _work(spec: dict[str, Any]) -> dict[str, Any] | None:
+    """What a rank does that `outsize face train` started."""
+    training = FaceTraining.from_json(spec["training"])
+    return train_rank(Console(), training, training.open())
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])))
+    raise SystemExit(run_as_rank(sys.argv[1:], _work))

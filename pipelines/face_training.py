@@ -45,7 +45,7 @@ class FaceTraining:
     schedule: str
     warm_up: int
     falls: tuple[float, ...]
-    margin: str
+    margin: str | tuple[float, float, float]
     margin_value: float | None
     scale: float
     sample: float
@@ -61,11 +61,9 @@ class FaceTraining:
     """Steps; 0: at the end alone."""
 
     @classmethod
-    def from_json(cls, text: str) -> FaceTraining:
-        values = json.loads(text)
-        for name in ("size", "falls"):
-            values[name] = None if values[name] is None else tuple(values[name])
-        return cls(**values)
+    def from_json(cls, values: dict[str, Any]) -> FaceTraining:
+        tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **tuples})
 
     @property
     def rates(self) -> RateSchedule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,16 @@ def together(*decorators: Callable[[Any], Any]) -> Callable[[_Command], _Command
         return command
 
     return decorate
+
+
+class Real(click.FloatRange):
+    """A number within bounds; neither nan, which no bound stops, nor infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 class Place(click.ParamType):

@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 from torch import distributed as dist
 
 from ..tiler.errors import TilerError
+from ..tiler.machine import die_with_parent
 
 INTERRUPTED = 130
 LOST = 75
@@ -38,15 +40,19 @@ _PATIENCE = timedelta(days=7)
 
 
 class RankError(TilerError):
-    """A rank ended early; what it refused is told with its exit code."""
+    """A rank ended early."""
 
-    def __init__(self, text: str, exit_code: int = TilerError.exit_code) -> None:
+
+class RankRefusedError(RankError):
+    """What a rank refused, told as if this process did, with its exit code."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
         super().__init__(text)
         self.exit_code = exit_code
 
 
 def run_ranks(module: str, ranks: int, threads: int, folder: Path) -> dict[str, Any]:
-    """Run `python -m module RANK FOLDER PID`, with this process's number, for each rank.
+    """Run `python -m module RANK FOLDER PID`, with this process's number, for each rank; `run_as_rank` is their side.
 
     Returns what rank 0 wrote to FOLDER/result.json.
 
@@ -54,6 +60,7 @@ def run_ranks(module: str, ranks: int, threads: int, folder: Path) -> dict[str, 
 
     Raises:
         RankError: a rank ended early; the others are ended too.
+        RankRefusedError: it says why.
         KeyboardInterrupt: the ranks stopped when they were asked to.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
@@ -116,7 +123,7 @@ def _watch(processes: list[subprocess.Popen[bytes]], folder: Path, good: tuple[i
     if code == LOST:
         raise RankError(f"the {len(codes)} ranks lost each other")
     if (refusal := _refusal(folder, rank)).exists():
-        raise RankError(refusal.read_text(), code)
+        raise RankRefusedError(refusal.read_text(), code)
     raise RankError(f"rank {rank} of {len(codes)} ended with code {code}; what it said stands above")
 
 
@@ -124,14 +131,40 @@ def _refusal(folder: Path, rank: int) -> Path:
     return folder / f"refusal-{rank}.txt"
 
 
-def refuse_as_rank(rank: int, folder: Path, error: TilerError) -> int:
-    """Leave to `run_ranks` what this rank refuses, in place of saying it; the exit code."""
-    _refusal(folder, rank).write_text(str(error))
-    return error.exit_code
+def run_as_rank(words: list[str], work: Callable[[dict[str, Any]], dict[str, Any] | None]) -> int:
+    """Be a rank that `run_ranks` started, and leave it the result or what is refused.
+
+    Args:
+        words: RANK FOLDER PID; FOLDER/spec.json says with `ranks` how many there are.
+        work: gets all that FOLDER/spec.json says, returns the result on rank 0; None: this rank has none.
+
+    Returns:
+        The exit code.
+    """
+    rank, folder = int(words[0]), Path(words[1])
+    die_with_parent(int(words[2]))
+    warnings.simplefilter("ignore")
+    spec = json.loads((folder / "spec.json").read_text())
+    try:
+        _join_ranks(rank, spec["ranks"], folder)
+        result = work(spec)
+        if result is not None:
+            (folder / "result.json").write_text(json.dumps(result))
+        leave_ranks()
+    except KeyboardInterrupt:  # all ranks stop after the same step
+        leave_ranks()
+        return INTERRUPTED
+    except TilerError as error:
+        _refusal(folder, rank).write_text(str(error))
+        return error.exit_code
+    except RuntimeError as error:
+        if not _is_loss(error):
+            raise
+        return LOST  # another rank is gone; the command says which
+    return 0
 
 
-def join_ranks(rank: int, ranks: int, folder: Path) -> None:
-    """Become a rank that `run_ranks` started."""
+def _join_ranks(rank: int, ranks: int, folder: Path) -> None:
     if ranks > 1:
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=_PATIENCE
@@ -157,11 +190,11 @@ def joined_torchrun() -> Iterator[int]:
         yield int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         leave_ranks()
     except RuntimeError as error:
-        if not is_loss(error):
+        if not _is_loss(error):
             raise
         raise RankError("the ranks lost each other; what the first that ended said is the cause") from error
 
 
-def is_loss(error: RuntimeError) -> bool:
+def _is_loss(error: RuntimeError) -> bool:
     """Whether torch.distributed could not reach another rank."""
     return "gloo" in str(error)

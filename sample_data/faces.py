@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,22 @@ def face_name(identity: int) -> str:
 
 
 def write_faces(
-    folder: Path, *, identities: int, images: int, first: int = 0, seed: int = 0, height: int = SIZE, width: int = SIZE
+    folder: Path,
+    *,
+    identities: int,
+    images: int,
+    first: int = 0,
+    seed: int = 0,
+    height: int = SIZE,
+    width: int = SIZE,
+    tell: Callable[[int], None] = lambda written: None,  # noqa: ARG005 - nobody listens
 ) -> int:
     """Write FOLDER/NAME/NAME_0001.png ...; the same arguments write the same files. Returns how many pictures.
 
     Args:
         first: number of the first identity; those of a training are 0 ... its identities - 1.
         images: of each identity.
+        tell: gets how many pictures were written, identity by identity.
     """
     samples = OUTSIDE_TRAINING + np.arange(1, images + 1)
     for identity in range(first, first + identities):
@@ -34,6 +44,7 @@ def write_faces(
         (folder / name).mkdir(parents=True, exist_ok=True)
         for number, pixels in enumerate(draw_faces(seed, np.full(images, identity), samples, height, width), 1):
             Image.fromarray(pixels).save(folder / name / f"{name}_{number:04d}.png")
+        tell(images)
     return identities * images
 
 

@@ -90,7 +90,7 @@ class RecordPictures:
     def read(self, samples: Whole, epochs: Whole) -> Read:  # noqa: ARG002 - the same in every epoch
         height, width = self.size
         places = samples.tolist()
-        names = [f"{self._file.path}, record {self._file.keys[place]}" for place in places]
+        names = [self._file.name_of(int(self._file.keys[place])) for place in places]
         reads = [lambda place=place: read_picture(self._file.read(place), height, width) for place in places]
         return _read_each(names, reads)
 

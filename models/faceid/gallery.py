@@ -26,6 +26,7 @@ from .gallery_file import (
     NamedSum,
     find_damage,
     find_leftovers,
+    is_free,
     read_names,
     read_newest,
     read_owners,
@@ -139,7 +140,7 @@ class Gallery:
         if dim < 1 or tablet_rows < 1 or not embedder:
             raise HeadError(f"dim must be >= 1 and embedder named, got {dim} and {embedder!r}")
         root.mkdir(mode=0o700, parents=True, exist_ok=True)  # embeddings are biometric data
-        if any(root.iterdir()):
+        if not is_free(root):
             raise HeadError(f"{root} must be a new or empty folder, got files there")
         manifest = Manifest(
             generation=0,
@@ -472,10 +473,17 @@ class Gallery:
         count = len(calibration.scores)
         if fpir * count < EXPECTED:
             raise HeadError(
-                f"a rate of {fpir:g} needs a calibration of at least {int(np.ceil(EXPECTED / fpir)):,} faces, this one "
-                f"has {count:,}; calibrate with more strangers, or take a rate from {EXPECTED / count:.2g} on"
+                f"a rate of {fpir:g} needs a calibration of at least {int(np.ceil(EXPECTED / fpir)):,} faces, "
+                f"{self.describe_rates()}"
             )
         return calibration.scores[int(fpir * count + 1e-9)]  # scores equal to it are rejected too
+
+    def describe_rates(self) -> str:
+        """Which rates the calibration knows thresholds of, in words."""
+        count = len(self.calibration.scores) if self.calibration else 0
+        lowest = np.ceil(100 * EXPECTED / count) / 100 if count else 1.0
+        then = f"take a rate from {lowest:g} on" if lowest < 1 else "give a threshold"
+        return f"this one has {count:,}; calibrate with more strangers, or {then}"
 
     def rate_of(self, score: float) -> float | None:
         """The share of the calibration's strangers who have such a score with somebody, or a higher one."""

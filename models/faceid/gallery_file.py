@@ -103,6 +103,16 @@ def _digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
+def has_gallery(folder: Path) -> bool:
+    """Whether a gallery is or was in a folder, sound or not."""
+    return any(folder.glob("generation-*.json"))
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a gallery can be made in a folder: it is empty, but for what a kill left of the making of one."""
+    return all(path.name == f".{manifest_name(0)}.partial" for path in folder.iterdir())
+
+
 def read_newest(folder: Path) -> Manifest:
     """The newest generation whose manifest is sound.
 

@@ -18,6 +18,14 @@ PROCESS_BYTES = 480 * MB
 """A process with torch and its threads' scratch, before the layer; measured, see docs/faceid.md."""
 
 
+def _describe_count(number: float, noun: str) -> str:
+    """Of many, for people: 5.12 billion parameters."""
+    for unit, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if number >= unit:
+            return f"{number / unit:.2f} {name} {noun}"
+    return f"{number:,} {noun}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadPlan:
     """Bytes and operations of a layer on some ranks of one machine."""
@@ -85,13 +93,13 @@ class HeadPlan:
         lines = [
             (
                 "layer",
-                f"{self.classes:,} classes x {self.dim} = {self.classes * self.dim / 1e9:.2f} billion parameters",
+                f"{self.classes:,} classes x {self.dim} = {_describe_count(self.classes * self.dim, 'parameters')}",
             ),
             ("storage", f"{self.storage}, {self.bytes_per_class:,.0f} bytes a class with its state"),
             ("ranks", f"{self.ranks}, batch {self.batch}"),
             *([("sample", f"{self.seen:,} classes a step")] if self.seen < self.classes else []),
             ("memory", f"{format_bytes(self.rank_bytes)} a rank ({parts}), {format_bytes(self.machine_bytes)} in all"),
-            ("work", f"{self.flops / 1e12:.2f} TFLOP a step"),
+            ("work", f"{_describe_count(self.flops, 'FLOP')} a step"),
         ]
         return "\n".join(f"{name:<9} {text}" for name, text in lines)
 

@@ -33,7 +33,8 @@ def read_image_list(path: Path) -> ImageList:
     """Read NAME.csv or NAME.parquet; paths in it are relative to its folder. The same lines give the same list.
 
     Raises:
-        UsageError: no such list, a line without path or label, one picture with two labels; Parquet without pyarrow.
+        UsageError: no such list, a line without path or label, one picture with two labels, labels that are numbers but
+            for some; Parquet without pyarrow.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -63,10 +64,27 @@ def _gather(path: Path, what: str, rows: Iterable[tuple[int, str | None, str | N
         repeated += first != number
     if not seen:
         raise UsageError(f"{path} must list pictures, got none")
+    _require_one_kind(path, what, list(seen.values()))
     names, labels = np.unique([label for label, _ in seen.values()], return_inverse=True)
     return ImageList(
         paths=list(seen), labels=labels.astype(np.int64), names=[str(name) for name in names], repeated=repeated
     )
+
+
+def _require_one_kind(path: Path, what: str, lines: list[tuple[str, int]]) -> None:
+    """Refuse names among numbers, most often -1, 1.5 or a slip: each would be an identity of its own.
+
+    Args:
+        lines: (label, line) of each picture.
+    """
+    numbers = [line for line in lines if line[0].isdecimal()]
+    others = [line for line in lines if not line[0].isdecimal()]
+    if numbers and others:
+        rare, usual = sorted((numbers, others), key=len)
+        raise UsageError(
+            f"labels must all be whole numbers from 0, or all names, but {what} {rare[0][1]} of {path} has "
+            f"{rare[0][0]!r}, {what} {usual[0][1]} {usual[0][0]!r}; mend or delete it"
+        )
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, str | None, str | None]]:
@@ -76,6 +94,11 @@ def _read_csv(path: Path) -> Iterator[tuple[int, str | None, str | None]]:
             if not set(_COLUMNS) <= set(rows.fieldnames or ()):
                 raise UsageError(f"{path} must begin with the line path,label, got {','.join(rows.fieldnames or ())!r}")
             for row in rows:
+                if None in row:
+                    raise UsageError(
+                        f"line {rows.line_num} of {path} must have {len(rows.fieldnames or ())} fields, as the first "
+                        f"line has, got more; put paths with commas between quotes"
+                    )
                 yield rows.line_num, row["path"], row["label"]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{path} must be a list of pictures that can be read: {reason_of(error)}") from error

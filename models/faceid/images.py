@@ -24,6 +24,10 @@ class ImageError(TilerError):
     """A picture that cannot be used; carries what is wrong with it."""
 
 
+class SizeError(ImageError):
+    """A picture of another size, which could be scaled."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeopleFolder:
     """Pictures by person."""
@@ -89,7 +93,8 @@ def read_picture(source: Path | bytes, height: int, width: int, *, resize: bool 
         resize: take other sizes too, of the same shape, and scale them.
 
     Raises:
-        ImageError: damaged, of another size or shape, or of another kind than 8 bits a channel.
+        ImageError: not there, damaged, of another shape, or of another kind than 8 bits a channel.
+        SizeError: of another size.
     """
     try:
         with warnings.catch_warnings():
@@ -109,8 +114,10 @@ def read_picture(source: Path | bytes, height: int, width: int, *, resize: bool 
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(f"it is too large for a face: {error}") from error
+    except FileNotFoundError as error:
+        raise ImageError("it is not there") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
         reason = reason.replace(str(source), source.name) if isinstance(source, Path) else reason.split(" <_io")[0]
         raise ImageError(f"it cannot be read: {reason}") from error
 
@@ -126,6 +133,5 @@ def _require_size(found: tuple[int, int], wanted: tuple[int, int], *, resize: bo
             return
         if size == wanted:
             return
-    asked = "of that shape" if resize else "that size"
-    hint = "crop it" if resize else "crop it, or give --resize"
-    raise ImageError(f"it must have {asked}, {wanted[0]} x {wanted[1]} pixels, got {found[0]} x {found[1]}; {hint}")
+    sizes = f"{wanted[0]} x {wanted[1]} pixels, got {found[0]} x {found[1]}; crop it"
+    raise ImageError(f"it must have the shape of {sizes}") if resize else SizeError(f"it must be {sizes}")

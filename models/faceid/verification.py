@@ -7,7 +7,7 @@ of impostors and of genuine pairs, so that the rate is never above f.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -88,7 +88,19 @@ def parse_rates(texts: Sequence[str]) -> list[str]:
     return list(texts)
 
 
-def measure_verification(unit: Floats, labels: npt.NDArray[np.integer], rates: Sequence[str] = RATES) -> Verification:
+def count_blocks(pictures: int) -> int:
+    """Blocks of pairs of two persons that `measure_verification` looks at, in its three passes."""
+    side = -(-pictures // BLOCK)
+    return 3 * side * (side + 1) // 2
+
+
+def measure_verification(
+    unit: Floats,
+    labels: npt.NDArray[np.integer],
+    rates: Sequence[str] = RATES,
+    *,
+    tell: Callable[[int], None] = lambda blocks: None,  # noqa: ARG005 - nobody listens
+) -> Verification:
     """Compare all pairs of pictures, each once, three times over; N^2 scores are never held.
 
     Scores are float64 products, rounded to multiples of 2^-48.
@@ -97,12 +109,13 @@ def measure_verification(unit: Floats, labels: npt.NDArray[np.integer], rates: S
         unit: (N, D) of length 1.
         labels: (N,): the person of each.
         rates: of false accepts, as written.
+        tell: gets how many blocks more were looked at, `count_blocks` in all; fewer where no rate can be told.
 
     Raises:
         HeadError: there is no pair of one person, or none of two.
     """
     order = np.argsort(labels, kind="stable")
-    pairs = _Pairs(unit[order], np.asarray(labels)[order])
+    pairs = _Pairs(unit[order], np.asarray(labels)[order], tell)
     if not pairs.genuine or not pairs.impostors:
         raise HeadError(
             f"verification needs two persons, and one with two pictures, got {len(np.unique(labels))} persons with "
@@ -137,8 +150,8 @@ def measure_verification(unit: Floats, labels: npt.NDArray[np.integer], rates: S
 class _Pairs:
     """Blocks of pairs i < j of pictures in the order of persons, as keys."""
 
-    def __init__(self, unit: Floats, labels: npt.NDArray[np.integer]) -> None:
-        self._unit, self._labels = unit, labels
+    def __init__(self, unit: Floats, labels: npt.NDArray[np.integer], tell: Callable[[int], None]) -> None:
+        self._unit, self._labels, self._tell = unit, labels, tell
         count = len(labels)
         _, each = np.unique(labels, return_counts=True)
         self.genuine = int((each * (each - 1) // 2).sum())
@@ -158,6 +171,7 @@ class _Pairs:
             keys, same = self._keys(rows, columns)
             mixed = self._labels[rows][-1] >= self._labels[columns][0]
             yield keys[~same & self._counts(rows, columns)] if mixed else keys
+            self._tell(1)
 
     def _blocks(self) -> Iterator[tuple[slice, slice]]:
         starts = range(0, len(self._labels), BLOCK)

@@ -300,7 +300,7 @@ def test_bad_pictures_are_named_and_counted_and_the_others_enrolled(world: Path,
     made, said = outsize("enroll", tmp_path / "g", folder, "--embedder", world / "faces", code=3)
     reasons = {Path(entry["path"]).name: entry["reason"] for entry in made["failed"]}
     assert reasons.keys() == {"cut.png", "large.png", "stolen.png", "x.jpg", "nobody", "only bad"}
-    assert "it must have that size, 32 x 32 pixels, got 32 x 33" in reasons["large.png"]
+    assert reasons["large.png"] == "it must be 32 x 32 pixels, got 32 x 33; crop it, or give --resize"
     assert reasons["stolen.png"].startswith("it is the same file as")
     assert "its folder has no picture" in reasons["nobody"]
     assert reasons["only bad"] == "not one of its pictures can be used"
@@ -332,6 +332,12 @@ def test_strangers_set_the_threshold(world: Path, gallery: Path) -> None:
     picture = world / "strangers" / "identity-005000"
     _, said = outsize("identify", gallery, picture, *embedder, "--fpir", "0.1", code=2)
     assert "needs a calibration of at least 100 faces, this one has 24" in said
+    shown = commands.outsize_here("face", "calibrate", gallery).stdout
+    assert "24 persons of the gallery, each compared with all others; the highest score" in shown
+    assert shown.splitlines()[-1] == (
+        "a rate of 0.1 needs 100, this one has 24; calibrate with more strangers, or take a rate from 0.42 on"
+    )
+    assert Gallery.open(gallery).threshold_for(0.42) < 1
     made, _ = outsize("calibrate", gallery, world / "strangers", *embedder)
     assert made["calibration"] == {"scores": 14, "of": "strangers"}
     found, _ = outsize("identify", gallery, world / "strangers" / "identity-005000", *embedder, "--fpir", "0.8")
@@ -345,7 +351,7 @@ def test_strangers_set_the_threshold(world: Path, gallery: Path) -> None:
     assert not any(face["known"] for faces in everyone for face in faces)
     assert all(face["nearest"] is not None for faces in everyone for face in faces)
     _, said = outsize("enroll", gallery, world / "strangers", *embedder)
-    assert "the calibration by strangers is out of date" in said
+    assert "the calibration by strangers is out of date and deleted, persons of the gallery stand in for them" in said
     assert (
         "strangers must not be in the gallery"
         in outsize("calibrate", gallery, world / "strangers", *embedder, code=2)[1]
@@ -362,6 +368,80 @@ def test_damage_ends_with_code_1(gallery: Path) -> None:
     shown, _ = outsize("gallery", gallery, "--verify", code=1)
     assert shown["damaged"] == [f"{rows.name}: its checksum is not the manifest's"]
     assert "is no gallery" in outsize("gallery", gallery.parent, code=1)[1]
+
+
+def test_nobody_is_enrolled_into_what_is_no_gallery(world: Path, tmp_path: Path) -> None:
+    words = (world / "people", "--embedder", world / "faces")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    _, said = outsize("enroll", tmp_path / "notes", *words, code=1)
+    assert said.endswith("notes must be a gallery, or a new or empty folder, got a.txt there; choose another folder\n")
+    assert "got a file; choose another" in outsize("enroll", tmp_path / "notes" / "a.txt", *words, code=1)[1]
+    assert [path.name for path in (tmp_path / "notes").iterdir()] == ["a.txt"]
+    # What a kill in the middle of making one leaves is no hindrance.
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / ".generation-000000000.json.partial").write_text("{")
+    assert outsize("enroll", tmp_path / "g", *words)[0]["people"] == PEOPLE
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--threshold", "1.5"), "Invalid value for '--threshold': 1.5 is not in the range -1<=x<=1."),
+        (("--threshold", "nan"), "Invalid value for '--threshold': nan is not a finite number."),
+        (("--fpir", "nan"), "Invalid value for '--fpir': nan is not a finite number."),
+        (("--ranks", "0"), "Invalid value for '--ranks': 0 is not in the range x>=1."),
+    ],
+)
+def test_numbers_out_of_range_are_refused(world: Path, words: tuple[str, ...], message: str) -> None:
+    _, said = outsize("identify", world / "g", world / "people", "--embedder", world / "faces", *words, code=2)
+    assert message in said
+
+
+def test_bad_pictures_among_good_ones_are_named_and_folders_of_folders_refused(world: Path, gallery: Path) -> None:
+    words = ("--embedder", world / "faces", "-k", "3")
+    folder = gallery.parent / "visitors"
+    shutil.copytree(world / "people" / name(4), folder)
+    pictures = sorted(folder.iterdir())
+    pictures[1].write_bytes(pictures[1].read_bytes()[:200])
+    found, said = outsize("identify", gallery, folder, *words, code=3)
+    assert [Path(face["image"]) for face in found["faces"]] == [pictures[0], pictures[2]]
+    assert f"{pictures[1]}: it cannot be read: " in said
+    shown = commands.outsize_here("face", "identify", gallery, pictures[0], *words[:2], "-k", str(PEOPLE)).stdout
+    assert f"(none of {PEOPLE} strangers), " in shown or " % of strangers), " in shown
+    assert f"(all of {PEOPLE} strangers)" in shown
+    assert "e+" not in shown
+    _, said = outsize("identify", gallery, world / "people", *words, code=2)
+    assert said.endswith(f"got none but {PEOPLE} folders; name those\n")
+
+
+def test_pairs_without_their_pictures_are_named_counted_and_end_with_code_3(world: Path, tmp_path: Path) -> None:
+    lines = (world / "people" / "pairs.txt").read_text().splitlines()
+    lost = [f"{name(0)}\t{number + 100}\t1" for number in range(25)]
+    (tmp_path / "pairs.txt").write_text("\n".join([lines[0], *lost, *lines[26:]]))
+    words = ("evaluate", world / "people", "--embedder", world / "faces", "--pairs", tmp_path / "pairs.txt")
+    found, said = outsize(*words, "--far", "0.25,2.5e-3", code=3)
+    assert (found["pairs"]["pairs"], found["pairs"]["left_out"]) == (575, 25)
+    assert f"line 2 of the pairs: there is no picture 100 of {name(0)} that can be used" in said
+    assert "picture 119 of" in said
+    assert "picture 120 of" not in said
+    assert "5 more pictures of pairs are not there" in said
+
+
+def test_a_sample_that_is_stopped_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, save = list[str](), Image.Image.save
+
+    def stop(image: Image.Image, path: Path) -> None:
+        saved.append(path.name)
+        if len(saved) == 5:
+            raise KeyboardInterrupt
+        save(image, path)
+
+    monkeypatch.setattr(Image.Image, "save", stop)
+    outsize("sample", tmp_path / "people", code=130)
+    assert list((tmp_path / "people").iterdir()) == []
+    monkeypatch.undo()
+    assert outsize("sample", tmp_path / "people", "--identities", "2", "--images", "2")[0]["images"] == 4
 
 
 class _Page(HTMLParser):
@@ -433,9 +513,12 @@ def test_embeddings_give_the_same_numbers_as_pictures(world: Path, tmp_path: Pat
     words = ("evaluate", "--embeddings", tmp_path / "e.npy", "--labels", tmp_path / "labels.npy")
     numbered, _ = outsize(*words)
     assert numbered["verification"]["points"] == found["verification"]["points"]
+    # Rates are shown as they are, not rounded to a digit.
+    shown = commands.outsize_here("face", *words, "--far", "0.25,2.5e-3").stdout
+    assert [line.split()[0] for line in shown.splitlines()[5:7]] == ["2.5e-1", "2.5e-3"]
     # What - stands for is said, if there is no ? beside it.
     shown = commands.outsize_here("face", *words, "--far", "1e-1,1e-6", "--strangers", "0").stdout
-    assert "1e-06                      -" in shown
+    assert "1e-6                       -" in shown
     assert " ?" not in shown
     assert shown.splitlines()[-1].endswith("- not even one: these pictures cannot tell")
 

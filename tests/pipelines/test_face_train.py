@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from outsize.models.faceid.image_list import read_image_list
 from outsize.pipelines.charts import BLUE, RED
-from outsize.pipelines.ranks import RankError, refuse_as_rank, run_ranks
+from outsize.pipelines.ranks import RankError, RankRefusedError, run_ranks
 from outsize.sample_data.faces import write_faces
 from outsize.tests import commands
 from outsize.tests.models.faceid.test_record_io import indexed
@@ -215,8 +216,8 @@ def _check_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             run_ranks("some_rank", 2, 1, tmp_path)
     # What a rank refuses is told as if this process did, with its exit code.
     (tmp_path / "codes").write_text("2 75")
-    refuse_as_rank(0, tmp_path, UsageError("that is not there"))
-    with pytest.raises(RankError, match=r"^that is not there$") as refused:
+    (tmp_path / "refusal-0.txt").write_text("that is not there")
+    with pytest.raises(RankRefusedError, match=r"^that is not there$") as refused:
         run_ranks("some_rank", 2, 1, tmp_path)
     assert refused.value.exit_code == 2
     (tmp_path / "codes").unlink()
@@ -334,6 +335,41 @@ def test_a_list_gives_the_bits_of_its_folder(tmp_path: Path) -> None:
         assert hashes(tmp_path / "run people", 6) == hashes(tmp_path / f"run {name}", 6)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,label\na.png,0\nb.png,ada\nc.png,1\n", "line 3 of {list} has 'ada', line 2 '0'; mend or delete it"),
+        ("path,label\na.png,-1\nb.png,0\nc.png,1\n", "line 2 of {list} has '-1', line 3 '0'; mend or delete it"),
+        ("path,label\na.png,ada\nb.png,7\nc.png,eve\n", "line 3 of {list} has '7', line 2 'ada'; mend or delete it"),
+        ("path,label\na,b.png,0\n", "line 2 of {list} must have 2 fields, as the first line has, got more"),
+        ("path,label\na.png,0\nb.png\n", "line 3 of {list} must have a path and a label, got 'b.png', None"),
+        ("path,who\na.png,0\n", "{list} must begin with the line path,label, got 'path,who'"),
+        ("", "{list} must begin with the line path,label, got ''"),
+    ],
+)
+def test_a_list_that_is_none_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(UsageError) as refused:
+        read_image_list(tmp_path / "list.csv")
+    assert message.format(list=tmp_path / "list.csv") in str(refused.value)
+
+
+def test_pictures_that_a_list_has_and_the_disk_has_not_are_named(tmp_path: Path) -> None:
+    """The first picture is of another size than most, the second is not there."""
+    write_faces(tmp_path / "people", identities=4, images=3, height=16, width=16)
+    paths = sorted((tmp_path / "people").rglob("*.png"))
+    with Image.open(paths[0]) as picture:
+        picture.resize((20, 20)).save(paths[0])
+    paths[1].unlink()
+    lines = [f"{path.relative_to(tmp_path)},{place // 3}" for place, path in enumerate(paths)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *lines]))
+    run = tmp_path / "run"
+    _, said = train(run, "--faces", tmp_path / "list.csv", *FOLDER, "--held-out", "0", "--steps", "3", code=3)
+    assert "images 16 x 16" in said
+    named = dict(json.loads(line).values() for line in (run / "unreadable.jsonl").read_text().splitlines())
+    assert named == {str(paths[0]): "it must be 16 x 16 pixels, got 20 x 20; crop it", str(paths[1]): "it is not there"}
+
+
 def test_a_record_file_is_trained_on_and_a_wrong_label_is_named(tmp_path: Path) -> None:
     path = indexed(tmp_path, [0, 0, 1, 1, 1, 2, 2], wrong={2: 1.0}, size=(18, 16))
     words = ("--faces", path, *FOLDER, "--held-out", "0")
@@ -372,6 +408,17 @@ def test_an_iresnet_is_trained_saved_and_enrolls(tmp_path: Path) -> None:
     assert commands.result_of(gallery)["dim"] == 8
 
 
+def test_a_margin_may_be_three_numbers(tmp_path: Path) -> None:
+    words = ("--faces", "synthetic:40", *TINY, "--held-out", "0", "--steps", "3")
+    for margin in ("cosface", "1,0,0.35", "1,0.2,0.1"):
+        train(tmp_path / margin, *words, "--margin", margin)
+    named, three, other = (hashes(tmp_path / margin, 3) for margin in ("cosface", "1,0,0.35", "1,0.2,0.1"))
+    assert named["backbone.safetensors"] == three["backbone.safetensors"] != other["backbone.safetensors"]
+    _, said = train(tmp_path / "1,0.2,0.1", *words, "--margin", "1,0.2,0.3", code=1)
+    assert "margin [1.0, 0.2, 0.1] there, [1.0, 0.2, 0.3] now" in said
+    assert train(tmp_path / "1,0.2,0.1", *words, "--margin", "1,0.2,0.1", "--steps", "3")[0]["first_step"] == 3
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -395,6 +442,11 @@ def test_an_iresnet_is_trained_saved_and_enrolls(tmp_path: Path) -> None:
         (("--warm-up", "9", "--steps", "3"), r"the warm-up must be 0 \.\.\. 3 steps"),
         (("--augment", "turn"), "augmentations are flip, colour, crop, erase"),
         (("--size", "big"), "sides in pixels, such as 112"),
+        (("--lr", "nan"), "Invalid value for '--lr': nan is not a finite number"),
+        (("--margin", "1,2"), r"arcface, cosface, softmax, or M1,M2,M3 such as 1,0\.3,0\.2, got '1,2'"),
+        (("--margin", "0.5,0,0"), r"margins must be m1 >= 1, 0 <= m2 < pi, m3 >= 0, got 0\.5, 0\.0, 0\.0"),
+        (("--margin", "arcface", "--margin-value", "4"), "margins must be m1 >= 1, 0 <= m2 < pi"),
+        (("--margin", "softmax", "--margin-value", "0.2"), "--margin-value is of arcface or cosface"),
     ],
 )
 def test_bad_choices_are_refused_in_one_line(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
@@ -436,9 +488,16 @@ def test_sources_that_teach_nothing_are_refused(tmp_path: Path, people: Path) ->
     for path in (tmp_path / "bad" / "a", tmp_path / "bad" / "b"):
         path.mkdir(parents=True)
         (path / "x.png").write_bytes(path.name.encode())
-    assert "say with --size how large pictures are" in train(tmp_path / "run", "--faces", tmp_path / "bad", code=2)[1]
+    _, said = train(tmp_path / "run", "--faces", tmp_path / "bad", code=2)
+    assert "pictures must be files that can be opened, got 2 that cannot; " in said
+    assert f"{path.parent / 'a' / 'x.png'}: cannot identify" in said
     _, said = train(tmp_path / "run", "--faces", tmp_path / "bad", "--size", "16", *FOLDER[:6], code=1)
     assert "no picture of step 1 can be used" in said
+    words = ("--faces", tmp_path / "bad", "--size", "16", *FOLDER[:6])
+    _, said = train(tmp_path / "ranks", *words, "--ranks", "2", code=1)
+    (line,) = [line for line in said.splitlines() if line.startswith("outsize: ")]
+    assert line.startswith("outsize: error: no picture of step 1 can be used")
+    assert line.endswith("says what is wrong with each")  # the same command would not go on
 
 
 def test_a_rate_that_blows_up_is_told(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_damage_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
     pixels, failed, _ = source.read(np.arange(4), np.zeros(4, np.int64))
     assert [found is None for found in pixels] == [False, True, True, False]
     assert failed[0] == (f"{path}, record 2", "its label is 7, the file's index says 0")
-    assert failed[1][1].startswith(f"record 3 of train.rec is damaged: no record is at byte {at}")
+    assert failed[1] == (f"{path}, record 3", f"it is damaged: no record begins at byte {at:,}")
     file = RecordFile(write(tmp_path, {1: entry(0.0, b"no picture"), 2: entry(1.0, b"")}))
     assert RecordPictures(file, (10, 12)).read(np.arange(2), np.arange(2))[1][0][1].startswith("it cannot be read")
 
@@ -126,7 +126,10 @@ def test_damage_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
             {0: entry([2, 3], b""), 1: entry(0.0, b""), 2: entry([0, 9], b"")},
             r"pictures 0 \.\.\. 8, there are 1 \.\.\. 1",
         ),
-        ({0: entry([2, 4], b""), 1: entry(0.0, b""), 2: entry([1, 2], b"")}, "record 3 is not in the index"),
+        (
+            {0: entry([2, 4], b""), 1: entry(0.0, b""), 2: entry([1, 2], b"")},
+            "record 3 says whose the pictures are, and it is not in train.idx; copy",
+        ),
         ({0: entry([1, 1], b"")}, "must hold pictures"),
     ],
 )
@@ -135,15 +138,29 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path, entries: dict[int
         RecordFile(write(tmp_path, entries))
 
 
+def test_without_an_index_inside_a_cut_file_gives_what_is_whole(tmp_path: Path) -> None:
+    path = write(tmp_path, {key: entry(key // 2, b"picture") for key in range(1, 5)})
+    path.write_bytes(path.read_bytes()[:-50])  # a record takes 40 bytes
+    file = RecordFile(path)
+    assert (file.keys.tolist(), file.labels.tolist(), file.read(1)) == ([1, 2], [0, 1], b"picture")
+    assert file.damaged == [
+        (f"{path}, record 3", "it is cut off: it would end at byte 119, the file at 110"),
+        (f"{path}, record 4", "it would begin at byte 120, where the file of 110 bytes has ended"),
+    ]
+
+
 def test_missing_and_cut_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(HeadError, match=r"with train\.idx beside it"):
         RecordFile(tmp_path / "train.rec")
     path = indexed(tmp_path, [0, 1])
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(HeadError, match="is damaged"):
+    with pytest.raises(HeadError, match=r"record 4 says whose the pictures are, and it would begin at byte .* copy"):
         RecordFile(path)
-    (tmp_path / "train.idx").write_text("one two\n")
-    with pytest.raises(HeadError, match="must be a RecordIO file and its index"):
+    (tmp_path / "train.idx").write_text("1\t0\none two\n")
+    with pytest.raises(HeadError, match=r"line 2 of .*train\.idx must be a record's number, tab, and its place"):
+        RecordFile(path)
+    path.write_bytes(b"")
+    with pytest.raises(HeadError, match="must be a RecordIO file, got an empty one"):
         RecordFile(path)
     (tmp_path / "train.idx").write_text("1\t0\n")
     file = RecordFile(write(tmp_path, {1: entry(0.0, b"abc")}))

@@ -15,6 +15,7 @@ from outsize.models.faceid.pair_list import Pair, PairList, read_pairs, write_pa
 from outsize.models.faceid.top_k import unit_rows
 from outsize.models.faceid.verification import (
     allow,
+    count_blocks,
     find_threshold,
     measure_folds,
     measure_verification,
@@ -45,7 +46,9 @@ def test_rates_are_those_of_all_scores_sorted(monkeypatch: pytest.MonkeyPatch, b
     monkeypatch.setattr(verification, "BLOCK", block)
     unit, labels = make_faces(41, 211, 0.9)
     genuine, impostor = sort_pairs(unit, labels)
-    found = measure_verification(unit, labels, ("0.3", "1e-1", "1e-2", "1e-3", "1e-6"))
+    told: list[int] = []
+    found = measure_verification(unit, labels, ("0.3", "1e-1", "1e-2", "1e-3", "1e-6"), tell=told.append)
+    assert sum(told) == count_blocks(211) == (63 if block == 37 else 3)
     assert (found.genuine_pairs, found.impostor_pairs) == (len(genuine), len(impostor))
     for point in found.points:
         assert point.allowed == int(len(impostor) * point.rate + 1e-9)
