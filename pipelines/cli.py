@@ -15,8 +15,7 @@ import click
 
 from .. import __version__
 from ..tiler.errors import TilerError
-from .cli_face_gallery import COMMANDS as FACE_COMMANDS
-from .cli_face_train import face_train_options
+from .cli_face import face
 from .cli_model import model
 from .cli_options import (
     cluster_options,
@@ -32,10 +31,7 @@ from .cli_options import (
 )
 from .cli_train import label_options, make_label_options, train_options
 from .interrupts import heed_interrupts
-from .option_types import OrderedGroup, Place, option, together
-from .torchrun import refuse_torchrun
-
-EXIT_FAILED, EXIT_USAGE, EXIT_FAILED_TILES, EXIT_INTERRUPTED = 1, 2, 3, 130
+from .option_types import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SOME_FAILED, OrderedGroup, Place, option
 
 
 def _load_config(context: click.Context, _parameter: click.Parameter, path: str | None) -> None:
@@ -175,7 +171,7 @@ def ingest(
         make_cluster_options(options),
     )
     if summary.unreadable:
-        raise SystemExit(EXIT_FAILED_TILES)
+        raise SystemExit(EXIT_SOME_FAILED)
 
 
 @cli.command()
@@ -281,7 +277,7 @@ def segment(console: Any, sources: tuple[str, ...], out_dir: Path | None, **opti
         run_plan(console, known, dashboard=cluster.serves_dashboard, to_store=is_remote(out))
         return
     if run_segment(console, known, out, cluster, make_write_options(options)).failed_tiles:
-        raise SystemExit(EXIT_FAILED_TILES)
+        raise SystemExit(EXIT_SOME_FAILED)
 
 
 def _segment_batch(console: Any, sources: tuple[str, ...], folder: Path, options: dict[str, Any]) -> None:
@@ -301,109 +297,7 @@ def _segment_batch(console: Any, sources: tuple[str, ...], folder: Path, options
     if "failed" in states:
         raise SystemExit(EXIT_FAILED)
     if "partial" in states:
-        raise SystemExit(EXIT_FAILED_TILES)
-
-
-_layer = together(
-    click.option(
-        "--batch", type=click.IntRange(1), default=64, show_default=True, help="Samples a step, of all ranks."
-    ),
-    click.option(
-        "--ranks", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the layer."
-    ),
-    click.option("--threads", type=click.IntRange(1), help="Of each rank; without it the cores divided among them."),
-    click.option(
-        "--rule",
-        type=click.Choice(["rms", "sgd", "momentum"]),
-        default="rms",
-        show_default=True,
-        help="How rows follow their gradient; docs/faceid.md compares them.",
-    ),
-    click.option(
-        "--storage",
-        type=click.Choice(["float16", "bfloat16", "float32"]),
-        default="float16",
-        show_default=True,
-        help="Of the rows; products are float32 always.",
-    ),
-    click.option("--memory", metavar="SIZE", help="Budget of all ranks, such as 12GB; without it the machine's."),
-)
-
-
-@cli.group(cls=OrderedGroup)
-@click.pass_context
-def face(context: click.Context) -> None:
-    """Faces: the giant classification layer, an embedder trained through it, and galleries of persons.
-
-    \b
-    outsize face train faces/                                  an embedder
-    outsize face sample people/                                pictures to try with
-    outsize face evaluate people/ --embedder faces/
-    outsize face enroll staff/ people/ --embedder faces/
-    outsize face identify staff/ door.png --embedder faces/
-    """
-    if context.invoked_subcommand not in ("train", "identify"):
-        refuse_torchrun(str(context.invoked_subcommand))
-
-
-@face.command("benchmark")
-@click.option("--classes", type=click.IntRange(1), default=1_000_000, show_default=True, help="Identities.")
-@click.option("--dim", type=click.IntRange(1), default=512, show_default=True, help="Numbers of a feature.")
-@click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Steps; the first is not counted.")
-@click.option("--margin", type=click.Choice(["arcface", "cosface", "softmax"]), default="arcface", show_default=True)
-@click.option(
-    "--sample",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=1.0,
-    show_default=True,
-    help="Share of the classes that a step sees, besides the batch's own (Partial FC).",
-)
-@click.option("--keep-cosines", is_flag=True, help="Hold batch x classes numbers between the passes: less work.")
-@click.option(
-    "--checkpoint", type=click.Path(path_type=Path), help="Also save the layer to this new folder and load it, timed."
-)
-@_layer
-@click.pass_obj
-def face_benchmark(console: Any, **options: Any) -> None:
-    """Time training steps of a layer, with random batches.
-
-    \b
-    outsize face benchmark --classes 100000
-    outsize face benchmark --classes 10_000_000 --ranks 2 --memory 12GB
-    outsize face benchmark --classes 1_000_000 --sample 0.1
-    outsize --json face benchmark --classes 1000000 --rule momentum --checkpoint layer/
-    """
-    from .face import FaceBenchmarkOptions, run_face_benchmark
-
-    run_face_benchmark(console, FaceBenchmarkOptions(**options))
-
-
-@face.command("train")
-@click.argument("out", type=click.Path(path_type=Path))
-@face_train_options
-@_layer
-@click.pass_obj
-def face_train(console: Any, out: Path, ranks: int, threads: int | None, memory: str | None, **options: Any) -> None:
-    """Train an embedder through the layer. The same command goes on after a stop, with any number of ranks; so does
-    torchrun -m outsize face train. Exit code 3 where some pictures could not be used.
-
-    \b
-    outsize face train faces/
-    outsize face train faces/ --faces synthetic:10000 --steps 3000 --ranks 2
-    outsize face train staff/ --faces people/ --network r50 --steps 20000
-    outsize face train ms1m/ --faces train.rec --network r100 --recompute --batch 256
-    torchrun --nproc-per-node 2 -m outsize face train faces/ --faces list.csv
-    """
-    from .cli_face_train import make_face_training
-    from .face_train import run_face_train
-
-    training = make_face_training(out, options)
-    if not run_face_train(console, training, ranks=ranks, threads=threads, memory=memory):
-        raise SystemExit(EXIT_FAILED_TILES)
-
-
-for _command in FACE_COMMANDS:
-    face.add_command(_command)
+        raise SystemExit(EXIT_SOME_FAILED)
 
 
 @cli.command()
@@ -436,7 +330,7 @@ def verify(console: Any, out: Path, **options: Any) -> None:
     known = VerifyOptions(**{name: options[name] for name in names})
     state = run_verify(console, out, known, make_cluster_options(options))
     if state != "sound":
-        raise SystemExit(EXIT_FAILED_TILES if state == "partial" else EXIT_FAILED)
+        raise SystemExit(EXIT_SOME_FAILED if state == "partial" else EXIT_FAILED)
 
 
 @cli.command()
@@ -542,6 +436,7 @@ def doctor(console: Any) -> None:
         raise SystemExit(EXIT_FAILED)
 
 
+cli.add_command(face)
 cli.add_command(model)
 
 

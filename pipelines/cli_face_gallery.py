@@ -7,9 +7,7 @@ from typing import Any
 
 import click
 
-from .option_types import Real, Size, option
-
-EXIT_FAILED, EXIT_SOME_FAILED = 1, 3
+from .option_types import EXIT_FAILED, EXIT_SOME_FAILED, Real, Size, option
 
 _place = click.Path(path_type=Path)
 _gallery = click.argument("gallery", type=_place)

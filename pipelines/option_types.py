@@ -1,4 +1,4 @@
-"""What options of all commands are made of: their variables, and values that click does not know."""
+"""What options of all commands are made of: their variables, and values that click does not know; exit codes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+EXIT_FAILED, EXIT_SOME_FAILED, EXIT_INTERRUPTED = 1, 3, 130
+"""Beside click's own 2, of a wrong call. Some: tiles, windows or pictures; the rest is done."""
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
