@@ -12,16 +12,25 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
 import pytest
 from outsize.models.faceid.image_list import read_image_list
+from outsize.pipelines import face_train as commanding
+from outsize.pipelines import ranks as pipelines_ranks
 from outsize.pipelines.charts import BLUE, RED
-from outsize.pipelines.ranks import RankError, RankRefusedError, run_ranks
+from outsize.pipelines.cli import face_train
+from outsize.pipelines.cli_face_train import make_face_training
+from outsize.pipelines.face_training import FaceTraining
+from outsize.pipelines.ranks import RankError, RankRefusedError, run_as_rank, run_ranks
 from outsize.sample_data.faces import write_faces
 from outsize.tests import commands
 from outsize.tests.models.faceid.test_record_io import indexed
@@ -237,6 +246,37 @@ def _check_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     thread.join()
 
 
+def test_a_rank_leaves_its_result_or_what_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipelines_ranks, "die_with_parent", Mock())
+    (tmp_path / "spec.json").write_text('{"ranks": 1, "of": 7}')
+
+    def rank(work: Callable[[dict[str, Any]], dict[str, Any] | None]) -> int:
+        with warnings.catch_warnings():
+            return run_as_rank(["0", str(tmp_path), "1"], work)
+
+    assert rank(Mock(return_value=None)) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["spec.json"]
+    assert rank(lambda spec: {"found": spec["of"]}) == 0
+    assert json.loads((tmp_path / "result.json").read_text()) == {"found": 7}
+    assert rank(Mock(side_effect=UsageError("that is not there"))) == 2
+    assert (tmp_path / "refusal-0.txt").read_text() == "that is not there"
+    assert rank(Mock(side_effect=KeyboardInterrupt())) == 130
+    assert rank(Mock(side_effect=RuntimeError("[gloo/transport] Connection closed by peer"))) == 75
+    with pytest.raises(RuntimeError, match="a mistake of our own"):
+        rank(Mock(side_effect=RuntimeError("a mistake of our own")))
+
+
+def test_what_a_rank_refuses_is_told_without_a_way_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error, code, end in (
+        (RankRefusedError("no picture of step 1 can be used", 2), 2, "no picture of step 1 can be used\n"),
+        (RankError("rank 1 of 2 was ended by SIGKILL"), 1, "nothing was saved yet, with any number of ranks\n"),
+    ):
+        monkeypatch.setattr(commanding, "run_ranks", Mock(side_effect=error))
+        _, said = train(tmp_path / str(code), *STEPS, "--ranks", "2", code=code)
+        assert said.splitlines()[-1].startswith(f"outsize: error: {error}")
+        assert said.endswith(end)
+
+
 def test_a_rank_whose_command_died_before_it_came_up_ends_at_once() -> None:
     words = "import os, sys; from outsize.tiler.machine import die_with_parent as die; "
     words += "die(os.getppid() + int(sys.argv[1])); print(1)"
@@ -409,14 +449,19 @@ def test_an_iresnet_is_trained_saved_and_enrolls(tmp_path: Path) -> None:
 
 
 def test_a_margin_may_be_three_numbers(tmp_path: Path) -> None:
-    words = ("--faces", "synthetic:40", *TINY, "--held-out", "0", "--steps", "3")
-    for margin in ("cosface", "1,0,0.35", "1,0.2,0.1"):
+    words = ("--faces", "synthetic:40", *TINY, "--held-out", "0", "--steps", "2", "--threads", "1")
+    for margin in ("cosface", "1,0,0.35"):
         train(tmp_path / margin, *words, "--margin", margin)
-    named, three, other = (hashes(tmp_path / margin, 3) for margin in ("cosface", "1,0,0.35", "1,0.2,0.1"))
-    assert named["backbone.safetensors"] == three["backbone.safetensors"] != other["backbone.safetensors"]
-    _, said = train(tmp_path / "1,0.2,0.1", *words, "--margin", "1,0.2,0.3", code=1)
-    assert "margin [1.0, 0.2, 0.1] there, [1.0, 0.2, 0.3] now" in said
-    assert train(tmp_path / "1,0.2,0.1", *words, "--margin", "1,0.2,0.1", "--steps", "3")[0]["first_step"] == 3
+    named, three = (hashes(tmp_path / margin, 2) for margin in ("cosface", "1,0,0.35"))
+    assert named["backbone.safetensors"] == three["backbone.safetensors"]
+    _, said = train(tmp_path / "1,0,0.35", *words, "--margin", "1,0.2,0.3", code=1)
+    assert "margin [1.0, 0.0, 0.35] there, [1.0, 0.2, 0.3] now" in said
+    # What ranks are told is what the command was told.
+    options = face_train.make_context("train", ["out", "--margin", "1,0.2,0.1", "--size", "16"]).params
+    told = {key: options[key] for key in options.keys() - {"out", "ranks", "threads", "memory"}}
+    training = make_face_training(tmp_path, told)
+    assert training.margin == (1.0, 0.2, 0.1)
+    assert FaceTraining.from_json(json.loads(json.dumps(asdict(training)))) == training
 
 
 @pytest.mark.parametrize(
@@ -493,11 +538,6 @@ def test_sources_that_teach_nothing_are_refused(tmp_path: Path, people: Path) ->
     assert f"{path.parent / 'a' / 'x.png'}: cannot identify" in said
     _, said = train(tmp_path / "run", "--faces", tmp_path / "bad", "--size", "16", *FOLDER[:6], code=1)
     assert "no picture of step 1 can be used" in said
-    words = ("--faces", tmp_path / "bad", "--size", "16", *FOLDER[:6])
-    _, said = train(tmp_path / "ranks", *words, "--ranks", "2", code=1)
-    (line,) = [line for line in said.splitlines() if line.startswith("outsize: ")]
-    assert line.startswith("outsize: error: no picture of step 1 can be used")
-    assert line.endswith("says what is wrong with each")  # the same command would not go on
 
 
 def test_a_rate_that_blows_up_is_told(tmp_path: Path) -> None:
