@@ -23,11 +23,13 @@ def _fixed_seed() -> None:
         torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _spare_the_collector() -> None:
-    """Hundreds of runs collect garbage, and would look at all of torch each time."""
-    gc.collect()
-    gc.freeze()
+    """Hundreds of runs collect garbage, and would look at all of torch each time, and at what tracing and OpenVINO have
+    imported since."""
+    if len(gc.get_objects(generation=2)) > 50_000:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
