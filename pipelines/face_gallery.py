@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from ..models.faceid.gallery import Gallery
 from ..models.faceid.gallery_file import has_gallery, is_free
 from ..models.faceid.head_plan import PROCESS_BYTES
 from ..models.faceid.images import ImageError, find_people
+from ..models.faceid.search import Tell
 from ..tiler.errors import OutputError, UsageError
 from ..tiler.memory import format_bytes, parse_bytes
 from ..tiler.meter import MemoryMeter
@@ -20,6 +23,8 @@ from .face_pictures import BATCH, Pictures, embed_people, group_by_person
 
 SHOWN = 20
 """Names that are listed in a sentence."""
+SHOWN_ROWS = 1_000_000
+"""Of all passes of a search together, from which on its progress is shown: some tenths of a second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +139,23 @@ def run_remove(console: Console, place: Path, names: tuple[str, ...]) -> None:
     )
 
 
+@contextmanager
+def searching(console: Console) -> Iterator[Tell]:
+    """Progress of a search among many rows; one among few is over before there is anything to see."""
+    with ExitStack() as opened:
+        step, before = None, 0
+
+        def tell(done: int, rows: int) -> None:
+            nonlocal step, before
+            if rows >= SHOWN_ROWS:
+                if step is None:
+                    step = opened.enter_context(console.step("search", rows, counts_pixels=False))
+                step.advance(done - before)
+                before = done
+
+        yield tell
+
+
 def _calibrate_again(console: Console, gallery: Gallery, of: str) -> None:
     """A change discards the calibration; make one of the gallery's own persons."""
     if of == "strangers":
@@ -143,7 +165,8 @@ def _calibrate_again(console: Console, gallery: Gallery, of: str) -> None:
             "STRANGERS makes a new one"
         )
     if gallery.people > 1:
-        gallery.calibrate()
+        with searching(console) as tell:
+            gallery.calibrate(tell=tell)
 
 
 def run_calibrate(
@@ -156,7 +179,8 @@ def run_calibrate(
     """
     if strangers is None:
         gallery, pictures = Gallery.open(place, memory=memory), None
-        calibration = gallery.calibrate()
+        with searching(console) as tell:
+            calibration = gallery.calibrate(tell=tell)
     else:
         if embedder_run is None:
             raise UsageError("pictures of strangers need --embedder, the one that made the gallery")
@@ -170,7 +194,8 @@ def run_calibrate(
         pictures = embed_people(console, embedder, found, resize=resize)
         if not pictures.paths:
             raise ImageError(f"none of the pictures in {strangers} can be used; what is wrong stands above")
-        calibration = gallery.calibrate(pictures.embeddings)
+        with searching(console) as tell:
+            calibration = gallery.calibrate(pictures.embeddings, tell=tell)
     count = len(calibration.scores)
     rates = [rate for rate in (0.1, 0.01, 0.001, 0.0001) if rate * count >= 10]
     thresholds = {f"{rate:g}": gallery.threshold_for(rate) for rate in rates}

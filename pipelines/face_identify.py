@@ -22,7 +22,7 @@ from ..tiler.memory import parse_bytes
 from ..tiler.meter import MemoryMeter
 from .console import Console, count_of
 from .face import require_cores
-from .face_gallery import open_gallery, require_memory
+from .face_gallery import open_gallery, require_memory, searching
 from .face_pictures import BATCH, Pictures, embed_files
 from .ranks import joined_torchrun, leave_ranks, run_as_rank, run_ranks
 from .torchrun import is_started_by_torchrun, require_torchrun_ranks
@@ -94,7 +94,8 @@ def identify_as_rank(console: Console, options: IdentifyOptions, local: int) -> 
                 leave_ranks()
                 raise
             ranks.share_first(torch.from_numpy(first.pictures.embeddings))
-            answers = first.gallery.identify(first.pictures.embeddings, options.k, first.threshold)
+            with searching(console) as tell:
+                answers = first.gallery.identify(first.pictures.embeddings, options.k, first.threshold, tell=tell)
             peak = int(ranks.add(torch.tensor([meter.peak_bytes])))
             return first.describe(answers, peak)
         embeddings = ranks.share_first(None)

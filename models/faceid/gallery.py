@@ -38,7 +38,7 @@ from .gallery_file import (
     write_rows,
 )
 from .name_list import NameList, require_name
-from .search import RowReader, count_most, search_rows
+from .search import RowReader, Tell, count_most, search_rows
 from .search_plan import SearchPlan, plan_search
 from .tablets import BLOCK_ROWS, ROWS, Tablet, TabletLayout
 from .top_k import NOBODY, Best, unit_rows
@@ -291,12 +291,20 @@ class Gallery:
             budget=self._memory,
         )
 
-    def identify(self, embeddings: npt.ArrayLike, k: int = 5, threshold: float | None = None) -> list[Answer]:
+    def identify(
+        self,
+        embeddings: npt.ArrayLike,
+        k: int = 5,
+        threshold: float | None = None,
+        *,
+        tell: Tell | None = None,
+    ) -> list[Answer]:
         """Who each face may be: the k nearest persons, exactly.
 
         Args:
             embeddings: (faces, dim) of any length but 0.
             threshold: persons are named where score > threshold; None: always.
+            tell: told of progress.
 
         Raises:
             HeadError: wrong shapes or numbers.
@@ -305,7 +313,7 @@ class Gallery:
         """
         unit = self._unit(embeddings)
         self._require_one_generation()
-        best = self._search(unit, k, self._ranks)
+        best = self._search(unit, k, self._ranks, tell)
         answers: list[Answer] = []
         for scores, owners in zip(best.scores.tolist(), best.owners.tolist(), strict=True):
             found = tuple(
@@ -331,7 +339,7 @@ class Gallery:
             raise HeadError(f"embeddings must be (faces, {self.dim}) for this gallery, got {values.shape}")
         return unit_rows(values)
 
-    def _search(self, unit: npt.NDArray[np.float32], k: int, ranks: Ranks) -> Best:
+    def _search(self, unit: npt.NDArray[np.float32], k: int, ranks: Ranks, tell: Tell | None) -> Best:
         if k < 1:
             raise HeadError(f"k must be >= 1, got {k}")
         layout = self._layout(ranks.size)
@@ -339,7 +347,9 @@ class Gallery:
             return Best.none(len(unit), k)
         plan = self._plan(len(unit), k, ranks.size)
         source = _GalleryRows(self, keep=not plan.reads_disk)
-        return search_rows(source, unit, k, layout, ranks=ranks, threads=self._threads, query_part=plan.query_part)
+        return search_rows(
+            source, unit, k, layout, ranks=ranks, threads=self._threads, query_part=plan.query_part, tell=tell
+        )
 
     def _keep_tablet(self, tablet: Tablet, block_rows: int) -> Tensor:
         """A tablet's rows in memory, padded to whole blocks, read by the first thread that wants them."""
@@ -415,13 +425,16 @@ class Gallery:
             self._commit(self._state, empty, owners, none, removed=list(numbers.values()), added=[])
         return len(empty)
 
-    def calibrate(self, strangers: npt.ArrayLike | None = None, probes: int = PROBES) -> Calibration:
+    def calibrate(
+        self, strangers: npt.ArrayLike | None = None, probes: int = PROBES, *, tell: Tell | None = None
+    ) -> Calibration:
         """Learn how like somebody in the gallery those are who are not in it, and store it.
 
         Args:
             strangers: (faces, dim) of persons who are not in the gallery; the best score of each is stored. None: one
                 template of each of up to `probes` persons of the gallery, spread evenly over them, compared with
                 everybody else.
+            tell: told of progress.
 
         Raises:
             HeadError: there is nobody to compare.
@@ -433,7 +446,7 @@ class Gallery:
                 unit, own = self._unit(strangers), None
             else:
                 unit, own = self._probes(probes)
-            best = self._search(unit, 1 if own is None else 2, ALONE)
+            best = self._search(unit, 1 if own is None else 2, ALONE, tell)
             scores = best.scores[:, 0]
             if own is not None:
                 scores = np.where(best.owners[:, 0] == own, best.scores[:, 1], scores)

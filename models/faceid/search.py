@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +18,8 @@ from .top_k import NOBODY, Best, Floats, TopK, merge_best
 
 QUERIES = 1024
 """That are compared with all rows at once; more go through the rows again."""
+Tell = Callable[[int, int], None]
+"""(rows gone through by now, in all): how far this rank is, all passes together; from one thread at a time."""
 
 
 class RowReader(Protocol):
@@ -105,6 +109,7 @@ def search_rows(
     ranks: Ranks,
     threads: int,
     query_part: int = QUERIES,
+    tell: Tell | None = None,
 ) -> Best:
     """The best k owners of each query; called by all ranks with the same queries, all get the answer.
 
@@ -114,10 +119,13 @@ def search_rows(
     Args:
         queries: (Q, D) of length 1.
         layout: of the source's rows; its ranks are the ranks.
+        tell: told of progress.
     """
+    starts = range(0, len(queries), query_part)
+    progress = _Progress(tell, len(starts) * sum(tablet.rows for tablet in layout.owned(ranks.rank)))
     parts = [
-        _search_part(source, queries[start : start + query_part], k, layout, ranks, threads)
-        for start in range(0, len(queries), query_part)
+        _search_part(source, queries[start : start + query_part], k, layout, ranks, threads, progress)
+        for start in starts
     ]
     if not parts:
         return Best.none(0, k)
@@ -126,7 +134,27 @@ def search_rows(
     )
 
 
-def _search_part(source: RowSource, queries: Floats, k: int, layout: TabletLayout, ranks: Ranks, threads: int) -> Best:
+class _Progress:
+    def __init__(self, tell: Tell | None, rows: int) -> None:
+        self._tell, self._rows, self._done = tell, rows, 0
+        self._telling = threading.Lock()
+
+    def advance(self, rows: int) -> None:
+        with self._telling:
+            self._done += rows
+            if self._tell is not None:
+                self._tell(self._done, self._rows)
+
+
+def _search_part(
+    source: RowSource,
+    queries: Floats,
+    k: int,
+    layout: TabletLayout,
+    ranks: Ranks,
+    threads: int,
+    progress: _Progress,
+) -> Best:
     tablets = layout.owned(ranks.rank)
     # Few tablets are cut for the threads; of many, each is one thread's.
     whole = len(tablets) >= 4 * threads
@@ -146,6 +174,7 @@ def _search_part(source: RowSource, queries: Floats, k: int, layout: TabletLayou
         for start in starts:
             owners = _owners_of(source, tablet, start, layout.block_rows)
             top.look(reader.read(tablet, start), owners, source.name_of(tablet))
+            progress.advance(min(layout.block_rows, tablet.rows - start))
 
     run_tablets(look, mine, crew)
     return gather_best(merge_best([top.best for top, _ in crew]), ranks)

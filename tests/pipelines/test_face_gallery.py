@@ -362,6 +362,14 @@ def test_strangers_set_the_threshold(world: Path, gallery: Path) -> None:
     assert "either --threshold or --fpir" in outsize(*both, code=2)[1]
 
 
+def test_a_long_search_shows_how_far_it_is(world: Path, gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("identify", gallery, next((world / "people").rglob("*.png")), "--embedder", world / "faces")
+    assert "search" not in outsize(*words)[1]
+    monkeypatch.setattr("outsize.pipelines.face_gallery.SHOWN_ROWS", 1)
+    assert re.search(r"^search: 100 %, took", outsize(*words)[1], re.MULTILINE)
+    assert re.search(r"^search: 100 %, took", outsize("calibrate", gallery)[1], re.MULTILINE)
+
+
 def test_damage_ends_with_code_1(gallery: Path) -> None:
     rows = next(gallery.glob("rows-*"))
     rows.write_bytes(rows.read_bytes()[:-1] + b"\7")

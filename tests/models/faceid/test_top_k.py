@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -26,7 +28,7 @@ def search(
     queries: npt.NDArray[np.float32],
     k: int,
     blocks: tuple[int, int] = (256, 64),
-    **options: int,
+    **options: Any,
 ) -> Best:
     layout = TabletLayout(classes=len(rows), tablet_rows=blocks[0], block_rows=blocks[1])
     return search_rows(ArrayRows(rows, owners), queries, k, layout, ranks=ALONE, **{"threads": 1, **options})
@@ -169,3 +171,14 @@ def test_merging_keeps_each_owner_once() -> None:
     merged = merge_best([a, b])
     assert merged.owners.tolist() == [[2, 3]]
     assert merged.scores.tolist() == [[0.9, 0.9]]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_progress_is_told_of_all_rows_in_all_passes(threads: int) -> None:
+    rows, told = vectors(1000, 0), []
+    search(rows, np.arange(1000), vectors(7, 1), 2, threads=threads, query_part=3, tell=lambda *at: told.append(at))
+    done = [at for at, _ in told]
+    assert {of for _, of in told} == {3 * 1000}
+    assert done == sorted(set(done))
+    assert done[0] <= 64
+    assert done[-1] == 3 * 1000
