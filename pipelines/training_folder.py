@@ -29,6 +29,8 @@ def owning_folder(out: Path, strange: str) -> Iterator[None]:
     Raises:
         OutputError: another training runs there, something else lies there, or it cannot be written.
     """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file, not a folder; choose another folder")
     try:
         made = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)

@@ -484,6 +484,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(scene: tuple[Path, Path],
     assert "one band on the grid" in say("--classes", "a,b", labels=small)
     stored = np.zeros((1, *SHAPE), np.uint8)
     beyond = write_geotiff(tmp_path / "beyond.tif", stored + 7)
+    assert "is a file, not a folder" in say("--classes", "a,b", "--out", small)
     assert "labels must be 0..1, got 7" in say("--classes", "a,b", labels=beyond)
     moved = write_geotiff(tmp_path / "moved.tif", stored, transform=raster.place.moved(3, 0).affine)
     assert "must lie on the grid of" in say("--classes", "a,b", labels=moved)
