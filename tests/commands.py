@@ -10,12 +10,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
-import importlib
 import io
 import itertools
 import json
 import os
-import pkgutil
 import select
 import signal
 import socket
@@ -26,7 +24,6 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from outsize import pipelines
 from outsize.pipelines.cli import main
 
 TIMEOUT_S = 600.0
@@ -201,16 +198,14 @@ def _server() -> _Server:
 
 
 def _import_all() -> None:
-    """What commands import, and what torch imports and remembers as it traces for the first time; OpenVINO would start
-    threads."""
-    for module in pkgutil.iter_modules(pipelines.__path__, "outsize.pipelines."):
-        importlib.import_module(module.name)
-    from outsize.models import as_tile_network, load_model
-    from outsize.tiler.machine import one_thread
+    """What commands import, and what torch imports as it traces for the first time; OpenVINO would start threads."""
+    import torch
+    from outsize.pipelines import batch, doctor, evaluate, export, ingest, model, quicklook, report, sample, segment
+    from outsize.pipelines import verify as verify
     from outsize.tiler.network import analyze_network
 
-    with one_thread():
-        analyze_network(as_tile_network(load_model()), bands=4, dtype="uint8")
+    del batch, doctor, evaluate, export, ingest, model, quicklook, report, sample, segment
+    analyze_network(torch.nn.Sequential(torch.nn.Conv2d(2, 2, 3, padding=1), torch.nn.MaxPool2d(2)).eval(), 2)
 
 
 def _serve(channel: socket.socket) -> list[str] | None:

@@ -150,10 +150,29 @@ def test_chunks_are_flushed_before_their_record_is_made(
     assert all(sum(size for size, _ in line["chunks"].values()) > 0 for line in lines)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, client: Client) -> tuple[Path, Path]:
+    """A raster, and the finished output of 16 tiles."""
+    folder = tmp_path_factory.mktemp("finished")
+    source = scene(folder, 200, 200)
+    run(source, class_network(), folder / "o.zarr", client)
+    return source, folder / "o.zarr"
+
+
+@pytest.fixture
+def source_and_out(tmp_path: Path, finished: tuple[Path, Path]) -> tuple[Path, Path]:
+    """The same; the output is a copy with its run's folder, to be damaged."""
+    source, out = finished
+    for folder in (out, Path(run_folder(out))):
+        shutil.copytree(folder, tmp_path / folder.name)
+    return source, tmp_path / out.name
+
+
 @pytest.mark.parametrize("damage", ["cut", "emptied", "zeros", "flipped", "gone", "record"])
-def test_torn_files_of_a_run_that_died_are_done_again(tmp_path: Path, client: Client, damage: str) -> None:
-    source, out = scene(tmp_path, 200, 200), tmp_path / "o.zarr"
-    run(source, class_network(), out, client)
+def test_torn_files_of_a_run_that_died_are_done_again(
+    source_and_out: tuple[Path, Path], client: Client, damage: str
+) -> None:
+    source, out = source_and_out
     expected = hash_chunks(out)
     path = run_folder(out) / "run-1.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "ended": "", "how": ""}))  # as a power cut leaves it
@@ -178,9 +197,8 @@ def test_torn_files_of_a_run_that_died_are_done_again(tmp_path: Path, client: Cl
     assert hash_chunks(out) == expected
 
 
-def test_a_call_in_between_does_not_make_torn_files_believed(tmp_path: Path, client: Client) -> None:
-    source, out = scene(tmp_path, 200, 200), tmp_path / "o.zarr"
-    run(source, class_network(), out, client)
+def test_a_call_in_between_does_not_make_torn_files_believed(source_and_out: tuple[Path, Path], client: Client) -> None:
+    source, out = source_and_out
     expected = hash_chunks(out)
     path = run_folder(out) / "run-1.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "ended": "", "how": ""}))
@@ -211,9 +229,10 @@ def test_a_call_in_between_does_not_make_torn_files_believed(tmp_path: Path, cli
         '"chunks": {}',
     ],
 )
-def test_a_damaged_record_is_disbelieved_and_its_tile_done_again(tmp_path: Path, client: Client, line: str) -> None:
-    source, out = scene(tmp_path, 200, 200), tmp_path / "o.zarr"
-    run(source, class_network(), out, client)
+def test_a_damaged_record_is_disbelieved_and_its_tile_done_again(
+    source_and_out: tuple[Path, Path], client: Client, line: str
+) -> None:
+    source, out = source_and_out
     with (run_folder(out) / "records-1.jsonl").open("a") as file:
         file.write(f'{{"row": 2, "column": 1, {line}}}\n')
         file.write("[1]\n" + "[" * 100_000 + "\n" + '{"row": "2", "column": 1}\n')
