@@ -494,7 +494,7 @@ class Gallery:
     def describe_rates(self) -> str:
         """Which rates the calibration knows thresholds of, in words."""
         count = len(self.calibration.scores) if self.calibration else 0
-        lowest = np.ceil(100 * EXPECTED / count) / 100 if count else 1.0
+        lowest = _round_up(EXPECTED / count) if count else 1.0
         then = f"take a rate from {lowest:g} on" if lowest < 1 else "give a threshold"
         return f"this one has {count:,}; calibrate with more strangers, or {then}"
 
@@ -629,6 +629,12 @@ def _fill(
     given = which < len(unit)
     rows[torch.from_numpy(places[~given])] = 0
     rows[torch.from_numpy(places[given])] = torch.from_numpy(unit[which[given]]).to(rows.dtype)
+
+
+def _round_up(number: float) -> float:
+    """To two digits."""
+    unit = 10 ** (np.floor(np.log10(number)) - 1)
+    return float(np.ceil(number / unit - 1e-9) * unit)
 
 
 def _list(names: list[str]) -> str:

