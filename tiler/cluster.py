@@ -54,6 +54,7 @@ class ClusterOptions:
 
     @property
     def has_certificates(self) -> bool:
+        """Whether the scheduler is to be reached by TLS."""
         return bool(self.tls_ca_file or self.tls_cert or self.tls_key)
 
     @property

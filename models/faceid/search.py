@@ -135,6 +135,8 @@ def search_rows(
 
 
 class _Progress:
+    """Adds up what the threads of a rank have gone through, and tells it."""
+
     def __init__(self, tell: Tell | None, rows: int) -> None:
         self._tell, self._rows, self._done = tell, rows, 0
         self._telling = threading.Lock()
