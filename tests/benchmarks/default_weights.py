@@ -3,8 +3,9 @@
     python -m outsize.tests.benchmarks.default_weights sample-unet/best.json
     python -m outsize.tests.benchmarks.default_weights sample-unet/best.json --ship PATH
 
-The shipped model is always among them. --ship writes the first model with its scores on its card, as PATH.json and
-PATH.safetensors: so are the weights in the package made (docs/models.md has the training's command).
+The shipped model is always among them. --ship writes the first model, in the scene's colours and with its scores on
+its card, as PATH.json and PATH.safetensors: so are the weights in the package made (docs/models.md has the training's
+commands).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from ...models import as_tile_network, load_model, save_model
 from ...models.segmentation.metrics import Confusion
 from ...pipelines.console import format_table
-from ...sample_data.scene import CLASSES, LABEL_NODATA, NODATA, Scene, render_window
+from ...sample_data.scene import CLASSES, COLOURS, LABEL_NODATA, NODATA, Scene, render_window
 from ...tiler.geometry import Window
 
 HELD_OUT = range(5000, 5008)
@@ -102,7 +103,9 @@ def main() -> None:
         trained = json.loads(source.read_text())["properties"]["outsize:card"]
         held_out = f"sample scenes, seeds {HELD_OUT.start}..{HELD_OUT.stop - 1}"
         card = {**trained, "held_out": held_out, "unet": scores[str(source)], "per_pixel_forest": forest}
-        save_model(replace(load_model(source), name=options.ship.name), options.ship, card)
+        model = load_model(source)
+        classes = tuple(replace(c, colour=colour) for c, colour in zip(model.classes, COLOURS, strict=True))
+        save_model(replace(model, name=options.ship.name, classes=classes), options.ship, card)
 
 
 if __name__ == "__main__":

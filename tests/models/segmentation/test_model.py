@@ -16,6 +16,7 @@ from outsize.models.segmentation.scaling import Scaling
 from outsize.models.segmentation.sources import default_model_path, load_model, save_model
 from outsize.models.segmentation.trust import ModelFileError
 from outsize.models.segmentation.unet import UNet
+from outsize.sample_data.scene import CLASSES, COLOURS
 from outsize.sample_data.small import small_scene_path
 from outsize.tiler.errors import UsageError
 from pydantic import ValidationError
@@ -215,6 +216,7 @@ def test_the_shipped_weights_are_small_and_know_the_small_scene() -> None:
     assert weights.stat().st_size < 3_000_000
     assert all(value.dtype == torch.float32 for value in load_file(weights).values())
     model = load_model()
+    assert [(entry.name, entry.colour) for entry in model.classes] == list(zip(CLASSES, COLOURS, strict=True))
     with (
         rasterio.open(small_scene_path()) as scene,
         rasterio.open(small_scene_path().with_name("labels.tif")) as labels,
