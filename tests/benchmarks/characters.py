@@ -1,21 +1,19 @@
 """Real pictures without personal data: Chinese characters, one class each, told apart in a font never trained on.
 
-python -m outsize.tests.benchmarks.characters FONTS [--held-out ukai] [--steps 900] [--sample 0.1]
+python -m outsize.tests.benchmarks.characters FONTS FOLDER [--held-out ukai] [--steps 4000] [words for face train]
 
 FONTS is any folder that holds the fonts of FACES, as Debian's packages fonts-arphic-uming, fonts-arphic-ukai,
 fonts-wqy-zenhei, fonts-wqy-microhei, fonts-noto-cjk, fonts-ipafont-gothic and fonts-ipafont-mincho install them, or as
-`apt-get download` and `dpkg -x` unpack them. A small embedder is trained with the layer on most characters of all fonts
-but one. Each character of that one is then looked up among all characters of the others, by the embedder and by
+`apt-get download` and `dpkg -x` unpack them. `outsize face train` trains on most characters of all fonts but one. Each
+character of that one is then looked up among all characters of the others, by the embedder and by
 principal components of the pictures: characters that were trained on in other fonts, and characters that never were.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import subprocess
 import sys
-import time
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,14 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ...models.faceid.collectives import Ranks
-from ...models.faceid.embedder import SmallEmbedder
-from ...models.faceid.head import ShardedMarginHead
-from ...models.faceid.row_rules import RowRMS
-from ...models.faceid.sampling import DENOMINATORS
+from ...models.faceid.embedder_file import Embedder, load_embedder
 from ...models.faceid.search import ArrayRows, search_rows
 from ...models.faceid.tablets import TabletLayout
 from ...tiler.machine import cpu_count
@@ -51,6 +46,9 @@ SIZE, GLYPH = 32, 28
 """Pixels of a picture, and of a character in it."""
 DIM, UNTRAINED = 128, 10
 """Numbers of a feature; every tenth character is never trained on."""
+LIST = "characters.csv"
+RECIPE = ("--size", SIZE, "--dim", DIM, "--held-out", 0, "--augment", "crop=0.2,colour")
+"""Mirrored a character is none, so without flips."""
 
 
 def draw_characters(path: Path, codes: Iterable[int]) -> dict[int, npt.NDArray[np.uint8]]:
@@ -85,70 +83,26 @@ def load_pictures(folder: Path) -> tuple[list[str], npt.NDArray[np.uint8]]:
     return [chr(code) for code in codes], np.stack([np.stack([font[code] for code in codes]) for font in drawn])
 
 
-def as_images(pictures: npt.NDArray[np.uint8]) -> Tensor:
-    """(n, 3, SIZE, SIZE) around 0."""
-    grey = torch.from_numpy(pictures).float().sub_(96).div_(96)
-    return grey[:, None].expand(-1, 3, -1, -1)
-
-
-def vary(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image moved, scaled and turned a little."""
-    count = len(images)
-    scale = 1 + 0.1 * torch.randn(count, generator=generator).clamp(-2, 2)
-    angle = 0.05 * torch.randn(count, generator=generator)
-    shift = 0.06 * torch.randn((count, 2), generator=generator)
-    cos, sin = scale * angle.cos(), scale * angle.sin()
-    maps = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
-    grid = F.affine_grid(maps, [count, 1, SIZE, SIZE], align_corners=False)
-    grey = F.grid_sample(images[:, :1], grid, padding_mode="border", align_corners=False)
-    return grey.expand(-1, 3, -1, -1)
-
-
-def train(pictures: npt.NDArray[np.uint8], options: argparse.Namespace) -> SmallEmbedder:
-    """An embedder for pictures (fonts, characters, SIZE, SIZE): a class for each character."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(1)
-    fonts, classes = pictures.shape[:2]
-    rule = RowRMS(lr=options.head_lr)
-    head = ShardedMarginHead(
-        classes,
-        DIM,
-        margin="cosface",
-        scale=32.0,
-        rule=rule,
-        sample=options.sample,
-        denominator=options.denominator,
-    )
-    embedder = SmallEmbedder(DIM)
-    optimiser = torch.optim.AdamW(embedder.parameters(), lr=options.lr, weight_decay=0.05)
-    began, mean = time.perf_counter(), 0.0
-    for step in range(options.steps):
-        share = min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / options.steps))
-        optimiser.param_groups[0]["lr"], rule.lr = options.lr * share, options.head_lr * share
-        labels = torch.randint(0, classes, (options.batch,), generator=generator)
-        chosen = torch.randint(0, fonts, (options.batch,), generator=generator)
-        images = vary(as_images(pictures[chosen.numpy(), labels.numpy()]), generator)
-        loss = head(embedder(images), labels)
-        optimiser.zero_grad()
-        loss.backward()
-        if not head.skipped:
-            nn.utils.clip_grad_norm_(embedder.parameters(), 5.0)
-            optimiser.step()
-        value = float(loss.detach())
-        mean = value if not step else 0.98 * mean + 0.02 * value
-        if (step + 1) % max(1, options.steps // 20) == 0:
-            spent = time.perf_counter() - began
-            left = spent / (step + 1) * (options.steps - step - 1)
-            line = f"step {step + 1} of {options.steps}: loss {mean:.3f}, {left:.0f} s left"
-            print(line, file=sys.stderr, flush=True)
-    return embedder
+def write_pictures(folder: Path, characters: list[str], pictures: npt.NDArray[np.uint8]) -> None:
+    """A list for `face train` of pictures (fonts, characters, SIZE, SIZE): a class for each character."""
+    lines = ["path,label"]
+    for font, of_font in enumerate(pictures):
+        (folder / str(font)).mkdir(parents=True, exist_ok=True)
+        for character, picture in zip(characters, of_font, strict=True):
+            path = f"{font}/{ord(character):x}.png"
+            Image.fromarray(picture).convert("RGB").save(folder / path, compress_level=1)
+            lines.append(f"{path},U+{ord(character):X}")
+    (folder / LIST).write_text("\n".join(lines) + "\n")
 
 
 @torch.no_grad()
-def embed(embedder: SmallEmbedder, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+def embed(embedder: Embedder, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """(n, DIM) of length 1."""
-    parts = [pictures[start : start + 512] for start in range(0, len(pictures), 512)]
-    return torch.cat([F.normalize(embedder(as_images(part))) for part in parts]).numpy()
+    found: list[Tensor] = []
+    for start in range(0, len(pictures), 512):
+        grey = torch.from_numpy(pictures[start : start + 512])
+        found.append(F.normalize(embedder.embed(grey[..., None].expand(-1, -1, -1, 3).contiguous())))
+    return torch.cat(found).numpy()
 
 
 def project(pictures: npt.NDArray[np.uint8], *of: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], ...]:
@@ -174,16 +128,10 @@ def main() -> None:
     """Print rank-1 of the embedder and of principal components."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fonts", type=Path)
+    parser.add_argument("folder", type=Path, help="for the pictures and the training; a stopped one goes on")
     parser.add_argument("--held-out", choices=FACES, default="ukai")
-    parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=0.002)
-    parser.add_argument("--head-lr", type=float, default=0.1)
-    parser.add_argument("--sample", type=float, default=1.0)
-    parser.add_argument("--denominator", choices=DENOMINATORS, default="corrected")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(cpu_count())
+    parser.add_argument("--steps", type=int, default=4000)
+    options, words = parser.parse_known_args()
     characters, pictures = load_pictures(options.fonts)
     held_out = list(FACES).index(options.held_out)
     others = np.delete(pictures, held_out, axis=0)
@@ -193,12 +141,16 @@ def main() -> None:
     queries, gallery = pictures[held_out], others.reshape(-1, SIZE, SIZE)
     gallery_pca, queries_pca = project(seen.reshape(-1, SIZE, SIZE), gallery, queries)
     hits = {f"{DIM} principal components": find_hits(gallery_pca, queries_pca)}
-    began = time.perf_counter()
-    embedder = train(seen, options)
-    seconds = time.perf_counter() - began
-    hits[f"embedder, {options.steps} steps in {seconds:.0f} s"] = find_hits(
-        embed(embedder, gallery), embed(embedder, queries)
-    )
+    source = options.folder / "pictures" / LIST
+    if not source.exists():
+        write_pictures(
+            source.parent, [c for c, left_out in zip(characters, untrained, strict=True) if not left_out], seen
+        )
+    run = options.folder / "training"
+    command = [sys.executable, "-m", "outsize", "face", "train", run, "--faces", source, "--steps", options.steps]
+    subprocess.run(list(map(str, [*command, *RECIPE, *words])), check=True)
+    embedder = load_embedder(run)
+    hits[f"embedder, {options.steps:,} steps"] = find_hits(embed(embedder, gallery), embed(embedder, queries))
     print(f"| {options.held_out} among {len(gallery):,} pictures | characters trained on | never |\n|---|---|---|")
     for name, found in hits.items():
         print(f"| {name} | {100 * found[~untrained].mean():.1f} % | {100 * found[untrained].mean():.1f} % |")

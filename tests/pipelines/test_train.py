@@ -376,11 +376,11 @@ def test_cores_follow_from_the_memory_once_and_for_all(scene: tuple[Path, Path],
         return json.loads((out / "training.json").read_text())["data"]["tiles"]
 
     ample, tight = tmp_path / "ample", tmp_path / "tight"
-    predicted = done(*words, "--out", ample, "--memory", "6GB")["predicted_peak_bytes"]
+    predicted = done_apart(*words, "--out", ample, "--memory", "6GB")["predicted_peak_bytes"]
     assert tiles(ample) == {"core": max(SHAPE), "cuts": []}
     # Going on keeps the core, though the memory would now allow a smaller one alone.
     assert f"for cores of {max(SHAPE)} px" in refusal(*words, "--out", ample, "--memory", "50MB")
-    done(*words, "--out", tight, "--memory", str(predicted - 20_000_000))
+    done_apart(*words, "--out", tight, "--memory", str(predicted - 20_000_000))
     assert tiles(tight)["core"] < max(SHAPE) or tiles(tight)["cuts"]
     chosen = tiles(tight)
     done(*words, "--out", tight, "--memory", "6GB")
