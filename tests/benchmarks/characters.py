@@ -1,12 +1,12 @@
 """Real pictures without personal data: Chinese characters, one class each, told apart in a font never trained on.
 
-python -m outsize.tests.benchmarks.characters FONTS FOLDER [--held-out ukai] [--steps 4000] [words for face train]
+python -m outsize.tests.benchmarks.characters FONTS FOLDER [--held-out ukai] [--steps 3000] [words for face train]
 
 FONTS is any folder that holds the fonts of FACES, as Debian's packages fonts-arphic-uming, fonts-arphic-ukai,
 fonts-wqy-zenhei, fonts-wqy-microhei, fonts-noto-cjk, fonts-ipafont-gothic and fonts-ipafont-mincho install them, or as
 `apt-get download` and `dpkg -x` unpack them. `outsize face train` trains on most characters of all fonts but one. Each
-character of that one is then looked up among all characters of the others, by the embedder and by
-principal components of the pictures: characters that were trained on in other fonts, and characters that never were.
+character of that one is then looked up among all characters of the others, by the embedder and by principal components
+of the pictures: characters that were trained on in other fonts, and characters that never were.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("fonts", type=Path)
     parser.add_argument("folder", type=Path, help="for the pictures and the training; a stopped one goes on")
     parser.add_argument("--held-out", choices=FACES, default="ukai")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     options, words = parser.parse_known_args()
     characters, pictures = load_pictures(options.fonts)
     held_out = list(FACES).index(options.held_out)
