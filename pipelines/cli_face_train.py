@@ -97,8 +97,8 @@ face_train_options = together(
     option(
         "--augment",
         metavar="KINDS",
-        help="flip, colour=0.1, crop=0.1, erase=0.2 between commas, or none; without it flip,colour of pictures, none "
-        "of synthetic faces.",
+        help="crop=0.1, flip=0.5, colour=0.1, grey=0.1, blur=0.02, resolution=0.4, jpeg=0.6, erase=0.2 between commas, "
+        "with these strengths or others, or none; without it flip,colour of pictures, none of synthetic faces.",
     ),
     option(
         "--micro-batch",

@@ -485,7 +485,7 @@ def test_a_margin_may_be_three_numbers(tmp_path: Path) -> None:
         (("--ranks", "4096"), "ranks must be at most the machine's"),
         (("--memory", "100MB"), "layer and embedder need|classes would fit"),
         (("--warm-up", "9", "--steps", "3"), r"the warm-up must be 0 \.\.\. 3 steps"),
-        (("--augment", "turn"), "augmentations are flip, colour, crop, erase"),
+        (("--augment", "turn"), "augmentations are crop, flip, colour, grey, blur, resolution, jpeg, erase, such as"),
         (("--size", "big"), "sides in pixels, such as 112"),
         (("--lr", "nan"), "Invalid value for '--lr': nan is not a finite number"),
         (("--margin", "1,2"), r"arcface, cosface, softmax, or M1,M2,M3 such as 1,0\.3,0\.2, got '1,2'"),
