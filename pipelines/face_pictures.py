@@ -17,7 +17,7 @@ import torch
 
 from ..models.faceid.embedder_file import Embedder
 from ..models.faceid.errors import HeadError
-from ..models.faceid.images import ImageError, PeopleFolder, SizeError, read_picture
+from ..models.faceid.images import ImageError, PeopleFolder, read_picture
 from ..models.faceid.name_list import require_name
 from ..models.faceid.top_k import unit_rows
 from .console import Console, count_of
@@ -134,8 +134,7 @@ def _read(
                     raise ImageError(f"it is the same file as {other}, of another person")
             picture = read_picture(path, height, width, resize=resize)
         except ImageError as error:
-            remedy = ", or give --resize" if isinstance(error, SizeError) else ""
-            result.failed.append((str(path), f"{error}{remedy}"))
+            result.failed.append((str(path), str(error)))
             continue
         except OSError as error:
             result.failed.append((str(path), f"it cannot be read: {error.strerror or error}"))

@@ -98,13 +98,20 @@ class OpenedFaces:
 
 
 def open_faces(
-    text: str, *, size: tuple[int, int] | None, held_out: int | None, seed: int, synthetic: SyntheticOptions
+    text: str,
+    *,
+    size: tuple[int, int] | None,
+    resize: bool,
+    held_out: int | None,
+    seed: int,
+    synthetic: SyntheticOptions,
 ) -> OpenedFaces:
     """Open a source; no picture is decoded but some to learn their size.
 
     Args:
         text: "synthetic:N", or the path of a folder, a .csv or .parquet list or a .rec file.
         size: (height, width) of the pictures; None: 32 x 32 of synthetic ones, that of most of others.
+        resize: scale pictures of other sizes, of the same shape.
         held_out: identities to measure with; None: 500, or a twentieth of the real ones.
 
     Raises:
@@ -120,7 +127,7 @@ def open_faces(
         left_out += records.damaged
         tried = _spread(len(records.keys))
         named = [(records.name_of(int(records.keys[place])), partial(records.read, place)) for place in tried]
-        source = RecordPictures(records, size or _find_size(named))
+        source = RecordPictures(records, size or _find_size(named), resize=resize)
     else:
         if path.is_dir():
             found = find_people(path)
@@ -150,7 +157,7 @@ def open_faces(
         else:
             remarks.append(f"{len(paths):,} pictures: not compared with each other, as up to {MOST_COMPARED:,} are")
         named = [(paths[place], partial(Path, paths[place])) for place in _spread(len(paths))]
-        source = PictureFiles(paths, labels, names, size or _find_size(named))
+        source = PictureFiles(paths, labels, names, size or _find_size(named), resize=resize)
     return _part(text, source, held_out, seed, remarks, left_out)
 
 

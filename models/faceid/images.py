@@ -24,10 +24,6 @@ class ImageError(TilerError):
     """A picture that cannot be used; carries what is wrong with it."""
 
 
-class SizeError(ImageError):
-    """A picture of another size, which could be scaled."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeopleFolder:
     """Pictures by person."""
@@ -93,8 +89,7 @@ def read_picture(source: Path | bytes, height: int, width: int, *, resize: bool 
         resize: take other sizes too, of the same shape, and scale them.
 
     Raises:
-        ImageError: not there, damaged, of another shape, or of another kind than 8 bits a channel.
-        SizeError: of another size.
+        ImageError: not there, damaged, of another size or shape, or of another kind than 8 bits a channel.
     """
     try:
         with warnings.catch_warnings():
@@ -134,4 +129,4 @@ def _require_size(found: tuple[int, int], wanted: tuple[int, int], *, resize: bo
         if size == wanted:
             return
     sizes = f"{wanted[0]} x {wanted[1]} pixels, got {found[0]} x {found[1]}; crop it"
-    raise ImageError(f"it must have the shape of {sizes}") if resize else SizeError(f"it must be {sizes}")
+    raise ImageError(f"it must have the shape of {sizes}" if resize else f"it must be {sizes}, or give --resize")
