@@ -33,7 +33,7 @@ from ..tiler.meter import MemoryMeter
 from ..tiler.records import writing
 from .console import Console, count_of, format_rate, format_table
 from .face_charts import BINS, draw_cmc, draw_det, draw_roc, draw_scores
-from .face_gallery import require_memory
+from .face_gallery import require_memory, searching
 from .face_pictures import embed_people
 from .page import render_page
 from .report import require_report_target
@@ -93,16 +93,20 @@ def run_face_evaluate(console: Console, options: EvaluateOptions) -> bool:
         folds = _measure_pairs(console, faces, pair_list) if pair_list is not None else None
         with console.step("compare", count_blocks(len(labels)), counts_pixels=False) as step:
             verification = _try(console, lambda: measure_verification(faces.unit, labels, rates, tell=step.advance))
-        identification = _try(
-            console,
-            lambda: measure_identification(
-                faces.unit,
-                labels,
-                split_pictures(labels, templates=options.enrolled, stranger_share=options.strangers, seed=options.seed),
-                rates=stranger_rates,
-                threads=torch.get_num_threads(),
-            ),
-        )
+        with searching(console) as tell:
+            identification = _try(
+                console,
+                lambda: measure_identification(
+                    faces.unit,
+                    labels,
+                    split_pictures(
+                        labels, templates=options.enrolled, stranger_share=options.strangers, seed=options.seed
+                    ),
+                    rates=stranger_rates,
+                    threads=torch.get_num_threads(),
+                    tell=tell,
+                ),
+            )
     if verification is None and identification is None and folds is None:
         raise HeadError("these faces allow no measurement; what is missing stands above")
     values = {

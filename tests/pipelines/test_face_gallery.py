@@ -368,6 +368,8 @@ def test_a_long_search_shows_how_far_it_is(world: Path, gallery: Path, monkeypat
     monkeypatch.setattr("outsize.pipelines.face_gallery.SHOWN_ROWS", 1)
     assert re.search(r"^search: 100 %, took", outsize(*words)[1], re.MULTILINE)
     assert re.search(r"^search: 100 %, took", outsize("calibrate", gallery)[1], re.MULTILINE)
+    _, said = outsize("evaluate", world / "people", "--embedder", world / "faces")
+    assert re.search(r"^compare: 100 %, took .*\nsearch: 100 %, took", said, re.MULTILINE)
 
 
 def test_damage_ends_with_code_1(gallery: Path) -> None:
