@@ -39,8 +39,6 @@ from .page import render_page
 from .report import require_report_target
 
 Values = dict[str, Any]
-MOST_NAMED = 20
-"""Pictures of pairs that are not there, on the terminal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,10 +190,11 @@ def _measure_pairs(console: Console, faces: _Faces, pairs: PairList) -> tuple[Fo
     places = _number_shots(faces)
     known = [pair for pair in pairs.pairs if pair.first in places and pair.second in places]
     lost = [(pair.line, shot) for pair in pairs.pairs for shot in (pair.first, pair.second) if shot not in places]
-    for line, (name, number) in lost[:MOST_NAMED]:
-        console.remark(f"line {line} of the pairs: there is no picture {number} of {name} that can be used")
-    if len(lost) > MOST_NAMED:
-        console.remark(f"{len(lost) - MOST_NAMED:,} more pictures of pairs are not there")
+    told = [
+        f"line {line} of the pairs: there is no picture {number} of {name} that can be used"
+        for line, (name, number) in lost
+    ]
+    console.remark_first(told, "of the pairs' pictures cannot be used")
     if not known:
         raise UsageError("not one of the pairs has both its pictures here; names and numbers must be those of the list")
     first = faces.unit[[places[pair.first] for pair in known]]

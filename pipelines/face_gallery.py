@@ -76,9 +76,9 @@ def run_enroll(console: Console, options: EnrollOptions) -> bool:
             )
         names, templates = group_by_person(pictures, each=options.templates == "each")
         lost = sorted(found.people.keys() - set(names) - {path for path, _ in pictures.failed})
-        for name in lost:
-            console.remark(f"{name}: not one of its pictures can be used")
-            pictures.failed.append((name, "not one of its pictures can be used"))
+        reason = "not one of its pictures can be used"
+        console.remark_first([f"{name}: {reason}" for name in lost], "without a picture that can be used")
+        pictures.failed += [(name, reason) for name in lost]
         of = gallery.calibration.of if gallery.calibration else "enrolled"
         new = _store(gallery, names, templates, there, options.existing)
         if options.calibrate:

@@ -145,9 +145,9 @@ def _read(
 
 
 def _remark(console: Console, result: Pictures) -> None:
-    """One line for each kind of thing that a user should know, and for each picture that failed."""
-    for path, reason in result.failed:
-        console.remark(f"{path}: {reason}")
+    """One line for each kind of thing that a user should know, and for each of the first pictures that failed."""
+    failed = [f"{path}: {reason}" for path, reason in result.failed]
+    console.remark_first(failed, "cannot be used; outsize --json names all")
     if result.doubled:
         console.remark(f"{count_of(result.doubled, 'picture')} left out: the same file comes twice for one person")
     if result.grey:

@@ -327,6 +327,32 @@ def test_bad_pictures_are_named_and_counted_and_the_others_enrolled(world: Path,
     assert (resized["images"], resized["resized_images"]) == (3, 0)  # 32 x 33 is of another shape
 
 
+def test_of_many_bad_pictures_the_first_are_shown_and_all_are_in_the_json(world: Path, tmp_path: Path) -> None:
+    embedder = ("--embedder", world / "faces")
+    for number in (0, 1):
+        shutil.copytree(world / "people" / name(number), tmp_path / "people" / name(number))
+    for number in range(23):
+        (tmp_path / "people" / f"lost-{number:02d}").mkdir()
+        (tmp_path / "people" / f"lost-{number:02d}" / "bad.png").write_bytes(f"{number}".encode())
+    visitors = [*(tmp_path / "people" / name(0)).iterdir(), *sorted((tmp_path / "people").glob("lost-*/bad.png"))]
+    bad = [str(path) for path in visitors[PICTURES:]]
+    for words, persons in (
+        (("enroll", tmp_path / "g", tmp_path / "people"), 23),
+        (("evaluate", tmp_path / "people"), 0),
+        (("calibrate", tmp_path / "other", tmp_path / "people"), 0),
+        (("identify", tmp_path / "g", *visitors), 0),
+    ):
+        if words[0] == "calibrate":
+            outsize("enroll", tmp_path / "other", world / "strangers", *embedder)
+        found, said = outsize(*words, *embedder, code=3)
+        assert [entry["path"] for entry in found["failed"][:23]] == bad
+        assert len(found["failed"]) == 23 + persons
+        assert [line.split(": ")[0] for line in said.splitlines() if "cannot be read" in line] == bad[:20]
+        assert said.count("\n3 more cannot be used; outsize --json names all\n") == 1
+        assert said.count(": not one of its pictures can be used") == min(persons, 20)
+        assert said.count("\n3 more without a picture that can be used\n") == (persons > 0)
+
+
 def test_strangers_set_the_threshold(world: Path, gallery: Path) -> None:
     embedder = ("--embedder", world / "faces")
     picture = world / "strangers" / "identity-005000"
@@ -435,7 +461,7 @@ def test_pairs_without_their_pictures_are_named_counted_and_end_with_code_3(worl
     assert f"line 2 of the pairs: there is no picture 100 of {name(0)} that can be used" in said
     assert "picture 119 of" in said
     assert "picture 120 of" not in said
-    assert "5 more pictures of pairs are not there" in said
+    assert "\n5 more of the pairs' pictures cannot be used\n" in said
 
 
 def test_a_sample_that_is_stopped_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
