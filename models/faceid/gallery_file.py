@@ -275,6 +275,14 @@ def find_leftovers(folder: Path, manifest: Manifest) -> list[Path]:
     return sorted(found, key=lambda path: ("generation-" not in path.name, path.name))
 
 
+def remove_all(folder: Path) -> None:
+    """Delete a gallery's files, manifests first."""
+    for path in sorted(folder.iterdir(), key=lambda path: ("generation-" not in path.name, path.name)):
+        if path.name == LOCK or _OURS.fullmatch(path.name):
+            path.unlink()
+    sync_folder(folder)
+
+
 def remove_leftovers(folder: Path, manifest: Manifest) -> int:
     """Delete files of other generations, from the disk too; how many."""
     leftovers = find_leftovers(folder, manifest)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -200,16 +202,11 @@ def test_ranks_end_with_their_command_in_one_line(
     picture, said = tmp_path / "door.png", tmp_path / "said.txt"
     os.mkfifo(picture)  # whoever reads it waits
 
-    def begin_to_read() -> int | None:
-        with contextlib.suppress(OSError):  # nobody reads it yet
-            return os.open(picture, os.O_WRONLY | os.O_NONBLOCK)
-        return None
-
     words = ("face", "identify", tablets, picture, "--embedder", world / "faces", "--ranks", "2")
     with said.open("w") as errors:
         command = commands.Command(*words, stderr=errors, start_new_session=True)
         ranks = wait_for(lambda: len(found := psutil.Process(command.pid).children()) == 2 and found)
-        writer = wait_for(begin_to_read) if at_work else None
+        writer = wait_for(lambda: begin_to_write(picture)) if at_work else None
         if sign == signal.SIGTERM and at_work:
             command.send_signal(sign)
         else:
@@ -224,6 +221,112 @@ def test_ranks_end_with_their_command_in_one_line(
     assert last == "outsize: interrupted; the same command begins anew"
     assert [remark.split()[0] for remark in remarks] == (["no", str(PEOPLE)] if at_work else [])
     assert wait_for(lambda: all(has_ended(rank) for rank in ranks))
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, place: str, sign: signal.Signals, call: int) -> None:
+    """Send this process a signal when a function of gallery.py is called for the n-th time, before it does anything."""
+    module = "outsize.models.faceid.gallery"
+    calls, function = itertools.count(1), getattr(sys.modules[module], place)
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), sign)
+        return function(*arguments, **named)
+
+    monkeypatch.setattr(f"{module}.{place}", interrupted)
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "sign"),
+    [
+        ("write_manifest", 1, signal.SIGINT),  # the empty gallery's
+        ("write_names", 1, signal.SIGTERM),
+        ("search_rows", 1, signal.SIGINT),  # for the calibration
+        ("write_manifest", 2, signal.SIGTERM),
+    ],
+)
+def test_an_enrolment_that_is_stopped_leaves_no_new_gallery(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, call: int, sign: signal.Signals
+) -> None:
+    words = ("enroll", tmp_path / "g", world / "people", "--embedder", world / "faces")
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, place, sign, call)
+        values, said = outsize(*words, code=130)
+    assert said.splitlines()[-1] == "outsize: interrupted; the same command begins anew"
+    assert values["exit_code"] == 130
+    assert not (tmp_path / "g").exists()
+    other = (*words[:-1], world / "other", "--storage", "float16")  # nothing binds a second attempt
+    again = outsize(*(words if sign == signal.SIGINT else other))[0]
+    assert (again["people"], again["storage"]) == (PEOPLE, "float32" if sign == signal.SIGINT else "float16")
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_enrolment_that_is_stopped_while_it_reads_leaves_nothing(
+    world: Path, tmp_path: Path, sign: signal.Signals
+) -> None:
+    shutil.copytree(world / "people", tmp_path / "people")
+    picture = tmp_path / "people" / name(PEOPLE - 1) / "z.png"
+    os.mkfifo(picture)  # whoever reads it waits
+    words = ("face", "enroll", tmp_path / "g", tmp_path / "people", "--embedder", world / "faces")
+    with (tmp_path / "said.txt").open("w") as errors:
+        command = commands.Command(*words, stderr=errors, start_new_session=True)
+        writer = wait_for(lambda: begin_to_write(picture))
+        os.killpg(command.pid, sign)
+        assert command.wait(60) == 130
+    os.close(writer)
+    *lines, last = filter(None, (tmp_path / "said.txt").read_text().splitlines())
+    assert last == "outsize: interrupted; the same command begins anew"
+    assert [line for line in lines if not line.startswith("embed: ")] == [
+        "1 file left alone: no pictures, or in no person's folder"
+    ]
+    assert not (tmp_path / "g").exists()
+    picture.unlink()
+    assert outsize(*words[1:])[0]["people"] == PEOPLE
+
+
+@pytest.mark.parametrize(
+    ("place", "sign"),
+    [
+        ("write_rows", signal.SIGINT),
+        ("write_names", signal.SIGTERM),
+        ("search_rows", signal.SIGINT),
+        ("write_manifest", signal.SIGTERM),
+    ],
+)
+def test_a_change_that_is_stopped_leaves_the_gallery_as_it_was(
+    world: Path, gallery: Path, monkeypatch: pytest.MonkeyPatch, place: str, sign: signal.Signals
+) -> None:
+    shutil.copytree(world / "strangers" / "identity-005001", gallery.parent / "more" / name(2))
+    shutil.copytree(world / "strangers" / "identity-005002", gallery.parent / "more" / "Ada Lovelace")
+    files = {path.name: path.read_bytes() for path in gallery.iterdir() if path.name != "lock"}
+    removing = ("remove", gallery, name(3), name(5))
+    adding = ("enroll", gallery, gallery.parent / "more", "--embedder", world / "faces", "--add")
+    for words in (removing, adding):
+        with monkeypatch.context() as patched:
+            interrupt_at(patched, place, sign, 1)
+            _, said = outsize(*words, code=130)
+        assert said.splitlines()[-1] == "outsize: interrupted; the same command begins anew"
+        assert {path.name: path.read_bytes() for path in gallery.iterdir() if path.name != "lock"} == files
+    assert outsize(*removing)[0]["people"] == PEOPLE - 2
+    assert outsize(*adding)[0]["templates"] == PEOPLE
+    assert outsize("gallery", gallery, "--verify")[0]["calibration"] == {"scores": PEOPLE - 1, "of": "enrolled"}
+
+
+def test_a_change_that_is_stopped_when_it_is_made_is_made(gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its second deletion of what is left over comes behind the manifest."""
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, "remove_leftovers", signal.SIGTERM, 2)
+        outsize("remove", gallery, name(3), code=130)
+    shown, _ = outsize("gallery", gallery, "--names", "--verify")
+    assert (shown["people"], shown["damaged"]) == (PEOPLE - 1, [])
+    assert shown["calibration"] == {"scores": PEOPLE - 1, "of": "enrolled"}
+    assert not any(name(3).encode() in path.read_bytes() for path in gallery.iterdir())
+
+
+def begin_to_write(pipe: Path) -> int | None:
+    with contextlib.suppress(OSError):  # nobody reads it yet
+        return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    return None
 
 
 def on_two_ranks(*words: str | Path) -> list[tuple[int, str, str]]:
