@@ -378,6 +378,28 @@ def test_a_change_with_its_calibration_is_one_change(tmp_path: Path) -> None:
     assert [len(calibration.scores) for calibration in found[0] if calibration] == [40, 40, 41, 5]
 
 
+def test_a_change_whose_calibration_is_stopped_has_not_been(tmp_path: Path) -> None:
+    gallery = make(tmp_path / "g")
+    gallery.enroll(["Ada", "Eve", "Zoe"], vectors(3, 0), calibrate=True)
+    files, calibration = {path.name for path in (tmp_path / "g").iterdir()}, gallery.calibration
+
+    def stop(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    for change in (partial(gallery.remove, ["Eve"]), partial(gallery.replace, ["Ada"], vectors(1, 1))):
+        with pytest.raises(KeyboardInterrupt):
+            change(calibrate=True, tell=stop)
+        assert {path.name for path in (tmp_path / "g").iterdir()} == files
+        assert (gallery.generation, gallery.calibration, list(gallery.names())) == (
+            1,
+            calibration,
+            ["Ada", "Eve", "Zoe"],
+        )
+        assert [answer[0][0] for answer in named(gallery.identify(vectors(3, 0), 1))] == ["Ada", "Eve", "Zoe"]
+    assert gallery.remove(["Eve"], calibrate=True) == 1
+    assert list(Gallery.open(tmp_path / "g").names()) == ["Ada", "Zoe"]
+
+
 def test_only_a_gallery_that_never_had_anybody_is_discarded(tmp_path: Path) -> None:
     gallery = make(tmp_path / "g")
     gallery.enroll(["Ada"], vectors(1, 0))
