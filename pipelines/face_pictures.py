@@ -73,9 +73,15 @@ def embed_people(console: Console, embedder: Embedder, found: PeopleFolder, *, r
         else:
             good[name] = paths
     if found.stray:
-        console.remark(f"{count_of(found.stray, 'file')} left alone: no pictures, or in no person's folder")
+        console.remark(f"{describe_stray(found)}: no pictures, or in no person's folder")
     pairs = [(path, name) for name, paths in good.items() for path in paths]
     return _embed(console, embedder, pairs, failed, resize=resize, unique=True)
+
+
+def describe_stray(found: PeopleFolder) -> str:
+    """Files that are not used, the first by its name."""
+    such = "such as " if len(found.stray) > 1 else ""
+    return f"{count_of(len(found.stray), 'file')} left alone ({such}{found.stray[0].name})"
 
 
 def embed_files(console: Console, embedder: Embedder, paths: Iterable[Path], *, resize: bool) -> Pictures:
@@ -147,7 +153,7 @@ def _read(
 def _remark(console: Console, result: Pictures) -> None:
     """One line for each kind of thing that a user should know, and for each of the first pictures that failed."""
     failed = [f"{path}: {reason}" for path, reason in result.failed]
-    console.remark_first(failed, "cannot be used; outsize --json names all")
+    console.remark_first(failed, "cannot be used; outsize --json names all" if result.paths else "cannot be used")
     if result.doubled:
         console.remark(f"{count_of(result.doubled, 'picture')} left out: the same file comes twice for one person")
     if result.grey:

@@ -125,9 +125,8 @@ def read_newest(folder: Path) -> Manifest:
             return _read_manifest(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reasons.append(f"{path.name} is damaged ({error})")
-    raise GalleryError(
-        f"{folder} is no gallery: {'; '.join(reasons) or 'it has no generation; outsize face enroll makes one'}"
-    )
+    lacks = "has no generation" if folder.is_dir() else "is not there"
+    raise GalleryError(f"{folder} is no gallery: {'; '.join(reasons) or f'it {lacks}; outsize face enroll makes one'}")
 
 
 def _read_manifest(path: Path) -> Manifest:

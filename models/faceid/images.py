@@ -32,7 +32,7 @@ class PeopleFolder:
     """In the order of names; pictures too."""
     empty: list[str]
     """Folders without a picture."""
-    stray: int
+    stray: list[Path]
     """Files that are in no person's folder, or are no pictures by their name."""
 
 
@@ -51,14 +51,14 @@ def find_people(folder: Path) -> PeopleFolder:
         raise UsageError(f"{folder} must be a folder with one folder for each person, got none there")
     people: dict[str, list[Path]] = {}
     empty: list[str] = []
-    stray = 0
+    stray: list[Path] = []
     for entry in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
         if not entry.is_dir():
-            stray += 1
+            stray.append(entry)
             continue
         files = sorted(path for path in entry.iterdir() if not path.name.startswith("."))
         pictures = [path for path in files if is_picture(path) and not path.is_dir()]
-        stray += len(files) - len(pictures)
+        stray += sorted({*files} - {*pictures})
         if pictures:
             people[entry.name] = pictures
         else:
@@ -66,7 +66,7 @@ def find_people(folder: Path) -> PeopleFolder:
     if not people:
         raise UsageError(
             f"{folder} must hold a folder for each person with pictures ({', '.join(FORMATS)}), got {len(empty)} empty "
-            f"folders and {stray} other files"
+            f"folders and {len(stray)} other files"
         )
     return PeopleFolder(people=people, empty=empty, stray=stray)
 

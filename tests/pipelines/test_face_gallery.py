@@ -277,7 +277,7 @@ def test_an_enrolment_that_is_stopped_while_it_reads_leaves_nothing(
     *lines, last = filter(None, (tmp_path / "said.txt").read_text().splitlines())
     assert last == "outsize: interrupted; the same command begins anew"
     assert [line for line in lines if not line.startswith("embed: ")] == [
-        "1 file left alone: no pictures, or in no person's folder"
+        "1 file left alone (pairs.txt): no pictures, or in no person's folder"
     ]
     assert not (tmp_path / "g").exists()
     picture.unlink()
@@ -408,7 +408,11 @@ def test_bad_pictures_are_named_and_counted_and_the_others_enrolled(world: Path,
     assert "its folder has no picture" in reasons["nobody"]
     assert reasons["only bad"] == "not one of its pictures can be used"
     assert (made["people"], made["images"], made["grey_images"], made["doubled_images"]) == (4, 13, 1, 1)
-    for line in ("1 file left alone", "1 picture without colour", "the same file comes twice for one person"):
+    for line in (
+        "1 file left alone (notes.txt): no pictures, or in no person's folder",
+        "1 picture without colour",
+        "the same file comes twice for one person",
+    ):
         assert line in said
     found, _ = outsize("identify", tmp_path / "g", folder / name(0), "--embedder", world / "faces", code=3)
     assert (len(found["faces"]), len(found["failed"])) == (3, 2)
@@ -439,6 +443,15 @@ def test_of_many_bad_pictures_the_first_are_shown_and_all_are_in_the_json(world:
         (tmp_path / "people" / f"lost-{number:02d}" / "bad.png").write_bytes(f"{number}".encode())
     visitors = [*(tmp_path / "people" / name(0)).iterdir(), *sorted((tmp_path / "people").glob("lost-*/bad.png"))]
     bad = [str(path) for path in visitors[PICTURES:]]
+    none = tmp_path / "none" / "lost"
+    none.mkdir(parents=True)
+    for number in range(22):
+        (none / f"{number}.png").write_bytes(f"{number}".encode())
+    _, said = outsize("enroll", tmp_path / "g", none.parent, *embedder, code=1)
+    assert said.splitlines()[-2:] == [
+        "2 more cannot be used",  # and no result that would name them
+        f"outsize: error: none of the pictures in {none.parent} can be used; what is wrong stands above",
+    ]
     for words, persons in (
         (("enroll", tmp_path / "g", tmp_path / "people"), 23),
         (("evaluate", tmp_path / "people"), 0),
@@ -506,7 +519,8 @@ def test_damage_ends_with_code_1(gallery: Path) -> None:
     rows.write_bytes(rows.read_bytes()[:-1] + b"\7")
     shown, _ = outsize("gallery", gallery, "--verify", code=1)
     assert shown["damaged"] == [f"{rows.name}: its checksum is not the manifest's"]
-    assert "is no gallery" in outsize("gallery", gallery.parent, code=1)[1]
+    assert "is no gallery: it has no generation; outsize" in outsize("gallery", gallery.parent, code=1)[1]
+    assert "is no gallery: it is not there; outsize" in outsize("gallery", gallery.parent / "x", code=1)[1]
 
 
 def test_nobody_is_enrolled_into_what_is_no_gallery(world: Path, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_folder_of_people_is_listed_by_name(tmp_path: Path) -> None:
     }
     assert list(found.people) == ["a", "b"]
     assert found.empty == ["nobody"]
-    assert found.stray == 2
+    assert [path.name for path in found.stray] == ["notes.txt", "stray.png"]
     with pytest.raises(UsageError, match="got 0 empty folders and 2 other files"):
         find_people(_only_files(tmp_path))
     with pytest.raises(UsageError, match="must be a folder with one folder for each person"):
