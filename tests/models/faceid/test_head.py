@@ -248,7 +248,7 @@ def test_an_interruption_does_not_wait_for_all_tablets() -> None:
     def work(_: str, item: int) -> None:
         if item == 10:
             os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.002)
+        time.sleep(0.01)
         done.append(item)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
