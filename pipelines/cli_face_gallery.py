@@ -166,7 +166,8 @@ def enroll(console: Any, *, replace: bool, add: bool, **options: Any) -> None:
 @click.pass_obj
 def identify(console: Any, ranks: int, **options: Any) -> None:
     """Say who is on each IMAGE, a picture or a folder of pictures: the nearest persons of GALLERY, exactly, by cosine;
-    the same bits for any number of ranks, whom torchrun may start too. Exit code 3 where some pictures cannot be used.
+    behind each the cosine, and the share of strangers who come as near to anybody. The same bits for any number of
+    ranks, whom torchrun may start too. Exit code 3 where some pictures cannot be used.
 
     \b
     outsize face identify staff/ door.png --embedder faces/

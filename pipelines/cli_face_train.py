@@ -46,6 +46,11 @@ face_train_options = together(
         help="Of the pictures, in pixels; without it 32 of synthetic ones, that of most of others.",
     ),
     option(
+        "--resize",
+        is_flag=True,
+        help="Take pictures of other sizes too, of the shape of --size, and scale them.",
+    ),
+    option(
         "--held-out",
         type=click.IntRange(0),
         metavar="N",
@@ -97,8 +102,8 @@ face_train_options = together(
     option(
         "--augment",
         metavar="KINDS",
-        help="flip, colour=0.1, crop=0.1, erase=0.2 between commas, or none; without it flip,colour of pictures, none "
-        "of synthetic faces.",
+        help="crop=0.1, flip=0.5, colour=0.1, grey=0.1, blur=0.02, resolution=0.4, jpeg=0.6, erase=0.2 between commas, "
+        "with these strengths or others, or none; without it flip,colour of pictures, none of synthetic faces.",
     ),
     option(
         "--micro-batch",
@@ -190,6 +195,8 @@ def make_face_training(out: Path, options: dict[str, Any]) -> Any:
     source, network = options.pop("faces"), options["network"]
     named = ("samples", "zipf", "label_noise", "pose", "light", "occlusion", "noise")
     synthetic = {name: options.pop(name) for name in named}
+    if options["resize"] and source.startswith(SYNTHETIC):
+        raise click.UsageError("--resize is of pictures; synthetic faces are drawn in --size")
     if options["margin_value"] is not None and options["margin"] not in ("arcface", "cosface"):
         raise click.UsageError("--margin-value is of arcface or cosface; M1,M2,M3 and softmax have none")
     if options["augment"] is None:

@@ -14,6 +14,9 @@ from ..tiler.errors import UsageError
 from ..tiler.memory import format_bytes
 from ..tiler.plan import format_seconds
 
+MOST_SHOWN = 20
+"""Lines on a terminal of things of one kind that went wrong."""
+
 
 class Step(Protocol):
     """A long piece of work in progress."""
@@ -32,6 +35,13 @@ class Console:
     def remark(self, text: str) -> None:
         """A line for people, on stderr."""
         print(printable(text), file=sys.stderr, flush=True)
+
+    def remark_first(self, lines: Sequence[str], rest: str) -> None:
+        """The first of many lines; then how many more there are, with what `rest` says of them."""
+        for line in lines[:MOST_SHOWN]:
+            self.remark(line)
+        if len(lines) > MOST_SHOWN:
+            self.remark(f"{len(lines) - MOST_SHOWN:,} more {rest}")
 
     def result(self, text: str, values: dict[str, Any]) -> None:
         """The command's result: text for people, or its values as JSON."""

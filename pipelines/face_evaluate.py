@@ -33,14 +33,12 @@ from ..tiler.meter import MemoryMeter
 from ..tiler.records import writing
 from .console import Console, count_of, format_rate, format_table
 from .face_charts import BINS, draw_cmc, draw_det, draw_roc, draw_scores
-from .face_gallery import require_memory
+from .face_gallery import require_memory, searching
 from .face_pictures import embed_people
 from .page import render_page
 from .report import require_report_target
 
 Values = dict[str, Any]
-MOST_NAMED = 20
-"""Pictures of pairs that are not there, on the terminal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,16 +91,20 @@ def run_face_evaluate(console: Console, options: EvaluateOptions) -> bool:
         folds = _measure_pairs(console, faces, pair_list) if pair_list is not None else None
         with console.step("compare", count_blocks(len(labels)), counts_pixels=False) as step:
             verification = _try(console, lambda: measure_verification(faces.unit, labels, rates, tell=step.advance))
-        identification = _try(
-            console,
-            lambda: measure_identification(
-                faces.unit,
-                labels,
-                split_pictures(labels, templates=options.enrolled, stranger_share=options.strangers, seed=options.seed),
-                rates=stranger_rates,
-                threads=torch.get_num_threads(),
-            ),
-        )
+        with searching(console) as tell:
+            identification = _try(
+                console,
+                lambda: measure_identification(
+                    faces.unit,
+                    labels,
+                    split_pictures(
+                        labels, templates=options.enrolled, stranger_share=options.strangers, seed=options.seed
+                    ),
+                    rates=stranger_rates,
+                    threads=torch.get_num_threads(),
+                    tell=tell,
+                ),
+            )
     if verification is None and identification is None and folds is None:
         raise HeadError("these faces allow no measurement; what is missing stands above")
     values = {
@@ -188,10 +190,11 @@ def _measure_pairs(console: Console, faces: _Faces, pairs: PairList) -> tuple[Fo
     places = _number_shots(faces)
     known = [pair for pair in pairs.pairs if pair.first in places and pair.second in places]
     lost = [(pair.line, shot) for pair in pairs.pairs for shot in (pair.first, pair.second) if shot not in places]
-    for line, (name, number) in lost[:MOST_NAMED]:
-        console.remark(f"line {line} of the pairs: there is no picture {number} of {name} that can be used")
-    if len(lost) > MOST_NAMED:
-        console.remark(f"{len(lost) - MOST_NAMED:,} more pictures of pairs are not there")
+    told = [
+        f"line {line} of the pairs: there is no picture {number} of {name} that can be used"
+        for line, (name, number) in lost
+    ]
+    console.remark_first(told, "of the pairs' pictures cannot be used")
     if not known:
         raise UsageError("not one of the pairs has both its pictures here; names and numbers must be those of the list")
     first = faces.unit[[places[pair.first] for pair in known]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,23 +66,17 @@ def run_enroll(console: Console, options: EnrollOptions) -> bool:
         pictures = embed_people(console, embedder, found, resize=options.resize)
         if not pictures.paths:
             raise ImageError(f"none of the pictures in {options.images} can be used; what is wrong stands above")
-        if gallery is None:
-            gallery = Gallery.create(
-                options.gallery,
-                dim=embedder.description.dim,
-                embedder=embedder.sha256,
-                storage=options.storage,
-                memory=options.memory,
-            )
         names, templates = group_by_person(pictures, each=options.templates == "each")
         lost = sorted(found.people.keys() - set(names) - {path for path, _ in pictures.failed})
-        for name in lost:
-            console.remark(f"{name}: not one of its pictures can be used")
-            pictures.failed.append((name, "not one of its pictures can be used"))
-        of = gallery.calibration.of if gallery.calibration else "enrolled"
-        new = _store(gallery, names, templates, there, options.existing)
+        reason = "not one of its pictures can be used"
+        console.remark_first([f"{name}: {reason}" for name in lost], "without a picture that can be used")
+        pictures.failed += [(name, reason) for name in lost]
+        with nullcontext(gallery) if gallery is not None else _created(options, embedder) as gallery:
+            of = gallery.calibration.of if gallery.calibration else "enrolled"
+            with searching(console) as tell:
+                new = _store(gallery, names, templates, there, options, tell)
         if options.calibrate:
-            _calibrate_again(console, gallery, of)
+            _remark_calibration(console, gallery, of)
     values = {
         **describe(gallery),
         "new_people": new,
@@ -114,24 +108,52 @@ def _is_new(place: Path) -> bool:
     return False
 
 
-def _store(gallery: Gallery, names: list[str], templates: Any, there: set[str], existing: str) -> int:
+@contextmanager
+def _created(options: EnrollOptions, embedder: Embedder) -> Iterator[Gallery]:
+    """A new gallery; if nobody gets into it, nothing is left of it."""
+    place, was_there = options.gallery, options.gallery.exists()
+    try:
+        yield Gallery.create(
+            place,
+            dim=embedder.description.dim,
+            embedder=embedder.sha256,
+            storage=options.storage,
+            memory=options.memory,
+        )
+    except BaseException:
+        with suppress(GalleryError, OSError):
+            Gallery.discard(place)
+        with suppress(OSError):
+            if not was_there:
+                place.rmdir()
+        raise
+
+
+def _store(
+    gallery: Gallery, names: list[str], templates: Any, there: set[str], options: EnrollOptions, tell: Tell
+) -> int:
     """Put templates of known and new persons into the gallery; how many persons are new."""
-    if existing == "add":
-        return gallery.enroll(names, templates, add=True)
+    calibrate = options.calibrate
+    if options.existing == "add":
+        return gallery.enroll(names, templates, add=True, calibrate=calibrate, tell=tell)
     old = [place for place, name in enumerate(names) if name in there]
     fresh = [place for place, name in enumerate(names) if name not in there]
     if old:
-        gallery.replace([names[place] for place in old], templates[old])
-    return gallery.enroll([names[place] for place in fresh], templates[fresh]) if fresh else 0
+        now = calibrate and not fresh
+        gallery.replace([names[place] for place in old], templates[old], calibrate=now, tell=tell)
+    if not fresh:
+        return 0
+    return gallery.enroll([names[place] for place in fresh], templates[fresh], calibrate=calibrate, tell=tell)
 
 
 def run_remove(console: Console, place: Path, names: tuple[str, ...]) -> None:
     """Remove persons; their names and templates are in no file afterwards."""
     gallery = Gallery.open(place)
     before = gallery.calibration
-    templates = gallery.remove(names)
+    with searching(console) as tell:
+        templates = gallery.remove(names, calibrate=before is not None, tell=tell)
     if before is not None:
-        _calibrate_again(console, gallery, before.of)
+        _remark_calibration(console, gallery, before.of)
     console.result(
         f"{place}: {count_of(len(set(names)), 'person')} removed with {count_of(templates, 'template')}; "
         f"{_sentence(gallery)}",
@@ -156,17 +178,18 @@ def searching(console: Console) -> Iterator[Tell]:
         yield tell
 
 
-def _calibrate_again(console: Console, gallery: Gallery, of: str) -> None:
-    """A change discards the calibration; make one of the gallery's own persons."""
+def _remark_calibration(console: Console, gallery: Gallery, of: str) -> None:
+    """A change has replaced the calibration by one of the gallery's own persons.
+
+    Args:
+        of: whom the former one was of.
+    """
     if of == "strangers":
         instead = "persons of the gallery stand in for them" if gallery.people > 1 else "there is none now"
         console.remark(
             f"the calibration by strangers is out of date and deleted, {instead}; outsize face calibrate GALLERY "
             "STRANGERS makes a new one"
         )
-    if gallery.people > 1:
-        with searching(console) as tell:
-            gallery.calibrate(tell=tell)
 
 
 def run_calibrate(

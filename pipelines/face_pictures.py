@@ -17,7 +17,7 @@ import torch
 
 from ..models.faceid.embedder_file import Embedder
 from ..models.faceid.errors import HeadError
-from ..models.faceid.images import ImageError, PeopleFolder, SizeError, read_picture
+from ..models.faceid.images import ImageError, PeopleFolder, read_picture
 from ..models.faceid.name_list import require_name
 from ..models.faceid.top_k import unit_rows
 from .console import Console, count_of
@@ -73,9 +73,15 @@ def embed_people(console: Console, embedder: Embedder, found: PeopleFolder, *, r
         else:
             good[name] = paths
     if found.stray:
-        console.remark(f"{count_of(found.stray, 'file')} left alone: no pictures, or in no person's folder")
+        console.remark(f"{describe_stray(found)}: no pictures, or in no person's folder")
     pairs = [(path, name) for name, paths in good.items() for path in paths]
     return _embed(console, embedder, pairs, failed, resize=resize, unique=True)
+
+
+def describe_stray(found: PeopleFolder) -> str:
+    """Files that are not used, the first by its name."""
+    such = "such as " if len(found.stray) > 1 else ""
+    return f"{count_of(len(found.stray), 'file')} left alone ({such}{found.stray[0].name})"
 
 
 def embed_files(console: Console, embedder: Embedder, paths: Iterable[Path], *, resize: bool) -> Pictures:
@@ -134,8 +140,7 @@ def _read(
                     raise ImageError(f"it is the same file as {other}, of another person")
             picture = read_picture(path, height, width, resize=resize)
         except ImageError as error:
-            remedy = ", or give --resize" if isinstance(error, SizeError) else ""
-            result.failed.append((str(path), f"{error}{remedy}"))
+            result.failed.append((str(path), str(error)))
             continue
         except OSError as error:
             result.failed.append((str(path), f"it cannot be read: {error.strerror or error}"))
@@ -146,9 +151,9 @@ def _read(
 
 
 def _remark(console: Console, result: Pictures) -> None:
-    """One line for each kind of thing that a user should know, and for each picture that failed."""
-    for path, reason in result.failed:
-        console.remark(f"{path}: {reason}")
+    """One line for each kind of thing that a user should know, and for each of the first pictures that failed."""
+    failed = [f"{path}: {reason}" for path, reason in result.failed]
+    console.remark_first(failed, "cannot be used; outsize --json names all" if result.paths else "cannot be used")
     if result.doubled:
         console.remark(f"{count_of(result.doubled, 'picture')} left out: the same file comes twice for one person")
     if result.grey:

@@ -23,6 +23,7 @@ from ..sample_data.identities import Nuisances, draw_faces
 from ..sample_data.identity_list import IdentityList
 from ..tiler.errors import TilerError, UsageError, reason_of
 from .console import count_of
+from .face_pictures import describe_stray
 
 SYNTHETIC = "synthetic:"
 HELD_OUT = 500
@@ -98,13 +99,20 @@ class OpenedFaces:
 
 
 def open_faces(
-    text: str, *, size: tuple[int, int] | None, held_out: int | None, seed: int, synthetic: SyntheticOptions
+    text: str,
+    *,
+    size: tuple[int, int] | None,
+    resize: bool,
+    held_out: int | None,
+    seed: int,
+    synthetic: SyntheticOptions,
 ) -> OpenedFaces:
     """Open a source; no picture is decoded but some to learn their size.
 
     Args:
         text: "synthetic:N", or the path of a folder, a .csv or .parquet list or a .rec file.
         size: (height, width) of the pictures; None: 32 x 32 of synthetic ones, that of most of others.
+        resize: scale pictures of other sizes, of the same shape.
         held_out: identities to measure with; None: 500, or a twentieth of the real ones.
 
     Raises:
@@ -120,7 +128,7 @@ def open_faces(
         left_out += records.damaged
         tried = _spread(len(records.keys))
         named = [(records.name_of(int(records.keys[place])), partial(records.read, place)) for place in tried]
-        source = RecordPictures(records, size or _find_size(named))
+        source = RecordPictures(records, _choose_size(named, size, resize=resize), resize=resize)
     else:
         if path.is_dir():
             found = find_people(path)
@@ -129,7 +137,7 @@ def open_faces(
             labels = np.repeat(np.arange(len(names)), [len(pictures) for pictures in found.people.values()])
             left_out += [(name, "its folder has no picture") for name in found.empty]
             if found.stray:
-                remarks.append(f"{count_of(found.stray, 'file')} left alone: no pictures, or in no identity's folder")
+                remarks.append(f"{describe_stray(found)}: no pictures, or in no identity's folder")
         elif path.suffix.lower() in SUFFIXES:
             listed = read_image_list(path)
             paths, labels, names = listed.paths, listed.labels, listed.names
@@ -150,7 +158,7 @@ def open_faces(
         else:
             remarks.append(f"{len(paths):,} pictures: not compared with each other, as up to {MOST_COMPARED:,} are")
         named = [(paths[place], partial(Path, paths[place])) for place in _spread(len(paths))]
-        source = PictureFiles(paths, labels, names, size or _find_size(named))
+        source = PictureFiles(paths, labels, names, _choose_size(named, size, resize=resize), resize=resize)
     return _part(text, source, held_out, seed, remarks, left_out)
 
 
@@ -205,12 +213,20 @@ def _spread(count: int) -> list[int]:
     return sorted({place * count // _TRIED for place in range(_TRIED)} if count else set())
 
 
-def _find_size(pictures: Sequence[tuple[str, Callable[[], Path | bytes]]]) -> tuple[int, int]:
-    """(height, width) that most of the pictures have, the first of equally frequent ones.
+def _choose_size(
+    pictures: Sequence[tuple[str, Callable[[], Path | bytes]]], wanted: tuple[int, int] | None, *, resize: bool
+) -> tuple[int, int]:
+    """(height, width) of the training: what is wanted, or what most of the pictures have, the first of equally frequent
+    ones.
 
     Args:
-        pictures: name, and what gives file or bytes.
+        pictures: name, and what gives file or bytes, of some.
+
+    Raises:
+        UsageError: not one of them has the size that is wanted, or can be opened.
     """
+    if wanted is not None and resize:
+        return wanted
     sizes: Counter[tuple[int, int]] = Counter()
     reason = ""
     for name, give in pictures:
@@ -220,6 +236,15 @@ def _find_size(pictures: Sequence[tuple[str, Callable[[], Path | bytes]]]) -> tu
                 sizes[image.height, image.width] += 1
         except (TilerError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             reason = reason or f"{name}: {reason_of(error)}"
+    if wanted is not None:
+        if sizes and not {wanted, wanted[::-1]} & sizes.keys():  # a camera's picture may lie on its side
+            (height, width), _ = sizes.most_common(1)[0]
+            raise UsageError(
+                f"--size must be that of the pictures, got {wanted[0]} x {wanted[1]}, where not one of "
+                f"{sizes.total()} that were opened has it and most have {height} x {width}; give --resize, or leave it "
+                "out"
+            )
+        return wanted
     if not sizes:
         raise UsageError(f"pictures must be files that can be opened, got {len(pictures)} that cannot; {reason}")
     return sizes.most_common(1)[0][0]

@@ -207,6 +207,8 @@ def _fingerprint(training: FaceTraining, faces: OpenedFaces) -> dict[str, Any]:
     values = {key: value for key, value in asdict(training).items() if key not in _NOT_THE_TRAJECTORY}
     if not training.source.startswith(SYNTHETIC):
         del values["synthetic"]
+    if not training.resize:
+        del values["resize"]  # as trainings have it that are older than the option
     values["size"] = faces.training.size
     return json.loads(json.dumps({"faces": faces.training.describe(), **values}))
 

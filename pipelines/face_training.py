@@ -22,6 +22,8 @@ class FaceTraining:
     """synthetic:N, or the path of a folder, a .csv or .parquet list or a .rec file."""
     size: tuple[int, int] | None
     """(height, width) of the pictures; None: as the source has them."""
+    resize: bool
+    """Pictures of other sizes, of the same shape, are scaled."""
     held_out: int | None
     synthetic: dict[str, Any]
     """`SyntheticOptions`."""
@@ -71,7 +73,14 @@ class FaceTraining:
 
     def open(self) -> OpenedFaces:
         synthetic = SyntheticOptions(**self.synthetic)
-        return open_faces(self.source, size=self.size, held_out=self.held_out, seed=self.seed, synthetic=synthetic)
+        return open_faces(
+            self.source,
+            size=self.size,
+            resize=self.resize,
+            held_out=self.held_out,
+            seed=self.seed,
+            synthetic=synthetic,
+        )
 
     def describe_embedder(self, size: tuple[int, int]) -> EmbedderDescription:
         return EmbedderDescription(

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .console import Console
-
-MOST_SHOWN = 20
-"""That are named on the terminal; the file has all."""
+from .console import MOST_SHOWN, Console
 
 
 class UnusablePictures:

@@ -145,6 +145,7 @@ def outsize_here(*words: str | Path) -> subprocess.CompletedProcess[str]:
     """The same in this process and its current folder: where no fresh process matters."""
     out, errors, code = io.StringIO(), io.StringIO(), 0
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background has ignored
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         try:
             main([str(word) for word in words])

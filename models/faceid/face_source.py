@@ -48,12 +48,15 @@ class FaceSource(Protocol):
 class PictureFiles:
     """Pictures that are files."""
 
-    def __init__(self, paths: Sequence[str], labels: Whole, names: list[str], size: tuple[int, int]) -> None:
+    def __init__(
+        self, paths: Sequence[str], labels: Whole, names: list[str], size: tuple[int, int], *, resize: bool = False
+    ) -> None:
         """Args:
         labels: of each path, numbers of `names`.
+        resize: scale pictures of other sizes, of the same shape.
         """
         self._paths, self._labels, self.names = list(paths), labels, names
-        self.identities, self.size = len(names), size
+        self.identities, self.size, self._resize = len(names), size, resize
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -64,7 +67,8 @@ class PictureFiles:
     def read(self, samples: Whole, epochs: Whole) -> Read:  # noqa: ARG002 - the same in every epoch
         height, width = self.size
         paths = [self._paths[sample] for sample in samples.tolist()]
-        return _read_each(paths, [lambda path=path: read_picture(Path(path), height, width) for path in paths])
+        reads = [lambda path=path: read_picture(Path(path), height, width, resize=self._resize) for path in paths]
+        return _read_each(paths, reads)
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256()
@@ -76,8 +80,11 @@ class PictureFiles:
 class RecordPictures:
     """Pictures of a RecordIO file; identities are its different labels, in their order."""
 
-    def __init__(self, file: RecordFile, size: tuple[int, int]) -> None:
-        self._file, self.size = file, size
+    def __init__(self, file: RecordFile, size: tuple[int, int], *, resize: bool = False) -> None:
+        """Args:
+        resize: scale pictures of other sizes, of the same shape.
+        """
+        self._file, self.size, self._resize = file, size, resize
         names, self._labels = np.unique(file.labels, return_inverse=True)
         self.identities = len(names)
 
@@ -91,7 +98,10 @@ class RecordPictures:
         height, width = self.size
         places = samples.tolist()
         names = [self._file.name_of(int(self._file.keys[place])) for place in places]
-        reads = [lambda place=place: read_picture(self._file.read(place), height, width) for place in places]
+        reads = [
+            lambda place=place: read_picture(self._file.read(place), height, width, resize=self._resize)
+            for place in places
+        ]
         return _read_each(names, reads)
 
     def describe(self) -> dict[str, Any]:

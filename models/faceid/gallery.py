@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,11 +27,13 @@ from .gallery_file import (
     find_damage,
     find_leftovers,
     is_free,
+    manifest_name,
     read_names,
     read_newest,
     read_owners,
     read_rows,
     read_whole,
+    remove_all,
     remove_leftovers,
     write_manifest,
     write_names,
@@ -190,6 +192,14 @@ class Gallery:
             except (GalleryError, OSError):
                 pass  # somebody is changing it, or it may only be read
         return gallery
+
+    @staticmethod
+    def discard(folder: str | Path) -> None:
+        """Delete what is there of a gallery that never had anybody in it, but for the folder; any other stays."""
+        root = Path(folder)
+        with suppress(Timeout), FileLock(str(root / LOCK), timeout=0):
+            if {path.name for path in root.glob("generation-*.json")} <= {manifest_name(0)}:
+                remove_all(root)
 
     def reload(self) -> None:
         """Take up what another process changed."""
@@ -361,13 +371,24 @@ class Gallery:
                 self._kept[tablet.index] = rows
             return self._kept[tablet.index]
 
-    def enroll(self, names: Sequence[str], embeddings: npt.ArrayLike, *, add: bool = False) -> int:
+    def enroll(
+        self,
+        names: Sequence[str],
+        embeddings: npt.ArrayLike,
+        *,
+        add: bool = False,
+        calibrate: bool = False,
+        tell: Tell | None = None,
+    ) -> int:
         """Add persons; returns how many are new. Nothing is trained.
 
         Args:
             names: of each embedding; one that comes several times has several templates.
             embeddings: (len(names), dim).
             add: give more templates to those who are there already, who are refused otherwise.
+            calibrate: let persons of the gallery stand in for strangers afterwards, as `calibrate` without strangers
+                does; both are one change.
+            tell: told of the progress of that.
 
         Raises:
             HeadError: wrong names or embeddings; somebody is there already. Nothing has changed then.
@@ -386,11 +407,18 @@ class Gallery:
             numbers |= {name: len(state.names) + place for place, name in enumerate(fresh)}
             owners = np.array([numbers[name] for name in names], np.int32)
             at = np.arange(len(state.owners), len(state.owners) + len(owners))
-            self._commit(state, at, owners, unit, removed=[], added=fresh)
+            self._publish(self._rewrite(state, at, owners, unit, removed=[], added=fresh), calibrate, tell)
         return len(fresh)
 
-    def replace(self, names: Sequence[str], embeddings: npt.ArrayLike) -> None:
+    def replace(
+        self, names: Sequence[str], embeddings: npt.ArrayLike, *, calibrate: bool = False, tell: Tell | None = None
+    ) -> None:
         """Give persons other templates than they had.
+
+        Args:
+            calibrate: let persons of the gallery stand in for strangers afterwards, as `calibrate` without strangers
+                does; both are one change.
+            tell: told of the progress of that.
 
         Raises:
             HeadError: wrong names or embeddings; somebody is not there. Nothing has changed then.
@@ -408,10 +436,15 @@ class Gallery:
             empty = taken[len(owners) :]
             at = np.concatenate([at, empty])
             owners = np.concatenate([owners, np.full(len(empty), NOBODY, np.int32)])
-            self._commit(state, at, owners, unit, removed=[], added=[])
+            self._publish(self._rewrite(state, at, owners, unit, removed=[], added=[]), calibrate, tell)
 
-    def remove(self, names: Iterable[str]) -> int:
+    def remove(self, names: Iterable[str], *, calibrate: bool = False, tell: Tell | None = None) -> int:
         """Remove persons; returns how many templates went. Their names and templates are in no file afterwards.
+
+        Args:
+            calibrate: let persons of the gallery stand in for strangers afterwards, as `calibrate` without strangers
+                does; both are one change.
+            tell: told of the progress of that.
 
         Raises:
             HeadError: somebody is not there. Nothing has changed then.
@@ -422,7 +455,8 @@ class Gallery:
             empty = self._rows_of(np.fromiter(numbers.values(), np.int64))
             owners = np.full(len(empty), NOBODY, np.int32)
             none = np.empty((0, self.dim), np.float32)
-            self._commit(self._state, empty, owners, none, removed=list(numbers.values()), added=[])
+            state = self._rewrite(self._state, empty, owners, none, removed=list(numbers.values()), added=[])
+            self._publish(state, calibrate, tell)
         return len(empty)
 
     def calibrate(
@@ -441,22 +475,25 @@ class Gallery:
             GalleryError: another process is changing the gallery.
         """
         with self._changing():
-            state = self._state
-            if strangers is not None:
-                unit, own = self._unit(strangers), None
-            else:
-                unit, own = self._probes(probes)
-            best = self._search(unit, 1 if own is None else 2, ALONE, tell)
-            scores = best.scores[:, 0]
-            if own is not None:
-                scores = np.where(best.owners[:, 0] == own, best.scores[:, 1], scores)
-            scores = np.sort(scores[np.isfinite(scores)])[::-1]
-            if not len(scores):
-                raise HeadError("a calibration needs faces that can be compared with another person's, got none")
-            calibration = Calibration(scores=scores.tolist(), of="enrolled" if strangers is None else "strangers")
-            manifest = replace(state.manifest, generation=self.generation + 1, calibration=calibration)
-            self._publish(replace(state, manifest=manifest))
+            calibration = self._compare(strangers, probes, tell)
+            manifest = replace(self._state.manifest, generation=self.generation + 1, calibration=calibration)
+            self._publish(replace(self._state, manifest=manifest))
         return calibration
+
+    def _compare(self, strangers: npt.ArrayLike | None, probes: int, tell: Tell | None) -> Calibration:
+        """What `calibrate` stores."""
+        if strangers is not None:
+            unit, own = self._unit(strangers), None
+        else:
+            unit, own = self._probes(probes)
+        best = self._search(unit, 1 if own is None else 2, ALONE, tell)
+        scores = best.scores[:, 0]
+        if own is not None:
+            scores = np.where(best.owners[:, 0] == own, best.scores[:, 1], scores)
+        scores = np.sort(scores[np.isfinite(scores)])[::-1]
+        if not len(scores):
+            raise HeadError("a calibration needs faces that can be compared with another person's, got none")
+        return Calibration(scores=scores.tolist(), of="enrolled" if strangers is None else "strangers")
 
     def _probes(self, probes: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
         """(unit vectors, whose): the first template of some persons."""
@@ -536,10 +573,14 @@ class Gallery:
                 self.reload()
             remove_leftovers(self.folder, self._state.manifest)
             yield
+        except BaseException:
+            with suppress(GalleryError, OSError):
+                remove_leftovers(self.folder, read_newest(self.folder))  # nobody is in a file who was not enrolled
+            raise
         finally:
             lock.release()
 
-    def _commit(
+    def _rewrite(
         self,
         state: _State,
         at: npt.NDArray[np.int64],
@@ -548,9 +589,9 @@ class Gallery:
         *,
         removed: list[int],
         added: list[str],
-    ) -> None:
-        """Make a generation in which the rows `at` have other owners; the first len(unit) of them these vectors, the
-        others zeros."""
+    ) -> _State:
+        """The files of a generation in which the rows `at` have other owners; the first len(unit) of them these
+        vectors, the others zeros."""
         old, dtype = state.manifest, STORAGE[self.storage]
         size = old.tablet_rows
         everyone = np.concatenate([state.owners, np.full(max(0, int(at.max()) + 1 - old.rows), NOBODY, np.int32)])
@@ -560,8 +601,7 @@ class Gallery:
         manifest = replace(old, generation=old.generation + 1, rows=len(everyone), calibration=None)
         if np.count_nonzero(everyone == NOBODY) > max(size, len(everyone) // 2):
             # Nothing but holes is removed on the way, so that one generation does both.
-            self._publish(self._compact(_State(manifest=manifest, owners=everyone, names=names), old, at, unit))
-            return
+            return self._compact(_State(manifest=manifest, owners=everyone, names=names), old, at, unit)
         tablets = list(old.tablets)
         order = np.argsort(at, kind="stable")
         sorted_at = at[order]
@@ -580,7 +620,7 @@ class Gallery:
             entry = write_names(self.folder, manifest.generation, index, names.chunks[index])
             chunks[index : index + 1] = [entry]
         manifest = replace(manifest, tablets=tablets, names=chunks)
-        self._publish(_State(manifest=manifest, owners=everyone, names=names))
+        return _State(manifest=manifest, owners=everyone, names=names)
 
     def _compact(
         self, state: _State, old: Manifest, at: npt.NDArray[np.int64], unit: npt.NDArray[np.float32]
@@ -615,8 +655,20 @@ class Gallery:
         manifest = replace(state.manifest, rows=len(live), tablets=tablets, names=chunks)
         return _State(manifest=manifest, owners=owners, names=names)
 
-    def _publish(self, state: _State) -> None:
+    def _calibrated(self, state: _State, tell: Tell | None) -> _State:
+        """A generation whose files are there, calibrated by its own persons if it has two."""
+        before = self._state
+        self._take(state)
+        try:
+            calibration = self._compare(None, PROBES, tell) if self.people > 1 else None
+        finally:
+            self._take(before)
+        return replace(state, manifest=replace(state.manifest, calibration=calibration))
+
+    def _publish(self, state: _State, calibrate: bool = False, tell: Tell | None = None) -> None:
         """Make a generation of files that are there, then delete what it does not name."""
+        if calibrate:
+            state = self._calibrated(state, tell)
         write_manifest(self.folder, state.manifest)
         self._take(state)
         remove_leftovers(self.folder, state.manifest)

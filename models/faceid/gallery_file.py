@@ -125,9 +125,8 @@ def read_newest(folder: Path) -> Manifest:
             return _read_manifest(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reasons.append(f"{path.name} is damaged ({error})")
-    raise GalleryError(
-        f"{folder} is no gallery: {'; '.join(reasons) or 'it has no generation; outsize face enroll makes one'}"
-    )
+    lacks = "has no generation" if folder.is_dir() else "is not there"
+    raise GalleryError(f"{folder} is no gallery: {'; '.join(reasons) or f'it {lacks}; outsize face enroll makes one'}")
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -273,6 +272,14 @@ def find_leftovers(folder: Path, manifest: Manifest) -> list[Path]:
     kept = {manifest_name(manifest.generation), *(entry.name for entry in manifest.files)}
     found = [path for path in folder.iterdir() if _OURS.fullmatch(path.name) and path.name not in kept]
     return sorted(found, key=lambda path: ("generation-" not in path.name, path.name))
+
+
+def remove_all(folder: Path) -> None:
+    """Delete a gallery's files, manifests first."""
+    for path in sorted(folder.iterdir(), key=lambda path: ("generation-" not in path.name, path.name)):
+        if path.name == LOCK or _OURS.fullmatch(path.name):
+            path.unlink()
+    sync_folder(folder)
 
 
 def remove_leftovers(folder: Path, manifest: Manifest) -> int:

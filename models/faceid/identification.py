@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from .collectives import Ranks
 from .errors import HeadError
-from .search import ArrayRows, search_rows
+from .search import ArrayRows, Tell, count_passes, search_rows
 from .tablets import TabletLayout
 from .top_k import Floats, Numbers
 from .verification import EXPECTED, allow
@@ -121,6 +121,7 @@ def measure_identification(
     rates: Sequence[str] = RATES,
     most: int = max(RANKS),
     threads: int = 1,
+    tell: Tell | None = None,
 ) -> Identification:
     """Look up pictures, exactly.
 
@@ -128,6 +129,7 @@ def measure_identification(
         unit: (N, D) of length 1.
         labels: (N,): the person of each.
         most: ranks that are counted, as far as there are persons.
+        tell: told of progress, of both searches together.
     """
     people, owners = np.unique(labels[split.enrolled], return_inverse=True)
     most = min(most, len(people))
@@ -135,13 +137,19 @@ def measure_identification(
     source = ArrayRows(unit[split.enrolled], owners)
     alone = Ranks(group=None, rank=0, size=1)
 
-    def look(pictures: Numbers, k: int) -> tuple[npt.NDArray[np.float64], Numbers]:
-        best = search_rows(source, unit[pictures], k, layout, ranks=alone, threads=threads)
+    lengths = [len(split.enrolled) * count_passes(len(pictures)) for pictures in (split.known, split.strangers)]
+
+    def look(pictures: Numbers, k: int, before: int) -> tuple[npt.NDArray[np.float64], Numbers]:
+        def pass_on(done: int, _: int) -> None:
+            if tell is not None:
+                tell(before + done, sum(lengths))
+
+        best = search_rows(source, unit[pictures], k, layout, ranks=alone, threads=threads, tell=pass_on)
         return best.scores, best.owners
 
-    scores, found = look(split.known, most)
+    scores, found = look(split.known, most, 0)
     is_right = found == np.searchsorted(people, labels[split.known])[:, None]
-    strangers, _ = look(split.strangers, 1)
+    strangers, _ = look(split.strangers, 1, lengths[0])
     descending = np.sort(strangers[:, 0])[::-1]
     points: list[AtStrangerRate] = []
     for rate in rates:

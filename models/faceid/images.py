@@ -24,10 +24,6 @@ class ImageError(TilerError):
     """A picture that cannot be used; carries what is wrong with it."""
 
 
-class SizeError(ImageError):
-    """A picture of another size, which could be scaled."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeopleFolder:
     """Pictures by person."""
@@ -36,7 +32,7 @@ class PeopleFolder:
     """In the order of names; pictures too."""
     empty: list[str]
     """Folders without a picture."""
-    stray: int
+    stray: list[Path]
     """Files that are in no person's folder, or are no pictures by their name."""
 
 
@@ -55,14 +51,14 @@ def find_people(folder: Path) -> PeopleFolder:
         raise UsageError(f"{folder} must be a folder with one folder for each person, got none there")
     people: dict[str, list[Path]] = {}
     empty: list[str] = []
-    stray = 0
+    stray: list[Path] = []
     for entry in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
         if not entry.is_dir():
-            stray += 1
+            stray.append(entry)
             continue
         files = sorted(path for path in entry.iterdir() if not path.name.startswith("."))
         pictures = [path for path in files if is_picture(path) and not path.is_dir()]
-        stray += len(files) - len(pictures)
+        stray += sorted({*files} - {*pictures})
         if pictures:
             people[entry.name] = pictures
         else:
@@ -70,7 +66,7 @@ def find_people(folder: Path) -> PeopleFolder:
     if not people:
         raise UsageError(
             f"{folder} must hold a folder for each person with pictures ({', '.join(FORMATS)}), got {len(empty)} empty "
-            f"folders and {stray} other files"
+            f"folders and {len(stray)} other files"
         )
     return PeopleFolder(people=people, empty=empty, stray=stray)
 
@@ -93,8 +89,7 @@ def read_picture(source: Path | bytes, height: int, width: int, *, resize: bool 
         resize: take other sizes too, of the same shape, and scale them.
 
     Raises:
-        ImageError: not there, damaged, of another shape, or of another kind than 8 bits a channel.
-        SizeError: of another size.
+        ImageError: not there, damaged, of another size or shape, or of another kind than 8 bits a channel.
     """
     try:
         with warnings.catch_warnings():
@@ -134,4 +129,4 @@ def _require_size(found: tuple[int, int], wanted: tuple[int, int], *, resize: bo
         if size == wanted:
             return
     sizes = f"{wanted[0]} x {wanted[1]} pixels, got {found[0]} x {found[1]}; crop it"
-    raise ImageError(f"it must have the shape of {sizes}") if resize else SizeError(f"it must be {sizes}")
+    raise ImageError(f"it must have the shape of {sizes}" if resize else f"it must be {sizes}, or give --resize")

@@ -38,8 +38,8 @@ class RecordFile:
 
     def __init__(self, path: Path) -> None:
         """Raises:
-        HeadError: a file is missing, is not of this kind, or has no pictures; labels that are no numbers 0, 1, ...; a
-            damaged record of the index inside.
+        HeadError: a file is missing, is not of this kind, or has no pictures; labels that are no numbers 0, 1, ...; an
+            index inside of which a record is damaged.
         """
         self.path = path
         self.damaged: list[tuple[str, str]] = []
@@ -68,8 +68,16 @@ class RecordFile:
             raise HeadError(f"labels must be whole numbers from 0, record {key} of {path} has another")
 
     def _list_pictures(self) -> tuple[Whole, Whole]:
-        """(keys, labels) of all pictures; without an index inside, every record is looked at. -1: no whole number."""
-        labels, picture = self._unpack_index(0) if 0 in self._offsets else ([], b"")
+        """(keys, labels) of all pictures; without an index inside, every record is looked at. -1: no whole number.
+
+        Where record 0 is damaged, records of identities tell that it was the index. Their pictures may have gone
+        wrong as well, which nothing would show without it.
+        """
+        lost = ""
+        try:
+            labels, picture = self._unpack(0)
+        except ImageError as error:
+            labels, picture, lost = [], b"", str(error)
         if len(labels) == 2 and not picture:
             end, last = (int(value) for value in labels)
             found = np.full(end, -1, np.int64)
@@ -86,9 +94,16 @@ class RecordFile:
         known: dict[int, int] = {}
         for key in sorted(self._offsets):
             try:
-                known[key] = _whole(self._unpack(key)[0][0])
+                labels, picture = self._unpack(key)
             except ImageError as error:
                 self.damaged.append((self.name_of(key), str(error)))
+                continue
+            if len(labels) == 2 and not picture and 1 <= labels[0] <= labels[1]:
+                raise HeadError(
+                    f"{self.path} cannot be read: record {key} lists the pictures of an identity, so record 0 must be "
+                    f"the index, and {lost or 'it is none'}; copy the file and its .idx again"
+                )
+            known[key] = _whole(labels[0])
         return np.array(list(known), np.int64), np.array(list(known.values()), np.int64)
 
     def name_of(self, key: int) -> str:

@@ -100,6 +100,11 @@ def count_most(owners: npt.NDArray[np.integer]) -> int:
     return int(np.bincount(known).max()) if len(known) else 1
 
 
+def count_passes(queries: int, query_part: int = QUERIES) -> int:
+    """How often a search goes through the rows."""
+    return -(-queries // query_part)
+
+
 def search_rows(
     source: RowSource,
     queries: Floats,
@@ -122,7 +127,9 @@ def search_rows(
         tell: told of progress.
     """
     starts = range(0, len(queries), query_part)
-    progress = _Progress(tell, len(starts) * sum(tablet.rows for tablet in layout.owned(ranks.rank)))
+    progress = _Progress(
+        tell, count_passes(len(queries), query_part) * sum(tablet.rows for tablet in layout.owned(ranks.rank))
+    )
     parts = [
         _search_part(source, queries[start : start + query_part], k, layout, ranks, threads, progress)
         for start in starts

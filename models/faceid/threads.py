@@ -51,6 +51,11 @@ def run_tablets(
             run(crew[0])
         elif crew:
             with ThreadPoolExecutor(len(crew), thread_name_prefix="tablets") as pool:
-                for future in [pool.submit(run, workspace) for workspace in crew]:
-                    future.result()
+                futures = [pool.submit(run, workspace) for workspace in crew]
+                try:
+                    for future in futures:
+                        future.result()
+                except BaseException:  # Ctrl-C comes here, and in none of the threads
+                    left.clear()
+                    raise
     return [results[place] for place in range(len(items))]

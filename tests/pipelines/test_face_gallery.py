@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -200,16 +202,11 @@ def test_ranks_end_with_their_command_in_one_line(
     picture, said = tmp_path / "door.png", tmp_path / "said.txt"
     os.mkfifo(picture)  # whoever reads it waits
 
-    def begin_to_read() -> int | None:
-        with contextlib.suppress(OSError):  # nobody reads it yet
-            return os.open(picture, os.O_WRONLY | os.O_NONBLOCK)
-        return None
-
     words = ("face", "identify", tablets, picture, "--embedder", world / "faces", "--ranks", "2")
     with said.open("w") as errors:
         command = commands.Command(*words, stderr=errors, start_new_session=True)
         ranks = wait_for(lambda: len(found := psutil.Process(command.pid).children()) == 2 and found)
-        writer = wait_for(begin_to_read) if at_work else None
+        writer = wait_for(lambda: begin_to_write(picture)) if at_work else None
         if sign == signal.SIGTERM and at_work:
             command.send_signal(sign)
         else:
@@ -224,6 +221,112 @@ def test_ranks_end_with_their_command_in_one_line(
     assert last == "outsize: interrupted; the same command begins anew"
     assert [remark.split()[0] for remark in remarks] == (["no", str(PEOPLE)] if at_work else [])
     assert wait_for(lambda: all(has_ended(rank) for rank in ranks))
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, place: str, sign: signal.Signals, call: int) -> None:
+    """Send this process a signal when a function of gallery.py is called for the n-th time, before it does anything."""
+    module = "outsize.models.faceid.gallery"
+    calls, function = itertools.count(1), getattr(sys.modules[module], place)
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), sign)
+        return function(*arguments, **named)
+
+    monkeypatch.setattr(f"{module}.{place}", interrupted)
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "sign"),
+    [
+        ("write_manifest", 1, signal.SIGINT),  # the empty gallery's
+        ("write_names", 1, signal.SIGTERM),
+        ("search_rows", 1, signal.SIGINT),  # for the calibration
+        ("write_manifest", 2, signal.SIGTERM),
+    ],
+)
+def test_an_enrolment_that_is_stopped_leaves_no_new_gallery(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, call: int, sign: signal.Signals
+) -> None:
+    words = ("enroll", tmp_path / "g", world / "people", "--embedder", world / "faces")
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, place, sign, call)
+        values, said = outsize(*words, code=130)
+    assert said.splitlines()[-1] == "outsize: interrupted; the same command begins anew"
+    assert values["exit_code"] == 130
+    assert not (tmp_path / "g").exists()
+    other = (*words[:-1], world / "other", "--storage", "float16")  # nothing binds a second attempt
+    again = outsize(*(words if sign == signal.SIGINT else other))[0]
+    assert (again["people"], again["storage"]) == (PEOPLE, "float32" if sign == signal.SIGINT else "float16")
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_enrolment_that_is_stopped_while_it_reads_leaves_nothing(
+    world: Path, tmp_path: Path, sign: signal.Signals
+) -> None:
+    shutil.copytree(world / "people", tmp_path / "people")
+    picture = tmp_path / "people" / name(PEOPLE - 1) / "z.png"
+    os.mkfifo(picture)  # whoever reads it waits
+    words = ("face", "enroll", tmp_path / "g", tmp_path / "people", "--embedder", world / "faces")
+    with (tmp_path / "said.txt").open("w") as errors:
+        command = commands.Command(*words, stderr=errors, start_new_session=True)
+        writer = wait_for(lambda: begin_to_write(picture))
+        os.killpg(command.pid, sign)
+        assert command.wait(60) == 130
+    os.close(writer)
+    *lines, last = filter(None, (tmp_path / "said.txt").read_text().splitlines())
+    assert last == "outsize: interrupted; the same command begins anew"
+    assert [line for line in lines if not line.startswith("embed: ")] == [
+        "1 file left alone (pairs.txt): no pictures, or in no person's folder"
+    ]
+    assert not (tmp_path / "g").exists()
+    picture.unlink()
+    assert outsize(*words[1:])[0]["people"] == PEOPLE
+
+
+@pytest.mark.parametrize(
+    ("place", "sign"),
+    [
+        ("write_rows", signal.SIGINT),
+        ("write_names", signal.SIGTERM),
+        ("search_rows", signal.SIGINT),
+        ("write_manifest", signal.SIGTERM),
+    ],
+)
+def test_a_change_that_is_stopped_leaves_the_gallery_as_it_was(
+    world: Path, gallery: Path, monkeypatch: pytest.MonkeyPatch, place: str, sign: signal.Signals
+) -> None:
+    shutil.copytree(world / "strangers" / "identity-005001", gallery.parent / "more" / name(2))
+    shutil.copytree(world / "strangers" / "identity-005002", gallery.parent / "more" / "Ada Lovelace")
+    files = {path.name: path.read_bytes() for path in gallery.iterdir() if path.name != "lock"}
+    removing = ("remove", gallery, name(3), name(5))
+    adding = ("enroll", gallery, gallery.parent / "more", "--embedder", world / "faces", "--add")
+    for words in (removing, adding):
+        with monkeypatch.context() as patched:
+            interrupt_at(patched, place, sign, 1)
+            _, said = outsize(*words, code=130)
+        assert said.splitlines()[-1] == "outsize: interrupted; the same command begins anew"
+        assert {path.name: path.read_bytes() for path in gallery.iterdir() if path.name != "lock"} == files
+    assert outsize(*removing)[0]["people"] == PEOPLE - 2
+    assert outsize(*adding)[0]["templates"] == PEOPLE
+    assert outsize("gallery", gallery, "--verify")[0]["calibration"] == {"scores": PEOPLE - 1, "of": "enrolled"}
+
+
+def test_a_change_that_is_stopped_when_it_is_made_is_made(gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its second deletion of what is left over comes behind the manifest."""
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, "remove_leftovers", signal.SIGTERM, 2)
+        outsize("remove", gallery, name(3), code=130)
+    shown, _ = outsize("gallery", gallery, "--names", "--verify")
+    assert (shown["people"], shown["damaged"]) == (PEOPLE - 1, [])
+    assert shown["calibration"] == {"scores": PEOPLE - 1, "of": "enrolled"}
+    assert not any(name(3).encode() in path.read_bytes() for path in gallery.iterdir())
+
+
+def begin_to_write(pipe: Path) -> int | None:
+    with contextlib.suppress(OSError):  # nobody reads it yet
+        return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    return None
 
 
 def on_two_ranks(*words: str | Path) -> list[tuple[int, str, str]]:
@@ -305,7 +408,11 @@ def test_bad_pictures_are_named_and_counted_and_the_others_enrolled(world: Path,
     assert "its folder has no picture" in reasons["nobody"]
     assert reasons["only bad"] == "not one of its pictures can be used"
     assert (made["people"], made["images"], made["grey_images"], made["doubled_images"]) == (4, 13, 1, 1)
-    for line in ("1 file left alone", "1 picture without colour", "the same file comes twice for one person"):
+    for line in (
+        "1 file left alone (notes.txt): no pictures, or in no person's folder",
+        "1 picture without colour",
+        "the same file comes twice for one person",
+    ):
         assert line in said
     found, _ = outsize("identify", tmp_path / "g", folder / name(0), "--embedder", world / "faces", code=3)
     assert (len(found["faces"]), len(found["failed"])) == (3, 2)
@@ -325,6 +432,41 @@ def test_bad_pictures_are_named_and_counted_and_the_others_enrolled(world: Path,
         "identify", tmp_path / "g", folder / name(0), "--embedder", world / "faces", "--resize", code=3
     )
     assert (resized["images"], resized["resized_images"]) == (3, 0)  # 32 x 33 is of another shape
+
+
+def test_of_many_bad_pictures_the_first_are_shown_and_all_are_in_the_json(world: Path, tmp_path: Path) -> None:
+    embedder = ("--embedder", world / "faces")
+    for number in (0, 1):
+        shutil.copytree(world / "people" / name(number), tmp_path / "people" / name(number))
+    for number in range(23):
+        (tmp_path / "people" / f"lost-{number:02d}").mkdir()
+        (tmp_path / "people" / f"lost-{number:02d}" / "bad.png").write_bytes(f"{number}".encode())
+    visitors = [*(tmp_path / "people" / name(0)).iterdir(), *sorted((tmp_path / "people").glob("lost-*/bad.png"))]
+    bad = [str(path) for path in visitors[PICTURES:]]
+    none = tmp_path / "none" / "lost"
+    none.mkdir(parents=True)
+    for number in range(22):
+        (none / f"{number}.png").write_bytes(f"{number}".encode())
+    _, said = outsize("enroll", tmp_path / "g", none.parent, *embedder, code=1)
+    assert said.splitlines()[-2:] == [
+        "2 more cannot be used",  # and no result that would name them
+        f"outsize: error: none of the pictures in {none.parent} can be used; what is wrong stands above",
+    ]
+    for words, persons in (
+        (("enroll", tmp_path / "g", tmp_path / "people"), 23),
+        (("evaluate", tmp_path / "people"), 0),
+        (("calibrate", tmp_path / "other", tmp_path / "people"), 0),
+        (("identify", tmp_path / "g", *visitors), 0),
+    ):
+        if words[0] == "calibrate":
+            outsize("enroll", tmp_path / "other", world / "strangers", *embedder)
+        found, said = outsize(*words, *embedder, code=3)
+        assert [entry["path"] for entry in found["failed"][:23]] == bad
+        assert len(found["failed"]) == 23 + persons
+        assert [line.split(": ")[0] for line in said.splitlines() if "cannot be read" in line] == bad[:20]
+        assert said.count("\n3 more cannot be used; outsize --json names all\n") == 1
+        assert said.count(": not one of its pictures can be used") == min(persons, 20)
+        assert said.count("\n3 more without a picture that can be used\n") == (persons > 0)
 
 
 def test_strangers_set_the_threshold(world: Path, gallery: Path) -> None:
@@ -368,6 +510,8 @@ def test_a_long_search_shows_how_far_it_is(world: Path, gallery: Path, monkeypat
     monkeypatch.setattr("outsize.pipelines.face_gallery.SHOWN_ROWS", 1)
     assert re.search(r"^search: 100 %, took", outsize(*words)[1], re.MULTILINE)
     assert re.search(r"^search: 100 %, took", outsize("calibrate", gallery)[1], re.MULTILINE)
+    _, said = outsize("evaluate", world / "people", "--embedder", world / "faces")
+    assert re.search(r"^compare: 100 %, took .*\nsearch: 100 %, took", said, re.MULTILINE)
 
 
 def test_damage_ends_with_code_1(gallery: Path) -> None:
@@ -375,7 +519,8 @@ def test_damage_ends_with_code_1(gallery: Path) -> None:
     rows.write_bytes(rows.read_bytes()[:-1] + b"\7")
     shown, _ = outsize("gallery", gallery, "--verify", code=1)
     assert shown["damaged"] == [f"{rows.name}: its checksum is not the manifest's"]
-    assert "is no gallery" in outsize("gallery", gallery.parent, code=1)[1]
+    assert "is no gallery: it has no generation; outsize" in outsize("gallery", gallery.parent, code=1)[1]
+    assert "is no gallery: it is not there; outsize" in outsize("gallery", gallery.parent / "x", code=1)[1]
 
 
 def test_nobody_is_enrolled_into_what_is_no_gallery(world: Path, tmp_path: Path) -> None:
@@ -433,7 +578,7 @@ def test_pairs_without_their_pictures_are_named_counted_and_end_with_code_3(worl
     assert f"line 2 of the pairs: there is no picture 100 of {name(0)} that can be used" in said
     assert "picture 119 of" in said
     assert "picture 120 of" not in said
-    assert "5 more pictures of pairs are not there" in said
+    assert "\n5 more of the pairs' pictures cannot be used\n" in said
 
 
 def test_a_sample_that_is_stopped_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -344,7 +344,7 @@ def test_a_folder_is_trained_on_and_what_is_wrong_is_named(tmp_path: Path, peopl
     assert {"identity-000000_0001.png"} <= set(named) <= {"identity-000000_0001.png", "wide.png"}
     assert values["unusable"] == len(named) + 2
     assert "1 of 13 identities have one picture" in said
-    assert "1 file left alone" in said
+    assert "1 file left alone (notes.txt): no pictures, or in no identity's folder" in said
     (grey,) = re.findall(r"(\d) of the \d pictures of step \d+ are without colour: grey is taken for red", said)
     assert int(grey) > 0
     # One of each; of the first identity it is the first picture.
@@ -407,12 +407,49 @@ def test_pictures_that_a_list_has_and_the_disk_has_not_are_named(tmp_path: Path)
     _, said = train(run, "--faces", tmp_path / "list.csv", *FOLDER, "--held-out", "0", "--steps", "3", code=3)
     assert "images 16 x 16" in said
     named = dict(json.loads(line).values() for line in (run / "unreadable.jsonl").read_text().splitlines())
-    assert named == {str(paths[0]): "it must be 16 x 16 pixels, got 20 x 20; crop it", str(paths[1]): "it is not there"}
+    assert named == {
+        str(paths[0]): "it must be 16 x 16 pixels, got 20 x 20; crop it, or give --resize",
+        str(paths[1]): "it is not there",
+    }
+
+
+def test_pictures_of_other_sizes_are_scaled_where_asked(tmp_path: Path) -> None:
+    """A training on pictures of all sizes has the bits of one on pictures that were scaled before."""
+    for folder in ("mixed", "scaled"):
+        write_faces(tmp_path / folder, identities=6, images=2, height=32, width=32)
+    for place, path in enumerate(sorted((tmp_path / "mixed").rglob("*.png"))):
+        with Image.open(path) as picture:
+            sized = picture.resize((place + 14, place + 14))
+        sized.save(path)
+        if sized.size != (16, 16):
+            sized = sized.resize((16, 16), Image.Resampling.BICUBIC, reducing_gap=3.0)
+        sized.save(tmp_path / "scaled" / path.relative_to(tmp_path / "mixed"))
+    words = (*FOLDER, "--held-out", "0", "--steps", "3", "--size", "16")
+    for folder, more in (("mixed", ("--resize",)), ("scaled", ())):
+        train(tmp_path / f"run {folder}", "--faces", tmp_path / folder, *words, *more)
+    assert hashes(tmp_path / "run mixed", 3) == hashes(tmp_path / "run scaled", 3)
+    # What a training of an earlier version says of itself, which knew no other way.
+    assert "resize" not in json.loads((tmp_path / "run scaled" / "training.json").read_text())["fingerprint"]
+    _, said = train(tmp_path / "run mixed", "--faces", tmp_path / "mixed", *words, code=1)
+    assert "holds another training: resize true there, not given now" in said
+    Image.new("RGB", (16, 20)).save(tmp_path / "mixed" / "identity-000000" / "tall.png")
+    run = tmp_path / "run tall"
+    train(run, "--faces", tmp_path / "mixed", *words, "--batch", "13", "--steps", "1", "--resize", code=3)
+    (named,) = (json.loads(line) for line in (run / "unreadable.jsonl").read_text().splitlines())
+    assert named["path"].endswith("tall.png")
+    assert named["reason"] == "it must have the shape of 16 x 16 pixels, got 20 x 16; crop it"
 
 
 def test_a_record_file_is_trained_on_and_a_wrong_label_is_named(tmp_path: Path) -> None:
     path = indexed(tmp_path, [0, 0, 1, 1, 1, 2, 2], wrong={2: 1.0}, size=(18, 16))
     words = ("--faces", path, *FOLDER, "--held-out", "0")
+    assert train(tmp_path / "small", *words, "--size", "27x24", "--resize", code=3)[0]["unusable"] == 1
+    _, said = train(tmp_path / "none", *words, "--size", "27x24", code=2)
+    assert said.endswith(
+        "--size must be that of the pictures, got 27 x 24, where not one of 6 that were opened has it and most "
+        "have 18 x 16; give --resize, or leave it out\n"
+    )
+    assert not (tmp_path / "none").exists()
     values, said = train(tmp_path / "run", *words, code=3)
     assert values["unusable"] == 1
     assert f"{path}, record 2: its label is 1, the file's index says 0" in said
@@ -478,6 +515,7 @@ def test_a_margin_may_be_three_numbers(tmp_path: Path) -> None:
             ("--faces", "nowhere.csv"),
             "nowhere.csv must be a list of pictures that can be read: No such file or directory$",
         ),
+        (("--resize",), "--resize is of pictures; synthetic faces are drawn in --size"),
         (("--network", "r50", "--size", "20"), "sides that are multiples of 16, got 20 x 20"),
         (("--size", "4"), "faces must be 8 x 8 or larger, got 4 x 4"),
         (("--batch", "16", "--ranks", "2"), "2 ranks need a micro-batch each, a batch of 16 has 1 of 16"),
@@ -485,7 +523,7 @@ def test_a_margin_may_be_three_numbers(tmp_path: Path) -> None:
         (("--ranks", "4096"), "ranks must be at most the machine's"),
         (("--memory", "100MB"), "layer and embedder need|classes would fit"),
         (("--warm-up", "9", "--steps", "3"), r"the warm-up must be 0 \.\.\. 3 steps"),
-        (("--augment", "turn"), "augmentations are flip, colour, crop, erase"),
+        (("--augment", "turn"), "augmentations are crop, flip, colour, grey, blur, resolution, jpeg, erase, such as"),
         (("--size", "big"), "sides in pixels, such as 112"),
         (("--lr", "nan"), "Invalid value for '--lr': nan is not a finite number"),
         (("--margin", "1,2"), r"arcface, cosface, softmax, or M1,M2,M3 such as 1,0\.3,0\.2, got '1,2'"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 from filelock import FileLock
 from outsize.models.faceid.errors import GalleryError, HeadError, HeadMemoryError
 from outsize.models.faceid.gallery import Answer, Gallery
+from outsize.models.faceid.gallery_file import Calibration
 from outsize.models.faceid.name_list import NAMES, NameList
 from outsize.models.faceid.top_k import exact_scores, unit_rows
 
@@ -344,6 +346,74 @@ def test_strangers_are_rejected_at_the_rate_of_the_calibration(tmp_path: Path) -
     np.fill_diagonal(scores, -1)
     assert calibration.of == "enrolled"
     assert calibration.scores == pytest.approx(np.sort(scores[chosen].max(axis=1))[::-1], abs=1e-6)
+
+
+def test_a_change_with_its_calibration_is_one_change(tmp_path: Path) -> None:
+    """The same scores as of a calibration afterwards, also where so many go that rows are put together again."""
+    names, rows = [str(number) for number in range(40)], vectors(40, 0)
+    found: list[list[Calibration | None]] = []
+    for at_once in (True, False):
+        gallery = make(tmp_path / f"{at_once}")
+        calibrations = list[Calibration | None]()
+        for change in (
+            partial(gallery.enroll, names, rows),
+            partial(gallery.replace, names[:3], vectors(3, 1)),
+            partial(gallery.enroll, ["0", "more"], vectors(2, 2), add=True),
+            partial(gallery.remove, names[2:38]),
+        ):
+            before = gallery.generation
+            if at_once:
+                change(calibrate=True)
+                assert gallery.generation == before + 1
+            else:
+                change()
+                assert gallery.calibration is None
+                gallery.calibrate()
+            calibrations.append(Gallery.open(gallery.folder).calibration)
+        assert not gallery.find_damage()
+        found.append(calibrations)
+        gallery.remove(["0", "1", "38", "39"], calibrate=True)  # nobody is left to compare her with
+        assert (list(gallery.names()), gallery.calibration) == (["more"], None)
+    assert found[0] == found[1]
+    assert [len(calibration.scores) for calibration in found[0] if calibration] == [40, 40, 41, 5]
+
+
+def test_a_change_whose_calibration_is_stopped_has_not_been(tmp_path: Path) -> None:
+    gallery = make(tmp_path / "g")
+    gallery.enroll(["Ada", "Eve", "Zoe"], vectors(3, 0), calibrate=True)
+    files, calibration = {path.name for path in (tmp_path / "g").iterdir()}, gallery.calibration
+
+    def stop(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    for change in (partial(gallery.remove, ["Eve"]), partial(gallery.replace, ["Ada"], vectors(1, 1))):
+        with pytest.raises(KeyboardInterrupt):
+            change(calibrate=True, tell=stop)
+        assert {path.name for path in (tmp_path / "g").iterdir()} == files
+        assert (gallery.generation, gallery.calibration, list(gallery.names())) == (
+            1,
+            calibration,
+            ["Ada", "Eve", "Zoe"],
+        )
+        assert [answer[0][0] for answer in named(gallery.identify(vectors(3, 0), 1))] == ["Ada", "Eve", "Zoe"]
+    assert gallery.remove(["Eve"], calibrate=True) == 1
+    assert list(Gallery.open(tmp_path / "g").names()) == ["Ada", "Zoe"]
+
+
+def test_only_a_gallery_that_never_had_anybody_is_discarded(tmp_path: Path) -> None:
+    gallery = make(tmp_path / "g")
+    gallery.enroll(["Ada"], vectors(1, 0))
+    gallery.remove(["Ada"])
+    files = {path.name for path in (tmp_path / "g").iterdir()}
+    Gallery.discard(tmp_path / "g")
+    assert {path.name for path in (tmp_path / "g").iterdir()} == files
+    make(tmp_path / "new")
+    (tmp_path / "new" / "notes.txt").touch()
+    with FileLock(str(tmp_path / "new" / "lock")):
+        Gallery.discard(tmp_path / "new")  # somebody is at work on it
+    assert Gallery.open(tmp_path / "new").people == 0
+    Gallery.discard(tmp_path / "new")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["notes.txt"]
 
 
 def test_names_are_found_by_number_and_by_name_over_chunks() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -236,6 +239,25 @@ def test_an_error_in_one_thread_stops_all_and_is_raised() -> None:
     assert torch.get_num_threads() == threads
     assert run_tablets(work, [5, 6, 7], ["a", "b"]) == [25, 36, 49]
     assert run_tablets(work, [], ["a"]) == []
+
+
+def test_an_interruption_does_not_wait_for_all_tablets() -> None:
+    """It comes to the main thread, which waits for the others."""
+    done: list[int] = []
+
+    def work(_: str, item: int) -> None:
+        if item == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        done.append(item)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_tablets(work, list(range(1000)), ["a", "b"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert 10 <= len(done) < 500
 
 
 def test_rows_learn_from_a_frozen_backbone_too() -> None:

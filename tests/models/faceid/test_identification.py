@@ -49,6 +49,16 @@ def test_rates_are_those_of_the_dense_table_of_scores() -> None:
     assert (found.people, found.known, found.strangers) == (len(people), len(split.known), len(best))
 
 
+def test_progress_goes_through_both_searches() -> None:
+    """24 persons are enrolled; 2,376 of their pictures are looked up in three passes, 600 of strangers in one."""
+    labels = np.repeat(np.arange(30), 100)
+    unit = unit_rows(np.random.default_rng(0).normal(size=(3000, 4)))
+    told: list[tuple[int, int]] = []
+    found = measure_identification(unit, labels, split_pictures(labels), tell=lambda *progress: told.append(progress))
+    assert (found.known, found.strangers) == (2376, 600)
+    assert told == [(24 * passes, 96) for passes in (1, 2, 3, 4)]
+
+
 def test_without_strangers_or_pictures_it_says_so() -> None:
     labels = np.array([0, 0, 1, 1])
     unit = unit_rows(np.eye(4))

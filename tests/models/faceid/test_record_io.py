@@ -149,6 +149,38 @@ def test_without_an_index_inside_a_cut_file_gives_what_is_whole(tmp_path: Path) 
     ]
 
 
+@pytest.mark.parametrize("flag", [1.0, [1.0, 0.0]], ids=["one label", "two labels"])
+def test_a_damaged_record_0_is_left_out_as_any_other(tmp_path: Path, flag: float | list[float]) -> None:
+    path = write(tmp_path, {0: entry(flag, b"a"), 1: entry(flag, b"b"), 2: entry(3.0, b""), 3: entry(flag, b"c")})
+    path.write_bytes(b"\0" + path.read_bytes()[1:])
+    file = RecordFile(path)
+    assert (file.keys.tolist(), file.labels.tolist()) == ([1, 2, 3], [1, 3, 1])
+    assert (file.read(0), file.read(2)) == (b"b", b"c")
+    assert file.damaged == [(f"{path}, record 0", "it is damaged: no record begins at byte 0")]
+
+
+def test_an_index_that_is_lost_is_missed(tmp_path: Path) -> None:
+    """Its identities must not be taken for pictures, nor pictures for what it would have said of them."""
+    path = indexed(tmp_path, [0, 0, 1])
+    whole, index = path.read_bytes(), (tmp_path / "train.idx").read_text()
+    path.write_bytes(b"\0" + whole[1:])
+    says = "record 4 lists the pictures of an identity, so record 0 must be the index, and "
+    with pytest.raises(HeadError, match=f"{says}it is damaged: no record begins at byte 0; copy the file and its .idx"):
+        RecordFile(path)
+    path.write_bytes(whole)
+    (tmp_path / "train.idx").write_text("\n".join(index.splitlines()[1:]))
+    with pytest.raises(HeadError, match=rf"{says}it is not in train\.idx; copy the file"):
+        RecordFile(path)
+    # Without what lies behind the pictures they are what a file without an index has.
+    (tmp_path / "train.idx").write_text("\n".join(index.splitlines()[:4]))
+    path.write_bytes(b"\0" + whole[1:])
+    assert RecordFile(path).labels.tolist() == [0, 0, 1]
+    with pytest.raises(
+        HeadError, match="record 1 lists the pictures of an identity, so record 0 must be the index, and it"
+    ):
+        RecordFile(write(tmp_path, {0: entry(2.0, b"picture"), 1: entry([1, 2], b"")}))
+
+
 def test_missing_and_cut_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(HeadError, match=r"with train\.idx beside it"):
         RecordFile(tmp_path / "train.rec")
