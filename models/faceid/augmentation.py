@@ -68,23 +68,23 @@ class FaceAugmentation:
         """The variant of a picture, (height, width, 3), in one epoch; always the same for the same numbers."""
         if self == FaceAugmentation():
             return pixels
-        chance = _Chance(seed, epoch, sample)
+        chance = Chance(seed, epoch, sample)
         for name, kind in KINDS.items():
             if strength := getattr(self, name):
                 pixels = kind.vary(pixels, strength, chance)
         return np.ascontiguousarray(pixels)
 
 
-class _Chance:
+class Chance:
     """A picture's random numbers in one epoch; each kind has its own, so that what is asked besides changes none."""
 
     def __init__(self, seed: int, epoch: int, sample: int) -> None:
-        self.noise = np.random.Generator(np.random.Philox(key=[seed, 17], counter=[epoch, sample, 0, 0]))
-        later = np.random.Generator(np.random.Philox(key=[seed, 23], counter=[0, epoch, sample, 0]))
-        self.numbers: list[float] = [*self.noise.random(16).tolist(), *later.random(4).tolist()]
+        # The counter's first word counts what is drawn: no picture in no epoch draws another's numbers.
+        self.noise = np.random.Generator(np.random.Philox(key=[seed, 17], counter=[0, epoch, sample, 0]))
+        self.numbers: list[float] = self.noise.random(20).tolist()
 
 
-def _crop(pixels: Pixels, most: float, chance: _Chance) -> Pixels:
+def _crop(pixels: Pixels, most: float, chance: Chance) -> Pixels:
     (height, width), numbers = pixels.shape[:2], chance.numbers
     kept_y, kept_x = height * (1 - most * numbers[0]), width * (1 - most * numbers[1])
     top, left = (height - kept_y) * numbers[2], (width - kept_x) * numbers[3]
@@ -92,11 +92,11 @@ def _crop(pixels: Pixels, most: float, chance: _Chance) -> Pixels:
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR, box=box))
 
 
-def _flip(pixels: Pixels, share: float, chance: _Chance) -> Pixels:
+def _flip(pixels: Pixels, share: float, chance: Chance) -> Pixels:
     return pixels[:, ::-1] if chance.numbers[4] < share else pixels
 
 
-def _colour(pixels: Pixels, most: float, chance: _Chance) -> Pixels:
+def _colour(pixels: Pixels, most: float, chance: Chance) -> Pixels:
     swing = most * (2 * np.array(chance.numbers[5:10]) - 1)
     gain = (1 + swing[0]) * (1 + swing[2:5])
     offset = 127.5 * swing[1]
@@ -105,17 +105,17 @@ def _colour(pixels: Pixels, most: float, chance: _Chance) -> Pixels:
     return np.stack([table[pixels[..., k], k] for k in range(3)], axis=-1)
 
 
-def _grey(pixels: Pixels, share: float, chance: _Chance) -> Pixels:
+def _grey(pixels: Pixels, share: float, chance: Chance) -> Pixels:
     """As grey pictures are read."""
     return np.asarray(Image.fromarray(pixels).convert("L").convert("RGB")) if chance.numbers[16] < share else pixels
 
 
-def _blur(pixels: Pixels, most: float, chance: _Chance) -> Pixels:
+def _blur(pixels: Pixels, most: float, chance: Chance) -> Pixels:
     deviation = most * pixels.shape[0] * chance.numbers[17]
     return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(deviation)))
 
 
-def _resolution(pixels: Pixels, most: float, chance: _Chance) -> Pixels:
+def _resolution(pixels: Pixels, most: float, chance: Chance) -> Pixels:
     """Up again as pictures that are too small are scaled when they are read."""
     (height, width), kept = pixels.shape[:2], 1 - most * chance.numbers[18]
     small = (max(1, round(width * kept)), max(1, round(height * kept)))
@@ -123,13 +123,13 @@ def _resolution(pixels: Pixels, most: float, chance: _Chance) -> Pixels:
     return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _jpeg(pixels: Pixels, most: float, chance: _Chance) -> Pixels:
+def _jpeg(pixels: Pixels, most: float, chance: Chance) -> Pixels:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=round(100 * (1 - most * chance.numbers[19])))
     return np.asarray(Image.open(file))
 
 
-def _erase(pixels: Pixels, share: float, chance: _Chance) -> Pixels:
+def _erase(pixels: Pixels, share: float, chance: Chance) -> Pixels:
     (height, width), numbers = pixels.shape[:2], chance.numbers
     if numbers[10] >= share:
         return pixels
@@ -149,7 +149,7 @@ class Kind:
     usual: float
     """Strength where none is said."""
     highest: float
-    vary: Callable[[Pixels, float, _Chance], Pixels]
+    vary: Callable[[Pixels, float, Chance], Pixels]
     """(picture, strength above 0, random numbers) -> its variant."""
 
 

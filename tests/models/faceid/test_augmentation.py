@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from outsize.models.faceid.augmentation import KINDS, FaceAugmentation
+from outsize.models.faceid.augmentation import KINDS, Chance, FaceAugmentation
 from outsize.models.faceid.errors import HeadError
 from outsize.pipelines.cli_face import face_train
 from PIL import Image
@@ -117,8 +117,8 @@ def test_each_kind_draws_as_it_does_alone(first: str, second: str) -> None:
 def test_what_was_drawn_is_drawn_again_by_later_versions() -> None:
     """A training that an earlier version began goes on to the same bits: numbers by their places in the stream."""
     for sample in range(40):
-        random = np.random.Generator(np.random.Philox(key=[3, 17], counter=[4, sample, 0, 0]))
-        chance = random.random(16)
+        random = np.random.Generator(np.random.Philox(key=[3, 17], counter=[0, 4, sample, 0]))
+        chance = random.random(20)
         expected = NOISE[:, ::-1].copy() if chance[4] < 0.5 else NOISE.copy()
         if chance[10] < 0.5:
             area, ratio = 0.02 + 0.18 * chance[11], 3.0 ** (2 * chance[12] - 1)
@@ -126,6 +126,11 @@ def test_what_was_drawn_is_drawn_again_by_later_versions() -> None:
             top, left = int(chance[13] * (25 - tall)), int(chance[14] * (25 - broad))
             expected[top : top + tall, left : left + broad] = random.integers(0, 256, (tall, broad, 3), np.uint8)
         assert (FaceAugmentation(flip=0.5, erase=0.5).apply(NOISE, 3, 4, sample) == expected).all()
+
+
+def test_no_picture_in_any_epoch_has_a_random_number_of_another() -> None:
+    numbers = [n for epoch in range(8) for sample in range(8) for n in Chance(3, epoch, sample).numbers]
+    assert len(set(numbers)) == len(numbers)
 
 
 def test_a_variant_is_a_function_of_seed_epoch_and_sample() -> None:
