@@ -15,7 +15,7 @@ from .sampling import Sampling
 from .tablets import TabletLayout
 
 PROCESS_BYTES = 480 * MB
-"""A process with torch and its threads' scratch, before the layer; measured, see docs/faceid.md."""
+"""A process with torch and its threads' scratch, before the layer; measured, see docs/face-layer.md."""
 
 
 def _describe_count(number: float, noun: str) -> str:
