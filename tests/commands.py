@@ -10,10 +10,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import importlib
 import io
 import itertools
 import json
 import os
+import pkgutil
 import select
 import signal
 import socket
@@ -24,6 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
+from outsize import pipelines
 from outsize.pipelines.cli import main
 
 TIMEOUT_S = 600.0
@@ -198,14 +201,16 @@ def _server() -> _Server:
 
 
 def _import_all() -> None:
-    """What commands import, and what torch imports as it traces for the first time; OpenVINO would start threads."""
-    import torch
-    from outsize.pipelines import batch, doctor, evaluate, export, ingest, model, quicklook, report, sample, segment
-    from outsize.pipelines import verify as verify
+    """What commands import, and what torch imports and remembers as it traces for the first time; OpenVINO would start
+    threads."""
+    for module in pkgutil.iter_modules(pipelines.__path__, "outsize.pipelines."):
+        importlib.import_module(module.name)
+    from outsize.models import as_tile_network, load_model
+    from outsize.tiler.machine import one_thread
     from outsize.tiler.network import analyze_network
 
-    del batch, doctor, evaluate, export, ingest, model, quicklook, report, sample, segment
-    analyze_network(torch.nn.Sequential(torch.nn.Conv2d(2, 2, 3, padding=1), torch.nn.MaxPool2d(2)).eval(), 2)
+    with one_thread():
+        analyze_network(as_tile_network(load_model()), bands=4, dtype="uint8")
 
 
 def _serve(channel: socket.socket) -> list[str] | None:

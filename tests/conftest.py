@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ if not os.environ.get("OUTSIZE_TEST_CUDA"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
+from distributed import Client, LocalCluster
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +50,13 @@ def shared_dir() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"no shared data at {folder}; set SHARED_DIR")
     return folder
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[Client]:
+    """Of one worker with two threads, in this process; one for all tests that take it."""
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client

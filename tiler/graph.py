@@ -139,13 +139,13 @@ def trace(module: nn.Module, bands: int, dtype: torch.dtype) -> TracedGraph:
     spec = {next(iter(_parameter_names(traced.forward))): free}
     exports_log = logging.getLogger("torch.export")
     level = exports_log.level
-    # Not from the start: its import is slow, and who does not trace is spared it.
+    # Not from the start: its import takes as long as torch's, and who does not trace is spared it.
     from torch._dynamo import config as dynamo_config
 
     try:
         exports_log.setLevel(logging.ERROR)
         # Without gradients, as inference runs: writing into views in place is then allowed. torch keeps what operations
-        # gave for shapes that it may meet again: with free sizes it hardly does, and keeping takes a quarter of it all.
+        # gave for shapes that it may meet again: with free sizes it hardly does, and keeping takes a third of a trace.
         no_kept_shapes = dynamo_config.patch(fake_tensor_cache_enabled=False)
         with warnings.catch_warnings(), torch.no_grad(), no_kept_shapes:
             warnings.simplefilter("ignore")

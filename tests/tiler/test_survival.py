@@ -24,7 +24,7 @@ from distributed import Client, LocalCluster
 from filelock import FileLock
 from outsize import __version__
 from outsize.tests.commands import Command, outsize
-from outsize.tests.kill_campaign import SHORT, Campaign, hash_chunks
+from outsize.tests.kill_campaign import VICTIMS, Campaign, hash_chunks
 from outsize.tests.tiler.deadly import make_deadly
 from outsize.tiler.cluster import ClusterError, ClusterOptions, open_client
 from outsize.tiler.errors import OutputError, RasterError
@@ -580,19 +580,27 @@ def test_a_scheduler_that_is_gone_is_said(tmp_path: Path, client: Client) -> Non
     assert np.array_equal(stored(out), whole(class_network(), source))
 
 
-def test_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
-    """A short campaign; tests/kill_campaign.py has the long one."""
+@pytest.mark.parametrize(
+    "victims",
+    [
+        # Other tests kill workers; here those of a killed client must not outlive it.
+        pytest.param(("client", "scheduler"), id="short"),
+        pytest.param(VICTIMS, id="all", marks=pytest.mark.long),
+    ],
+)
+def test_kills_at_random_moments_lose_nothing(tmp_path: Path, victims: tuple[str, ...]) -> None:
+    """Short campaigns; tests/kill_campaign.py has the long one."""
     campaign = Campaign(
         tmp_path,
         seed=5,
         size=384,
         core=64,
-        victims=SHORT,
+        victims=victims,
         latest=0.6,
         calm_share=0.0,
         more=("--model", save_small_model(tmp_path / "small.json")),
         start=lambda words, log: Command(*words, stderr=log),
     )
-    campaign.run(len(SHORT))
+    campaign.run(len(victims))
     assert campaign.finished >= 1
-    assert {victim for victim, count in campaign.kills.items() if count} == set(SHORT)
+    assert {victim for victim, count in campaign.kills.items() if count} == set(victims)
