@@ -28,6 +28,7 @@ from typing import IO, Any
 
 from outsize import pipelines
 from outsize.pipelines.cli import main
+from outsize.tiler.process_end import end_with
 
 TIMEOUT_S = 600.0
 COMMAND = [sys.executable, "-m", "outsize"]
@@ -262,4 +263,4 @@ def _become(request: dict[str, Any], handles: list[int]) -> None:
 if __name__ == "__main__":
     call = _serve(socket.socket(fileno=int(sys.argv[1])))
     if call is not None:
-        main(call)
+        end_with(lambda: main(call))

@@ -26,6 +26,7 @@ from .files import flush_file, remove_file, write_whole
 from .machine import die_with_parent
 from .meter import sample_peak
 from .nodata import Array
+from .process_end import end_with
 
 if TYPE_CHECKING:
     from .network import Network
@@ -231,4 +232,4 @@ def _readers_below(output: Any) -> set[str]:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

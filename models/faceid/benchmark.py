@@ -14,6 +14,7 @@ import torch
 from torch import distributed as dist
 
 from ...tiler.machine import die_with_parent
+from ...tiler.process_end import end_with
 from .checkpoint import load_checkpoint, save_checkpoint
 from .head import ShardedMarginHead
 from .row_rules import RULES, RowRule
@@ -153,4 +154,4 @@ def write_spec(spec: BenchmarkSpec, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    end_with(lambda: main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])))
