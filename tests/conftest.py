@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,9 @@ if not os.environ.get("OUTSIZE_TEST_CUDA"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
+from dask import config
 from distributed import Client, LocalCluster
+from distributed.utils import get_mp_context
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +63,13 @@ def client() -> Iterator[Client]:
         Client(cluster) as client,
     ):
         yield client
+
+
+@pytest.fixture
+def _warm_workers() -> Iterator[None]:
+    """Worker processes are forked from one that has imported torch and traced, which takes each of them 4 s otherwise.
+    Not where variables of their environment count, which is that one's."""
+    with config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        get_mp_context()  # has a list of its own, once
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["distributed", "outsize.tests.warm_worker"])
+        yield
