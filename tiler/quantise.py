@@ -158,11 +158,11 @@ def _quantise(payload: tuple[bytes, bytes], has_logits: bool, images: list[Array
     # First: NNCF reports its use to its makers, unless the package that does so is missing, and there it is.
     from .engine_openvino import read_model, serialise_model
 
-    nncf: Any = importlib.import_module("nncf")
     model = read_model(*payload)
     names = find_float_operations(model, has_logits)
     if names is None:
         raise ValueError("it has no convolution and no matrix product")
+    nncf: Any = importlib.import_module("nncf")
     quantised = nncf.quantize(
         model,
         nncf.Dataset([image[None] for image in images]),

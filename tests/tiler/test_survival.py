@@ -68,7 +68,7 @@ LAST = (319, 319)
 """Of a raster of 320 x 320, a pixel that only the last of 25 tiles reads."""
 
 
-@pytest.mark.usefixtures("_no_start_check")
+@pytest.mark.usefixtures("_no_start_check", "_warm_workers")
 def test_a_tile_that_kills_its_worker_is_set_aside_and_no_other_is_lost(tmp_path: Path, client: Client) -> None:
     source, out = scene(tmp_path, 320, 320), tmp_path / "o.zarr"
     summary = run_here(make_deadly(source, LAST, "kill"), out)
@@ -85,7 +85,7 @@ def test_a_tile_that_kills_its_worker_is_set_aside_and_no_other_is_lost(tmp_path
     assert np.array_equal(stored(out), expected)
 
 
-@pytest.mark.usefixtures("_no_start_check")
+@pytest.mark.usefixtures("_no_start_check", "_warm_workers")
 def test_a_worker_that_dies_once_costs_nothing(tmp_path: Path) -> None:
     source, out = scene(tmp_path, 200, 200), tmp_path / "o.zarr"
     assert run_here(make_deadly(source, (100, 100), "once"), out).failed_tiles == ()
@@ -109,7 +109,7 @@ def test_another_version_of_the_engine_is_refused(
         run(source, class_network(), out, client)
 
 
-@pytest.mark.usefixtures("_no_start_check")
+@pytest.mark.usefixtures("_no_start_check", "_warm_workers")
 def test_a_hanging_worker_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("outsize.tiler.schedule.LOOK_EVERY_S", 0.5)
     monkeypatch.setattr("outsize.tiler.schedule.HANGS_FACTOR", 1)
