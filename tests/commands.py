@@ -47,9 +47,11 @@ class Command:
         stdout: IO[Any] | int | None = None,
         stderr: IO[Any] | int | None = None,
         start_new_session: bool = False,
+        first: str = "",
     ) -> None:
         """Args:
         env: variables beside those of this process.
+        first: Python that the process runs before the command, as to get a signal at a certain place.
         stdin, stdout, stderr: where they go; None: nowhere.
         """
         self.args = [str(word) for word in words]
@@ -60,6 +62,7 @@ class Command:
             "env": {**os.environ, **(env or {})},
             "cwd": str(cwd or Path.cwd()),
             "session": start_new_session,
+            "first": first,
         }
         with Path(os.devnull).open("r+b") as nowhere:
             streams = [nowhere if stream is None else stream for stream in (stdin, stdout, stderr)]
@@ -89,11 +92,15 @@ class Command:
 
 
 def outsize(
-    *words: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = TIMEOUT_S
+    *words: str | Path,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    first: str = "",
+    timeout: float = TIMEOUT_S,
 ) -> subprocess.CompletedProcess[str]:
     """The command, and what it said and how it ended."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        command = Command(*words, env=env, cwd=cwd, stdout=out, stderr=errors)
+        command = Command(*words, env=env, cwd=cwd, first=first, stdout=out, stderr=errors)
         try:
             command.wait(timeout)
         except BaseException:
@@ -258,6 +265,7 @@ def _become(request: dict[str, Any], handles: list[int]) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     sys.argv = ["outsize", *request["words"]]
+    exec(request["first"], {})
 
 
 if __name__ == "__main__":
