@@ -1,5 +1,5 @@
 """`python -m outsize`."""
 
-from .pipelines.cli import main
+from .pipelines.cli import run
 
-main()
+run()

@@ -15,6 +15,7 @@ import click
 
 from .. import __version__
 from ..tiler.errors import TilerError
+from ..tiler.process_end import end_with
 from .cli_face import face
 from .cli_model import model
 from .cli_options import (
@@ -488,6 +489,11 @@ def main(arguments: list[str] | None = None) -> None:
         _end(words, EXIT_FAILED, f"{type(error).__name__}: {reason}")
 
 
+def run() -> NoReturn:
+    """The command as a process of its own."""
+    end_with(main)
+
+
 def _interrupted(words: list[str]) -> str:
     resumes = bool({"segment", "ingest", "train"} & set(words))
     return f"interrupted; {'the same command goes on where it stopped' if resumes else 'the same command begins anew'}"
@@ -513,4 +519,4 @@ def _end(words: list[str], code: int, error: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -70,6 +70,13 @@ def face(context: click.Context) -> None:
 @click.option(
     "--checkpoint", type=click.Path(path_type=Path), help="Also save the layer to this new folder and load it, timed."
 )
+@click.option(
+    "--product-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="For each of four timings of plain matrix products, which the steps are compared with.",
+)
 @_layer
 @click.pass_obj
 def face_benchmark(console: Any, **options: Any) -> None:

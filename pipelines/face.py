@@ -41,6 +41,7 @@ class FaceBenchmarkOptions:
     sample: float
     memory: str | None
     checkpoint: Path | None
+    product_seconds: float
 
 
 def run_face_benchmark(console: Console, options: FaceBenchmarkOptions) -> dict[str, Any]:
@@ -64,6 +65,7 @@ def run_face_benchmark(console: Console, options: FaceBenchmarkOptions) -> dict[
         keep_cosines=options.keep_cosines,
         sample=options.sample,
         checkpoint=str(options.checkpoint) if options.checkpoint else None,
+        product_s=options.product_seconds,
     )
     with tempfile.TemporaryDirectory() as folder, MemoryMeter() as meter:
         write_spec(spec, Path(folder))

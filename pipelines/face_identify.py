@@ -20,6 +20,7 @@ from ..tiler.errors import TilerError, UsageError
 from ..tiler.machine import cpu_count, torch_threads
 from ..tiler.memory import parse_bytes
 from ..tiler.meter import MemoryMeter
+from ..tiler.process_end import end_with
 from .console import Console, count_of
 from .face import require_cores
 from .face_gallery import open_gallery, require_memory, searching
@@ -204,4 +205,4 @@ def _work(spec: dict[str, Any]) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_as_rank(sys.argv[1:], _work))
+    end_with(lambda: run_as_rank(sys.argv[1:], _work))

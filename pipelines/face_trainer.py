@@ -27,6 +27,7 @@ from ..tiler.errors import TilerError
 from ..tiler.machine import one_thread, torch_threads
 from ..tiler.memory import format_bytes
 from ..tiler.meter import MemoryMeter
+from ..tiler.process_end import end_with
 from .console import Console
 from .face_checkpoint import load_face_training, save_face_training
 from .face_report import write_face_report
@@ -300,4 +301,4 @@ def _work(spec: dict[str, Any]) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_as_rank(sys.argv[1:], _work))
+    end_with(lambda: run_as_rank(sys.argv[1:], _work))

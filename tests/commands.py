@@ -10,10 +10,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import importlib
 import io
 import itertools
 import json
 import os
+import pkgutil
 import select
 import signal
 import socket
@@ -24,7 +26,9 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
+from outsize import pipelines
 from outsize.pipelines.cli import main
+from outsize.tiler.process_end import end_with
 
 TIMEOUT_S = 600.0
 COMMAND = [sys.executable, "-m", "outsize"]
@@ -43,9 +47,11 @@ class Command:
         stdout: IO[Any] | int | None = None,
         stderr: IO[Any] | int | None = None,
         start_new_session: bool = False,
+        first: str = "",
     ) -> None:
         """Args:
         env: variables beside those of this process.
+        first: Python that the process runs before the command, as to get a signal at a certain place.
         stdin, stdout, stderr: where they go; None: nowhere.
         """
         self.args = [str(word) for word in words]
@@ -56,6 +62,7 @@ class Command:
             "env": {**os.environ, **(env or {})},
             "cwd": str(cwd or Path.cwd()),
             "session": start_new_session,
+            "first": first,
         }
         with Path(os.devnull).open("r+b") as nowhere:
             streams = [nowhere if stream is None else stream for stream in (stdin, stdout, stderr)]
@@ -85,11 +92,15 @@ class Command:
 
 
 def outsize(
-    *words: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = TIMEOUT_S
+    *words: str | Path,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    first: str = "",
+    timeout: float = TIMEOUT_S,
 ) -> subprocess.CompletedProcess[str]:
     """The command, and what it said and how it ended."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        command = Command(*words, env=env, cwd=cwd, stdout=out, stderr=errors)
+        command = Command(*words, env=env, cwd=cwd, first=first, stdout=out, stderr=errors)
         try:
             command.wait(timeout)
         except BaseException:
@@ -199,14 +210,16 @@ def _server() -> _Server:
 
 
 def _import_all() -> None:
-    """What commands import, and what torch imports as it traces for the first time; OpenVINO would start threads."""
-    import torch
-    from outsize.pipelines import batch, doctor, evaluate, export, ingest, model, quicklook, report, sample, segment
-    from outsize.pipelines import verify as verify
+    """What commands import, and what torch imports and remembers as it traces for the first time; OpenVINO would start
+    threads."""
+    for module in pkgutil.iter_modules(pipelines.__path__, "outsize.pipelines."):
+        importlib.import_module(module.name)
+    from outsize.models import as_tile_network, load_model
+    from outsize.tiler.machine import one_thread
     from outsize.tiler.network import analyze_network
 
-    del batch, doctor, evaluate, export, ingest, model, quicklook, report, sample, segment
-    analyze_network(torch.nn.Sequential(torch.nn.Conv2d(2, 2, 3, padding=1), torch.nn.MaxPool2d(2)).eval(), 2)
+    with one_thread():
+        analyze_network(as_tile_network(load_model()), bands=4, dtype="uint8")
 
 
 def _serve(channel: socket.socket) -> list[str] | None:
@@ -253,9 +266,10 @@ def _become(request: dict[str, Any], handles: list[int]) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     sys.argv = ["outsize", *request["words"]]
+    exec(request["first"], {})
 
 
 if __name__ == "__main__":
     call = _serve(socket.socket(fileno=int(sys.argv[1])))
     if call is not None:
-        main(call)
+        end_with(lambda: main(call))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,9 @@ if not os.environ.get("OUTSIZE_TEST_CUDA"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
+from dask import config
+from distributed import Client, LocalCluster
+from distributed.utils import get_mp_context
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +53,23 @@ def shared_dir() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"no shared data at {folder}; set SHARED_DIR")
     return folder
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[Client]:
+    """Of one worker with two threads, in this process; one for all tests that take it."""
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def _warm_workers() -> Iterator[None]:
+    """Worker processes are forked from one that has imported torch and traced, which takes each of them 4 s otherwise.
+    Not where variables of their environment count, which is that one's."""
+    with config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        get_mp_context()  # has a list of its own, once
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["distributed", "outsize.tests.warm_worker"])
+        yield

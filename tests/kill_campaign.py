@@ -29,8 +29,7 @@ from distributed import Client
 from outsize.sample_data.scene import Scene
 from outsize.sample_data.write import write_scene
 
-SHORT = ("worker", "client", "all", "scheduler")
-VICTIMS = (*SHORT, "worker of a cluster", "scheduler and client")
+VICTIMS = ("worker", "client", "all", "scheduler", "worker of a cluster", "scheduler and client")
 OF_CLUSTERS = VICTIMS[3:]
 WORKERS = 2
 CALM_S = 240.0

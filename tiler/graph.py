@@ -19,6 +19,8 @@ from .errors import UntileableError, UntraceableError
 # Two primes, so that no size is special and neither axis can be taken for the other; large enough for strides of 128,
 # since torch.export takes an inner size of 1 for a constant.
 _TRACE_SIZE = (331, 293)
+# Primes above the largest multiple, too. Images of this size are computed: a seventh of the pixels, and of the time.
+_TRIED_SIZE = (131, 113)
 _LARGEST_MULTIPLE = 64
 
 
@@ -101,19 +103,23 @@ def first_line(error: Exception) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def find_size_multiple(module: nn.Module, bands: int, dtype: torch.dtype) -> int:
-    """The smallest k such that the module accepts sizes divisible by k, found by running it on small images.
+def find_accepted_sizes(module: nn.Module, bands: int, dtype: torch.dtype) -> tuple[int, tuple[int, int]]:
+    """The smallest k such that the module accepts sizes divisible by k, found by running it on small images; and the
+    first size that it ran at.
 
     Raises:
         UntileableError: it fails for every k up to 64; carries the module's own words.
     """
-    first = _runs(module, bands, _TRACE_SIZE, dtype)
-    if first is None and _runs(module, bands, (332, 294), dtype) is None:
-        return 1
+    first = None
+    # Only where the widest kernels and the deepest strides meet no pixel is left of the first size.
+    for height, width in (_TRIED_SIZE, _TRACE_SIZE):
+        first = _runs(module, bands, (height, width), dtype)
+        if first is None and _runs(module, bands, (height + 1, width + 1), dtype) is None:
+            return 1, (height, width)
     for multiple in range(2, _LARGEST_MULTIPLE + 1):
-        sizes = ((multiple * a, multiple * b) for a, b in ((3, 5), (4, 3), (7, 6)))
+        sizes = [(multiple * a, multiple * b) for a, b in ((3, 5), (4, 3), (7, 6))]
         if all(_runs(module, bands, size, dtype) is None for size in sizes):
-            return multiple
+            return multiple, sizes[0]
     if first is None:
         raise UntileableError(
             "the network runs on images of odd height and width only; pad or crop inside it so that every size will do"
@@ -131,21 +137,21 @@ def trace(module: nn.Module, bands: int, dtype: torch.dtype) -> TracedGraph:
     Raises:
         UntileableError: the module cannot be traced, accepts one size only, or changes with the size.
     """
-    multiple = find_size_multiple(module, bands, dtype)
+    multiple, accepted = find_accepted_sizes(module, bands, dtype)
+    traced = WithLogits(module) if shows_logits(module, torch.zeros((1, bands, *accepted), dtype=dtype)) else module
     size = _TRACE_SIZE if multiple == 1 else (multiple * 7, multiple * 5)
     example = torch.zeros((1, bands, *size), dtype=dtype)
-    traced = WithLogits(module) if shows_logits(module, example) else module
     free = {2: Dim.AUTO, 3: Dim.AUTO}
     spec = {next(iter(_parameter_names(traced.forward))): free}
     exports_log = logging.getLogger("torch.export")
     level = exports_log.level
-    # Not from the start: its import is slow, and who does not trace is spared it.
+    # Not from the start: its import takes as long as torch's, and who does not trace is spared it.
     from torch._dynamo import config as dynamo_config
 
     try:
         exports_log.setLevel(logging.ERROR)
         # Without gradients, as inference runs: writing into views in place is then allowed. torch keeps what operations
-        # gave for shapes that it may meet again: with free sizes it hardly does, and keeping takes a quarter of it all.
+        # gave for shapes that it may meet again: with free sizes it hardly does, and keeping takes a third of a trace.
         no_kept_shapes = dynamo_config.patch(fake_tensor_cache_enabled=False)
         with warnings.catch_warnings(), torch.no_grad(), no_kept_shapes:
             warnings.simplefilter("ignore")

@@ -23,6 +23,7 @@ from .devices import find_cuda, pick_index
 from .errors import EngineError
 from .memory import MB, EngineMemory
 from .meter import process_bytes, sample_peak
+from .process_end import end_with
 
 if TYPE_CHECKING:
     from .engine import EngineName, EngineProgram, Method, Precision
@@ -270,4 +271,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

@@ -26,6 +26,7 @@ from .files import flush_file, remove_file, write_whole
 from .machine import die_with_parent
 from .meter import sample_peak
 from .nodata import Array
+from .process_end import end_with
 
 if TYPE_CHECKING:
     from .network import Network
@@ -157,11 +158,11 @@ def _quantise(payload: tuple[bytes, bytes], has_logits: bool, images: list[Array
     # First: NNCF reports its use to its makers, unless the package that does so is missing, and there it is.
     from .engine_openvino import read_model, serialise_model
 
-    nncf: Any = importlib.import_module("nncf")
     model = read_model(*payload)
     names = find_float_operations(model, has_logits)
     if names is None:
         raise ValueError("it has no convolution and no matrix product")
+    nncf: Any = importlib.import_module("nncf")
     quantised = nncf.quantize(
         model,
         nncf.Dataset([image[None] for image in images]),
@@ -231,4 +232,4 @@ def _readers_below(output: Any) -> set[str]:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

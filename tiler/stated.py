@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import UntileableError, UntraceableError, UsageError
 from .geometry import Halo, Interval, align_up
-from .graph import find_size_multiple, first_line, shows_logits
+from .graph import find_accepted_sizes, first_line, shows_logits
 from .network import Network, analyze_network, torch_dtype
 from .receptive import footprint
 
@@ -130,11 +130,10 @@ def state_network(
         found = dtype if isinstance(dtype, torch.dtype) else torch_dtype(np.dtype(dtype))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        multiple = find_size_multiple(module, bands, found)
+        multiple, accepted = find_accepted_sizes(module, bands, found)
         step = lcm(stride or STRIDE, multiple)
         small, large = (_run(module, bands, (side, side), found) for side in (2 * step, 3 * step))
-        example = torch.zeros((1, bands, 2 * step, 2 * step), dtype=found)
-        logits = shows_logits(module, example)
+        logits = shows_logits(module, torch.zeros((1, bands, *accepted), dtype=found))
     scale = tuple(Fraction(large.shape[dim] - small.shape[dim], step) for dim in (2, 3))
     if small.shape[0] != 1 or min(scale) <= 0 or any((step * s).denominator != 1 for s in scale):
         raise UntileableError(

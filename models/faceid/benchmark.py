@@ -14,6 +14,7 @@ import torch
 from torch import distributed as dist
 
 from ...tiler.machine import die_with_parent
+from ...tiler.process_end import end_with
 from .checkpoint import load_checkpoint, save_checkpoint
 from .head import ShardedMarginHead
 from .row_rules import RULES, RowRule
@@ -40,6 +41,8 @@ class BenchmarkSpec:
     sample: float
     checkpoint: str | None
     """Folder to save the layer to and load it from, timed; None: neither."""
+    product_s: float = 1.0
+    """Seconds for products alone, shared by threads and one for each thread, before the steps and after them."""
     seed: int = 0
 
 
@@ -48,7 +51,7 @@ def make_rule(name: str) -> RowRule:
     return RULES[name](lr=0.001 if name == "rms" else 0.1)
 
 
-def measure_products(batch: int, dim: int, seconds: float = 1.0, *, together: bool = False) -> float:
+def measure_products(batch: int, dim: int, seconds: float, *, together: bool = False) -> float:
     """FLOP/s of the three float32 products of a block, alone: w x^T, G^T w, G x.
 
     Args:
@@ -86,7 +89,8 @@ def _measure_on_all_ranks(spec: BenchmarkSpec) -> list[float]:
     if spec.ranks > 1:
         dist.barrier()
     speeds = torch.tensor(
-        [measure_products(spec.batch, spec.dim, together=together) for together in (False, True)], dtype=torch.float64
+        [measure_products(spec.batch, spec.dim, spec.product_s, together=together) for together in (False, True)],
+        dtype=torch.float64,
     )
     if spec.ranks > 1:
         dist.all_reduce(speeds)
@@ -153,4 +157,4 @@ def write_spec(spec: BenchmarkSpec, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    end_with(lambda: main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])))

@@ -155,13 +155,13 @@ def test_a_batch_goes_past_what_fails_and_on_where_it_stopped(folder: Path, tmp_
     (folder / "broken.tif").write_bytes((folder / "plain.tif").read_bytes()[:100])
     write_tiff(folder / "three bands.tif", bands=3)
     out, model = tmp_path / "maps", save_small_model(tmp_path / "small.json")
-    words = ("--json", "segment", folder, "--out-dir", out, "--model", model, "--no-dashboard", "--engine", "torch")
+    words = ("--json", "segment", folder, "--out-dir", out, "--model", model, "--no-dashboard")
     dry = outsize(*words, "--dry-run")
     assert dry.returncode == 1
     planned = json.loads(dry.stdout.splitlines()[-1])["scenes"]
     assert sum("error" in scene for scene in planned) == 2
     (plain,) = (scene for scene in planned if scene["name"] == "plain")
-    alone = result_of(outsize("--json", "plan", folder / "plain.tif", "--model", model, "--engine", "torch"))["plan"]
+    alone = result_of(outsize("--json", "plan", folder / "plain.tif", "--model", model))["plan"]
     grid = [-(-side // core) for side, core in zip(alone["raster_shape"][1:], alone["core"], strict=True)]
     assert plain["tiles"] == grid[0] * grid[1]
     assert (plain["flops"], plain["core"]) == (alone["flops"], list(alone["core"]))
@@ -204,7 +204,7 @@ def test_a_batch_of_band_files_stacks_them(tmp_path: Path) -> None:
     (tmp_path / "item.json").write_text(json.dumps(stac(assets)))
     chosen = [word for number in range(4) for word in ("--asset", f"B0{number}")]
     out, model = tmp_path / "maps", save_small_model(tmp_path / "small.json")
-    words = ["--out-dir", out, "--model", model, "--no-dashboard", "--engine", "torch"]
+    words = ["--out-dir", out, "--model", model, "--no-dashboard"]
     assert result_of(outsize("--json", "segment", tmp_path / "item.json", *chosen, *words))["done"] == 1
     assert open_array(out / "S2_T18.zarr", "class").shape == (70, 70)
 

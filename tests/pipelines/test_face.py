@@ -18,6 +18,7 @@ def outsize(*arguments: str, code: int = 0) -> tuple[dict[str, Any], str]:
 
 def test_the_benchmark_has_one_loss_for_any_number_of_ranks(tmp_path: Path) -> None:
     options = ("--classes", "140000", "--dim", "16", "--batch", "6", "--steps", "2", "--threads", "1")
+    options += ("--product-seconds", "0.05")
     alone, said = outsize("face", "benchmark", *options, "--checkpoint", str(tmp_path / "layer"))
     assert "140,000 classes x 16" in said
     assert "step 2 of 2" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+from dask import config
+from distributed import Client
 from outsize.models import Scaling, SegmentationClass, SegmentationModel, UNet, save_model
 from outsize.tests.commands import outsize_here, result_of
 from outsize.tiler.geometry import Window
@@ -16,6 +19,13 @@ from outsize.tiler.raster import Raster, open_raster
 from outsize.tiler.store import open_array
 from rasterio.merge import merge
 from torch.nn import functional as F
+
+
+@pytest.fixture(autouse=True)
+def _workers_are_there(client: Client) -> Iterator[None]:
+    """Commands are given in this process, and find the Dask worker that all tests here share: none starts its own."""
+    with config.set({"scheduler-address": client.scheduler.address}):  # pyright: ignore[reportOptionalMemberAccess]
+        yield
 
 
 def outsize(*words: str | Path) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         compress="deflate",
     )
     damage(source, (3, 5))
-    words = ("--core", "128", "--engine", "torch", "--no-dashboard")
+    words = ("--core", "128", "--no-dashboard")
     done = outsize("segment", source, place / "m.zarr", *words, "--report", place / "pages" / "m.html", "--json")
     assert done.returncode == 3, done.stderr
     # What is told of a run is what is kept of it.
@@ -152,7 +152,7 @@ def test_a_run_that_failed_has_a_report(folder: Path, tmp_path: Path) -> None:
     assert f"command {command}" in page.text
     # One that stops with an output that it may not continue.
     source, out = folder / "s & <b>.tif", folder / "m.zarr"
-    other = outsize("segment", source, out, "--core", "64", "--engine", "torch", "--report", tmp_path / "o.html")
+    other = outsize("segment", source, out, "--core", "64", "--report", tmp_path / "o.html")
     assert other.returncode == 1
     page = Page((tmp_path / "o.html").read_text())
     assert "The run stopped: " in page.text

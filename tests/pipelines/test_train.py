@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import signal
 import subprocess
@@ -28,6 +27,7 @@ from outsize.pipelines import train
 from outsize.pipelines.cli import main
 from outsize.pipelines.training_data import Survey
 from outsize.pipelines.training_log import TrainingLog, read_log
+from outsize.tests import commands
 from outsize.tiler.errors import LabelError, OutputError
 from outsize.tiler.georeference import Georeference
 from outsize.tiler.raster import open_raster
@@ -120,12 +120,8 @@ def same_log(one: Path, other: Path) -> bool:
 
 
 _DYING = """
-import os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+import os, signal
 from outsize.models.segmentation.trainer import Trainer
-from outsize.models.segmentation.trainer import Trainer
-from outsize.pipelines import train
-from outsize.pipelines.cli import main
 made, step = 0, Trainer.make_step
 def dying(self):
     global made
@@ -134,13 +130,10 @@ def dying(self):
     made += 1
     return step(self)
 Trainer.make_step = dying
-main(sys.argv[1:])
 """
 _INTERRUPTED_IN_VALIDATION = """
-import os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+import os, signal
 from outsize.models.segmentation.step import StepEngine
-from outsize.pipelines.cli import main
 made, predict = 0, StepEngine.predict
 def interrupted(self, *arguments):
     global made
@@ -149,16 +142,12 @@ def interrupted(self, *arguments):
         os.kill(os.getpid(), signal.SIGINT)
     return predict(self, *arguments)
 StepEngine.predict = interrupted
-main(sys.argv[1:])
 """
 
 
 def run_dying(after: int, how: str, words: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, which gets a signal before the step after so many."""
-    code = _DYING.format(after=after, signal=how)
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False, timeout=300
-    )
+    return commands.outsize(*words, first=_DYING.format(after=after, signal=how), timeout=300)
 
 
 def test_a_killed_training_goes_on_to_the_same_bits(
@@ -212,9 +201,7 @@ def test_a_signal_inside_a_validation_changes_nothing_of_the_training(scene: tup
     words = ["train", scene[0], "--labels", scene[1], "--steps", "4", "--val-every", "2", *TINY]
     done(*words, "--out", whole)
     # At its second tile, after the second step.
-    code = _INTERRUPTED_IN_VALIDATION.format(tile=2)
-    call = [sys.executable, "-c", code, *map(str, words), "--out", str(out)]
-    stopped = subprocess.run(call, capture_output=True, text=True, check=False, timeout=300)
+    stopped = commands.outsize(*words, "--out", out, first=_INTERRUPTED_IN_VALIDATION.format(tile=2), timeout=300)
     assert stopped.returncode == 130, stopped.stderr
     assert "stopped after step 2" in stopped.stderr
     assert "Traceback" not in stopped.stderr
@@ -570,17 +557,16 @@ def test_a_network_that_looks_at_the_whole_image_is_refused(
 def test_two_trainings_in_one_folder_are_refused(scene: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["train", scene[0], "--labels", scene[1], "--out", out, "--minutes", "5", *SMALL]
-    command = [sys.executable, "-m", "outsize", *map(str, words)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ}) as running:
+    with (tmp_path / "said").open("w+") as said:
+        running = commands.Command(*words, stderr=said)
         try:
             deadline = time.monotonic() + 200
             while not (out / "training.json").exists():
                 assert running.poll() is None
                 assert time.monotonic() < deadline
-                time.sleep(0.2)
+                time.sleep(0.05)
             assert "another training runs in" in refusal(*words)
         finally:
             running.send_signal(signal.SIGTERM)
-        _, err = running.communicate(timeout=200)
-    assert running.returncode == 130
-    assert "goes on" in err
+        assert running.wait(200) == 130
+    assert "goes on" in (tmp_path / "said").read_text()

@@ -21,7 +21,7 @@ from outsize.tiler.store import open_array
 from .models import save_small_model
 
 SIZE, CORE = 320, 64
-HOW = ("--model", "small.json", "--core", str(CORE), "--engine", "torch", "--no-dashboard")
+HOW = ("--model", "small.json", "--core", str(CORE), "--no-dashboard")
 SEGMENT = ("segment", "m.tif", "map.zarr", *HOW)
 
 

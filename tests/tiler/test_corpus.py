@@ -89,6 +89,7 @@ QUIET = ClusterOptions(dashboard_address=None)
 
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+@pytest.mark.usefixtures("_warm_workers")
 def test_every_file_is_equal_or_refused_by_name(shared_dir: Path, tmp_path: Path) -> None:
     files = corpus(shared_dir)
     assert len(files) > 50

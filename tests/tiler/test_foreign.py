@@ -165,6 +165,7 @@ def test_segmented_directly_the_result_is_the_same(tmp_path: Path, client: Clien
         assert place.affine.almost_equals(TRANSFORM)
 
 
+@pytest.mark.usefixtures("_warm_workers")
 def test_rasters_named_from_this_folder_are_found_by_workers_in_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

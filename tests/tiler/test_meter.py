@@ -9,7 +9,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from outsize.tiler.meter import INTERVAL_S, MemoryMeter, process_bytes
+from outsize.tiler.meter import INTERVAL_S, MemoryMeter, measure_tree_bytes
 
 MB = 1_000_000
 CHILD = """
@@ -21,7 +21,7 @@ time.sleep(7)
 
 
 def test_a_short_peak_of_this_process_is_seen() -> None:
-    before = process_bytes()
+    before = measure_tree_bytes()  # with what other tests have started here
     with MemoryMeter() as meter:
         block = np.ones(200 * MB, np.uint8)
         time.sleep(4 * INTERVAL_S)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from outsize.tiler.errors import UntileableError, UsageError
 from outsize.tiler.geometry import Window
+from outsize.tiler.graph import find_accepted_sizes
 from outsize.tiler.network import analyze_network
 from outsize.tiler.operations import nearest_is_exact
 from outsize.tiler.planner import choose_method
@@ -100,6 +101,19 @@ def test_a_network_of_sizes_divisible_by_four_is_found_out() -> None:
     network = analyze_network(alive(PlainUNet()), bands=3)
     assert network.size_multiple == 4
     assert network.padded_shape((61, 64)) == (64, 64)
+
+
+def test_a_network_of_large_images_only_is_tried_on_larger_ones() -> None:
+    class Large(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if min(x.shape[2:]) > 200 else x[:, :, :0]
+
+    class Refusing(Large):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).flatten()[0] * x
+
+    assert find_accepted_sizes(Large(), 1, torch.float32) == (1, (131, 113))
+    assert find_accepted_sizes(Refusing(), 1, torch.float32) == (1, (331, 293))
 
 
 def test_a_network_that_runs_at_no_size_is_refused_in_its_own_words() -> None:

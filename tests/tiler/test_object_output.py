@@ -42,7 +42,13 @@ def contents(out: Path) -> dict[str, bytes]:
     return {name: (out / name).read_bytes() for name in names if not name.endswith("zarr.json")}
 
 
-@pytest.mark.parametrize("faults", [Faults(), Faults(errors=29, cuts=23, slow=19)], ids=["calm", "faults"])
+@pytest.mark.parametrize(
+    "faults",
+    [
+        pytest.param(Faults(), id="calm", marks=pytest.mark.long),
+        pytest.param(Faults(errors=29, cuts=23, slow=19), id="faults"),
+    ],
+)
 def test_from_bucket_to_bucket_equals_the_local_run(
     tmp_path: Path, client: Client, server: ObjectServer, monkeypatch: pytest.MonkeyPatch, faults: Faults
 ) -> None:

@@ -36,23 +36,30 @@ def network_of(name: str) -> Network:
 
 
 NAMES = ["unet depth 2", "strided", "enlarged nearest"]
+"""Of scale 1, less and more."""
 REGIONS = [
     Window(y=0, x=0, height=1, width=1),
     Window(y=37, x=41, height=60, width=71),
     Window(y=100, x=0, height=67, width=151),
     Window(y=166, x=150, height=1, width=1),
 ]
+"""The second begins off every stride; the third ends at two edges of the image. One pixel is hardest where the scale is
+less than 1."""
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_region_equals_the_same_pixels_of_the_whole(tmp_path: Path, client: Client, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "regions"), [(name, REGIONS if name == "strided" else REGIONS[1:3]) for name in NAMES], ids=NAMES
+)
+def test_a_region_equals_the_same_pixels_of_the_whole(
+    tmp_path: Path, client: Client, name: str, regions: list[Window]
+) -> None:
     image = image_of(167, 151)
     source = write_geotiff(tmp_path / "s.tif", image)
     network = network_of(name)
     with torch.no_grad():
         whole = network.module(torch.from_numpy(image)[None])[0].numpy()
     scale = network.scale
-    for number, region in enumerate(REGIONS):
+    for number, region in enumerate(regions):
         out = tmp_path / f"{number}.zarr"
         summary = predict(source, network, out, client=client, engine="torch", core=64, region=region)
         y, x = int(region.y * scale[0] // 1), int(region.x * scale[1] // 1)

@@ -24,7 +24,7 @@ from distributed import Client, LocalCluster
 from filelock import FileLock
 from outsize import __version__
 from outsize.tests.commands import Command, outsize
-from outsize.tests.kill_campaign import SHORT, Campaign, hash_chunks
+from outsize.tests.kill_campaign import VICTIMS, Campaign, hash_chunks
 from outsize.tests.tiler.deadly import make_deadly
 from outsize.tiler.cluster import ClusterError, ClusterOptions, open_client
 from outsize.tiler.errors import OutputError, RasterError
@@ -68,7 +68,7 @@ LAST = (319, 319)
 """Of a raster of 320 x 320, a pixel that only the last of 25 tiles reads."""
 
 
-@pytest.mark.usefixtures("_no_start_check")
+@pytest.mark.usefixtures("_no_start_check", "_warm_workers")
 def test_a_tile_that_kills_its_worker_is_set_aside_and_no_other_is_lost(tmp_path: Path, client: Client) -> None:
     source, out = scene(tmp_path, 320, 320), tmp_path / "o.zarr"
     summary = run_here(make_deadly(source, LAST, "kill"), out)
@@ -85,7 +85,7 @@ def test_a_tile_that_kills_its_worker_is_set_aside_and_no_other_is_lost(tmp_path
     assert np.array_equal(stored(out), expected)
 
 
-@pytest.mark.usefixtures("_no_start_check")
+@pytest.mark.usefixtures("_no_start_check", "_warm_workers")
 def test_a_worker_that_dies_once_costs_nothing(tmp_path: Path) -> None:
     source, out = scene(tmp_path, 200, 200), tmp_path / "o.zarr"
     assert run_here(make_deadly(source, (100, 100), "once"), out).failed_tiles == ()
@@ -109,7 +109,7 @@ def test_another_version_of_the_engine_is_refused(
         run(source, class_network(), out, client)
 
 
-@pytest.mark.usefixtures("_no_start_check")
+@pytest.mark.usefixtures("_no_start_check", "_warm_workers")
 def test_a_hanging_worker_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("outsize.tiler.schedule.LOOK_EVERY_S", 0.5)
     monkeypatch.setattr("outsize.tiler.schedule.HANGS_FACTOR", 1)
@@ -580,19 +580,27 @@ def test_a_scheduler_that_is_gone_is_said(tmp_path: Path, client: Client) -> Non
     assert np.array_equal(stored(out), whole(class_network(), source))
 
 
-def test_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
-    """A short campaign; tests/kill_campaign.py has the long one."""
+@pytest.mark.parametrize(
+    "victims",
+    [
+        # Other tests kill workers; here those of a killed client must not outlive it.
+        pytest.param(("client", "scheduler"), id="short"),
+        pytest.param(VICTIMS, id="all", marks=pytest.mark.long),
+    ],
+)
+def test_kills_at_random_moments_lose_nothing(tmp_path: Path, victims: tuple[str, ...]) -> None:
+    """Short campaigns; tests/kill_campaign.py has the long one."""
     campaign = Campaign(
         tmp_path,
         seed=5,
         size=384,
         core=64,
-        victims=SHORT,
+        victims=victims,
         latest=0.6,
         calm_share=0.0,
         more=("--model", save_small_model(tmp_path / "small.json")),
         start=lambda words, log: Command(*words, stderr=log),
     )
-    campaign.run(len(SHORT))
+    campaign.run(len(victims))
     assert campaign.finished >= 1
-    assert {victim for victim, count in campaign.kills.items() if count} == set(SHORT)
+    assert {victim for victim, count in campaign.kills.items() if count} == set(victims)

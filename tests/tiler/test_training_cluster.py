@@ -132,6 +132,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[LocalCluster]:
         yield cluster
 
 
+@pytest.mark.usefixtures("_warm_workers")
 def test_steps_have_the_same_bits_on_all_workers_on_one_and_when_one_dies(
     cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

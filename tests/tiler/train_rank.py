@@ -9,6 +9,7 @@ import torch
 from outsize.models.segmentation.losses import CrossEntropy, Dice
 from outsize.models.segmentation.unet import UNet
 from outsize.tiler.network import analyze_network
+from outsize.tiler.process_end import end_with
 from outsize.tiler.tiled_autograd import TiledLoss, TiledModule
 from outsize.tiler.training_plan import TrainPlan
 from torch import Tensor, nn
@@ -60,4 +61,4 @@ def main(rank: int, ranks: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    end_with(lambda: main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from outsize.models.faceid.checkpoint import load_checkpoint, save_checkpoint
 from outsize.models.faceid.head import ShardedMarginHead
 from outsize.models.faceid.row_rules import RULES
+from outsize.tiler.process_end import end_with
 from torch import Tensor
 from torch import distributed as dist
 
@@ -85,8 +87,7 @@ def run_ranks(ranks: int, folder: Path) -> None:
     for rank in range(ranks):
         pid = os.fork()
         if not pid:
-            main(rank, ranks, folder)
-            sys.exit()
+            end_with(partial(main, rank, ranks, folder))
         pids.append(pid)
     statuses = [os.waitpid(pid, 0)[1] for pid in pids]
     if any(statuses):
