@@ -68,7 +68,7 @@ LAST = (319, 319)
 """Of a raster of 320 x 320, a pixel that only the last of 25 tiles reads."""
 
 
-@pytest.mark.usefixtures("_no_start_check", "_warm_workers")
+@pytest.mark.usefixtures("_no_start_check")
 def test_a_tile_that_kills_its_worker_is_set_aside_and_no_other_is_lost(tmp_path: Path, client: Client) -> None:
     source, out = scene(tmp_path, 320, 320), tmp_path / "o.zarr"
     summary = run_here(make_deadly(source, LAST, "kill"), out)
