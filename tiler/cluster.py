@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import warnings
@@ -19,6 +20,7 @@ from distributed import Client, LocalCluster, Nanny
 from distributed.security import Security
 
 from .errors import TilerError, UsageError
+from .machine import die_with_parent
 from .records import log
 
 
@@ -290,6 +292,18 @@ def _quiet_reconnecting() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(is_no_traceback)
+
+
+def follow(starter: tuple[str, int]) -> None:
+    """In a worker: where `starter`, a host and a process on it, started this process, end with it, and log no traceback
+    of a heartbeat that found its scheduler gone: that ends first."""
+    if (socket.gethostname(), os.getppid()) == starter:
+        die_with_parent()
+        logging.getLogger("distributed.worker").addFilter(_is_no_lost_heartbeat)
+
+
+def _is_no_lost_heartbeat(record: logging.LogRecord) -> bool:
+    return not record.msg.startswith("Failed to communicate with scheduler during heartbeat")
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from distributed import Reschedule, Status, Worker, WorkerPlugin, get_worker
 
-from .cluster import complete_environment
+from .cluster import complete_environment, follow
 from .errors import TilerError, WorkerError
-from .machine import die_with_parent, find_versions
+from .machine import find_versions
 from .tile_map import TOPIC, tile_message
 
 
@@ -92,8 +92,7 @@ class JobPlugin(WorkerPlugin):
         """Raises: WorkerError: this process cannot do the job. Dask hands that to the command only from workers that
         are there as the run begins; one that joins later says it with its first cell."""
         run_id, here = self.job.run_id, socket.gethostname()
-        if (here, os.getppid()) == self._starter:
-            die_with_parent()
+        follow(self._starter)
         if (here, os.getpid()) != self._starter:
             complete_environment(self.job.gdal_cache_bytes)
         _USERS[run_id] = _USERS.get(run_id, 0) + 1

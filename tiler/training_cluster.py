@@ -27,7 +27,7 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 from torch import Tensor, nn
 
-from .cluster import ClusterError, complete_environment
+from .cluster import ClusterError, complete_environment, follow
 from .errors import RasterError, TilerError, UsageError
 from .geometry import Window
 from .gradient import (
@@ -39,7 +39,7 @@ from .gradient import (
 )
 from .graph import first_line
 from .loss import Loss
-from .machine import die_with_parent, find_versions, map_large_blocks, torch_threads
+from .machine import find_versions, map_large_blocks, torch_threads
 from .network import analyze_network
 from .reading import GDAL_CACHE_BYTES
 from .records import log
@@ -316,8 +316,7 @@ class TrainingPlugin(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:  # noqa: ARG002 - Dask's signature
         here = socket.gethostname()
-        if (here, os.getppid()) == self._starter:
-            die_with_parent()
+        follow(self._starter)
         if (here, os.getpid()) != self._starter:
             # What a plan predicts holds here too; before the first tensor, and the first block that GDAL reads.
             map_large_blocks()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import time
 
+import pytest
 from distributed import LocalCluster
 from outsize.tiler.cluster import ClusterOptions, open_client
 
@@ -37,3 +40,32 @@ def test_a_scheduler_that_is_lost_leaves_no_traceback() -> None:
         assert logged[-1] == "other lines stay"
     finally:
         logger.removeHandler(handler)
+
+
+LOST = """
+import asyncio, os, socket
+from distributed import Scheduler, Worker
+from outsize.tiler.cluster import follow
+
+follow((socket.gethostname(), os.getppid() + {other}))
+
+async def lose():
+    async def gone(**_):
+        raise OSError("it is gone")
+
+    async with Scheduler(host="127.0.0.1", port=0, dashboard_address=":0") as scheduler:
+        async with Worker(scheduler.address, dashboard=False) as worker:
+            worker.scheduler.heartbeat_worker = gone
+            await worker.heartbeat()
+
+asyncio.run(lose())
+"""
+"""A worker whose scheduler does not answer any more."""
+
+
+@pytest.mark.parametrize("other", [0, 1])
+def test_a_worker_of_the_command_says_nothing_of_a_scheduler_that_ended_first(other: int) -> None:
+    """Others' workers log as they always do."""
+    words = [sys.executable, "-W", "ignore", "-c", LOST.format(other=other)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert ("it is gone" in done.stderr) == bool(other)
