@@ -280,18 +280,18 @@ def _quiet_main() -> Iterator[None]:
 
 @contextmanager
 def _quiet_reconnecting() -> Iterator[None]:
-    """A client whose scheduler is lost tries to find it again until it is closed, and logs as a traceback that it was
-    stopped; what was lost is said by who needed it."""
+    """A client whose scheduler is lost tries to find it again until it is closed, and logs that it gave up after half a
+    minute, however soon that was, and as a traceback that it was stopped; what was lost is said by who needed it."""
 
-    def is_no_traceback(record: logging.LogRecord) -> bool:
-        return not record.exc_info
+    def is_other(record: logging.LogRecord) -> bool:
+        return not record.exc_info and not record.msg.startswith("Failed to reconnect to scheduler")
 
     logger = logging.getLogger("distributed.client")
-    logger.addFilter(is_no_traceback)
+    logger.addFilter(is_other)
     try:
         yield
     finally:
-        logger.removeFilter(is_no_traceback)
+        logger.removeFilter(is_other)
 
 
 def follow(starter: tuple[str, int]) -> None:

@@ -77,18 +77,26 @@ def job_on(client: Client, job: Job, begin: Message | None = None) -> Iterator[W
                 _register(client, plugin)
                 yield watch
             finally:
-                with contextlib.suppress(Exception):
-                    client.unregister_worker_plugin(plugin.name)
+                forget_plugin(client, plugin.name)
+
+
+def forget_plugin(client: Client, name: str) -> None:
+    """Have workers forget it, unless the scheduler is lost: Dask would look for it for half a minute."""
+    if client.status == "running":
+        with contextlib.suppress(Exception):
+            client.unregister_worker_plugin(name)
 
 
 def _register(client: Client, plugin: JobPlugin) -> None:
     for attempt in range(1, REGISTRATIONS + 1):
+        if client.status != "running":
+            raise ClusterError(LOST)
         try:
             client.register_plugin(plugin)
         except CommClosedError as error:
             # A worker died while it was told. Its successor will be told by the scheduler.
             log.warning("a worker was lost as the run began: %s", error)
-            if attempt == REGISTRATIONS or client.status != "running":
+            if attempt == REGISTRATIONS:
                 raise
             time.sleep(attempt)
         except WorkerError:

@@ -15,7 +15,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,7 +43,7 @@ from .machine import find_versions, map_large_blocks, torch_threads
 from .network import analyze_network
 from .reading import GDAL_CACHE_BYTES
 from .records import log
-from .schedule import LOST
+from .schedule import LOST, forget_plugin
 from .sum_tree import GROUPS, cut_groups, fold_tree
 from .trainable import TrainableNetwork
 from .window_source import Pixels, open_source
@@ -287,10 +287,7 @@ class TrainingCluster:
     def close(self) -> None:
         """Have the workers forget all that was introduced; the client stays."""
         for _, name in self._known.values():
-            # Of a scheduler that is gone there is nothing to forget.
-            if self.client.status == "running":
-                with suppress(Exception):
-                    self.client.unregister_worker_plugin(_plugin_name(name))
+            forget_plugin(self.client, _plugin_name(name))
         self._known.clear()
         self._sent = None
 

@@ -25,7 +25,7 @@ from outsize.tiler.memory import format_bytes
 from outsize.tiler.plan import SLOW_FLOPS_PER_S
 from outsize.tiler.planner import plan_tiles
 from outsize.tiler.run_workers import compare_workers, find_device_peak
-from outsize.tiler.schedule import Lost, job_on, run_cells
+from outsize.tiler.schedule import Lost, forget_plugin, job_on, run_cells
 
 from .test_run import class_network, run, scene, stored, whole
 
@@ -299,3 +299,22 @@ def test_what_dask_remembers_of_cells_does_not_grow_with_their_number(monkeypatc
     assert len(names) == 120
     assert max(names[30:]) < 70
     assert 1 < max(kinds[30:]) < 70
+
+
+class _Plugins:
+    """What a client says of its connection, and which plugins it was asked to forget."""
+
+    def __init__(self, status: str) -> None:
+        self.status = status
+        self.forgotten: list[str] = []
+
+    def unregister_worker_plugin(self, name: str) -> None:
+        self.forgotten.append(name)
+        raise OSError(name)
+
+
+def test_a_lost_scheduler_is_not_looked_for_to_forget_a_plugin() -> None:
+    for status, forgotten in (("running", ["plugin"]), ("connecting", [])):
+        client: Any = _Plugins(status)
+        forget_plugin(client, "plugin")
+        assert client.forgotten == forgotten
