@@ -106,7 +106,7 @@ def face_train(console: Any, out: Path, ranks: int, threads: int | None, memory:
     outsize face train faces/
     outsize face train faces/ --faces synthetic:10000 --steps 3000 --ranks 2
     outsize face train staff/ --faces people/ --network r50 --steps 20000
-    outsize face train staff/ --faces people/ --size 112 --resize --augment flip,colour,blur,resolution=0.3,jpeg
+    outsize face train staff/ --faces people/ --resize --augment flip,blur,jpeg
     outsize face train ms1m/ --faces train.rec --network r100 --recompute --batch 256
     torchrun --nproc-per-node 2 -m outsize face train faces/ --faces list.csv
     """
