@@ -284,7 +284,7 @@ def _quiet_reconnecting() -> Iterator[None]:
     minute, however soon that was, and as a traceback that it was stopped; what was lost is said by who needed it."""
 
     def is_other(record: logging.LogRecord) -> bool:
-        return not record.exc_info and not record.msg.startswith("Failed to reconnect to scheduler")
+        return not record.exc_info and not record.getMessage().startswith("Failed to reconnect to scheduler")
 
     logger = logging.getLogger("distributed.client")
     logger.addFilter(is_other)
@@ -303,7 +303,8 @@ def follow(starter: tuple[str, int]) -> None:
 
 
 def _is_no_lost_heartbeat(record: logging.LogRecord) -> bool:
-    return not record.msg.startswith("Failed to communicate with scheduler during heartbeat")
+    # Dask logs exceptions themselves, too, which are no text.
+    return not record.getMessage().startswith("Failed to communicate with scheduler during heartbeat")
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def test_a_scheduler_that_is_lost_leaves_no_lines_of_dask() -> None:
 
 
 LOST = """
-import asyncio, os, socket
+import asyncio, logging, os, socket
 from distributed import Scheduler, Worker
 from outsize.tiler.cluster import follow
 
@@ -58,6 +58,7 @@ async def lose():
             await worker.heartbeat()
 
 asyncio.run(lose())
+logging.getLogger("distributed.worker").error(ValueError("other lines stay"))
 """
 """A worker whose scheduler does not answer any more."""
 
@@ -68,3 +69,4 @@ def test_a_worker_of_the_command_says_nothing_of_a_scheduler_that_ended_first(ot
     words = [sys.executable, "-W", "ignore", "-c", LOST.format(other=other)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert ("it is gone" in done.stderr) == bool(other)
+    assert "other lines stay" in done.stderr
