@@ -34,6 +34,8 @@ def _leave(code: int) -> None:
     atexit.unregister(_leave)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
+        if stream is None:  # closed before Python began
+            continue
         try:
             stream.flush()
         except (OSError, ValueError):

@@ -48,6 +48,13 @@ def test_code_threads_and_exit_functions_are_those_of_python_and_only_objects_ar
     assert quick.stderr.splitlines()[-1:] == usual.stderr.splitlines()[-1:]
 
 
+def test_a_process_that_was_begun_without_a_stream_ends_in_silence() -> None:
+    program = PROGRAM.format(statement="return 3") + QUICK
+    words = ["sh", "-c", '"$0" -c "$1" >&-', sys.executable, program]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (3, "")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_what_a_stream_does_not_take_is_no_success() -> None:
     full = os.open("/dev/full", os.O_WRONLY)
