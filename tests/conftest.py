@@ -71,5 +71,7 @@ def _warm_workers() -> Iterator[None]:
     Not where variables of their environment count, which is that one's."""
     with config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
         get_mp_context()  # has a list of its own, once
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["distributed", "outsize.tests.warm_worker"])
+        multiprocessing.get_context("forkserver").set_forkserver_preload(
+            ["distributed", "outsize.tests.support.warm_worker"]
+        )
         yield

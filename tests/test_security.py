@@ -18,7 +18,7 @@ from outsize.tiler.raster import open_raster
 from outsize.tiler.run import predict
 from outsize.tiler.transfer import copy_raster
 
-from .tiler.test_run import class_network, scene, stored, whole
+from .support.runs import class_network, scene, stored, whole
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("tiler", "models", "pipelines", "sample_data")

@@ -21,8 +21,8 @@ from ...models import as_tile_network, load_model
 from ...tiler.memory import format_bytes, parse_bytes
 from ...tiler.network import Network, analyze_network
 from ...tiler.run import predict
-from ..tiler.architectures import ARCHITECTURES
-from ..tiler.zoo import alive
+from ..support.architectures import ARCHITECTURES
+from ..support.zoo import alive
 
 NETWORKS = (
     *("default", "unet transposed", "unet bilinear corners", "resnet fcn", "deeplab", "fpn", "hrnet"),

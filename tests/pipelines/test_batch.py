@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import rasterio
 from outsize.pipelines.scenes import find_scenes
-from outsize.tests.commands import outsize, result_of
+from outsize.tests.support.commands import outsize, result_of
 from outsize.tiler.errors import UsageError
 from outsize.tiler.records import run_folder
 from outsize.tiler.store import open_array
 
-from .models import save_small_model
+from ..support.small_model import save_small_model
 
 NAMES = ("plain", "with space", 'quo\'ted "both"', "ünïcode-图", "-dash", "semi;colon $HOME `x`")
 """Of scenes on a disk; none of them may mean anything to a shell, a glob or an option."""

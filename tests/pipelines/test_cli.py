@@ -22,14 +22,14 @@ from affine import Affine
 from outsize.models import as_tile_network, load_model
 from outsize.pipelines.cli import main
 from outsize.sample_data.small import small_scene_path
-from outsize.tests.commands import Command, fresh_outsize, outsize, result_of
+from outsize.tests.support.commands import Command, fresh_outsize, outsize, result_of
 from outsize.tiler.geometry import Window
 from outsize.tiler.memory import parse_bytes
 from outsize.tiler.raster import open_raster
 from outsize.tiler.store import open_array, read_header
 from rio_cogeo.cogeo import cog_validate
 
-from .models import save_small_model
+from ..support.small_model import save_small_model
 
 SCENE = small_scene_path()
 LABELS = SCENE.with_name("labels.tif")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from outsize.tests import commands
+from outsize.tests.support import commands
 
 
 def outsize(*arguments: str, code: int = 0) -> tuple[dict[str, Any], str]:

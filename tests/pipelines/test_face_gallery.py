@@ -32,7 +32,7 @@ from outsize.models.faceid.images import read_picture
 from outsize.models.faceid.row_rules import SGD
 from outsize.models.faceid.top_k import unit_rows
 from outsize.sample_data.identities import PIXEL_MEAN, PIXEL_SCALE, SIZE
-from outsize.tests import commands
+from outsize.tests.support import commands
 from PIL import Image
 
 PEOPLE, PICTURES, DIM = 24, 3, 32

@@ -32,12 +32,13 @@ from outsize.pipelines.cli_face_train import make_face_training
 from outsize.pipelines.face_training import FaceTraining
 from outsize.pipelines.ranks import RankError, RankRefusedError, run_as_rank, run_ranks
 from outsize.sample_data.faces import write_faces
-from outsize.tests import commands
-from outsize.tests.models.faceid.test_record_io import indexed
+from outsize.tests.support import commands
 from outsize.tiler.errors import UsageError
 from PIL import Image
 from pyarrow import csv as csv_reader
 from pyarrow import parquet
+
+from ..support.record_files import indexed
 
 TINY = ("--size", "16", "--batch", "8", "--micro-batch", "4", "--dim", "16", "--held-out", "6")
 STEPS = (

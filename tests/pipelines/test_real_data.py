@@ -13,7 +13,7 @@ import torch
 from dask import config
 from distributed import Client
 from outsize.models import Scaling, SegmentationClass, SegmentationModel, UNet, save_model
-from outsize.tests.commands import outsize_here, result_of
+from outsize.tests.support.commands import outsize_here, result_of
 from outsize.tiler.geometry import Window
 from outsize.tiler.raster import Raster, open_raster
 from outsize.tiler.store import open_array

@@ -20,7 +20,7 @@ from outsize.pipelines.areas import count_areas
 from outsize.pipelines.console import Console
 from outsize.pipelines.quicklook import make_quicklook
 from outsize.pipelines.report import StoppedRun, measure_throughput, render_report
-from outsize.tests.commands import outsize
+from outsize.tests.support.commands import outsize
 from outsize.tiler.check import StartCheck
 from outsize.tiler.georeference import Georeference, pixel_areas
 from outsize.tiler.memory import format_bytes
@@ -28,8 +28,7 @@ from outsize.tiler.plan import TilePlan
 from outsize.tiler.records import run_folder
 from outsize.tiler.store import open_array, read_header, writable
 
-from ..tiler.rasters import write_geotiff
-from ..tiler.test_transfer import damage
+from ..support.rasters import damage, write_geotiff
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -18,7 +18,7 @@ from outsize.tiler.geometry import Window
 from outsize.tiler.raster import open_raster
 from outsize.tiler.training_cluster import TrainingCluster
 
-from .test_train import done, make_scene, refusal, same_log, same_tensors
+from ..support.train_commands import done, make_scene, refusal, same_log, same_tensors
 
 STEPS = 3
 WINDOW = Window(y=50, x=60, height=7, width=9)

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import rasterio
 from outsize.pipelines import segment
-from outsize.tests.commands import outsize, outsize_here, result_of
+from outsize.tests.support.commands import outsize, outsize_here, result_of
 from outsize.tiler.events import Event, TileFinished
 from outsize.tiler.records import read_records, run_folder
 from outsize.tiler.store import open_array
 
-from .models import save_small_model
+from ..support.small_model import save_small_model
 
 SIZE, CORE = 320, 64
 HOW = ("--model", "small.json", "--core", str(CORE), "--no-dashboard")

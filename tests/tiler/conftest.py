@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .object_server import ObjectServer, serve_objects
+from ..support.object_server import ObjectServer, serve_objects
 
 
 @pytest.fixture(scope="session")

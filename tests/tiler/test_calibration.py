@@ -16,8 +16,8 @@ from outsize.tiler.network import Network, analyze_network
 from outsize.tiler.raster import open_raster
 from torch import nn
 
-from .rasters import write_geotiff
-from .zoo import PlainUNet, alive
+from ..support.rasters import write_geotiff
+from ..support.zoo import PlainUNet, alive
 
 
 @pytest.fixture

@@ -29,9 +29,8 @@ from outsize.tiler.tile_map import DONE, TOPIC, TileMap, begin_message, tile_mes
 from outsize.tiler.transfer import copy_raster
 from outsize.tiler.worker import TileRunner
 
-from .rasters import write_geotiff
-from .test_run import class_network, run, scene, stored, whole
-from .test_transfer import damage
+from ..support.rasters import damage, write_geotiff
+from ..support.runs import class_network, run, scene, stored, whole
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

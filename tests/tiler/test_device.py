@@ -37,7 +37,7 @@ from outsize.tiler.stated import state_network
 from outsize.tiler.store import read_header
 from torch import Tensor, nn
 
-from .test_run import class_network, scene, stored, whole
+from ..support.runs import class_network, scene, stored, whole
 
 GB = 10**9
 BIG, SMALL = (

@@ -9,30 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from outsize.models.segmentation.unet import UNet
 from outsize.tiler.engine import compile_program
 from outsize.tiler.network import analyze_network
-from torch import nn
 
-from .analysed import analysed
-from .zoo import ZOO, alive
-
-
-class Finished(nn.Module):
-    """A network whose logits are rounded to bytes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = alive(UNet(3, 4, (6, 8))).float()
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        return self.network(x.float() / 255)
-
-    def finish(self, logits: torch.Tensor) -> torch.Tensor:
-        return (logits.softmax(1) * 254).round().to(torch.uint8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.finish(self.logits(x))
+from ..support.analysed import analysed
+from ..support.zoo import ZOO, Finished
 
 
 @pytest.mark.parametrize("engine", ["openvino", "torch"])

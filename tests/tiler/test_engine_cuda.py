@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .architectures import ARCHITECTURES
-from .test_engine import Finished
-from .zoo import ZOO, alive
+from ..support.architectures import ARCHITECTURES
+from ..support.zoo import ZOO, Finished, alive
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="torch sees no CUDA device (OUTSIZE_TEST_CUDA=1 shows it)"

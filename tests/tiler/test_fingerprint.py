@@ -10,7 +10,7 @@ from outsize.models import UNet
 from outsize.tiler.fingerprint import find_differences, hash_network
 from outsize.tiler.network import analyze_network
 
-from .zoo import ZOO, alive
+from ..support.zoo import ZOO, alive
 
 CODE = """
 from outsize.tests.tiler.test_fingerprint import hash_small_network

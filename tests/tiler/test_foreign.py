@@ -24,8 +24,8 @@ from outsize.tiler.store import open_array
 from outsize.tiler.transfer import copy_raster
 from torch import nn
 
-from .rasters import CRS, TRANSFORM, write_geotiff
-from .zoo import ZOO, alive
+from ..support.rasters import CRS, TRANSFORM, write_geotiff
+from ..support.zoo import ZOO, alive
 
 SHAPE = (3, 173, 211)
 WKT = rasterio.crs.CRS.from_string(CRS).to_wkt()

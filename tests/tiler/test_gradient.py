@@ -11,8 +11,8 @@ from outsize.tiler.tiled_autograd import tile_checkpoint
 from outsize.tiler.window_source import TensorSource
 from torch import Tensor, nn
 
-from .whole_gradients import NETWORKS, analysed, draw, gradients_of, largest_difference, plan_of, run_whole
-from .zoo import ZOO
+from ..support.whole_gradients import NETWORKS, analysed, draw, gradients_of, largest_difference, plan_of, run_whole
+from ..support.zoo import ZOO
 
 TRAINABLE = [name for name in ZOO if name != "attended"]
 POSITION_DEPENDENT = ["unet bilinear corners", "unet transposed overlapping", "reflect padded", "deeplab", "espcn"]

@@ -17,7 +17,7 @@ from outsize.tiler.geometry import Window
 from outsize.tiler.raster import Raster, open_raster
 from outsize.tiler.transfer import copy_raster
 
-from .rasters import CRS, TRANSFORM, unique_pixels, write_geotiff
+from ..support.rasters import CRS, TRANSFORM, unique_pixels, write_geotiff
 
 
 def read(raster: Raster) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from outsize.tiler.planner import choose_method
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .zoo import PlainUNet, alive
+from ..support.zoo import PlainUNet, alive
 
 
 class Wrapped(nn.Module):

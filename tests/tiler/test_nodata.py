@@ -10,20 +10,12 @@ import rasterio
 from outsize.tiler.errors import RasterError, UsageError
 from outsize.tiler.geometry import Window
 from outsize.tiler.nodata import NodataRule, find_missing, join_missing
-from outsize.tiler.raster import Raster, open_raster
+from outsize.tiler.raster import open_raster
 from rasterio.enums import ColorInterp
 
-from .rasters import unique_pixels, write_geotiff
+from ..support.rasters import missing_of, unique_pixels, write_geotiff
 
 IMAGE = np.array([[[0, 0, 5, 9]], [[0, 1, 0, 9]]], np.int16)
-
-
-def missing_of(raster: Raster) -> list[list[bool]]:
-    window = Window.whole(raster.shape_yx)
-    reader = raster.open_reader()
-    missing = reader.read_missing(window, reader.read(window))
-    reader.close()
-    return (np.zeros(raster.shape_yx, bool) if missing is None else missing).tolist()
 
 
 def test_values_count_in_all_bands_or_in_any() -> None:

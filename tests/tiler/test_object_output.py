@@ -26,10 +26,9 @@ from outsize.tiler.transfer import copy_raster
 from outsize.tiler.verify import verify_output
 from rasterio.io import MemoryFile
 
-from .object_server import BUCKET, Faults, ObjectServer
-from .rasters import unique_pixels, write_geotiff
-from .test_object_store import upload
-from .test_run import class_network, run, scene, stored, whole
+from ..support.object_server import BUCKET, Faults, ObjectServer, upload
+from ..support.rasters import unique_pixels, write_geotiff
+from ..support.runs import class_network, run, scene, stored, whole
 
 
 def contents(out: Path) -> dict[str, bytes]:

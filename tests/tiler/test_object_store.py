@@ -20,19 +20,10 @@ from outsize.tiler.raster_parts import open_reference, open_stack, reference_to
 from outsize.tiler.transfer import copy_raster
 from rasterio.env import get_gdal_config
 
-from .object_server import BUCKET, Faults, ObjectServer
-from .rasters import write_geotiff
-from .test_nodata import missing_of
-from .test_run import class_network, run, scene, stored, whole
-
-
-def upload(server: ObjectServer, path: Path, name: str) -> str:
-    """A file or a folder into the bucket; its URL."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    for file in files:
-        key = name if file == path else f"{name}/{file.relative_to(path).as_posix()}"
-        server.client().upload_file(str(file), BUCKET, key)
-    return f"s3://{BUCKET}/{name}"
+from ..support import far_threads
+from ..support.object_server import BUCKET, Faults, ObjectServer, upload
+from ..support.rasters import missing_of, write_geotiff
+from ..support.runs import class_network, run, scene, stored, whole
 
 
 def test_names_of_places() -> None:
@@ -214,7 +205,7 @@ def test_threads_that_are_told_of_failures_do_not_wait_for_each_other_for_ever(
     server.use(monkeypatch, Faults(errors=3, cuts=7))
     # Two threads that GDAL tells of failures at the same moment are enough; in a process of their own, which can be
     # ended.
-    words = [sys.executable, "-P", str(Path(__file__).with_name("far_threads.py")), url]
+    words = [sys.executable, "-P", far_threads.__file__, url]
     done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=True)
     assert int(done.stdout) > 0
     assert server.count_faults()["errors"] > 5

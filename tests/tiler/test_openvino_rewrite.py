@@ -12,7 +12,7 @@ from outsize.tiler.openvino_rewrite import rewrite_model, spread_weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .zoo import alive
+from ..support.zoo import alive
 
 ov = pytest.importorskip("openvino")
 

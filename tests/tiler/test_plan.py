@@ -18,8 +18,8 @@ from outsize.tiler.plan import TilePlan, format_seconds
 from outsize.tiler.planner import plan_tiles
 from torch import nn
 
-from .analysed import analysed
-from .zoo import PlainUNet, alive
+from ..support.analysed import analysed
+from ..support.zoo import PlainUNet, alive
 
 
 @cache

@@ -23,10 +23,10 @@ from outsize.tiler.store import open_array
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .analysed import NETWORKS, analysed
-from .architectures import REFUSED
-from .rasters import write_geotiff
-from .zoo import ZOO, alive
+from ..support.analysed import NETWORKS, analysed
+from ..support.architectures import REFUSED
+from ..support.rasters import write_geotiff
+from ..support.zoo import ZOO, alive
 
 
 def padded_image(network: Network, shape: tuple[int, int], seed: int = 1) -> Tensor:

@@ -20,8 +20,8 @@ from outsize.tiler.planner import plan_tiles
 from outsize.tiler.program_cache import ProgramCache
 from outsize.tiler.program_ir import ModelParts
 
-from .architectures import ARCHITECTURES
-from .zoo import alive
+from ..support.architectures import ARCHITECTURES
+from ..support.zoo import alive
 
 SHAPE = (150, 170)
 ROWS = [Interval(start=0, stop=64), Interval(start=64, stop=128), Interval(start=128, stop=150)]

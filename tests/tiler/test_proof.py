@@ -13,8 +13,8 @@ from outsize.tiler.proof import prove_network
 from outsize.tiler.receptive import Extents, Slide
 from torch import nn
 
-from .analysed import analysed
-from .zoo import alive
+from ..support.analysed import analysed
+from ..support.zoo import alive
 
 
 @pytest.mark.parametrize("method", ["window", "program"])

@@ -33,9 +33,9 @@ from outsize.tiler.store import open_array, read_header
 from outsize.tiler.verify import recompute_samples
 from torch import nn
 
-from .rasters import write_geotiff
-from .test_run import Classify, random_image, run, stored
-from .zoo import PlainUNet, alive
+from ..support.rasters import write_geotiff
+from ..support.runs import Classify, random_image, run, stored
+from ..support.zoo import PlainUNet, alive
 
 ov = pytest.importorskip("openvino")
 pytest.importorskip("nncf")
@@ -305,7 +305,7 @@ def test_networks_that_take_some_sizes_only_and_rasters_of_one_window_run(tmp_pa
 def test_a_halo_that_is_too_small_stops_a_run_in_int8_too(tmp_path: Path, client: Client) -> None:
     from outsize.tiler.errors import ExactnessError
 
-    from .test_run import larger_windows_of
+    from ..support.runs import larger_windows_of
 
     network = small()
     narrow = dataclasses.replace(network, axes=tuple(_cut(axis) for axis in network.axes))

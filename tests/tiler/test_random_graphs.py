@@ -15,7 +15,7 @@ from outsize.tiler.program import make_program
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .zoo import alive
+from ..support.zoo import alive
 
 CHANNELS = 4
 SMALLEST = 44

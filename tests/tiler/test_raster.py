@@ -18,7 +18,7 @@ from outsize.tiler.nodata import NodataRule, find_missing
 from outsize.tiler.raster import open_raster, read_filled
 from outsize.tiler.raster_parts import open_mosaic, open_stack
 
-from .rasters import CRS, TRANSFORM, unique_pixels, write_geotiff
+from ..support.rasters import CRS, TRANSFORM, unique_pixels, write_geotiff
 
 SHAPE = (3, 61, 83)
 

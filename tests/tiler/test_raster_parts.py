@@ -16,7 +16,7 @@ from outsize.tiler.raster_gdal import GdalReader
 from outsize.tiler.raster_parts import OPEN_FILES, open_mosaic, open_reference, open_stack, reference_to
 from rasterio.merge import merge
 
-from .rasters import CRS, TRANSFORM, unique_pixels, write_geotiff
+from ..support.rasters import CRS, TRANSFORM, unique_pixels, write_geotiff
 
 
 def read(raster: Raster, window: Window | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -32,7 +32,7 @@ from outsize.tiler.store import open_array
 from outsize.tiler.transfer import copy_raster
 from torch import Tensor, nn
 
-from .rasters import TRANSFORM, write_geotiff
+from ..support.rasters import TRANSFORM, write_geotiff
 
 SHAPE = (1201, 1103)
 PIXELS = SHAPE[0] * SHAPE[1]

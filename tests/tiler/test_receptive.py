@@ -29,7 +29,7 @@ from outsize.tiler.receptive import (
 )
 from torch.nn import functional as F
 
-from .zoo import without_onednn
+from ..support.zoo import without_onednn
 
 SIZE = 40
 

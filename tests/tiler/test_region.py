@@ -22,9 +22,9 @@ from outsize.tiler.store import CONTEXT, open_array, read_header
 from outsize.tiler.worker import touches_nodata
 from torch import Tensor, nn
 
-from .analysed import analysed
-from .rasters import TRANSFORM, has_all_chunks, write_geotiff
-from .zoo import alive
+from ..support.analysed import analysed
+from ..support.rasters import TRANSFORM, has_all_chunks, write_geotiff
+from ..support.zoo import alive
 
 
 def image_of(height: int, width: int) -> np.ndarray:

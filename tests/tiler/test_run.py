@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,93 +26,29 @@ from outsize.tiler.errors import (
 from outsize.tiler.events import ClusterReady, Event, RunPlanned, StartChecked, TileFinished
 from outsize.tiler.geometry import Window
 from outsize.tiler.inference import lazy_predict, predict_window
-from outsize.tiler.network import Network, analyze_network
+from outsize.tiler.network import analyze_network
 from outsize.tiler.raster import open_raster
 from outsize.tiler.raster_gdal import GdalReader
 from outsize.tiler.receptive import AxisGraph, Slide
 from outsize.tiler.records import RunFolder
 from outsize.tiler.run import predict
-from outsize.tiler.run_summary import RunSummary
 from outsize.tiler.store import open_array, read_header
 from torch import Tensor, nn
 
-from .analysed import analysed
-from .rasters import write_geotiff
-from .zoo import alive
-
-
-class Classify(nn.Module):
-    """Class numbers of another network, its logits shown."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def logits(self, x: Tensor) -> Tensor:
-        return self.network(x / 50)
-
-    def finish(self, logits: Tensor) -> Tensor:
-        return logits.argmax(1, keepdim=True).to(torch.uint8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.finish(self.logits(x))
-
-
-@cache
-def class_network() -> Network:
-    network = alive(UNet(3, 4, (6, 8, 10)), seed=3).float()
-    return analyze_network(Classify(network).eval(), bands=3, dtype=torch.float32)
-
-
-def logit_network(name: str) -> Network:
-    return analysed(name, torch.float32)
-
-
-def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(100, 60, (3, height, width)).astype(np.float32)
-
-
-def scene(folder: Path, height: int, width: int, *, nodata: bool = False) -> Path:
-    image = random_image(height, width)
-    if nodata:
-        image[:, : height // 3, : width // 3] = -1
-        image[0, -1, -1] = -1  # one band only: still valid
-        image[:, height // 2, width // 2] = -1
-    options = {"nodata": -1, "tiled": True, "blockxsize": 32, "blockysize": 48} if nodata else {}
-    return write_geotiff(folder / f"scene-{height}x{width}.tif", image, **options)
-
-
-def run(source: Path, network: Network, out: Path, client: Client, **options: Any) -> RunSummary:
-    settings: dict[str, Any] = {"engine": "torch", "core": 64, "memory": "4GB", **options}
-    return predict(source, network, out, client=client, **settings)
-
-
-def whole(network: Network, source: Path, fill: tuple[float, ...] = (0, 0, 0)) -> np.ndarray:
-    """The module on the whole raster, nodata filled before and masked after: the definition."""
-    raster = open_raster(source)
-    image = raster.open_reader().read(Window.whole(raster.shape_yx))
-    missing = np.zeros(raster.shape_yx, bool)
-    if raster.nodata is not None:
-        missing = (image == raster.nodata).all(0)
-        image = np.where(missing, np.asarray(fill, image.dtype)[:, None, None], image)
-    height, width = network.padded_shape(raster.shape_yx)
-    padded = np.empty((3, height, width), image.dtype)
-    padded[:] = np.asarray(fill)[:, None, None]
-    padded[:, : image.shape[1], : image.shape[2]] = image
-    with torch.no_grad():
-        result = network.module(torch.from_numpy(padded)[None])[0].numpy()
-    output_h, output_w = network.output_shape(raster.shape_yx)
-    result = result[:, :output_h, :output_w]
-    if missing.any():
-        assert network.scale == (1, 1)
-        result = np.where(missing, np.asarray(255 if result.dtype == np.uint8 else np.nan, result.dtype), result)
-    return result
-
-
-def stored(out: Path) -> np.ndarray:
-    header = read_header(out)
-    values = np.asarray(open_array(out, header["kind"])[...])
-    return values if values.ndim == 3 else values[None]
+from ..support.rasters import write_geotiff
+from ..support.runs import (
+    Classify,
+    class_network,
+    larger_windows_of,
+    logit_network,
+    passed_check,
+    random_image,
+    run,
+    scene,
+    stored,
+    whole,
+)
+from ..support.zoo import alive
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 130), (97, 131), (129, 65)])
@@ -304,7 +239,7 @@ def test_a_bad_tile_is_recorded_becomes_nodata_and_is_tried_again_when_asked(
             raise RasterError(f"window {window} cannot be read: bad sector")
         return readable(self, window)
 
-    monkeypatch.setattr("outsize.tiler.run.run_start_check", lambda *_: _passed())
+    monkeypatch.setattr("outsize.tiler.run.run_start_check", lambda *_: passed_check())
     monkeypatch.setattr(GdalReader, "read", unreadable)
     summary = run(source, class_network(), out, client)
     monkeypatch.undo()
@@ -321,12 +256,6 @@ def test_a_bad_tile_is_recorded_becomes_nodata_and_is_tried_again_when_asked(
     again = run(source, class_network(), out, client, retry_failed=True)
     assert (again.tiles, again.failed_tiles) == (4, ())
     assert np.array_equal(stored(out), expected)
-
-
-def _passed() -> Any:
-    from outsize.tiler.check import StartCheck
-
-    return StartCheck(tiles=0, pixels=0, compared="logits", max_abs=0, largest=1, flipped=0, tolerance=1)
 
 
 def test_the_start_check_stops_a_run_whose_halo_is_too_small(tmp_path: Path, client: Client) -> None:
@@ -359,12 +288,6 @@ def test_the_start_check_stops_a_run_whose_halo_is_too_small(tmp_path: Path, cli
             run(source, wrong, out, client, overwrite=True)
     assert np.array_equal(stored(out), before)
     assert run(source, network, out, client).tiles == 0
-
-
-def larger_windows_of(network: Network) -> Any:
-    from outsize.tiler.check import larger_window
-
-    return lambda _, patch, shape, margin: larger_window(network, patch, shape, margin)
 
 
 def test_the_stored_header_says_what_was_done(tmp_path: Path, client: Client) -> None:

@@ -27,7 +27,7 @@ from outsize.tiler.planner import plan_tiles
 from outsize.tiler.run_workers import compare_workers, find_device_peak
 from outsize.tiler.schedule import Lost, forget_plugin, job_on, run_cells
 
-from .test_run import class_network, run, scene, stored, whole
+from ..support.runs import class_network, run, scene, stored, whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +153,7 @@ def beside(cluster: LocalCluster, **packages: str) -> Iterator[Callable[[], None
 
     def start() -> None:
         words = [f"{name}={how}" for name, how in packages.items()]
-        module = "outsize.tests.tiler.foreign_worker"
+        module = "outsize.tests.support.foreign_worker"
         command = [sys.executable, "-m", module, cluster.scheduler_address, *words]
         before = len(cluster.scheduler.workers)
         started.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))

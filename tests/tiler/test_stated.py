@@ -22,8 +22,8 @@ from outsize.tiler.store import open_array
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .rasters import write_geotiff
-from .zoo import alive
+from ..support.rasters import write_geotiff
+from ..support.zoo import alive
 
 
 class Untraceable(nn.Module):

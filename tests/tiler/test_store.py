@@ -31,9 +31,9 @@ from outsize.tiler.store import (
 )
 from rasterio.crs import CRS
 
-from .rasters import CRS as WHERE
-from .rasters import TRANSFORM, has_all_chunks
-from .zoo import ZOO, alive
+from ..support.rasters import CRS as WHERE
+from ..support.rasters import TRANSFORM, has_all_chunks
+from ..support.zoo import ZOO, alive
 
 PLACE = from_rasterio(CRS.from_string(WHERE), TRANSFORM)
 

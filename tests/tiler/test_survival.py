@@ -23,9 +23,9 @@ import pytest
 from distributed import Client, LocalCluster
 from filelock import FileLock
 from outsize import __version__
-from outsize.tests.commands import Command, outsize
-from outsize.tests.kill_campaign import VICTIMS, Campaign, hash_chunks
-from outsize.tests.tiler.deadly import make_deadly
+from outsize.tests.support.commands import Command, outsize
+from outsize.tests.support.deadly import make_deadly
+from outsize.tests.support.kill_campaign import VICTIMS, Campaign, hash_chunks
 from outsize.tiler.cluster import ClusterError, ClusterOptions, open_client
 from outsize.tiler.errors import OutputError, RasterError
 from outsize.tiler.events import Event, RunPlanned, TileFinished
@@ -38,9 +38,9 @@ from outsize.tiler.run_summary import RunSummary
 from outsize.tiler.store import read_header, write_core
 from outsize.tiler.verify import verify_output
 
-from ..pipelines.models import save_small_model
-from .rasters import write_geotiff
-from .test_run import _passed, class_network, logit_network, random_image, run, scene, stored, whole
+from ..support.rasters import write_geotiff
+from ..support.runs import class_network, logit_network, passed_check, random_image, run, scene, stored, whole
+from ..support.small_model import save_small_model
 
 HERE = ClusterOptions(dashboard_address=None)
 
@@ -61,7 +61,7 @@ def run_here(raster: Path | Raster, out: Path, **options: Any) -> RunSummary:
 @pytest.fixture
 def _no_start_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its reference would read the deadly pixel in this process."""
-    monkeypatch.setattr("outsize.tiler.run.run_start_check", lambda *_: _passed())
+    monkeypatch.setattr("outsize.tiler.run.run_start_check", lambda *_: passed_check())
 
 
 LAST = (319, 319)
@@ -589,7 +589,7 @@ def test_a_scheduler_that_is_gone_is_said(tmp_path: Path, client: Client) -> Non
     ],
 )
 def test_kills_at_random_moments_lose_nothing(tmp_path: Path, victims: tuple[str, ...]) -> None:
-    """Short campaigns; tests/kill_campaign.py has the long one."""
+    """Short campaigns; tests/support/kill_campaign.py has the long one."""
     campaign = Campaign(
         tmp_path,
         seed=5,

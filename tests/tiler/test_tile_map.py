@@ -32,8 +32,7 @@ from outsize.tiler.tile_map import (
     tile_message,
 )
 
-from .rasters import write_geotiff
-from .test_transfer import damage
+from ..support.rasters import damage, write_geotiff
 
 
 def make_map(shape: tuple[int, int], core: int, todo: list[tuple[int, int]] | None = None) -> TileMap:

@@ -25,9 +25,9 @@ from outsize.tiler.training_plan import TrainPlan
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import train_rank
-from .rasters import write_geotiff
-from .whole_gradients import analysed, draw, gradients_of, largest_difference, plan_of, run_whole
+from ..support import train_rank
+from ..support.rasters import write_geotiff
+from ..support.whole_gradients import analysed, draw, gradients_of, largest_difference, plan_of, run_whole
 
 SHAPE = (53, 67)
 BOTH = SumOfLosses(losses=(CrossEntropy(ignore_index=255), Dice(ignore_index=255)), weights=(1.0, 0.5))

@@ -37,7 +37,7 @@ from outsize.tiler.training_plan import TrainPlan
 from outsize.tiler.training_planner import plan_training
 from torch import Tensor, nn
 
-from .rasters import write_geotiff
+from ..support.rasters import write_geotiff
 
 SHAPE = (61, 83)
 PLAN = TrainPlan(image_shape=(3, *SHAPE), output_shape=(2, *SHAPE), core=(13, 17))

@@ -10,7 +10,7 @@ from textwrap import indent
 
 import numpy as np
 
-from .rasters import write_geotiff
+from ..support.rasters import write_geotiff
 
 DOCUMENT = Path(__file__).parents[2] / "docs/training.md"
 SHAPE = (53, 67)

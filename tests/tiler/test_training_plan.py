@@ -18,7 +18,7 @@ from outsize.tiler.training_memory import count_tile_bytes
 from outsize.tiler.training_plan import TrainPlan
 from outsize.tiler.training_planner import TrainedImages, choose_training_tiles, plan_training
 
-from .whole_gradients import analysed, draw, gradients_of, largest_difference, plan_of, run_whole
+from ..support.whole_gradients import analysed, draw, gradients_of, largest_difference, plan_of, run_whole
 
 NETWORK = "convolution"
 """The fastest to plan."""

@@ -19,7 +19,7 @@ import xarray
 import zarr
 from affine import Affine
 from distributed import Client, LocalCluster
-from outsize.tests.commands import Command, outsize, result_of
+from outsize.tests.support.commands import Command, outsize, result_of
 from outsize.tiler.cluster import ClusterOptions
 from outsize.tiler.copier import Copier, TransferJob, probe_raster
 from outsize.tiler.dashboard import Watch
@@ -30,7 +30,7 @@ from outsize.tiler.raster_parts import open_mosaic, open_stack
 from outsize.tiler.transfer import copy_raster
 from outsize.tiler.transfer_plan import plan_transfer
 
-from .rasters import TRANSFORM, unique_pixels, write_geotiff
+from ..support.rasters import TRANSFORM, damage, unique_pixels, write_geotiff
 
 LOCAL = ClusterOptions(dashboard_address=None)
 
@@ -146,16 +146,6 @@ def test_workers_and_this_process_copy_the_same(tmp_path: Path) -> None:
         for folder in (tmp_path / "here.zarr", tmp_path / "there.zarr")
     ]
     assert files[0] == files[1]
-
-
-def damage(path: Path, window: tuple[int, int]) -> None:
-    """Overwrite one compressed tile so that it cannot be decoded."""
-    with rasterio.open(path) as dataset:
-        tile = f"{window[1]}_{window[0]}"
-        offset = int(dataset.get_tag_item(f"BLOCK_OFFSET_{tile}", "TIFF", bidx=1))
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(b"\xff" * 40)
 
 
 def test_threads_of_one_worker_copy_the_same(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from outsize.tiler.network import analyze_network
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .test_exactness import cores_of, run_whole, run_window
+from ..support.windows import cores_of, run_whole, run_window
 
 
 class Trap(nn.Module):

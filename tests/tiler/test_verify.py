@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 from distributed import Client
-from outsize.tests.kill_campaign import hash_chunks
+from outsize.tests.support.kill_campaign import hash_chunks
 from outsize.tiler.errors import OutputError
 from outsize.tiler.events import Event, TileFinished
 from outsize.tiler.network import Network
@@ -26,7 +26,7 @@ from outsize.tiler.small_parts import mend_parts
 from outsize.tiler.store import open_array, read_header
 from outsize.tiler.verify import recompute_samples, tile_states, verify_output
 
-from .test_run import class_network, logit_network, run, scene, stored, whole
+from ..support.runs import class_network, logit_network, run, scene, stored, whole
 
 
 def damage_chunks(out: Path) -> dict[tuple[int, int], str]:

@@ -15,7 +15,7 @@ from outsize.tiler.geometry import Grid, Window
 from outsize.tiler.labels import UNLABELLED, LabelOptions, open_labels
 from outsize.tiler.raster import open_raster, read_filled
 
-from ...tiler.rasters import unique_pixels, write_geotiff
+from ...support.rasters import unique_pixels, write_geotiff
 
 SHAPE = (37, 53)
 TURNS = [Turn(transpose=t, mirror_y=y, mirror_x=x) for t, y, x in product((False, True), repeat=3)]

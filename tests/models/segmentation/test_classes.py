@@ -13,7 +13,7 @@ from outsize.sample_data.write import write_scene
 from outsize.tiler.errors import UsageError
 from outsize.tiler.labels import LabelOptions
 
-from ...tiler.rasters import write_geotiff
+from ...support.rasters import write_geotiff
 
 
 def names_of(*paths: Path, options: LabelOptions | None = None) -> tuple[list[str], tuple[str, ...]]:

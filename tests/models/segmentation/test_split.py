@@ -21,7 +21,7 @@ from outsize.tiler.geometry import Grid, Interval, Window
 from outsize.tiler.network import Network, analyze_network
 from torch import nn
 
-from ...tiler.analysed import analysed
+from ...support.analysed import analysed
 
 SHAPE = (311, 277)
 

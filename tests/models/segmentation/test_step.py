@@ -33,7 +33,7 @@ from outsize.tiler.trainable import prepare_training
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...tiler.rasters import write_geotiff
+from ...support.rasters import write_geotiff
 
 SHAPES = ((83, 71), (61, 97))
 CLASSES, CELL, CORE = 3, 11, 23

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import boto3
 import pytest
@@ -182,3 +183,12 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def upload(server: ObjectServer, path: Path, name: str) -> str:
+    """A file or a folder into the bucket; its URL."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    for file in files:
+        key = name if file == path else f"{name}/{file.relative_to(path).as_posix()}"
+        server.client().upload_file(str(file), BUCKET, key)
+    return f"s3://{BUCKET}/{name}"

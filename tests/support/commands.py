@@ -183,7 +183,7 @@ class _Server:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "outsize.tests.commands", str(theirs.fileno())],
+                [sys.executable, "-m", "outsize.tests.support.commands", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,

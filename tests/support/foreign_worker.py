@@ -1,6 +1,6 @@
 """A `dask worker` of one thread, on a machine where packages are missing or older.
 
-    python -m outsize.tests.tiler.foreign_worker ADDRESS NAME=HOW...
+    python -m outsize.tests.support.foreign_worker ADDRESS NAME=HOW...
 
 HOW is "broken" (an import fails), "gone" (the package is not there at all) or another version than the true one.
 """

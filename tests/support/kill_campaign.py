@@ -1,6 +1,6 @@
 """Kills at random moments, each followed by a resume: every result must be byte-identical to an undisturbed run's.
 
-python -m outsize.tests.kill_campaign FOLDER [--kills 200] [--seed 0]
+python -m outsize.tests.support.kill_campaign FOLDER [--kills 200] [--seed 0]
 
 Victims, in turn: a worker (the run itself goes on), the client (its workers must not outlive it), the client and its
 workers at once; of a cluster that the run only connects to, the scheduler, a worker, and the scheduler with the client.

@@ -154,3 +154,20 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "cropped": Cropped,
     "attended": Attended,
 }
+
+
+class Finished(nn.Module):
+    """A network whose logits are rounded to bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = alive(UNet(3, 4, (6, 8))).float()
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x.float() / 255)
+
+    def finish(self, logits: torch.Tensor) -> torch.Tensor:
+        return (logits.softmax(1) * 254).round().to(torch.uint8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.finish(self.logits(x))

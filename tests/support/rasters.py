@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import rasterio
 from affine import Affine
+from outsize.tiler.geometry import Window
 from outsize.tiler.plan import Tile, TilePlan
+from outsize.tiler.raster import Raster
 from outsize.tiler.store import ZarrFormat, chunks_of
 from rasterio.errors import NotGeoreferencedWarning
 
@@ -42,3 +44,21 @@ def write_geotiff(path: Path, image: np.ndarray, **options: Any) -> Path:
 def has_all_chunks(path: Path, kind: str, plan: TilePlan, tile: Tile, zarr_format: ZarrFormat = 3) -> bool:
     """Whether every chunk of a tile is there."""
     return all((path / name).is_file() for name in chunks_of(kind, plan, tile, zarr_format))
+
+
+def damage(path: Path, window: tuple[int, int]) -> None:
+    """Overwrite one compressed tile so that it cannot be decoded."""
+    with rasterio.open(path) as dataset:
+        tile = f"{window[1]}_{window[0]}"
+        offset = int(dataset.get_tag_item(f"BLOCK_OFFSET_{tile}", "TIFF", bidx=1))
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * 40)
+
+
+def missing_of(raster: Raster) -> list[list[bool]]:
+    window = Window.whole(raster.shape_yx)
+    reader = raster.open_reader()
+    missing = reader.read_missing(window, reader.read(window))
+    reader.close()
+    return (np.zeros(raster.shape_yx, bool) if missing is None else missing).tolist()
