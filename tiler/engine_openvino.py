@@ -17,6 +17,7 @@ import numpy.typing as npt
 from .axis_geometry import AxisGeometry, ImageAxis, compute_geometry, geometry_key, tap_arrays
 from .engine import WIDER_PIXELS, EngineProgram
 from .errors import EngineError
+from .process_locks import TRACING
 
 # OpenVINO reports its use to its makers from the moment it is imported, unless the package that does so is missing. A
 # run must not talk to anyone, so here it is missing.
@@ -38,7 +39,7 @@ def convert_network(network: Network, threads: int) -> EngineProgram:
         EngineError: OpenVINO has no counterpart for an operation or dtype.
     """
     try:
-        with warnings.catch_warnings():
+        with TRACING, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = ov.convert_model(_convertible(network))
             if (dtype := _name(network)) in WIDER_PIXELS:

@@ -23,6 +23,7 @@ from .errors import EngineError
 from .fingerprint import hash_network
 from .geometry import Interval
 from .network import Network, analyze_network
+from .process_locks import TRACING
 from .program import Program, graph_tensors, hash_sizes
 from .program_cache import ProgramCache
 from .program_ir import ModelParts, join_models, split_model
@@ -133,7 +134,7 @@ def _convert(program: Program) -> ModelParts:
     window = program.window
     example = torch.zeros((1, program.network.bands, *window.shape), dtype=program.network.dtype)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with TRACING, warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             examples = (example, *program.inputs())
             exported = torch.export.export(program, examples, strict=False)

@@ -23,6 +23,7 @@ from .errors import UntileableError, UsageError
 from .geometry import Halo, Interval, Window, align_down, align_up
 from .graph import TracedGraph, operation_name, trace, where
 from .machine import one_thread
+from .process_locks import TRACING
 from .receptive import AxisGraph, AxisNode, AxisRule, Cut, Resample, Same, Slide
 from .rules import (
     AXES,
@@ -64,6 +65,10 @@ class Network:
     """Height or width of a raster up to which window runs are exact; None: any."""
     window_refusal: str = ""
     """Why windows of the image cannot be run through the module itself, though programs can; empty: they can."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and other processes get the module, and analyse it: torch's graphs cannot be pickled."""
+        return analyze_network, (self.module, self.bands, self.dtype)
 
     @property
     def has_logits(self) -> bool:
@@ -221,7 +226,7 @@ def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype
         UntileableError: an operation without an exact rule, named with its module and source line; a module that fixes
             the image's size; an output that is not on the image's grid times a constant scale.
     """
-    with warnings.catch_warnings(), one_thread():
+    with TRACING, warnings.catch_warnings(), one_thread():
         # What torch remarks on while it is tried out is not what the user asked; made errors, remarks would look like
         # sizes that the module refuses.
         warnings.simplefilter("ignore")

@@ -15,6 +15,7 @@ from .errors import UntileableError
 from .geometry import Grid, Window, align_up
 from .network import Network, analyze_network
 from .planner import choose_method
+from .process_locks import TRACING
 from .program import compute_halo, make_program
 
 TOLERANCE = 1e-10
@@ -50,7 +51,7 @@ class Proof:
 @contextmanager
 def _plain_arithmetic() -> Iterator[None]:
     """Without oneDNN, whose Winograd convolution spreads NaN over whole blocks."""
-    with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False), torch.no_grad():
+    with TRACING, warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False), torch.no_grad():
         yield
 
 

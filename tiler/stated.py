@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from math import lcm
 from typing import Any
 
@@ -18,6 +18,7 @@ from .errors import UntileableError, UntraceableError, UsageError
 from .geometry import Halo, Interval, align_up
 from .graph import find_accepted_sizes, first_line, shows_logits
 from .network import Network, analyze_network, torch_dtype
+from .process_locks import TRACING
 from .receptive import footprint
 
 STRIDE = 64
@@ -34,6 +35,10 @@ class StatedNetwork(Network):
     stated_multiple: int
     stated_logits: bool
     _outputs: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        stated = partial(state_network, halo=self.stated_halo, stride=self.stated_stride)
+        return stated, (self.module, self.bands, self.dtype)
 
     @property
     def has_logits(self) -> bool:
@@ -128,7 +133,7 @@ def state_network(
     found = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     if dtype is not None:
         found = dtype if isinstance(dtype, torch.dtype) else torch_dtype(np.dtype(dtype))
-    with warnings.catch_warnings():
+    with TRACING, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         multiple, accepted = find_accepted_sizes(module, bands, found)
         step = lcm(stride or STRIDE, multiple)
