@@ -37,7 +37,7 @@ from ..tiler.planner import plan_tiles
 from ..tiler.precision_loss import PrecisionLoss
 from ..tiler.proof import prove_network
 from ..tiler.quantise import require_quantiser
-from ..tiler.raster import Raster, ReadOptions, open_with
+from ..tiler.raster import Raster, ReadOptions, fill_values, open_with
 from ..tiler.raster_parts import open_stack
 from ..tiler.run import predict
 from ..tiler.run_summary import RunSummary
@@ -127,7 +127,9 @@ class Preparation:
         key = (raster.bands, str(raster.dtype))
         if key not in self._known:
             self._known[key] = self.analyse(raster, paths[0])
-        return raster, *self._known[key]
+        model, network = self._known[key]
+        fill_values(model.fill, raster)
+        return raster, model, network
 
     def analyse(self, raster: Raster, source: str) -> tuple[SegmentationModel, Network]:
         """The model, and its network on rasters like this one.
@@ -288,6 +290,9 @@ def _segment(
         console.remark(f"failed    tile {row},{column}: {reason}")
     if len(summary.failed_tiles) > 20:
         console.remark(f"failed    and {len(summary.failed_tiles) - 20} more, in {out}.run")
+    if summary.undeclared_pixels:
+        count = count_of(summary.undeclared_pixels, "pixel")
+        console.remark(f"nodata    {count} of NaN or infinity, which the raster does not declare as nodata")
     console.result(_sentence(summary, out), {"model": model.name, **summary.to_json()})
     return summary
 

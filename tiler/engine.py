@@ -51,9 +51,6 @@ CUDA_MEMORY = EngineMemory(
 """On a CUDA device the tensors are there and not on the host. Nothing of this was measured here: the factor is that of
 torch on the CPU, which holds the operands of a convolution in two orders at most."""
 
-WIDER_PIXELS = {"uint16": "int32", "uint32": "int64"}
-"""Pixel types that OpenVINO's converter does not know, and what holds all their values."""
-
 ENGINE_EFFICIENCY: dict[str, float] = {"openvino": 0.8, "torch": 0.15, "cuda": 0.3}
 """Share of a large matrix product's speed that the default network reaches in a run; measured, on CUDA supposed; for
 estimates only."""

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .axis_geometry import AxisGeometry, ImageAxis, compute_geometry, geometry_key, tap_arrays
-from .engine import WIDER_PIXELS, EngineProgram
-from .errors import EngineError
+from .engine import EngineProgram
+from .errors import EngineError, NotFiniteError
 from .process_locks import TRACING
 
 # OpenVINO reports its use to its makers from the moment it is imported, unless the package that does so is missing. A
@@ -38,14 +38,18 @@ def convert_network(network: Network, threads: int) -> EngineProgram:
     Raises:
         EngineError: OpenVINO has no counterpart for an operation or dtype.
     """
+    from .pixel_types import WIDER, name_of
+
     try:
         with TRACING, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = ov.convert_model(_convertible(network))
-            if (dtype := _name(network)) in WIDER_PIXELS:
+            if (dtype := name_of(network)) in WIDER:
                 prepared = ov.preprocess.PrePostProcessor(model)
                 prepared.input().tensor().set_element_type(ov.Type(np.dtype(dtype)))
                 model = prepared.build()
+    except EngineError:
+        raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EngineError(f"OpenVINO cannot run this network: {reason}; use --engine torch") from error
@@ -57,20 +61,18 @@ def convert_network(network: Network, threads: int) -> EngineProgram:
     )
 
 
-def _name(network: Network) -> str:
-    return str(network.dtype).removeprefix("torch.")
-
-
 def _convertible(network: Network) -> Any:
-    """The traced program; for dtypes that the converter does not know, traced again with one that holds them."""
-    wider = WIDER_PIXELS.get(_name(network))
-    if wider is None:
+    """The traced program; where pixels enter in another type, traced again with that one."""
+    from .pixel_types import name_of, require_entering
+
+    entering = require_entering(network)
+    if entering == name_of(network):
         return network.graph.program
     import torch  # only the planning process converts; workers do without torch
 
     from .graph import trace
 
-    return trace(network.module, network.bands, getattr(torch, wider)).program
+    return trace(network.module, network.bands, getattr(torch, entering)).program
 
 
 def convert_exported(program: Any, shapes: list[tuple[int, ...]]) -> tuple[bytes, bytes]:
@@ -106,6 +108,27 @@ def compile_options(threads: int) -> dict[str, Any]:
     }
 
 
+LARGEST_PIXEL = 1e20
+"""Of floats: a network that multiplies them by 1e18 and adds overflows float32. torch says so by NaN, which maxima of
+OpenVINO hide. Undeclared nodata values are seldom smaller."""
+
+
+def enter(image: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The pixels in the type that the network takes here.
+
+    Raises:
+        NotFiniteError: some are so large that sums of them may overflow.
+    """
+    if image.dtype.kind == "f" and image.size:
+        largest = max(abs(float(image.max())), abs(float(image.min())))
+        if largest > LARGEST_PIXEL:
+            raise NotFiniteError(
+                f"OpenVINO computes with pixels up to {LARGEST_PIXEL:g}, got one of {largest:g}; if it means nodata, "
+                "say so with --nodata, else use --engine torch"
+            )
+    return image.astype(dtype, copy=False)
+
+
 class OpenVinoEngine:
     """Runs a network at fixed shapes, one compiled program alive at a time.
 
@@ -119,6 +142,7 @@ class OpenVinoEngine:
         graph, weights = program.payload
         self._model = self._core.read_model(graph, ov.Tensor(np.frombuffer(weights, np.uint8)))
         self._weights = weights  # the model's constants point into it
+        self._dtype = np.dtype(self._model.input(0).get_element_type().to_dtype())
         self._has_logits, self._is_quantised = program.has_logits, program.precision == "int8"
         self._options = compile_options(program.threads)
         self._key: tuple[Any, ...] | None = None
@@ -145,6 +169,7 @@ class OpenVinoEngine:
 
     def _infer(self, image: npt.NDArray[Any], outputs: int) -> list[npt.NDArray[Any]]:
         request = self._prepared(image.shape, outputs)
+        image = enter(image, self._dtype)
         request.infer([image[None]], share_inputs=True, share_outputs=True)
         return [request.get_output_tensor(index).data[0] for index in range(outputs)]
 
@@ -212,7 +237,7 @@ class OpenVinoPrograms:
             compute_geometry(self._axes[1], tile.core.columns),
         )
         request = self._request(rows, columns)
-        image = image.astype(self._dtype, copy=False)
+        image = enter(image, self._dtype)
         inputs = [image[None], *tap_arrays(rows), *tap_arrays(columns)]
         request.infer(inputs, share_inputs=True, share_outputs=True)
         return [request.get_output_tensor(index).data[0] for index in range(self._outputs)]

@@ -18,11 +18,12 @@ import numpy.typing as npt
 import torch
 
 from .axis_geometry import AxisGeometry, compute_geometry, geometry_key
-from .engine import WIDER_PIXELS, EngineProgram, Precision, TileEngine
+from .engine import EngineProgram, Precision, TileEngine
 from .errors import EngineError
 from .fingerprint import hash_network
 from .geometry import Interval
 from .network import Network, analyze_network
+from .pixel_types import name_of, require_entering
 from .process_locks import TRACING
 from .program import Program, graph_tensors, hash_sizes
 from .program_cache import ProgramCache
@@ -74,8 +75,10 @@ class Converter:
     """Makes programs of one network for OpenVINO; those made before on this machine come from its cache."""
 
     def __init__(self, network: Network, shape_yx: tuple[int, int]) -> None:
-        wider = WIDER_PIXELS.get(_name(network))
-        self.network = network if wider is None else analyze_network(network.module, network.bands, wider)
+        entering = require_entering(network)
+        self.network = network
+        if entering != name_of(network):
+            self.network = analyze_network(network.module, network.bands, entering)
         self.axes = self.network.on_image(shape_yx)
         self._sizes = hash_sizes(self.network, self.network.padded_shape(shape_yx))
         self._cache = ProgramCache(cache_name(self.network))
@@ -85,7 +88,7 @@ class Converter:
         """The program of the cores that share those geometries.
 
         Raises:
-            EngineError: OpenVINO has no counterpart for an operation or dtype.
+            EngineError: OpenVINO has no counterpart for an operation.
         """
         key = f"{geometry_key(rows)}-{geometry_key(columns)}-{self._sizes}"
         found = self._cache.read(key)
@@ -102,13 +105,9 @@ class Converter:
             self._cache.trim(self._used)
 
 
-def _name(network: Network) -> str:
-    return str(network.dtype).removeprefix("torch.")
-
-
 def cache_name(network: Network) -> str:
     """Of what is kept on this machine for a network: equal only where the same weights go through the same code."""
-    parts = [hash_network(network), _name(network), _hash_sources(), version("torch"), _openvino_version()]
+    parts = [hash_network(network), name_of(network), _hash_sources(), version("torch"), _openvino_version()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
@@ -164,7 +163,7 @@ def pack_programs(
     if engine == "torch":
         buffer = io.BytesIO()
         try:
-            cloudpickle.dump((network.module, network.bands, _name(network)), buffer)
+            cloudpickle.dump((network.module, network.bands, name_of(network)), buffer)
         except (pickle.PicklingError, TypeError, AttributeError) as error:
             raise EngineError(
                 f"the module cannot be sent to workers: {error}; define it at the top of a module"
@@ -184,7 +183,7 @@ def pack_programs(
                 report(len(models), len(pairs))
         converter.tidy()
         graphs, weights = join_models(models)
-        payload = (pickle.dumps((converter.axes, _name(converter.network), graphs)), weights)
+        payload = (pickle.dumps((converter.axes, name_of(converter.network), graphs)), weights)
     return EngineProgram(
         engine="openvino" if engine == "openvino" else "torch",
         payload=payload,
@@ -230,7 +229,7 @@ def open_programs(
         graphs, weights = join_models({"": converter.convert(rows, columns)})
         return graphs[""], weights
 
-    return _openvino(converter.axes, _name(converter.network), network.has_logits, threads, graph)
+    return _openvino(converter.axes, name_of(converter.network), network.has_logits, threads, graph)
 
 
 def _openvino(*arguments: Any) -> OpenVinoPrograms:

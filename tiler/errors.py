@@ -20,6 +20,10 @@ class RasterError(TilerError):
     """An input raster that cannot be opened, read or understood."""
 
 
+class NotFiniteError(TilerError):
+    """Pixels that are no finite numbers in some of their bands, where nothing says that they are nodata."""
+
+
 class UntileableError(TilerError):
     """A network that cannot be tiled exactly; names the operation, its module and the remedy."""
 

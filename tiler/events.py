@@ -36,6 +36,8 @@ class TileRecord:
     """Of all blocks that its process decoded since its last record; 0 where the plan keeps none, and nobody counts."""
     checked_bytes: int = 0
     """Of those that it decoded for the start check, apart."""
+    undeclared_pixels: int = 0
+    """Pixels of the raster under the core that are nodata for NaN or infinity which it does not declare."""
 
     @classmethod
     def failure(cls, row: int, column: int, pixels: int, error: str, worker: str = "") -> TileRecord:

@@ -75,6 +75,8 @@ def fingerprint_raster(raster: Raster) -> dict[str, Any]:
         "input_bands": list(raster.indexes),
         "input_axes": raster.axes,
         "input_nodata": str(raster.nodata_rule),
+        # Before there was a rule for them, NaN and infinity went into the network.
+        **({"not_finite": "nodata"} if raster.dtype.kind == "f" else {}),
     }
 
 

@@ -23,6 +23,7 @@ from .errors import EngineError, UsageError
 from .geometry import Window
 from .machine import cpu_count
 from .network import Network
+from .pixel_types import fit_engine
 from .plan import Tile
 from .planner import choose_method
 from .process_locks import TRACING, ProcessLock, after_fork, is_forked
@@ -81,12 +82,13 @@ _opened_openvino = threading.Event()
 """Whether this process, or one that it was forked from, has computed by OpenVINO."""
 
 
-def _choose_engine(name: str | None, device: str | None) -> EngineChoice:
+def _choose_engine(network: Network, shape_yx: tuple[int, int], name: str | None, device: str | None) -> EngineChoice:
     """What is asked for, else what is fastest here and can compute at all.
 
     Raises:
         EngineError: this process was forked, and what is asked for has no threads here.
     """
+    name = fit_engine(network, name, shape_yx, None)
     choice = choose_engine(find_facts(with_cuda=needs_cuda_facts(name, device)), name, device)
     if not is_forked() or choice.device != "cpu":
         return choice
@@ -173,7 +175,7 @@ def predict_window(
     if raster.bands != network.bands:
         raise UsageError(f"the network takes {network.bands} bands, the raster has {raster.bands}")
     require_current(network)
-    choice = _choose_engine(engine, device)
+    choice = _choose_engine(network, raster.shape_yx, engine, device)
     method = choose_method(network, None, raster.shape_yx)
     tile = _tile_of(network, window, method, raster.shape_yx)
     source = tile.window

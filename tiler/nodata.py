@@ -9,6 +9,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from .errors import NotFiniteError
+from .geometry import Window
+
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 MaskSource = Literal["dataset", "alpha", "array", "parts"]
@@ -17,7 +20,10 @@ MaskSource = Literal["dataset", "alpha", "array", "parts"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodataRule:
-    """A pixel is nodata where all bands hold one of `values` (`any_band`: where one does), or where a mask says so."""
+    """A pixel is nodata where all bands hold one of `values` (`any_band`: where one does), or where a mask says so.
+
+    NaN and infinity count among the values of every float raster, declared or not.
+    """
 
     values: tuple[float, ...] = ()
     any_band: bool = False
@@ -62,7 +68,7 @@ def can_hold(dtype: np.dtype[Any], value: float) -> bool:
 
 def find_missing(image: Array, rule: NodataRule) -> Mask | None:
     """(height, width) of an image (bands, height, width), True where its values say nodata; None where no pixel is."""
-    if not rule.values:
+    if not rule.values and image.dtype.kind != "f":
         return None
     missing: Mask | None = None
     for band in image:
@@ -78,6 +84,59 @@ def find_missing(image: Array, rule: NodataRule) -> Mask | None:
     return missing if missing is not None and missing.any() else None
 
 
+def find_not_finite(image: Array) -> Mask | None:
+    """(height, width) of an image (bands, height, width), True where a band holds NaN or infinity; None: nowhere."""
+    found: Mask | None = None
+    for band in image if image.dtype.kind == "f" else ():
+        with np.errstate(over="ignore", invalid="ignore"):
+            # One pass without a mask in memory: a sum is finite only where all of its terms are.
+            if np.isfinite(band.sum()):
+                continue
+        strange = ~np.isfinite(band)
+        if strange.any():
+            found = strange if found is None else found | strange
+    return found
+
+
+def find_undeclared(image: Array, strange: Mask | None, rule: NodataRule) -> Mask | None:
+    """The not finite pixels of which a band holds NaN or infinity that is none of the rule's values; None: nowhere.
+
+    Args:
+        strange: what `find_not_finite` gave.
+    """
+    if strange is None:
+        return None
+    pixels = image[:, strange]
+    declared = np.isfinite(pixels)
+    for value in rule.values:
+        declared |= np.isnan(pixels) if math.isnan(value) else pixels == value
+    found = np.zeros(strange.shape, np.bool_)
+    found[strange] = ~declared.all(axis=0)
+    return found if found.any() else None
+
+
+def require_finite(image: Array, missing: Mask | None, strange: Mask | None, name: str, window: Window) -> None:
+    """Refuse pixels that are not nodata and not finite in all of their bands.
+
+    Args:
+        strange: what `find_not_finite` gave.
+        name: of the raster.
+
+    Raises:
+        NotFiniteError: names the first such pixel, its bands, and the remedy.
+    """
+    left = strange if strange is None or missing is None else strange & ~missing
+    if left is None or not left.any():
+        return
+    y, x = (int(place[0]) for place in np.nonzero(left))
+    held = [(band, value) for band, value in enumerate(image[:, y, x], 1) if not np.isfinite(value)]
+    bands = "band " + ", ".join(str(band) for band, _ in held)
+    raise NotFiniteError(
+        f"{name}: networks get finite pixels, but row {window.y + y}, column {window.x + x} holds {held[0][1]:g} in "
+        f"{bands} of {len(image)} and numbers in the others; --nodata-any (any_band=True) makes such pixels nodata"
+    )
+
+
 def join_missing(*masks: Mask | None) -> Mask | None:
     """True where one of the masks is; None where all are None."""
     found = [mask for mask in masks if mask is not None]
@@ -85,12 +144,8 @@ def join_missing(*masks: Mask | None) -> Mask | None:
 
 
 def _holds(band: Array, values: tuple[float, ...]) -> Mask:
-    found = np.zeros(band.shape, np.bool_)
+    found = ~np.isfinite(band) if band.dtype.kind == "f" else np.zeros(band.shape, np.bool_)
     for value in values:
-        if not can_hold(band.dtype, value):
-            continue
-        if np.isnan(value):
-            found |= np.isnan(band)
-        else:
+        if math.isfinite(value) and can_hold(band.dtype, value):
             found |= band == band.dtype.type(value if band.dtype.kind == "f" else int(value))
     return found

@@ -33,6 +33,7 @@ from .memory import (
 )
 from .memory_probe import MemoryLookup, constant_memory
 from .network import Network
+from .pixel_types import fit_engine
 from .plan import STORE_BYTES, Span, Tile, TilePlan, largest_window
 from .raster import Raster
 from .raster_parts import count_pixel_bytes, has_gdal
@@ -50,8 +51,6 @@ BATCH_PIXELS = 2048 * 2048
 TILES_PER_WORKER: dict[Method, int] = {"window": 16, "program": 64}
 """Cores above one chunk are used where every worker gets at least this many. Larger cores save halos, but each of up to
 nine kinds of tile touches memory of its own first, as long as the halos of that many take (docs/benchmarks.md)."""
-SMALLEST_SIDE = 64
-"""Rasters with a shorter side go to torch by themselves."""
 MOST_TILES = 50_000
 """Along one side. A raster that declares more is a mistake or a trap."""
 PROGRAM_FLOPS = 4e12
@@ -254,11 +253,7 @@ def plan_tiles(
     dtype = str(network.dtype).removeprefix("torch.")
     if isinstance(raster, Raster) and raster.dtype != np.dtype(dtype):
         raise UsageError(f"the network was analysed for {dtype} pixels, the raster has {raster.dtype}; analyse again")
-    if not network.is_known and engine == "openvino":
-        raise UsageError("OpenVINO needs a traced network, and this one's halo is only stated; use --engine torch")
-    # OpenVINO has no pixels of 64 bits without sign, and does not pool what is one pixel high or wide.
-    is_odd = not network.is_known or dtype == "uint64" or min(shape[1:]) < SMALLEST_SIDE
-    wanted_engine = "torch" if engine in (None, "auto") and is_odd else engine
+    wanted_engine = fit_engine(network, engine, (shape[1], shape[2]), precision)
     facts = facts or find_facts(with_cuda=needs_cuda_facts(wanted_engine, device))
     choice = choose_engine(facts, wanted_engine, device, precision, compiles=compiles)
     engine_name, on_cuda = choice.engine, bool(choice.cuda)

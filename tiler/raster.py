@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,7 +16,7 @@ from .block_cache import BlockStore
 from .errors import OutputError, RasterError, UsageError
 from .geometry import Window
 from .georeference import Georeference
-from .nodata import Array, Mask, NodataRule, can_hold
+from .nodata import Array, Mask, NodataRule, can_hold, find_not_finite, find_undeclared, require_finite
 from .places import gdal_name, is_far, is_remote, place_of, scheme_of, url_of
 
 
@@ -320,6 +321,8 @@ class FilledWindow:
     """(bands, height, width), nodata and everything beyond the raster replaced by the fill value."""
     missing: npt.NDArray[np.bool_] | None
     """(height, width); None where every pixel is valid."""
+    undeclared: Mask | None = None
+    """(height, width), True at nodata pixels for NaN or infinity that the raster does not declare; None: nowhere."""
 
 
 def read_filled(
@@ -332,11 +335,16 @@ def read_filled(
 
     Raises:
         RasterError: the window cannot be read.
+        NotFiniteError: a pixel holds NaN or infinity in some of its bands only, and is not nodata.
+        UsageError: a fill value that pixels cannot have.
     """
-    values = np.asarray(fill if fill is not None else (0,) * raster.bands).astype(raster.dtype)[:, None, None]
+    values = fill_values(fill, raster)[:, None, None]
     inside = window.clamp(raster.shape_yx)
     image = reader.read(inside)
     missing = reader.read_missing(inside, image)
+    strange = find_not_finite(image)
+    require_finite(image, missing, strange, raster.path, inside)
+    undeclared = find_undeclared(image, strange, raster.nodata_rule)
     if missing is not None:
         image = np.where(missing[None], values, image)
     if inside != window:
@@ -349,7 +357,30 @@ def read_filled(
             beyond = np.ones(window.shape, np.bool_)
             beyond[: inside.height, : inside.width] = missing
             missing = beyond
-    return FilledWindow(np.ascontiguousarray(image), missing)
+        if undeclared is not None:
+            rest = np.subtract(window.shape, inside.shape)
+            undeclared = np.pad(undeclared, ((0, rest[0]), (0, rest[1])))
+    return FilledWindow(np.ascontiguousarray(image), missing, undeclared)
+
+
+def fill_values(fill: tuple[float, ...] | None, raster: Raster) -> Array:
+    """(bands,) what stands in for nodata, in the raster's dtype; a fraction is cut off for integer pixels.
+
+    Raises:
+        UsageError: another number of values than bands, or one that pixels of that type cannot have.
+    """
+    values = fill if fill is not None else (0.0,) * raster.bands
+    if len(values) != raster.bands:
+        raise UsageError(f"fill must have one value a band, {raster.bands} bands, got {len(values)} values")
+    dtype = raster.dtype
+    for band, value in enumerate(values, 1):
+        if not math.isfinite(value) or not can_hold(dtype, value if dtype.kind == "f" else math.trunc(value)):
+            limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
+            raise UsageError(
+                f"fill must be a value that {dtype} pixels can have, got {value:g} for band {band} of {raster.path}; "
+                f"give one from {limits.min:g} to {limits.max:g}"
+            )
+    return np.asarray([value if dtype.kind == "f" else math.trunc(value) for value in values]).astype(dtype)
 
 
 def file_identity(path: Path) -> str:

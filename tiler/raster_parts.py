@@ -334,7 +334,9 @@ class PartsReader:
             return self._last[1:]
         raster = self._raster
         image = np.empty((raster.bands, *window.shape), raster.dtype)
-        image[:] = raster.dtype.type(raster.nodata if raster.nodata is not None else 0)
+        # In gaps without a nodata value NaN, where pixels can have it: a 0 would count as a pixel.
+        nothing = 0 if raster.dtype.kind != "f" else np.nan
+        image[:] = raster.dtype.type(raster.nodata if raster.nodata is not None else nothing)
         empty = np.ones(window.shape, np.bool_)
         for index, part in enumerate(raster.parts):
             height, width = part.raster.shape_yx

@@ -50,7 +50,7 @@ from .plan import TilePlan
 from .planner import plan_tiles
 from .precision_loss import PrecisionLoss
 from .quantise import QuantisedNetwork, quantise_network, require_quantiser
-from .raster import Raster, open_raster, require_apart
+from .raster import Raster, fill_values, open_raster, require_apart
 from .raster_parts import count_pixel_bytes, reference_to
 from .records import RunFolder, is_there, log, writing
 from .reference import ComputedPatch, Reference
@@ -84,6 +84,7 @@ from .store import (
 )
 from .tile_map import backdrop_message, begin_message, tile_message
 from .tile_states import TileStates
+from .weights import require_current
 from .worker import RunSpec
 
 Array = npt.NDArray[Any]
@@ -176,8 +177,8 @@ def predict(
     with MemoryMeter() as meter:
         raster = raster if isinstance(raster, Raster) else open_raster(raster)
         fill = fill if fill is not None else (0.0,) * raster.bands
-        if len(fill) != raster.bands:
-            raise UsageError(f"fill must have one value a band, {raster.bands} bands, got {len(fill)} values")
+        fill_values(fill, raster)  # refused before anything is begun
+        require_current(network)
         description = description or _default_description(network)
         plan = plan_tiles(
             raster,
@@ -281,6 +282,7 @@ def predict(
                 read_amplification=states.relate(states.decoded_bytes, count_pixel_bytes(raster)),
                 check_read_amplification=states.relate(states.checked_bytes, count_pixel_bytes(raster)) or 0.0,
                 predicted_read_amplification=plan.read_amplification,
+                undeclared_pixels=states.undeclared_pixels,
                 engine=plan.engine,
                 precision=plan.precision,
                 loss=run.loss,

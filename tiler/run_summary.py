@@ -44,6 +44,8 @@ class RunSummary:
     device_peak_bytes: int
     """Most that torch held on a CUDA device, its context apart; 0 on the CPU."""
     predicted_device_peak_bytes: int
+    undeclared_pixels: int = 0
+    """Pixels of the raster that became nodata for NaN or infinity in all bands, which the raster does not declare."""
     loss: PrecisionLoss | None = None
     """Of a precision below float32: what it cost, measured when the output was begun."""
 
@@ -65,6 +67,7 @@ class RunSummary:
             "read_amplification": None if self.read_amplification is None else round(self.read_amplification, 3),
             "check_read_amplification": round(self.check_read_amplification, 3),
             "predicted_read_amplification": round(self.predicted_read_amplification, 3),
+            "undeclared_pixels": self.undeclared_pixels,
             "engine": self.engine,
             "precision": self.precision,
             "precision_loss": self.loss.to_json() if self.loss else None,

@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import dataclass
 from fractions import Fraction
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from zarr.errors import BaseZarrError
 
 from .block_cache import BlockStore
 from .engine import EngineProgram, TileEngine
-from .errors import EngineError, OutputError, RasterError, WorkerError
+from .errors import EngineError, NotFiniteError, OutputError, RasterError, WorkerError
 from .events import TileRecord
 from .geometry import Interval, Window, footprint
 from .jobs import runner_of, told_plainly, unfit_worker
@@ -81,6 +82,19 @@ def missing_in_output(
         for interval, ratio in ((core.rows, scale[0]), (core.columns, scale[1]))
     ]
     return _count(~missing, window, under) == 0
+
+
+def count_under(
+    marked: npt.NDArray[np.bool_] | None, window: Window, core: Window, scale: tuple[Fraction, Fraction]
+) -> int:
+    """How many marked pixels of the raster belong to a core; each belongs to one."""
+    if marked is None:
+        return 0
+    rows, columns = (
+        slice(max(0, ceil(interval.start / ratio) - origin), max(0, ceil(interval.stop / ratio) - origin))
+        for interval, ratio, origin in zip((core.rows, core.columns), scale, (window.y, window.x), strict=True)
+    )
+    return int(marked[rows, columns].sum())
 
 
 def touches_nodata(missing: npt.NDArray[np.bool_] | None, tile: Tile, plan: TilePlan) -> npt.NDArray[np.uint8]:
@@ -179,6 +193,7 @@ class TileRunner:
             OutputError: the output cannot be written.
             WorkerError: this process can do no tile: its engine is missing, broken, or out of the device's memory.
             RasterError: this process does not see the raster's files.
+            NotFiniteError: pixels that no network is given, wherever tiles are cut.
         """
         self._loaded()  # also where the first tiles are nodata: a process that cannot do tiles says so at once
         tile = self.spec.plan.tile(row, column)
@@ -189,7 +204,7 @@ class TileRunner:
                 time.sleep(self._pause_s * 2 ** (attempt - 1))
             try:
                 return self._run(tile)
-            except (OutputError, WorkerError):
+            except (OutputError, WorkerError, NotFiniteError):
                 raise  # no fault of the tile: the run stops, and goes on when they are mended
             except (EngineError, ImportError) as error:
                 # Nor are these. A device without memory is the plan's fault, or that of another process on it: windows
@@ -250,6 +265,7 @@ class TileRunner:
             chunks=chunks,
             decoded_bytes=self._count_decoded(),
             checked_bytes=checked_bytes,
+            undeclared_pixels=count_under(filled.undeclared, tile.window, tile.core, self._scale),
         )
 
     def _sketch(self, tile: Tile, filled: FilledWindow) -> bytes:

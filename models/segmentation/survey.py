@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from ...tiler.errors import RasterError
 from ...tiler.geometry import Grid, Window, align_up
 from ...tiler.labels import UNLABELLED, Classes
+from ...tiler.nodata import find_not_finite, require_finite
 from .moments import Moments
 from .scene import LabelPart, SceneLabels, TrainingScene
 
@@ -65,7 +65,7 @@ def measure_bands(scene: TrainingScene, advance: Advance | None = None) -> Momen
     """Moments of the scene's bands over its valid pixels, those in validation blocks left out.
 
     Raises:
-        RasterError: pixels that are no numbers and are not said to be nodata.
+        NotFiniteError: a pixel holds NaN or infinity in some of its bands only, and is not nodata.
     """
     raster = scene.raster
     total = Moments.none(raster.bands)
@@ -76,11 +76,7 @@ def measure_bands(scene: TrainingScene, advance: Advance | None = None) -> Momen
         image = reader.read(window)
         missing = reader.read_missing(window, image)
         keep = np.ones(window.shape, np.bool_) if missing is None else ~missing
-        if raster.dtype.kind == "f" and not np.isfinite(image[:, keep]).all():
-            raise RasterError(
-                f"{raster.path} holds pixels that are no numbers in window {window}, and says no nodata there; "
-                "--nodata nan takes them for nodata, --nodata-any where one band has them"
-            )
+        require_finite(image, missing, find_not_finite(image), raster.path, window)
         if scene.split is not None:
             keep &= ~scene.split.find_validation(window)
         total += Moments.of(image[:, keep])
