@@ -119,10 +119,14 @@ def quantise_network(network: Network, images: Sequence[Array], threads: int) ->
     """
     from .cluster import worker_environment
     from .engine_openvino import convert_network
+    from .network import analyze_network
+    from .pixel_types import name_of
     from .reading import GDAL_CACHE_BYTES
 
     require_quantiser()
-    converted = convert_network(network, threads)
+    # In few bits the CPU plugin takes no pixels of int16.
+    wider = analyze_network(network.module, network.bands, "int32") if name_of(network) == "int16" else network
+    converted = convert_network(wider, threads)
     completed = subprocess.run(
         [sys.executable, "-P", "-m", __name__],
         input=pickle.dumps((converted.payload, converted.has_logits, [np.ascontiguousarray(i) for i in images])),
@@ -159,13 +163,14 @@ def _quantise(payload: tuple[bytes, bytes], has_logits: bool, images: list[Array
     from .engine_openvino import read_model, serialise_model
 
     model = read_model(*payload)
+    dtype = model.input(0).get_element_type().to_dtype()
     names = find_float_operations(model, has_logits)
     if names is None:
         raise ValueError("it has no convolution and no matrix product")
     nncf: Any = importlib.import_module("nncf")
     quantised = nncf.quantize(
         model,
-        nncf.Dataset([image[None] for image in images]),
+        nncf.Dataset([image[None].astype(dtype, copy=False) for image in images]),
         subset_size=len(images),
         # Symmetric ranges: zero, which convolutions pad with, is one of the 256 values.
         preset=nncf.QuantizationPreset.PERFORMANCE,

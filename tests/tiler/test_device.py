@@ -266,9 +266,11 @@ def test_bfloat16_is_checked_against_its_own_kind_and_its_loss_is_told(tmp_path:
     assert check is not None
     assert loss is not None
     assert (summary.precision, loss.precision, check.by) == ("bfloat16", "bfloat16", "torch in bfloat16")
-    # Against float32 the loss would not pass for rounding; against its own kind tiles differ by far less.
+    # Against float32 the loss would not pass for rounding; how far sums of bfloat16 in another order differ is the
+    # processor's: with AMX as far as from float32.
     assert loss.max_abs > 1e-3 * loss.largest
-    assert check.max_abs < 0.1 * loss.max_abs
+    assert check.passed
+    assert check.tolerance < 0.05 * loss.largest
     header = read_header(out)
     assert header["precision_loss"]["max_abs"] == loss.max_abs
     image = torch.from_numpy(open_raster(source).open_reader().read(Window(y=0, x=0, height=131, width=97)))[None]
