@@ -124,6 +124,16 @@ def find_refusal(network: Network) -> str:
     return ""
 
 
+def find_numbers(network: Network) -> str:
+    """The floating type that the network computes in; of several the widest."""
+    if network.is_known:
+        kinds = {_dtype(node) for node in network.graph.nodes if node.op == "call_function"}
+    else:
+        kinds = {parameter.dtype for parameter in network.module.parameters()}
+    floats = [kind for kind in kinds if kind is not None and kind.is_floating_point]
+    return _plain(max(floats, key=lambda kind: kind.itemsize, default=torch.float32))
+
+
 def _find_integer_arithmetic(network: Network) -> Node | None:
     """The first operation whose integers come from pixels and are others than theirs."""
     graph = network.graph

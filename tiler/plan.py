@@ -89,6 +89,10 @@ class TilePlan:
     read_amplification: float
     """Pixels decoded for each wanted pixel, at most, by workers that keep as many blocks as the plan allows."""
     precision: Precision = "float32"
+    numbers: str = "float32"
+    """What the network itself computes in; a precision of float32 leaves it as it is."""
+    engine_reason: str = ""
+    """Why the network runs by torch where OpenVINO would be faster; empty: it does not, or that was asked for."""
     device: str = "cpu"
     """"cpu", "cuda" (a worker for each device) or "cuda:N"."""
     device_names: tuple[str, ...] = ()
@@ -245,6 +249,9 @@ class TilePlan:
         fields["memory"] = MemoryPrediction(**values["memory"])
         return cls(**fields)
 
+    def _numbers_text(self) -> str:
+        return self.numbers if self.precision == "float32" else self.precision
+
     def _device_text(self) -> str:
         """Where the engine runs: cpu, cuda:1 (NAME), cuda (2 x NAME)."""
         if not self.device_names:
@@ -289,10 +296,12 @@ class TilePlan:
             ),
             (
                 "engine",
-                f"{self.engine}{', compiled,' if self.compiles else ''} in {self.precision} on {self._device_text()}, "
+                f"{self.engine}{', compiled,' if self.compiles else ''} in {self._numbers_text()} on "
+                f"{self._device_text()}, "
                 f"{self.workers} worker process"
                 f"{'es' if self.workers != 1 else ''} x {self.threads} "
-                f"thread{'s' if self.threads != 1 else ''}, {self.in_flight} tiles in flight each",
+                f"thread{'s' if self.threads != 1 else ''}, {self.in_flight} tiles in flight each"
+                f"{f': {self.engine_reason}' if self.engine_reason else ''}",
             ),
             (
                 "memory",

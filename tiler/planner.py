@@ -33,7 +33,7 @@ from .memory import (
 )
 from .memory_probe import MemoryLookup, constant_memory
 from .network import Network
-from .pixel_types import fit_engine
+from .pixel_types import find_numbers, find_refusal, fit_engine
 from .plan import STORE_BYTES, Span, Tile, TilePlan, largest_window
 from .raster import Raster
 from .raster_parts import count_pixel_bytes, has_gdal
@@ -385,6 +385,8 @@ def plan_tiles(
             method=chosen,
             engine=engine_name,
             precision=choice.precision,
+            numbers=find_numbers(network),
+            engine_reason=find_refusal(network) if wanted_engine != engine and engine_name == "torch" else "",
             workers=workers,
             threads=threads,
             in_flight=IN_FLIGHT * together,

@@ -11,11 +11,18 @@ import pytest
 import torch
 import zarr
 from distributed import Client
+from outsize.tiler.errors import EngineError, NotFiniteError, UsageError
+from outsize.tiler.geometry import Window
+from outsize.tiler.inference import predict_window
 from outsize.tiler.network import Network, analyze_network
+from outsize.tiler.nodata import NodataRule, find_missing
+from outsize.tiler.pixel_types import find_refusal
+from outsize.tiler.planner import plan_tiles
 from outsize.tiler.raster import Raster, open_raster
+from outsize.tiler.raster_parts import open_mosaic
 from torch import Tensor, nn
 
-from ..support.rasters import write_geotiff
+from ..support.rasters import TRANSFORM, missing_of, write_geotiff
 from ..support.runs import run, stored
 
 SHAPE = (75, 91)
@@ -132,3 +139,182 @@ def test_int8_counts_pixels_of_every_type(tmp_path: Path, client: Client, dtype:
     assert summary.failed_tiles == ()
     wanted = by_torch(scaled(dtype), image)
     assert np.abs(stored(tmp_path / "o.zarr") - wanted).max() < 0.1 * np.abs(wanted).max()
+
+
+def float_image(*places: tuple[int, int, int, float], bands: int = 2) -> np.ndarray:
+    """Ordinary numbers, but for some (band, y, x, value)."""
+    image = np.random.default_rng(0).normal(60, 20, (bands, *SHAPE)).astype(np.float32)
+    for band, y, x, value in places:
+        image[band, y, x] = value
+    return image
+
+
+@pytest.mark.parametrize("engine", ["openvino", "torch"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("nodata", [None, -9999.0, np.nan])
+@pytest.mark.parametrize("at", [(3, 4), (70, 90)])
+def test_what_is_not_finite_in_one_band_is_refused_wherever_it_lies(
+    tmp_path: Path, client: Client, engine: str, value: float, nodata: float | None, at: tuple[int, int]
+) -> None:
+    """The start check looks at corners of sampled tiles; every worker looks at every window."""
+    raster = open_raster(write_geotiff(tmp_path / "s.tif", float_image((1, *at, value)), nodata=nodata))
+    said = rf"row {at[0]}, column {at[1]} holds {value:g} in band 2 of 2 .*--nodata-any \(any_band=True\)"
+    with pytest.raises(NotFiniteError, match=said):
+        run(raster, scaled("float32"), tmp_path / "o.zarr", client, engine=engine, core=32)
+    window = Window(y=at[0] // 2, x=at[1] // 2, height=37, width=45)
+    with pytest.raises(NotFiniteError, match=said):
+        predict_window(raster, scaled("float32"), window, engine=engine)
+
+
+def test_a_tile_that_the_start_check_does_not_sample_stops_the_run_too(tmp_path: Path, client: Client) -> None:
+    image = np.random.default_rng(0).normal(60, 20, (2, 40, 1200)).astype(np.float32)
+    network = scaled("float32")
+    refused = 0
+    for column in range(16, 1200, 128):
+        marked = image.copy()
+        marked[0, 20, column] = np.nan
+        with pytest.raises(NotFiniteError, match=f"row 20, column {column} holds nan in band 1 of 2"):
+            run(write_geotiff(tmp_path / "s.tif", marked), network, tmp_path / f"{column}.zarr", client, core=32)
+        refused += 1
+    assert refused == 10
+
+
+def test_any_band_makes_it_nodata_with_its_reach(tmp_path: Path, client: Client) -> None:
+    image = float_image((1, 30, 40, np.nan), (0, 5, 6, np.inf), (0, 60, 9, -9999), (1, 60, 9, np.nan))
+    source = write_geotiff(tmp_path / "s.tif", image, nodata=-9999)
+    raster, out = open_raster(source, any_band=True), tmp_path / "o.zarr"
+    summary = run(raster, scaled("float32"), out, client, core=64, mark_nodata_context=True)
+    missing = np.zeros(SHAPE, bool)
+    missing[[30, 5, 60], [40, 6, 9]] = True
+    assert agrees_with(stored(out), by_torch(scaled("float32"), image, missing))
+    assert summary.undeclared_pixels == 3
+    context = np.asarray(zarr.open_array(out, path="nodata_context")[:])
+    assert context[28, 38] == 1
+    assert context[20, 20] == 0
+    # Declared in one band and not finite in the other, a pixel holds nothing in either.
+    without = float_image((0, 60, 9, -9999), (1, 60, 9, np.nan))
+    rule = open_raster(write_geotiff(tmp_path / "t.tif", without, nodata=-9999)).nodata_rule
+    assert np.argwhere(find_missing(without, rule)).tolist() == [[60, 9]]
+
+
+def agrees_with(found: np.ndarray, wanted: np.ndarray) -> bool:
+    return bool(np.allclose(found, wanted, rtol=1e-4, atol=1e-5, equal_nan=True))
+
+
+def test_declared_values_are_not_counted(tmp_path: Path, client: Client) -> None:
+    image = float_image((0, 9, 9, np.nan), (1, 9, 9, np.nan), (0, 12, 9, np.inf), (1, 12, 9, np.inf))
+    raster = open_raster(write_geotiff(tmp_path / "s.tif", image, nodata=np.nan))
+    assert run(raster, scaled("float32"), tmp_path / "o.zarr", client).undeclared_pixels == 1
+
+
+def test_numbers_whose_sum_overflows_are_numbers() -> None:
+    image = np.full((1, 4, 4), 3e38, np.float32)
+    assert find_missing(image, NodataRule()) is None
+    image[0, 1, 2] = np.nan
+    assert np.argwhere(find_missing(image, NodataRule())).tolist() == [[1, 2]]
+
+
+def test_an_undeclared_nodata_value_is_not_computed_with_where_it_would_overflow(
+    tmp_path: Path, client: Client
+) -> None:
+    image = float_image()
+    image[:, 10:20, 10:20] = np.finfo(np.float32).min
+    source, network = write_geotiff(tmp_path / "s.tif", image), scaled("float32")
+    with pytest.raises(NotFiniteError, match=r"pixels up to 1e\+20, got one of 3.40282e\+38; if it means nodata"):
+        run(source, network, tmp_path / "o.zarr", client, engine="openvino")
+    run(source, network, tmp_path / "t.zarr", client, engine="torch")
+    with np.errstate(over="ignore"):
+        assert agrees_with(stored(tmp_path / "t.zarr"), by_torch(network, image))
+
+
+class Wide(nn.Module):
+    """Of float64 weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Conv2d(2, 3, 3, padding=1).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.double() - 5_600_000)
+
+
+class Wrapping(nn.Module):
+    """Adds pixels in their own type, where they wrap round."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x[:, :1] + x[:, 1:]).float()
+
+
+class Halved(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x[:, :1].half() / 3).float()
+
+
+@pytest.mark.parametrize(
+    ("module", "dtype", "numbers", "reason"),
+    [
+        (Wide(), "float64", "float64", "the network computes in float64, and OpenVINO in float32"),
+        (Wrapping(), "uint8", "float32", r"the network reckons with uint8 pixels \(aten.add\) before it casts them"),
+        (Halved(), "float32", "float32", "the network computes in float16, and OpenVINO in float32"),
+    ],
+)
+def test_a_network_that_openvino_would_compute_otherwise_runs_by_torch(
+    tmp_path: Path, client: Client, module: nn.Module, dtype: str, numbers: str, reason: str
+) -> None:
+    image = np.random.default_rng(0).integers(100, 250, (2, *SHAPE)).astype(dtype)
+    if dtype == "float64":
+        image += 5_600_000 + np.random.default_rng(1).random((2, *SHAPE))
+    network, raster = analyze_network(module.eval(), 2, dtype), write(tmp_path, image)
+    plan = plan_tiles(raster, network)
+    assert (plan.engine, plan.numbers) == ("torch", numbers)
+    assert f"torch in {numbers} on cpu" in plan.explain()
+    assert plan.engine_reason in plan.explain()
+    wanted = by_torch(network, image)
+    summary = run(raster, network, tmp_path / "o.zarr", client, engine=None)
+    assert summary.engine == "torch"
+    assert np.allclose(stored(tmp_path / "o.zarr"), wanted, rtol=1e-12)
+    window = Window(y=9, x=9, height=30, width=30)
+    assert np.allclose(predict_window(raster, network, window), wanted[:, 9:39, 9:39], rtol=1e-12)
+    for asked in ({"engine": "openvino"}, {"precision": "int8"}):
+        with pytest.raises(EngineError, match=f"{reason}.*; use --engine torch"):
+            plan_tiles(raster, network, **asked)
+    with pytest.raises(EngineError, match=reason):
+        predict_window(raster, network, window, engine="openvino")
+    assert find_refusal(scaled("uint8")) == ""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fill", "said"),
+    [
+        ("uint8", (0, -1), "got -1 for band 2"),
+        ("uint8", (300, 0), "got 300 for band 1"),
+        ("int16", (0, 40_000), "give one from -32768 to 32767"),
+        ("float32", (np.nan, 0), "got nan for band 1"),
+        ("float32", (1e39, 0), r"got 1e\+39 for band 1"),
+        ("uint8", (0,), "one value a band, 2 bands, got 1 values"),
+    ],
+)
+def test_a_fill_that_pixels_cannot_have_is_refused(
+    tmp_path: Path, client: Client, dtype: str, fill: tuple[float, ...], said: str
+) -> None:
+    raster = write(tmp_path, np.random.default_rng(0).integers(1, 99, (2, *SHAPE)).astype(dtype))
+    with pytest.raises(UsageError, match=said):
+        run(raster, scaled(dtype), tmp_path / "o.zarr", client, fill=fill)
+    assert not (tmp_path / "o.zarr").exists()
+    with pytest.raises(UsageError, match=said):
+        predict_window(raster, scaled(dtype), Window(y=0, x=0, height=9, width=9), fill=fill)
+
+
+def test_nothing_in_a_mosaic_of_floats_is_taken_for_a_zero(tmp_path: Path) -> None:
+    image = float_image()
+    image[:, 10:12, 10:12] = np.nan
+    beside = TRANSFORM @ TRANSFORM.translation(SHAPE[1], 0)
+    paths = [
+        write_geotiff(tmp_path / "a.tif", image),
+        write_geotiff(tmp_path / "b.tif", float_image(), transform=beside),
+    ]
+    raster = open_mosaic(paths)
+    assert raster.shape_yx == (SHAPE[0], 2 * SHAPE[1])
+    missing = missing_of(raster)
+    assert np.argwhere(missing).tolist() == [[y, x] for y in (10, 11) for x in (10, 11)]
