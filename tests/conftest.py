@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,33 @@ import torch
 from dask import config
 from distributed import Client, LocalCluster
 from distributed.utils import get_mp_context
+
+WITH_PROCESSES = {"client", "server", "_warm_workers", "cluster", "workers"}
+"""Fixtures that start Dask or a process."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test is a unit test unless it, or its module, says that it is more than one."""
+    for item in items:
+        if WITH_PROCESSES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("system")
+        if not any(item.get_closest_marker(name) for name in ("system", "long")):
+            item.add_marker("unit")
+
+
+@pytest.fixture(autouse=True)
+def _unit_tests_start_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither Dask nor a process: what does is a test of the system."""
+    if request.node.get_closest_marker("unit") is None:
+        return
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("a unit test starts a process or Dask; mark its module: pytestmark = pytest.mark.system")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    monkeypatch.setattr(os, "fork", refuse)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+    monkeypatch.setattr(LocalCluster, "__init__", refuse)
 
 
 @pytest.fixture(autouse=True)

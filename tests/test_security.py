@@ -20,6 +20,8 @@ from outsize.tiler.transfer import copy_raster
 
 from .support.runs import class_network, scene, stored, whole
 
+pytestmark = pytest.mark.system
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("tiler", "models", "pipelines", "sample_data")
 PICKLES = {

@@ -18,6 +18,8 @@ from outsize.tiler.store import open_array
 
 from ..support.small_model import save_small_model
 
+pytestmark = pytest.mark.system
+
 NAMES = ("plain", "with space", 'quo\'ted "both"', "ünïcode-图", "-dash", "semi;colon $HOME `x`")
 """Of scenes on a disk; none of them may mean anything to a shell, a glob or an option."""
 

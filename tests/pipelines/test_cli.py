@@ -31,6 +31,8 @@ from rio_cogeo.cogeo import cog_validate
 
 from ..support.small_model import save_small_model
 
+pytestmark = pytest.mark.system
+
 SCENE = small_scene_path()
 LABELS = SCENE.with_name("labels.tif")
 PLACE = Affine(2, 0, 1000, 0, -2, 5000)

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from outsize.tests.support import commands
+
+pytestmark = pytest.mark.system
 
 
 def outsize(*arguments: str, code: int = 0) -> tuple[dict[str, Any], str]:

@@ -35,6 +35,8 @@ from outsize.sample_data.identities import PIXEL_MEAN, PIXEL_SCALE, SIZE
 from outsize.tests.support import commands
 from PIL import Image
 
+pytestmark = pytest.mark.system
+
 PEOPLE, PICTURES, DIM = 24, 3, 32
 
 

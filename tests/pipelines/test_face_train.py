@@ -40,6 +40,8 @@ from pyarrow import parquet
 
 from ..support.record_files import indexed
 
+pytestmark = pytest.mark.system
+
 TINY = ("--size", "16", "--batch", "8", "--micro-batch", "4", "--dim", "16", "--held-out", "6")
 STEPS = (
     "--faces",

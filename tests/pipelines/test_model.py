@@ -25,6 +25,8 @@ from safetensors.torch import load_file, save_file
 from stac_model.schema import MLModelProperties
 from torch import nn
 
+pytestmark = pytest.mark.system
+
 SCENE = small_scene_path()
 DOCUMENT = Path(__file__).parents[2] / "docs/models.md"
 

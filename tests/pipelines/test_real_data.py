@@ -20,6 +20,8 @@ from outsize.tiler.store import open_array
 from rasterio.merge import merge
 from torch.nn import functional as F
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture(autouse=True)
 def _workers_are_there(client: Client) -> Iterator[None]:

@@ -30,6 +30,8 @@ from outsize.tiler.store import open_array, read_header, writable
 
 from ..support.rasters import damage, write_geotiff
 
+pytestmark = pytest.mark.system
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

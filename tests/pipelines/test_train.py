@@ -32,6 +32,8 @@ from rasterio.features import shapes
 from ..support.rasters import CRS, TRANSFORM, write_geotiff
 from ..support.train_commands import SHAPE, done, done_apart, make_scene, outsize, refusal, same_log, same_tensors
 
+pytestmark = pytest.mark.system
+
 SMALL = ("--widths", "4,6", "--core", "64", "--step", "tiles:2", "--warm-up", "2", "--val-every", "3", "--threads", "1")
 """A network with a reach of 10, and steps of a fraction of a second; threads would wait for those of other tests."""
 

@@ -20,6 +20,8 @@ from outsize.tiler.training_cluster import TrainingCluster
 
 from ..support.train_commands import done, make_scene, refusal, same_log, same_tensors
 
+pytestmark = pytest.mark.system
+
 STEPS = 3
 WINDOW = Window(y=50, x=60, height=7, width=9)
 CHOICES = ("--widths", "4,6", "--core", "48", "--warm-up", "2", "--val-every", "2", "--steps", str(STEPS))

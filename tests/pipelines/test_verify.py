@@ -20,6 +20,8 @@ from outsize.tiler.store import open_array
 
 from ..support.small_model import save_small_model
 
+pytestmark = pytest.mark.system
+
 SIZE, CORE = 320, 64
 HOW = ("--model", "small.json", "--core", str(CORE), "--no-dashboard")
 SEGMENT = ("segment", "m.tif", "map.zarr", *HOW)

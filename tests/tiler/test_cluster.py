@@ -11,6 +11,8 @@ import pytest
 from distributed import LocalCluster
 from outsize.tiler.cluster import ClusterOptions, open_client
 
+pytestmark = pytest.mark.system
+
 
 def test_a_scheduler_that_is_lost_leaves_no_lines_of_dask() -> None:
     """Whoever needed it says that it is gone."""

@@ -20,6 +20,8 @@ from outsize.tiler.raster import open_raster
 from outsize.tiler.transfer import copy_raster
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
+pytestmark = pytest.mark.system
+
 SECONDS = 20
 PARTLY = {"image-tiff/text.tif", "rasterio/corrupt.tif"}
 """Files of which rasterio reads some windows and fails on others."""

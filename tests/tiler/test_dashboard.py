@@ -32,6 +32,8 @@ from outsize.tiler.worker import TileRunner
 from ..support.rasters import damage, write_geotiff
 from ..support.runs import class_network, run, scene, stored, whole
 
+pytestmark = pytest.mark.system
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

@@ -15,6 +15,8 @@ from outsize.tiler.network import analyze_network
 from ..support.analysed import analysed
 from ..support.zoo import ZOO, Finished
 
+pytestmark = pytest.mark.system
+
 
 @pytest.mark.parametrize("engine", ["openvino", "torch"])
 @pytest.mark.parametrize("name", ZOO)

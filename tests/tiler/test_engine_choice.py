@@ -13,6 +13,8 @@ from outsize.tiler.engine import choose_precision
 from outsize.tiler.engine_choice import choose_engine, needs_cuda_facts
 from outsize.tiler.errors import EngineError, TilerError, UsageError
 
+pytestmark = pytest.mark.system
+
 GB = 10**9
 OLD = CudaDevice(name="old", free_bytes=7 * GB, total_bytes=8 * GB, capability=(7, 5))
 NEW = CudaDevice(name="new", free_bytes=70 * GB, total_bytes=80 * GB, capability=(9, 0))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 from outsize.models import UNet
 from outsize.tiler.fingerprint import find_differences, hash_network
 from outsize.tiler.network import analyze_network
 
 from ..support.zoo import ZOO, alive
+
+pytestmark = pytest.mark.system
 
 CODE = """
 from outsize.tests.tiler.test_fingerprint import hash_small_network

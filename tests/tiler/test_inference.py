@@ -28,6 +28,8 @@ from torch import nn
 
 from ..support.runs import class_network, logit_network, run, scene, stored, whole
 
+pytestmark = pytest.mark.system
+
 THREADS = 8
 
 

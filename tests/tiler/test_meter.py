@@ -11,6 +11,8 @@ import psutil
 import pytest
 from outsize.tiler.meter import INTERVAL_S, MemoryMeter, measure_tree_bytes
 
+pytestmark = pytest.mark.system
+
 MB = 1_000_000
 CHILD = """
 import time

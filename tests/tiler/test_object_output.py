@@ -30,6 +30,8 @@ from ..support.object_server import BUCKET, Faults, ObjectServer, upload
 from ..support.rasters import unique_pixels, write_geotiff
 from ..support.runs import class_network, run, scene, stored, whole
 
+pytestmark = pytest.mark.system
+
 
 def contents(out: Path) -> dict[str, bytes]:
     """Every chunk of an output, the tiles' states among them."""

@@ -25,6 +25,8 @@ from ..support.object_server import BUCKET, Faults, ObjectServer, upload
 from ..support.rasters import missing_of, write_geotiff
 from ..support.runs import class_network, run, scene, stored, whole
 
+pytestmark = pytest.mark.system
+
 
 def test_names_of_places() -> None:
     assert [scheme_of(name) for name in ("s3://b/k", "a/b", "/vsis3/b/k", "GTIFF_DIR:1:a.tif", "C://x")] == [

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.system
+
 PROGRAM = """
 import atexit, sys, threading, time
 from outsize.tiler.process_end import end_with

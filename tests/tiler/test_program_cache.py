@@ -23,6 +23,8 @@ from outsize.tiler.program_ir import ModelParts
 from ..support.architectures import ARCHITECTURES
 from ..support.zoo import alive
 
+pytestmark = pytest.mark.system
+
 SHAPE = (150, 170)
 ROWS = [Interval(start=0, stop=64), Interval(start=64, stop=128), Interval(start=128, stop=150)]
 COLUMNS = [Interval(start=0, stop=64), Interval(start=64, stop=128), Interval(start=128, stop=170)]

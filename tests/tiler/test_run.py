@@ -50,6 +50,8 @@ from ..support.runs import (
 )
 from ..support.zoo import alive
 
+pytestmark = pytest.mark.system
+
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 130), (97, 131), (129, 65)])
 def test_a_run_equals_the_whole_image(tmp_path: Path, client: Client, height: int, width: int) -> None:

@@ -29,6 +29,8 @@ from outsize.tiler.schedule import Lost, forget_plugin, job_on, run_cells
 
 from ..support.runs import class_network, run, scene, stored, whole
 
+pytestmark = pytest.mark.system
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:

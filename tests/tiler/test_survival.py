@@ -42,6 +42,8 @@ from ..support.rasters import write_geotiff
 from ..support.runs import class_network, logit_network, passed_check, random_image, run, scene, stored, whole
 from ..support.small_model import save_small_model
 
+pytestmark = pytest.mark.system
+
 HERE = ClusterOptions(dashboard_address=None)
 
 

@@ -29,6 +29,8 @@ from ..support import train_rank
 from ..support.rasters import write_geotiff
 from ..support.whole_gradients import analysed, draw, gradients_of, largest_difference, plan_of, run_whole
 
+pytestmark = pytest.mark.system
+
 SHAPE = (53, 67)
 BOTH = SumOfLosses(losses=(CrossEntropy(ignore_index=255), Dice(ignore_index=255)), weights=(1.0, 0.5))
 

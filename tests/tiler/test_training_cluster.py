@@ -39,6 +39,8 @@ from torch import Tensor, nn
 
 from ..support.rasters import write_geotiff
 
+pytestmark = pytest.mark.system
+
 SHAPE = (61, 83)
 PLAN = TrainPlan(image_shape=(3, *SHAPE), output_shape=(2, *SHAPE), core=(13, 17))
 BOTH = SumOfLosses(losses=(CrossEntropy(ignore_index=255), Dice(ignore_index=255)), weights=(1.0, 0.5))

@@ -9,8 +9,11 @@ from pathlib import Path
 from textwrap import indent
 
 import numpy as np
+import pytest
 
 from ..support.rasters import write_geotiff
+
+pytestmark = pytest.mark.system
 
 DOCUMENT = Path(__file__).parents[2] / "docs/training.md"
 SHAPE = (53, 67)

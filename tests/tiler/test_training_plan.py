@@ -20,6 +20,8 @@ from outsize.tiler.training_planner import TrainedImages, choose_training_tiles,
 
 from ..support.whole_gradients import analysed, draw, gradients_of, largest_difference, plan_of, run_whole
 
+pytestmark = pytest.mark.system
+
 NETWORK = "convolution"
 """The fastest to plan."""
 ON_DISK = (3, 2001, 1503)

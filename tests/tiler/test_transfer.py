@@ -32,6 +32,8 @@ from outsize.tiler.transfer_plan import plan_transfer
 
 from ..support.rasters import TRANSFORM, damage, unique_pixels, write_geotiff
 
+pytestmark = pytest.mark.system
+
 LOCAL = ClusterOptions(dashboard_address=None)
 
 

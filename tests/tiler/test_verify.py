@@ -28,6 +28,8 @@ from outsize.tiler.verify import recompute_samples, tile_states, verify_output
 
 from ..support.runs import class_network, logit_network, run, scene, stored, whole
 
+pytestmark = pytest.mark.system
+
 
 def damage_chunks(out: Path) -> dict[tuple[int, int], str]:
     """Three tiles damaged in three ways; what is said of each."""

@@ -15,6 +15,8 @@ from outsize.tiler.check import compare_patches
 from outsize.tiler.geometry import Window
 from outsize.tiler.worker import missing_in_output
 
+pytestmark = pytest.mark.system
+
 
 @given(st.sampled_from(["1", "2", "3", "1/2", "1/3", "3/2", "2/3", "3/4", "5/2"]), st.integers(0, 2**31), st.data())
 @settings(max_examples=150, deadline=None)

@@ -19,6 +19,8 @@ from outsize.models.faceid.errors import HeadError
 from outsize.models.faceid.head import ShardedMarginHead
 from outsize.models.faceid.row_rules import SGD, Momentum, RowRMS, RowRule
 
+pytestmark = pytest.mark.system
+
 DIM = 12
 
 

@@ -24,6 +24,8 @@ from outsize.models.faceid.top_k import exact_scores, unit_rows
 
 from . import gallery_job
 
+pytestmark = pytest.mark.system
+
 DIM = 19
 
 

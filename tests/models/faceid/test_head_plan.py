@@ -13,6 +13,8 @@ from outsize.models.faceid.head import ShardedMarginHead
 from outsize.models.faceid.head_plan import plan_head
 from outsize.models.faceid.row_rules import SGD, Momentum, RowRMS
 
+pytestmark = pytest.mark.system
+
 
 @pytest.mark.parametrize(
     ("rule", "bytes_per_class"), [(SGD(lr=1), 1024), (RowRMS(lr=1), 1028), (Momentum(lr=1), 2048)], ids=str

@@ -18,6 +18,8 @@ from torch import Tensor
 from . import rank_job
 from .rank_job import DIM, make_batches
 
+pytestmark = pytest.mark.system
+
 Results = dict[str, list[dict[str, Any]]]
 """By case, of each rank."""
 

@@ -32,6 +32,8 @@ from stac_model.schema import MLModelProperties
 from torch import nn
 from torch.export import Dim
 
+pytestmark = pytest.mark.system
+
 ODD_SIZES = ((1, 1), (7, 5), (33, 47), (64, 62))
 
 
