@@ -14,6 +14,7 @@ import cloudpickle
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from .devices import find_facts
 from .engine import Method, TileEngine, WindowTiles, compile_program
@@ -22,13 +23,13 @@ from .engine_torch import TorchEngine
 from .errors import EngineError, UsageError
 from .geometry import Window
 from .machine import cpu_count
-from .network import Network
+from .network import Network, as_network
 from .pixel_types import fit_engine
 from .plan import Tile
 from .planner import choose_method
 from .process_locks import TRACING, ProcessLock, after_fork, is_forked
 from .program import make_program
-from .raster import Raster, read_filled
+from .raster import Raster, as_raster, read_filled
 from .store import output_nodata
 from .weights import require_current, weights_version
 from .worker import missing_in_output
@@ -148,8 +149,8 @@ def _tile_of(network: Network, window: Window, method: Method, shape_yx: tuple[i
 
 
 def predict_window(
-    raster: Raster,
-    network: Network,
+    raster: Any,
+    network: Network | nn.Module,
     window: Window,
     *,
     fill: tuple[float, ...] | None = None,
@@ -163,6 +164,8 @@ def predict_window(
     take turns at an engine.
 
     Args:
+        raster: an open one, or whatever `open_raster` takes.
+        network: analysed; a bare module is analysed at each call.
         window: in output pixels, inside the output.
         fill: raw value of each band for nodata pixels; None: 0.
         engine: "openvino" or "torch"; None: torch where it sees a CUDA device, else OpenVINO where it is installed.
@@ -172,6 +175,8 @@ def predict_window(
         UsageError: a window outside the output, or another number of bands than the network takes.
         RasterError: the raster cannot be read there.
     """
+    raster = as_raster(raster)
+    network = as_network(network, raster.bands, raster.dtype)
     if raster.bands != network.bands:
         raise UsageError(f"the network takes {network.bands} bands, the raster has {raster.bands}")
     require_current(network)
@@ -191,8 +196,8 @@ def predict_window(
 
 
 def lazy_predict(
-    raster: Raster,
-    network: Network,
+    raster: Any,
+    network: Network | nn.Module,
     *,
     chunk: int = 1024,
     fill: tuple[float, ...] | None = None,
@@ -206,6 +211,8 @@ def lazy_predict(
     import dask
     import dask.array
 
+    raster = as_raster(raster)
+    network = as_network(network, raster.bands, raster.dtype)
     height, width = network.output_shape(raster.shape_yx)
     dtype = np.dtype(str(network.output_dtype).removeprefix("torch."))
     # Absolute, for workers in other folders.

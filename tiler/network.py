@@ -233,6 +233,20 @@ def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype
         return _analyze(module, bands, dtype)
 
 
+def as_network(network: Network | nn.Module, bands: int, dtype: np.dtype[Any] | None) -> Network:
+    """The network itself; a bare module analysed for such pixels.
+
+    Raises:
+        UntileableError: as `analyze_network` has it.
+        UsageError: neither.
+    """
+    if isinstance(network, Network):
+        return network
+    if not isinstance(network, nn.Module):
+        raise UsageError(f"a network must be an analysed Network or a torch module, got {type(network).__name__}")
+    return analyze_network(network, bands, dtype)
+
+
 def _analyze(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype[Any] | str | None) -> Network:
     if dtype is None:
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import lcm
+from typing import Any
 
 import numpy as np
+from torch import nn
 
 from .agreement import takes_batches
 from .axis_geometry import AxisGeometry, compute_geometry, geometry_key
@@ -32,10 +34,10 @@ from .memory import (
     predict_pinned,
 )
 from .memory_probe import MemoryLookup, constant_memory
-from .network import Network
+from .network import Network, as_network
 from .pixel_types import find_numbers, find_refusal, fit_engine
 from .plan import STORE_BYTES, Span, Tile, TilePlan, largest_window
-from .raster import Raster
+from .raster import Raster, as_raster
 from .raster_parts import count_pixel_bytes, has_gdal
 from .reading import MUCH_READ, Source, least_held_bytes, plan_reading
 
@@ -193,8 +195,8 @@ def _choose_fewer_bits_method(
 
 
 def plan_tiles(
-    raster: Raster | tuple[int, int, int],
-    network: Network,
+    raster: Any,
+    network: Network | nn.Module,
     *,
     memory: str | int | None = None,
     engine: str | None = None,
@@ -217,7 +219,8 @@ def plan_tiles(
     """Decide how to run a network over a raster within a memory budget.
 
     Args:
-        raster: an open raster, or its shape (bands, height, width).
+        raster: an open raster, whatever `open_raster` takes, or a shape (bands, height, width).
+        network: analysed, or a module, which is then analysed for the raster's pixels.
         memory: budget of all processes together, such as "2GB"; None: that, and 2 GB more for each CUDA device.
         engine: "openvino" or "torch"; None: torch where it sees a CUDA device, else OpenVINO where it is installed.
         device: "cpu", "cuda" (all CUDA devices, a worker each) or "cuda:N"; None: as for the engine.
@@ -242,9 +245,11 @@ def plan_tiles(
         EngineError: the engine is not installed, or does not compute in that precision; no such device.
         BudgetError: no core fits the budget; names the smallest budget that can be kept.
     """
-    shape = raster.shape if isinstance(raster, Raster) else tuple(raster)
+    raster = raster if isinstance(raster, tuple) else as_raster(raster)
+    shape = raster.shape if isinstance(raster, Raster) else raster
     if len(shape) != 3 or min(shape) < 1:
         raise UsageError(f"a raster's shape must be (bands, height, width), each >= 1, got {shape}")
+    network = as_network(network, shape[0], raster.dtype if isinstance(raster, Raster) else None)
     if shape[0] != network.bands:
         raise UsageError(f"the network takes {network.bands} bands, the raster has {shape[0]}; choose a fitting model")
     for name, value in (("workers", workers), ("threads", threads), ("core", core), ("batch", batch)):

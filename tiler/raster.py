@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from .geometry import Window
 from .georeference import Georeference
 from .nodata import Array, Mask, NodataRule, can_hold, find_not_finite, find_undeclared, require_finite
 from .places import gdal_name, is_far, is_remote, place_of, scheme_of, url_of
+
+if TYPE_CHECKING:
+    from .raster_memory import KeptArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +103,8 @@ class Raster:
     """All files that it is read from, sidecars and a VRT's sources too."""
     options: ReadOptions = field(default_factory=ReadOptions)
     """As it was opened."""
+    kept: KeptArray | None = field(default=None, repr=False, compare=False)
+    """Where an array of this process lies."""
 
     @property
     def bands(self) -> int:
@@ -202,7 +207,7 @@ class RasterReader(Protocol):
 
 
 def open_raster(
-    src: str | os.PathLike[str],
+    src: Any,
     axes: str | None = None,
     *,
     bands: Sequence[int] = (),
@@ -214,8 +219,11 @@ def open_raster(
 ) -> Raster:
     """Describe a raster without reading pixels: whatever GDAL opens, and Zarr v2 and v3 groups and arrays.
 
+    An array of numpy, torch or xarray is written into a private folder of TMPDIR first, for workers to read, which is
+    removed with the last raster of it; an output of it is continued by this process alone.
+
     Args:
-        src: a path. A Zarr group must hold one raster array, or the array is named: `scene.zarr/image`.
+        src: a path, or an array. A Zarr group must hold one raster array, or the array is named: `scene.zarr/image`.
         axes: order of a Zarr array's dimensions, such as "yxb"; needed only where the array does not say it.
         bands: bands to read, from 1, in this order; empty: all.
         nodata: nodata value or values in place of the file's own; an empty sequence: none.
@@ -244,7 +252,17 @@ def open_raster(
         mask_band=mask_band,
         mask_values=tuple(float(value) for value in mask_values),
     )
-    return open_with(src, options)
+    if isinstance(src, str | os.PathLike):
+        return open_with(src, options)
+    from .raster_memory import keep_array
+
+    kept = keep_array(src, options.axes)
+    return replace(open_with(kept.path, replace(options, axes=None)), kept=kept)
+
+
+def as_raster(raster: Any) -> Raster:
+    """The raster itself; whatever `open_raster` takes, opened."""
+    return raster if isinstance(raster, Raster) else open_raster(raster)
 
 
 def open_with(src: str | os.PathLike[str], options: ReadOptions) -> Raster:

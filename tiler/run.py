@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from distributed import Client
+from torch import nn
 
 from .backdrop import draw_backdrop
 from .calibration import read_calibration
@@ -44,13 +45,13 @@ from .machine import find_versions, release_freed_memory
 from .memory import CUDA_CONTEXT_BYTES, find_budget
 from .memory_probe import memory_lookup
 from .meter import MemoryMeter
-from .network import Network
+from .network import Network, as_network
 from .places import is_remote, place_of
 from .plan import TilePlan
 from .planner import plan_tiles
 from .precision_loss import PrecisionLoss
 from .quantise import QuantisedNetwork, quantise_network, require_quantiser
-from .raster import Raster, fill_values, open_raster, require_apart
+from .raster import Raster, as_raster, fill_values, require_apart
 from .raster_parts import count_pixel_bytes, reference_to
 from .records import RunFolder, is_there, log, writing
 from .reference import ComputedPatch, Reference
@@ -100,8 +101,8 @@ def _default_description(network: Network) -> OutputDescription:
 
 
 def predict(
-    raster: Raster | str | Path,
-    network: Network,
+    raster: Any,
+    network: Network | nn.Module,
     out: str | Path,
     *,
     description: OutputDescription | None = None,
@@ -140,6 +141,8 @@ def predict(
     interrupted.
 
     Args:
+        raster: an open one, or whatever `open_raster` takes: a path, an array.
+        network: analysed, or a module, which is then analysed for the raster's pixels.
         description: what the output means; None: told from the network's output dtype and channels.
         fill: raw value of each band that stands in for nodata; None: 0.
         client: a Dask client to use; None: one is opened as `cluster` says.
@@ -175,7 +178,8 @@ def predict(
     tell: Listener = listener or _ignore
     out = place_of(out).absolute()
     with MemoryMeter() as meter:
-        raster = raster if isinstance(raster, Raster) else open_raster(raster)
+        raster = as_raster(raster)
+        network = as_network(network, raster.bands, raster.dtype)
         fill = fill if fill is not None else (0.0,) * raster.bands
         fill_values(fill, raster)  # refused before anything is begun
         require_current(network)
