@@ -208,8 +208,8 @@ def lazy_predict(
 
     For looking at parts of a result with xarray or napari. For a whole raster `predict` is faster and bounded.
     """
-    import dask
     import dask.array
+    from dask.delayed import delayed
 
     raster = as_raster(raster)
     network = as_network(network, raster.bands, raster.dtype)
@@ -218,7 +218,7 @@ def lazy_predict(
     # Absolute, for workers in other folders.
     windows = _Windows(raster=raster.made_absolute(), network=network, fill=fill, engine=engine, device=device)
     # One object for all blocks: each worker gets it, and what is made for it, once.
-    shared = dask.delayed(windows, name=f"network-{windows.identity}", traverse=False)
+    shared = delayed(windows, name=f"network-{windows.identity}", traverse=False)
 
     def block(windows: _Windows, block_info: Any = None) -> Array:
         (_, (y0, y1), (x0, x1)) = block_info[None]["array-location"]

@@ -180,8 +180,8 @@ def predict(
     with MemoryMeter() as meter:
         raster = as_raster(raster)
         network = as_network(network, raster.bands, raster.dtype)
-        fill = fill if fill is not None else (0.0,) * raster.bands
-        fill_values(fill, raster)  # refused before anything is begun
+        filling: tuple[float, ...] = (0.0,) * raster.bands if fill is None else fill
+        fill_values(filling, raster)  # refused before anything is begun
         require_current(network)
         description = description or _default_description(network)
         plan = plan_tiles(
@@ -204,7 +204,7 @@ def predict(
             dashboard=client is None and options.serves_dashboard,
             memory_of=memory_lookup(network, raster.shape_yx, find_budget(memory), lambda: tell(MemoryProbed())),
         )
-        fingerprint = make_fingerprint(raster, network, description.kind, plan, fill, zarr_format)
+        fingerprint = make_fingerprint(raster, network, description.kind, plan, filling, zarr_format)
         require_apart(raster, out)
         with writing(out):
             if out.is_symlink():
@@ -248,7 +248,7 @@ def predict(
                 network=network,
                 plan=plan,
                 description=description,
-                fill=fill,
+                fill=filling,
                 fingerprint=fingerprint,
                 out=out,
                 begins=begins,

@@ -105,7 +105,7 @@ def test_a_data_array_keeps_its_place_its_bands_and_its_nodata(tmp_path: Path) -
     assert CRS
 
 
-def test_the_folder_goes_with_the_last_raster(tmp_path: Path) -> None:
+def test_the_folder_goes_with_the_last_raster() -> None:
     raster = open_raster(image_of())
     folder = Path(raster.path).parent
     copy, sent = raster.made_absolute(), pickle.loads(pickle.dumps(raster))
