@@ -1,4 +1,4 @@
-# demo, test, test-long, check, bench: each makes and reuses .venv by itself.
+# demo, test, test-unit, test-long, check, bench: each makes and reuses .venv by itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,8 +8,10 @@ SIZE ?= 4096
 RUN := $(BIN)/outsize
 # Tests side by side; each process takes up to 2 GB.
 JOBS ?= 2
+# More options of pytest.
+PYTEST ?=
 
-.PHONY: setup demo test test-long check format bench clean
+.PHONY: setup demo test test-unit test-long check format bench clean
 
 setup: $(STAMP)
 
@@ -28,7 +30,10 @@ demo: $(STAMP)
 	@echo "Look at $(DEMO)/map.png; open $(DEMO)/map.tif in QGIS."
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not long" tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not long" $(PYTEST) tests
+
+test-unit: $(STAMP)
+	$(BIN)/python -m pytest -n $(JOBS) -m unit $(PYTEST) tests
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long tests
@@ -36,7 +41,7 @@ test-long: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 format: $(STAMP)
