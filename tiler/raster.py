@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .band_names import find_named
 from .block_cache import BlockStore
 from .errors import OutputError, RasterError, UsageError
 from .geometry import Window
@@ -22,6 +23,9 @@ from .places import gdal_name, is_far, is_remote, place_of, scheme_of, url_of
 if TYPE_CHECKING:
     from .raster_memory import KeptArray
 
+_LISTED_BANDS = 16
+"""That a refusal shows."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadOptions:
@@ -29,8 +33,11 @@ class ReadOptions:
 
     axes: str | None = None
     """Order of a Zarr array's dimensions, such as "yxb"."""
-    bands: tuple[int, ...] = ()
-    """Bands to read, from 1, in this order; empty: all."""
+    bands: tuple[int | str, ...] = ()
+    """Bands to read, in this order, by their numbers from 1 or their names; empty: all. Of a raster that was opened:
+    numbers."""
+    names: tuple[str, ...] = ()
+    """Of all bands, in place of the file's own, if they are as many; empty: those."""
     nodata: tuple[float, ...] | None = None
     """Nodata values in place of the file's own; empty: none; None: the file's own."""
     any_band: bool = False
@@ -153,6 +160,18 @@ class Raster:
         return self.indexes or tuple(range(1, self.bands + 1))
 
     @property
+    def chosen_bands(self) -> tuple[int, ...]:
+        """Its bands among all of the file, or of the stack, from 1: as `ReadOptions.bands` counts them."""
+        if self.options.bands:
+            return tuple(band for band in self.options.bands if isinstance(band, int))
+        if self.kind == "mosaic":
+            return self.parts[0].raster.chosen_bands
+        if self.kind == "stack":
+            masked = self.options.mask_band
+            return tuple(band for band in range(1, len(self.parts) + 1) if band != masked)
+        return self.chosen
+
+    @property
     def decoded(self) -> tuple[int, ...]:
         """Stored bands, from 1, that are decoded together, each once: those that are read, alpha and mask band."""
         rule = self.nodata_rule
@@ -164,6 +183,17 @@ class Raster:
         places = [self.decoded.index(band) for band in bands]
         run = slice(places[0], places[0] + len(places))
         return run if places == list(range(run.start, run.stop)) else places
+
+    def select_bands(self, bands: Sequence[int | str]) -> Raster:
+        """The same raster with only those of its bands, in that order: numbers from 1, or names as `match_bands`
+        understands them.
+
+        Raises:
+            UsageError: no such band, or a name that several may have.
+        """
+        from .raster_bands import select_bands
+
+        return select_bands(self, bands)
 
     def open_reader(self, blocks: BlockStore | None = None) -> RasterReader:
         """A reader for one thread at a time.
@@ -210,7 +240,7 @@ def open_raster(
     src: Any,
     axes: str | None = None,
     *,
-    bands: Sequence[int] = (),
+    bands: Sequence[int | str] = (),
     nodata: float | Sequence[float] | None = None,
     any_band: bool = False,
     alpha: bool = False,
@@ -225,7 +255,7 @@ def open_raster(
     Args:
         src: a path, or an array. A Zarr group must hold one raster array, or the array is named: `scene.zarr/image`.
         axes: order of a Zarr array's dimensions, such as "yxb"; needed only where the array does not say it.
-        bands: bands to read, from 1, in this order; empty: all.
+        bands: bands to read, in this order, by numbers from 1 or by names ("B04", "red"); empty: all.
         nodata: nodata value or values in place of the file's own; an empty sequence: none.
         any_band: a pixel is nodata where one band holds the value; False: where all do.
         alpha: take the band tagged alpha for a mask, not for a band.
@@ -309,15 +339,45 @@ def _apply(src: str, raster: Raster, options: ReadOptions) -> Raster:
     rule = replace(rule, values=values, any_band=options.any_band)
     if options.mask_band is not None:
         rule = replace(rule, mask_band=options.mask_band, mask_values=options.mask_values)
-    for band in (*options.bands, *([options.mask_band] if options.mask_band is not None else [])):
-        if not 1 <= band <= stored:
-            raise UsageError(f"{src} has bands 1 to {stored}, got {band}")
+    if len(options.names) == stored:
+        raster = replace(raster, band_names=options.names)
+    numbers = find_bands(src, raster.band_names, options.bands)
+    options = replace(options, bands=numbers)
+    if options.mask_band is not None:
+        find_bands(src, raster.band_names, (options.mask_band,))
     masks = {rule.alpha_band, rule.mask_band}
-    chosen = options.bands or tuple(band for band in range(1, stored + 1) if band not in masks)
+    chosen = numbers or tuple(band for band in range(1, stored + 1) if band not in masks)
     if not chosen:
         raise RasterError(f"{src} has no band beside its mask")
     raster = replace(raster, nodata_rule=rule, options=options)
     return raster if chosen == tuple(range(1, stored + 1)) else pick_bands(raster, chosen)
+
+
+def find_bands(src: str, names: Sequence[str], bands: Sequence[int | str]) -> tuple[int, ...]:
+    """Numbers, from 1, of bands that are named or numbered.
+
+    Args:
+        names: of all bands that the file has.
+
+    Raises:
+        UsageError: no such band, or a name that several may have.
+    """
+    named = [band for band in bands if isinstance(band, str)]
+    places = dict(zip(named, find_named(named, names), strict=True)) if named else {}
+    found: list[int] = []
+    for band in bands:
+        if isinstance(band, int):
+            if not 1 <= band <= len(names):
+                raise UsageError(f"{src} has bands 1 to {len(names)}, got {band}")
+            found.append(band)
+            continue
+        place = places[band]
+        if place is None:
+            listed = ", ".join(f"{number} {name}" for number, name in enumerate(names[:_LISTED_BANDS], start=1))
+            more = f", ... ({len(names)})" if len(names) > _LISTED_BANDS else ""
+            raise UsageError(f"{src} has no one band {band}, it has {listed}{more}; choose with --bands by number")
+        found.append(place + 1)
+    return tuple(found)
 
 
 def pick_bands(raster: Raster, bands: tuple[int, ...]) -> Raster:

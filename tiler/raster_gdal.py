@@ -148,7 +148,7 @@ def describe_gdal(path: str, options: ReadOptions) -> Raster:
                 dtype=dtype,
                 place=from_rasterio(dataset.crs, dataset.transform),
                 nodata_rule=rule,
-                band_names=tuple(text or f"band {i}" for i, text in enumerate(dataset.descriptions, start=1)),
+                band_names=_band_names(dataset),
                 block=block,
                 block_bytes=block[0] * block[1] * dtype.itemsize * together,
                 identity=_identity(path, dataset.files),
@@ -156,6 +156,33 @@ def describe_gdal(path: str, options: ReadOptions) -> Raster:
             )
         except (RasterioError, TypeError, ValueError, UnicodeDecodeError) as error:
             raise RasterError(f"{path} cannot be described: {_reason(error)}") from error
+
+
+_COLOURS = frozenset(
+    (
+        ColorInterp.red,
+        ColorInterp.green,
+        ColorInterp.blue,
+        ColorInterp.coastal,
+        ColorInterp.pan,
+        ColorInterp.rededge,
+        ColorInterp.nir,
+        ColorInterp.swir,
+        ColorInterp.lwir,
+        ColorInterp.tir,
+    )
+)
+"""Of GDAL's colour interpretations those that say what a band is; an alpha tag says nothing."""
+
+
+def _band_names(dataset: rasterio.DatasetReader) -> tuple[str, ...]:
+    """Descriptions; of a file without any, the colours that its bands are tagged with."""
+    texts = [text or "" for text in dataset.descriptions]
+    if not any(texts):
+        texts = [meaning.name if meaning in _COLOURS else "" for meaning in dataset.colorinterp]
+        # A colour that two bands have names neither.
+        texts = [text if texts.count(text) == 1 else "" for text in texts]
+    return tuple(" ".join(text.split()) or f"band {i}" for i, text in enumerate(texts, start=1))
 
 
 def _find_mask(dataset: rasterio.DatasetReader, *, alpha: bool) -> dict[str, Any]:

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from .band_names import is_named
 from .block_cache import BlockStore
 from .errors import RasterError
 from .geometry import Interval, Window
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
-from .raster import Part, Raster, RasterReader, ReadOptions, open_with, pick_bands
+from .raster import Part, Raster, RasterReader, ReadOptions, find_bands, open_with, pick_bands
 
 OFF_GRID = 0.01
 """Pixels by which a piece may miss the common grid: writers round their transforms."""
@@ -37,25 +38,26 @@ def open_stack(sources: Sequence[str | os.PathLike[str]], options: ReadOptions |
         RasterError: no file, or files of different grids or dtypes; both are shown.
     """
     options = options or ReadOptions()
-    rasters = _open_all(sources, replace(options, bands=(), mask_band=None, mask_values=()))
+    rasters = _open_all(sources, replace(options, bands=(), names=(), mask_band=None, mask_values=()))
     first = rasters[0]
     for raster in rasters[1:]:
         _require_equal(first, raster, "dtype", first.dtype, raster.dtype)
         if raster.shape_yx != first.shape_yx or _offset(first, raster) != (0, 0):
             raise RasterError(f"a stack's files must lie on one grid: {_grid(first)}, but {_grid(raster)}")
     names = [
-        name
-        if name != f"band {i}"
-        else (Path(raster.path).stem if raster.bands == 1 else f"{Path(raster.path).stem} {i}")
+        name if is_named(name) else (_name_of(raster) if raster.bands == 1 else f"{_name_of(raster)} {i}")
         for raster in rasters
         for i, name in enumerate(raster.band_names, start=1)
     ]
+    if len(options.names) == len(names):
+        names = list(options.names)
     stored = [Part(raster=pick_bands(raster, (band,))) for raster in rasters for band in range(1, raster.bands + 1)]
     mask_band = options.mask_band
-    for band in (*options.bands, *([mask_band] if mask_band is not None else [])):
-        if not 1 <= band <= len(stored):
-            raise RasterError(f"the stack has bands 1 to {len(stored)}, got {band}")
-    chosen = options.bands or tuple(band for band in range(1, len(stored) + 1) if band != mask_band)
+    numbers = find_bands("the stack", names, options.bands)
+    options = replace(options, bands=numbers)
+    if mask_band is not None:
+        find_bands("the stack", names, (mask_band,))
+    chosen = numbers or tuple(band for band in range(1, len(stored) + 1) if band != mask_band)
     parts = tuple(stored[band - 1] for band in chosen)
     rules = {part.raster.nodata_rule for part in parts}
     plain = len(rules) == 1 and next(iter(rules)).is_plain
@@ -81,6 +83,11 @@ def open_stack(sources: Sequence[str | os.PathLike[str]], options: ReadOptions |
         files=tuple(dict.fromkeys(file for raster in rasters for file in raster.files)),
         options=options,
     )
+
+
+def _name_of(raster: Raster) -> str:
+    """That of the file, or of the array in a store."""
+    return raster.array_path.rpartition("/")[2] or Path(raster.path).stem
 
 
 def open_mosaic(sources: Sequence[str | os.PathLike[str]], options: ReadOptions | None = None) -> Raster:

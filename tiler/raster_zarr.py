@@ -15,6 +15,7 @@ import numpy as np
 import zarr
 from zarr.errors import BaseZarrError
 
+from .band_names import band_name_of
 from .block_cache import BlockCache, BlockStore
 from .errors import RasterError, TilerError
 from .geometry import Window
@@ -97,7 +98,7 @@ def _describe(store: Path, inner: str, name: str, axes: str | None) -> Raster:
         raise RasterError(f"{name}: a raster has 2 or 3 dimensions, got shape {array.shape}")
 
     attributes = dict(array.attrs)
-    order = _axis_order(name, array, attributes, axes)
+    order = _axis_order(name, array, axes)
     extents = dict(zip(order, array.shape, strict=True))
     chunks = dict(zip(order, array.chunks, strict=True))
     shape = (int(extents.get("b", 1)), int(extents["y"]), int(extents["x"]))
@@ -119,7 +120,7 @@ def _describe(store: Path, inner: str, name: str, axes: str | None) -> Raster:
         dtype=dtype,
         place=_georeference(group, attributes, group_attributes, order, array),
         nodata_rule=NodataRule(values=_nodata(array), mask="array" if mask else None),
-        band_names=_band_names(group, shape[0]),
+        band_names=_band_names(array, group, order, shape[0], attributes),
         block=(int(chunks["y"]), int(chunks["x"])),
         block_bytes=int(np.prod([int(extent) for extent in array.chunks], dtype=object)) * dtype.itemsize,
         identity=_identity(store, inner),
@@ -146,12 +147,16 @@ def _mask_name(array: zarr.Array[Any], group: zarr.Group | None) -> str:
     return "mask" if ours else ""
 
 
-def _axis_order(name: str, array: zarr.Array[Any], attributes: Mapping[str, Any], axes: str | None) -> str:
+def _dimension_names(array: zarr.Array[Any]) -> Any:
+    return getattr(array.metadata, "dimension_names", None) or dict(array.attrs).get("_ARRAY_DIMENSIONS")
+
+
+def _axis_order(name: str, array: zarr.Array[Any], axes: str | None) -> str:
     if axes is not None:
         if sorted(axes) not in (sorted("byx"), sorted("yx")) or len(axes) != array.ndim:
             raise RasterError(f"--axes must order b, y and x for {array.ndim} dimensions, such as yxb; got {axes!r}")
         return axes
-    names = getattr(array.metadata, "dimension_names", None) or attributes.get("_ARRAY_DIMENSIONS")
+    names = _dimension_names(array)
     if names is None or any(entry is None for entry in names):
         if array.ndim == 2:
             return "yx"
@@ -179,7 +184,7 @@ def _georeference(
     place = from_attributes({**group_attributes, **attributes}, spatial_ref)
     if group is None or place.is_rotated:
         return place
-    names = getattr(array.metadata, "dimension_names", None) or attributes.get("_ARRAY_DIMENSIONS") or ()
+    names = _dimension_names(array) or ()
     coordinates = {letter: str(entry) for letter, entry in zip(order, names, strict=False) if entry in group}
     if "y" not in coordinates or "x" not in coordinates:
         return place
@@ -243,15 +248,27 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _band_names(group: zarr.Group | None, count: int) -> tuple[str, ...]:
-    if group is not None and "band" in group:
-        names = group["band"]
-        if isinstance(names, zarr.Array) and names.shape == (count,):
-            return tuple(str(entry) for entry in names[:])  # pyright: ignore[reportGeneralTypeIssues]
-    recorded = (dict(group.attrs) if group is not None else {}).get("band_names")
-    if isinstance(recorded, list) and len(recorded) == count:
-        return tuple(str(entry) for entry in recorded)
-    return tuple(f"band {number}" for number in range(1, count + 1))
+def _band_names(
+    array: zarr.Array[Any], group: zarr.Group | None, order: str, count: int, attributes: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """What a coordinate of the bands says, or a list among the attributes, of STAC's bands too; else numbers."""
+    dimensions = _dimension_names(array) or ()
+    coordinate = str(dimensions[order.index("b")]) if "b" in order and len(dimensions) == len(order) else "band"
+    numbers: tuple[str, ...] = ()
+    if group is not None and coordinate in group:
+        stored = group[coordinate]
+        if isinstance(stored, zarr.Array) and stored.shape == (count,):
+            values: Any = np.asarray(stored[:])
+            found = tuple(e.decode("utf-8", "replace") if isinstance(e, bytes) else str(e) for e in values)
+            if values.dtype.kind not in "iuf":
+                return found
+            numbers = found
+    for said in (attributes, dict(group.attrs) if group is not None else {}):
+        for key in ("band_names", "bands", "eo:bands", "long_name"):
+            recorded = said.get(key)
+            if isinstance(recorded, list) and len(recorded) == count:
+                return tuple(band_name_of(entry) or f"band {number}" for number, entry in enumerate(recorded, start=1))
+    return numbers or tuple(f"band {number}" for number in range(1, count + 1))
 
 
 _MOST_ENTRIES = 200_000
