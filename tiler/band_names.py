@@ -326,12 +326,17 @@ def _find_strangers(
     ours: Sequence[_Meaning], theirs: Sequence[_Meaning], direct: Sequence[int | None], sensors: Sequence[str]
 ) -> list[int]:
     """Places in which both names are understood and differ, whatever the sensor, or of which one is elsewhere."""
+    ways = (None, *sensors)
     return [
         index
         for index, (a, b) in enumerate(zip(ours, theirs, strict=True))
         if a.text
-        and not any(_rank(a, b, sensor) for sensor in (None, *sensors))
-        and ((a.is_understood and b.is_understood) or direct[index] not in (None, index))
+        and not any(_rank(a, b, sensor) for sensor in ways)
+        and (
+            (a.number and b.number)
+            or any(a.common_of(sensor) and b.common_of(sensor) for sensor in ways)
+            or direct[index] not in (None, index)
+        )
     ]
 
 

@@ -178,6 +178,12 @@ class Raster:
         alpha = (rule.alpha_band,) if rule.mask == "alpha" else ()
         return tuple(dict.fromkeys((*self.chosen, *alpha, *((rule.mask_band,) if rule.mask_band else ()))))
 
+    @property
+    def masked(self) -> tuple[int, ...]:
+        """Stored bands, from 1, that are read and have masks of their own; in order, each once."""
+        own = self.nodata_rule.masked_bands
+        return tuple(dict.fromkeys(band for band in self.chosen if band in own))
+
     def find_decoded(self, bands: Sequence[int]) -> slice | list[int]:
         """Where stored bands are among those that are decoded."""
         places = [self.decoded.index(band) for band in bands]

@@ -225,7 +225,7 @@ def count_pixel_bytes(raster: Raster) -> int:
         return max(count_pixel_bytes(part.raster) for part in raster.parts)
     if raster.kind == "stack":
         return sum(count_pixel_bytes(file) for file, _ in _group_files(raster.parts))
-    beside = 1 if raster.nodata_rule.mask in ("dataset", "array") else 0
+    beside = 1 if raster.nodata_rule.mask in ("dataset", "array") else len(raster.masked)
     return len(raster.decoded) * raster.dtype.itemsize + beside
 
 
@@ -267,6 +267,12 @@ class PartsReader:
         """Of a stack: the parts that each file gives."""
         self._file_of = {place: file for file, places in enumerate(self._places) for place in places}
         self._files = [file for file, _ in groups] or [part.raster for part in raster.parts]
+        self._masked: dict[int, int] = {}
+        """Of a stack: places among the files of parts whose band has a mask of its own."""
+        for place, part in enumerate(raster.parts if raster.kind == "stack" else ()):
+            if part.raster.masked:
+                self._masked[place] = len(self._files)
+                self._files.append(part.raster)
         self._readers: dict[int, RasterReader] = {}
         self._most = _count_open(self._files)
         self._last: tuple[Window, Array, Mask | None] | None = None
@@ -319,6 +325,9 @@ class PartsReader:
     def _part_missing(self, index: int, window: Window, image: Array) -> tuple[Mask | None, Mask | None]:
         """(by value, by mask) of one file of a stack."""
         rule = self._raster.parts[index].raster.nodata_rule
+        if index in self._masked:
+            # A band's own mask speaks for the band alone, as its value does.
+            return self._reader(self._masked[index]).read_missing(window, image), None
         by_value = find_missing(image, rule)
         masked = rule.mask is not None or rule.mask_band > 0
         return by_value, self._reader(self._file_of[index]).read_missing(window, image) if masked else None

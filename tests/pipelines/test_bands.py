@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
-
 from outsize.tiler.geometry import Window
 from outsize.tiler.raster import open_raster
 

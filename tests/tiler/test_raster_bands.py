@@ -1,4 +1,4 @@
-"""Bands of rasters by name: from descriptions, colours, Zarr's coordinates and STAC; as a model's network wants them."""
+"""Bands of rasters by name: from descriptions, colours and Zarr's metadata; as a model's network wants them."""
 
 from __future__ import annotations
 
