@@ -15,11 +15,10 @@ from .band_names import is_named
 from .block_cache import BlockStore
 from .errors import RasterError
 from .geometry import Interval, Window
+from .georeference import find_offset
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
 from .raster import Part, Raster, RasterReader, ReadOptions, find_bands, open_with, pick_bands
 
-OFF_GRID = 0.01
-"""Pixels by which a piece may miss the common grid: writers round their transforms."""
 OPEN_FILES = 64
 """Files that one reader keeps open, at most."""
 OPEN_BYTES = 64_000_000
@@ -185,19 +184,7 @@ def _require_equal(first: Raster, other: Raster, what: str, wanted: object, got:
 
 def _offset(first: Raster, other: Raster) -> tuple[int, int] | None:
     """(rows, columns) from one raster's corner to the other's; None where they are not pieces of one grid."""
-    if first.place.transform is None or other.place.transform is None:
-        return (0, 0) if first.place == other.place else None
-    if first.place.crs != other.place.crs or first.place.affine.is_degenerate:
-        return None
-    row, column = first.place.pixel_of(*other.place.position_of(0, 0))
-    whole = (round(row), round(column))
-    # All corners: pixels of nearly one size drift apart over a large raster, and axes may be turned.
-    height, width = other.shape_yx
-    for y, x in ((0, 0), (0, width), (height, 0), (height, width)):
-        row, column = first.place.pixel_of(*other.place.position_of(y, x))
-        if max(abs(row - whole[0] - y), abs(column - whole[1] - x)) > OFF_GRID:
-            return None
-    return whole
+    return find_offset(first.place, other.place, other.shape_yx)
 
 
 def _grid(raster: Raster) -> str:
