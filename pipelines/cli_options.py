@@ -135,6 +135,11 @@ reading_options = together(
         metavar="N=V,V,...",
         help="Band N is a mask; where it holds one of the values, a pixel is nodata.",
     ),
+    option(
+        "--apply-scale",
+        is_flag=True,
+        help="Read number * scale + offset, as the file's tags say; without it the numbers that are stored.",
+    ),
 )
 writing_options = together(
     option(
@@ -180,6 +185,7 @@ def make_read_options(options: dict[str, Any]) -> Any:
         alpha=options["alpha"],
         mask_band=mask[0],
         mask_values=mask[1],
+        apply_scale=options["apply_scale"],
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..models.segmentation.model import Output, SegmentationModel, as_tile_network, describe_output
 from ..models.segmentation.sources import load_model
+from ..tiler.bounds import window_of_bounds
 from ..tiler.check import StartCheck
 from ..tiler.cluster import ClusterKeeper, ClusterOptions
 from ..tiler.errors import TilerError, UsageError
@@ -28,7 +29,6 @@ from ..tiler.events import (
     TileFinished,
 )
 from ..tiler.geometry import Window
-from ..tiler.georeference import window_of_bounds
 from ..tiler.machine import has_int8_instructions, measure_flops_per_s
 from ..tiler.memory import find_budget, format_bytes
 from ..tiler.memory_probe import memory_lookup
@@ -40,6 +40,7 @@ from ..tiler.proof import prove_network
 from ..tiler.quantise import require_quantiser
 from ..tiler.raster import Raster, ReadOptions, fill_values, open_with
 from ..tiler.raster_bands import BandMatch, match_bands
+from ..tiler.raster_notes import list_notes
 from ..tiler.raster_parts import open_stack
 from ..tiler.run import predict
 from ..tiler.run_summary import RunSummary
@@ -145,7 +146,11 @@ class Preparation:
     def explain(self, model: SegmentationModel) -> list[str]:
         """Of the raster that was opened last: which of its bands go into which of the model's, and how."""
         assert self.match is not None
-        return [f"bands     {self.match}", f"scaling   {_explain_scaling(model)}"]
+        return [
+            f"bands     {self.match}",
+            *(f"{word:<9} {text}" for word, text in list_notes(self.match.raster)),
+            f"scaling   {_explain_scaling(model)}",
+        ]
 
     def bands_json(self, model: SegmentationModel) -> dict[str, Any]:
         """The same as plain values."""

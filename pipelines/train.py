@@ -36,6 +36,7 @@ from ..tiler.meter import MemoryMeter
 from ..tiler.plan import format_seconds
 from ..tiler.raster import Raster, ReadOptions, open_with
 from ..tiler.raster_bands import BandMatch, match_bands
+from ..tiler.raster_notes import list_notes
 from ..tiler.reading import GDAL_CACHE_BYTES
 from ..tiler.training_cluster import TrainingCluster
 from ..tiler.vectors import is_vector_file
@@ -168,6 +169,9 @@ class _Run:
         for raster, match in zip(opened, matches, strict=True):
             if self.start_model or match.raster.chosen_bands != raster.chosen_bands:
                 self.console.remark(f"{match.raster.path}: bands {match}")
+            for word, text in list_notes(match.raster):
+                if word == "tags":
+                    self.console.remark(f"{match.raster.path}: {text}")
         for line in self.data.remarks:
             self.console.remark(line)
 

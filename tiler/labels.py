@@ -13,9 +13,10 @@ import numpy.typing as npt
 from affine import Affine
 from rasterio.features import rasterize
 
+from .bounds import turn_of
 from .errors import RasterError, UsageError
 from .geometry import Grid, Window
-from .georeference import OFF_GRID, Georeference, find_offset, turn_of
+from .georeference import OFF_GRID, Georeference, find_offset
 from .raster import Raster, RasterReader, file_identity, open_raster
 from .vectors import Features, Geometry, bounds_of, is_vector_file, read_features, to_pixels
 

@@ -49,6 +49,8 @@ class ReadOptions:
     """A data band that is a mask, from 1; it is no band then, unless `bands` names it."""
     mask_values: tuple[float, ...] = ()
     """Values of the mask band that mean nodata."""
+    apply_scale: bool = False
+    """Pixels are what the file's scale and offset tags make of stored numbers; nodata values are stored numbers."""
 
     def to_json(self) -> dict[str, Any]:
         values = {name: value for name, value in asdict(self).items() if value not in (None, (), False)}
@@ -81,7 +83,7 @@ class Raster:
     """A georeferenced (bands, y, x) array on disk, described; pixels are read through `open_reader`."""
 
     path: str
-    kind: Literal["gdal", "zarr", "stack", "mosaic"]
+    kind: Literal["gdal", "zarr", "stack", "mosaic", "scaled"]
     shape: tuple[int, int, int]
     """(bands, height, width)."""
     dtype: np.dtype[Any]
@@ -103,11 +105,15 @@ class Raster:
     mask_path: str = ""
     """Of the mask array inside a Zarr group."""
     parts: tuple[Part, ...] = ()
-    """Of a stack or a mosaic."""
+    """Of a stack or a mosaic; of a scaled raster that of the stored numbers."""
     sources: tuple[str, ...] = ()
     """All files of a stack or a mosaic."""
     files: tuple[str, ...] = ()
     """All files that it is read from, sidecars and a VRT's sources too."""
+    scale_tags: tuple[tuple[float, float], ...] = ()
+    """(scale, offset) of each band, which the file says and nobody has applied; empty: none."""
+    has_rpcs: bool = False
+    """Whether the file places itself by rational polynomial coefficients, which nothing here keeps."""
     options: ReadOptions = field(default_factory=ReadOptions)
     """As it was opened."""
     kept: KeptArray | None = field(default=None, repr=False, compare=False)
@@ -164,7 +170,7 @@ class Raster:
         """Its bands among all of the file, or of the stack, from 1: as `ReadOptions.bands` counts them."""
         if self.options.bands:
             return tuple(band for band in self.options.bands if isinstance(band, int))
-        if self.kind == "mosaic":
+        if self.kind in ("mosaic", "scaled"):
             return self.parts[0].raster.chosen_bands
         if self.kind == "stack":
             masked = self.options.mask_band
@@ -215,6 +221,10 @@ class Raster:
             from .raster_gdal import GdalReader
 
             return GdalReader(self, blocks)
+        if self.kind == "scaled":
+            from .raster_scale import ScaledReader
+
+            return ScaledReader(self, blocks)
         from .raster_parts import PartsReader
 
         return PartsReader(self, blocks)
@@ -252,6 +262,7 @@ def open_raster(
     alpha: bool = False,
     mask_band: int | None = None,
     mask_values: Sequence[float] = (),
+    apply_scale: bool = False,
 ) -> Raster:
     """Describe a raster without reading pixels: whatever GDAL opens, and Zarr v2 and v3 groups and arrays.
 
@@ -267,6 +278,8 @@ def open_raster(
         alpha: take the band tagged alpha for a mask, not for a band.
         mask_band: a data band that is a mask, from 1, not to be read as a band.
         mask_values: its values that mean nodata.
+        apply_scale: pixels are number * scale + offset, as the file's tags say; computed in float64, given in float32
+            for numbers of up to 16 bits, else in float64. Nodata values are stored numbers.
 
     Raises:
         RasterError: no such file, not a raster, complex or non-numeric pixels, an ambiguous group or axis order, no
@@ -287,6 +300,7 @@ def open_raster(
         alpha=alpha,
         mask_band=mask_band,
         mask_values=tuple(float(value) for value in mask_values),
+        apply_scale=apply_scale,
     )
     if isinstance(src, str | os.PathLike):
         return open_with(src, options)
@@ -356,7 +370,13 @@ def _apply(src: str, raster: Raster, options: ReadOptions) -> Raster:
     if not chosen:
         raise RasterError(f"{src} has no band beside its mask")
     raster = replace(raster, nodata_rule=rule, options=options)
-    return raster if chosen == tuple(range(1, stored + 1)) else pick_bands(raster, chosen)
+    if chosen != tuple(range(1, stored + 1)):
+        raster = pick_bands(raster, chosen)
+    if not options.apply_scale:
+        return raster
+    from .raster_scale import apply_tags
+
+    return apply_tags(raster)
 
 
 def find_bands(src: str, names: Sequence[str], bands: Sequence[int | str]) -> tuple[int, ...]:
@@ -394,6 +414,7 @@ def pick_bands(raster: Raster, bands: tuple[int, ...]) -> Raster:
         indexes=tuple(stored[band - 1] for band in bands),
         shape=(len(bands), *raster.shape_yx),
         band_names=tuple(raster.band_names[band - 1] for band in bands),
+        scale_tags=tuple(raster.scale_tags[band - 1] for band in bands if raster.scale_tags),
     )
 
 

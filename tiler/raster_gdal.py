@@ -29,6 +29,7 @@ from .georeference import from_rasterio
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
 from .places import identify, is_far, place_of, set_gdal_options, url_of
 from .raster import Raster, ReadOptions, file_identity
+from .raster_scale import known_tags
 
 # GDAL's warnings and errors reach Python's logging through rasterio, and from there a terminal as soon as nobody else
 # listens. What matters of them stands in the error that is raised.
@@ -140,13 +141,15 @@ def describe_gdal(path: str, options: ReadOptions) -> Raster:
                 kind="gdal",
                 shape=(dataset.count, dataset.height, dataset.width),
                 dtype=dtype,
-                place=from_rasterio(dataset.crs, dataset.transform),
+                place=from_rasterio(dataset.crs, dataset.transform, dataset.gcps),
                 nodata_rule=rule,
                 band_names=_band_names(dataset),
                 block=block,
                 block_bytes=block[0] * block[1] * dtype.itemsize * together,
                 identity=_identity(path, dataset.files),
                 files=tuple(dataset.files[:10_000]),
+                scale_tags=known_tags(dataset.scales, dataset.offsets),
+                has_rpcs=dataset.rpcs is not None,
             )
         except (RasterioError, TypeError, ValueError, UnicodeDecodeError) as error:
             raise RasterError(f"{path} cannot be described: {_reason(error)}") from error

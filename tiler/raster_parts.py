@@ -18,6 +18,7 @@ from .geometry import Interval, Window
 from .georeference import find_offset
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
 from .raster import Part, Raster, RasterReader, ReadOptions, find_bands, open_with, pick_bands
+from .raster_scale import apply_tags, describe_tags, known_tags
 
 OPEN_FILES = 64
 """Files that one reader keeps open, at most."""
@@ -37,7 +38,9 @@ def open_stack(sources: Sequence[str | os.PathLike[str]], options: ReadOptions |
         RasterError: no file, or files of different grids or dtypes; both are shown.
     """
     options = options or ReadOptions()
-    rasters = _open_all(sources, replace(options, bands=(), names=(), mask_band=None, mask_values=()))
+    rasters = _open_all(
+        sources, replace(options, bands=(), names=(), mask_band=None, mask_values=(), apply_scale=False)
+    )
     first = rasters[0]
     for raster in rasters[1:]:
         _require_equal(first, raster, "dtype", first.dtype, raster.dtype)
@@ -66,7 +69,8 @@ def open_stack(sources: Sequence[str | os.PathLike[str]], options: ReadOptions |
         # The mask band is one more part, behind those that are bands.
         parts = (*parts, stored[mask_band - 1])
         rule = replace(rule, mask_band=len(parts), mask_values=options.mask_values)
-    return Raster(
+    tags = [tag for raster in rasters for tag in raster.scale_tags or ((1.0, 0.0),) * raster.bands]
+    stack = Raster(
         path=str(sources[0]),
         kind="stack",
         shape=(len(chosen), *first.shape_yx),
@@ -80,8 +84,11 @@ def open_stack(sources: Sequence[str | os.PathLike[str]], options: ReadOptions |
         parts=parts,
         sources=tuple(raster.location for raster in rasters),
         files=tuple(dict.fromkeys(file for raster in rasters for file in raster.files)),
+        scale_tags=known_tags(*zip(*(tags[band - 1] for band in chosen), strict=True)),
+        has_rpcs=any(raster.has_rpcs for raster in rasters),
         options=options,
     )
+    return apply_tags(stack) if options.apply_scale else stack
 
 
 def _name_of(raster: Raster) -> str:
@@ -109,6 +116,12 @@ def open_mosaic(sources: Sequence[str | os.PathLike[str]], options: ReadOptions 
             raise RasterError(f"{raster.path} does not say where it lies; a mosaic needs pieces with a transform")
         _require_equal(first, raster, "dtype", first.dtype, raster.dtype)
         _require_equal(first, raster, "number of bands", first.bands, raster.bands)
+        if raster.scale_tags != first.scale_tags:
+            raise RasterError(
+                f"a mosaic's pieces must mean the same by their numbers: {first.path} has "
+                f"{describe_tags(first.scale_tags) or 'no scale'}, {raster.path} "
+                f"{describe_tags(raster.scale_tags) or 'no scale'}; join what they mean with --apply-scale"
+            )
         offset = _offset(first, raster)
         if offset is None:
             raise RasterError(f"a mosaic's pieces must lie on one grid: {_grid(first)}, but {_grid(raster)}")
@@ -136,14 +149,17 @@ def open_mosaic(sources: Sequence[str | os.PathLike[str]], options: ReadOptions 
         parts=parts,
         sources=tuple(raster.location for raster in rasters),
         files=tuple(dict.fromkeys(file for raster in rasters for file in raster.files)),
+        scale_tags=first.scale_tags,
+        has_rpcs=any(raster.has_rpcs for raster in rasters),
         options=options,
     )
 
 
 def reference_to(raster: Raster) -> dict[str, Any]:
     """What `open_reference` needs to describe the raster again from any folder, as plain values."""
+    stored = raster.parts[0].raster if raster.kind == "scaled" else raster
     return {
-        "kind": raster.kind if raster.parts else "file",
+        "kind": stored.kind if stored.parts else "file",
         "paths": list(raster.sources) or [raster.location],
         "options": raster.options.to_json(),
     }
@@ -208,6 +224,8 @@ def _identity(parts: Sequence[Part]) -> str:
 
 def count_pixel_bytes(raster: Raster) -> int:
     """Of all that is decoded for a pixel: bands, and masks beside them. Of a mosaic, where one piece lies."""
+    if raster.kind == "scaled":
+        return count_pixel_bytes(raster.parts[0].raster)
     if raster.kind == "mosaic":
         return max(count_pixel_bytes(part.raster) for part in raster.parts)
     if raster.kind == "stack":

@@ -23,6 +23,7 @@ from .georeference import Georeference, from_attributes, from_centres
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
 from .places import is_remote, place_of, store_at
 from .raster import Raster
+from .raster_scale import tags_of_attributes
 
 _AXIS_NAMES = {
     "b": ("b", "band", "bands", "c", "channel", "channels", "class"),
@@ -127,6 +128,7 @@ def _describe(store: Path, inner: str, name: str, axes: str | None) -> Raster:
         axes=order,
         array_path=inner,
         files=(str(store),),
+        scale_tags=tags_of_attributes(attributes, shape[0]),
         mask_path=f"{inner.rpartition('/')[0]}/{mask}".lstrip("/") if mask else "",
     )
 

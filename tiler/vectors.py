@@ -15,8 +15,9 @@ from rasterio.crs import CRS
 from rasterio.errors import CRSError
 from rasterio.warp import transform_geom
 
+from .bounds import find_turns, turn_of
 from .errors import RasterError, UsageError
-from .georeference import Georeference, find_turns, turn_of
+from .georeference import Georeference
 
 VECTOR_SUFFIXES = (".geojson", ".json", ".shp", ".gpkg", ".fgb", ".kml", ".gml")
 _GEOJSON = (".geojson", ".json")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from outsize.tiler.bounds import find_turns, turn_of, window_of_bounds
 from outsize.tiler.errors import UsageError
 from outsize.tiler.geometry import Grid, Window
-from outsize.tiler.georeference import Georeference, find_turns, turn_of, window_of_bounds
+from outsize.tiler.georeference import Georeference
 from outsize.tiler.labels import UNLABELLED, LabelOptions, Labels, open_labels
 from rasterio.crs import CRS
 from rasterio.features import rasterize
