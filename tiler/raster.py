@@ -18,7 +18,7 @@ from .errors import OutputError, RasterError, UsageError
 from .geometry import Window
 from .georeference import Georeference
 from .nodata import Array, Mask, NodataRule, can_hold, find_not_finite, find_undeclared, require_finite
-from .places import gdal_name, is_far, is_remote, place_of, scheme_of, url_of
+from .places import archive_name, gdal_name, is_far, is_remote, place_of, scheme_of, url_of
 
 if TYPE_CHECKING:
     from .raster_memory import KeptArray
@@ -32,7 +32,7 @@ class ReadOptions:
     """How a file is to be read where it does not say so itself, or says it wrongly."""
 
     axes: str | None = None
-    """Order of a Zarr array's dimensions, such as "yxb"."""
+    """Order of a Zarr array's dimensions, such as "yxb"; t is one of length 1."""
     bands: tuple[int | str, ...] = ()
     """Bands to read, in this order, by their numbers from 1 or their names; empty: all. Of a raster that was opened:
     numbers."""
@@ -97,7 +97,7 @@ class Raster:
     identity: str
     """Changes when the raster's content does, as far as metadata tell: size and times of its files."""
     axes: str = "byx"
-    """Order of the stored dimensions."""
+    """Order of the stored dimensions; 1: one of length 1 that is none of bands, y, x."""
     array_path: str = ""
     """Of the array inside a Zarr group."""
     indexes: tuple[int, ...] = ()
@@ -112,8 +112,8 @@ class Raster:
     """All files that it is read from, sidecars and a VRT's sources too."""
     scale_tags: tuple[tuple[float, float], ...] = ()
     """(scale, offset) of each band, which the file says and nobody has applied; empty: none."""
-    has_rpcs: bool = False
-    """Whether the file places itself by rational polynomial coefficients, which nothing here keeps."""
+    remarks: tuple[str, ...] = ()
+    """What the file holds beside this that is not read, or not kept; a line each."""
     options: ReadOptions = field(default_factory=ReadOptions)
     """As it was opened."""
     kept: KeptArray | None = field(default=None, repr=False, compare=False)
@@ -319,6 +319,7 @@ def open_with(src: str | os.PathLike[str], options: ReadOptions) -> Raster:
     """`open_raster` with its options in one object."""
     if (options.mask_band is None) != (not options.mask_values):
         raise UsageError("a mask band needs the values that mean nodata, such as --mask-band 8=2,4; got one without")
+    src = archive_name(str(src))
     path = place_of(src)
     from .raster_zarr import describe_zarr, split_zarr_path
 

@@ -124,6 +124,7 @@ def describe_gdal(path: str, options: ReadOptions) -> Raster:
     """
     with _reaching(path), _quiet(), _open(path) as dataset, _reaching(path, *dataset.files):
         try:
+            _require_bands(path, dataset)
             dtypes = set(dataset.dtypes)
             if len(dtypes) != 1:
                 raise RasterError(f"{path}: all bands must have one dtype, got {sorted(dtypes)}; convert them first")
@@ -149,10 +150,37 @@ def describe_gdal(path: str, options: ReadOptions) -> Raster:
                 identity=_identity(path, dataset.files),
                 files=tuple(dataset.files[:10_000]),
                 scale_tags=known_tags(dataset.scales, dataset.offsets),
-                has_rpcs=dataset.rpcs is not None,
+                remarks=tuple(_list_remarks(dataset)),
             )
         except (RasterioError, TypeError, ValueError, UnicodeDecodeError) as error:
             raise RasterError(f"{path} cannot be described: {_reason(error)}") from error
+
+
+_SHOWN = 8
+"""Rasters of a container that a message names."""
+
+
+def _require_bands(path: str, dataset: rasterio.DatasetReader) -> None:
+    """Refuse what holds other rasters, such as a netCDF file of several variables, and none of its own."""
+    if dataset.count:
+        return
+    names = list(dataset.subdatasets)
+    if not names:
+        raise RasterError(f"{path} has no raster band; does it hold vectors or a table?")
+    more = f", ... ({len(names)})" if len(names) > _SHOWN else ""
+    raise RasterError(
+        f"{path} holds {len(names)} rasters, {', '.join(names[:_SHOWN])}{more}; name one of them in its place, such as "
+        f"'{names[0]}'"
+    )
+
+
+def _list_remarks(dataset: rasterio.DatasetReader) -> Iterator[str]:
+    if dataset.rpcs is not None:
+        yield "rational polynomial coefficients (RPC), which outputs do not keep"
+    if dataset.gcps[0] and not dataset.transform.is_identity:
+        yield f"{len(dataset.gcps[0])} ground control points beside its transform, which outputs do not keep"
+    if dataset.subdatasets:
+        yield f"the first of {len(dataset.subdatasets)} rasters in the file; others are named {dataset.subdatasets[-1]}"
 
 
 _COLOURS = frozenset(

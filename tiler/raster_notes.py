@@ -23,6 +23,5 @@ def list_notes(raster: Raster) -> list[tuple[str, str]]:
         notes.append(
             ("place", f"{len(raster.place.points)} ground control points and no transform; outputs keep the points")
         )
-    if raster.has_rpcs:
-        notes.append(("place", "rational polynomial coefficients (RPC), which outputs do not keep"))
+    notes += [("file", remark) for remark in raster.remarks]
     return notes

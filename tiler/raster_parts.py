@@ -85,7 +85,7 @@ def open_stack(sources: Sequence[str | os.PathLike[str]], options: ReadOptions |
         sources=tuple(raster.location for raster in rasters),
         files=tuple(dict.fromkeys(file for raster in rasters for file in raster.files)),
         scale_tags=known_tags(*zip(*(tags[band - 1] for band in chosen), strict=True)),
-        has_rpcs=any(raster.has_rpcs for raster in rasters),
+        remarks=tuple(dict.fromkeys(remark for raster in rasters for remark in raster.remarks)),
         options=options,
     )
     return apply_tags(stack) if options.apply_scale else stack
@@ -150,7 +150,7 @@ def open_mosaic(sources: Sequence[str | os.PathLike[str]], options: ReadOptions 
         sources=tuple(raster.location for raster in rasters),
         files=tuple(dict.fromkeys(file for raster in rasters for file in raster.files)),
         scale_tags=first.scale_tags,
-        has_rpcs=any(raster.has_rpcs for raster in rasters),
+        remarks=tuple(dict.fromkeys(remark for raster in rasters for remark in raster.remarks)),
         options=options,
     )
 

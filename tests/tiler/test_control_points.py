@@ -108,6 +108,6 @@ def test_rational_polynomials_are_said_to_be_left_behind(tmp_path: Path) -> None
     ) as dataset:
         dataset.write(PIXELS)
     raster = open_raster(tmp_path / "a.tif")
-    assert list_notes(raster) == [("place", "rational polynomial coefficients (RPC), which outputs do not keep")]
+    assert list_notes(raster) == [("file", "rational polynomial coefficients (RPC), which outputs do not keep")]
     done = outsize_here("ingest", tmp_path / "a.tif", tmp_path / "a.zarr")
     assert "RPC" in done.stderr
