@@ -373,12 +373,13 @@ def is_named(name: str) -> bool:
 def band_name_of(entry: Any) -> str:
     """Of a band in a list: a text, or one of STAC's objects with a name, a common name or both."""
     if not isinstance(entry, Mapping):
-        return str(entry)
+        return " ".join(str(entry).split())
     name, common = (
         str(next((entry[key] for key in keys if entry.get(key)), ""))
         for keys in (("name", "description"), ("common_name", "eo:common_name"))
     )
-    return f"{name} ({common})" if name and common and common.lower() not in name.lower() else name or common
+    text = f"{name} ({common})" if name and common and common.lower() not in name.lower() else name or common
+    return " ".join(text.split())
 
 
 def _listed(places: Sequence[int]) -> str:

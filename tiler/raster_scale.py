@@ -63,7 +63,11 @@ def apply_tags(raster: Raster) -> Raster:
         raster,
         kind="scaled",
         dtype=scaled_dtype(raster.dtype),
-        nodata_rule=NodataRule(mask="parts") if has_nodata else NodataRule(),
+        # What is no number stays none.
+        nodata_rule=NodataRule(
+            values=tuple(value for value in rule.values if not math.isfinite(value)),
+            mask="parts" if has_nodata else None,
+        ),
         parts=(Part(raster=raster),),
         scale_tags=(),
     )

@@ -207,7 +207,10 @@ def _band_names(
         stored = group[coordinate]
         if isinstance(stored, zarr.Array) and stored.shape == (count,):
             values: Any = np.asarray(stored[:])
-            found = tuple(e.decode("utf-8", "replace") if isinstance(e, bytes) else str(e) for e in values)
+            found = tuple(
+                band_name_of(entry.decode("utf-8", "replace") if isinstance(entry, bytes) else entry)
+                for entry in values
+            )
             if values.dtype.kind not in "iuf":
                 return found
             numbers = found
