@@ -70,10 +70,9 @@ def select_bands(raster: Raster, bands: Sequence[int | str]) -> Raster:
     if numbers == tuple(range(1, raster.bands + 1)):
         return selected
     # Opened anew: what its bands are among the stored ones, with masks between them, is decided in one place.
-    return open_reference(reference_to(selected))
+    return replace(open_reference(reference_to(selected)), kept=raster.kept)
 
 
-@lru_cache(maxsize=64)
 def match_bands(raster: Raster, names: tuple[str, ...], model: str = "the model") -> BandMatch:
     """The raster with the bands that a model names, in the model's order, as far as both sides have names.
 
@@ -88,6 +87,12 @@ def match_bands(raster: Raster, names: tuple[str, ...], model: str = "the model"
     Raises:
         UsageError: names that disagree, or of which it is not certain what they mean; another number of bands.
     """
+    # An array of this process would be kept as long as the answer.
+    return (_match if raster.kept is None else _match.__wrapped__)(raster, names, model)
+
+
+@lru_cache(maxsize=64)
+def _match(raster: Raster, names: tuple[str, ...], model: str) -> BandMatch:
     takes = f"{model} takes {len(names)} ({', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)})"
     such = ",".join(str(number) for number in range(1, len(names) + 1))
     remedy = f"choose them with --bands, in that order, such as --bands {such}, or give a fitting --model"

@@ -10,9 +10,9 @@ import rasterio
 from outsize.tiler.geometry import Window
 from outsize.tiler.raster import open_raster
 
-from ..commands import outsize_here, result_of
-from ..tiler.rasters import unique_pixels, write_geotiff
-from .models import save_small_model
+from ..support.commands import outsize_here, result_of
+from ..support.rasters import unique_pixels, write_geotiff
+from ..support.small_model import save_small_model
 
 S2 = ("B02", "B03", "B04", "B08")
 PIXELS = unique_pixels(4, 40, 44, np.uint16) % 251

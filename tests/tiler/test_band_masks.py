@@ -13,7 +13,7 @@ from outsize.tiler.raster import Raster, ReadOptions, open_raster, open_with
 from outsize.tiler.raster_parts import count_pixel_bytes, open_mosaic, open_stack
 from outsize.tiler.transfer import copy_raster
 
-from .rasters import CRS, TRANSFORM, unique_pixels, write_geotiff
+from ..support.rasters import CRS, TRANSFORM, unique_pixels, write_geotiff
 
 HEIGHT, WIDTH = 77, 93
 

@@ -18,7 +18,7 @@ from outsize.tiler.raster_notes import list_notes
 from outsize.tiler.raster_parts import open_reference, reference_to
 from PIL import Image
 
-from .rasters import unique_pixels, write_geotiff
+from ..support.rasters import unique_pixels, write_geotiff
 
 PIXELS = unique_pixels(3, 20, 30, np.uint16)
 

@@ -20,9 +20,9 @@ from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
 from rasterio.rpc import RPC
 
-from ..commands import outsize_here
-from ..pipelines.models import save_small_model
-from .rasters import unique_pixels
+from ..support.commands import outsize_here
+from ..support.rasters import unique_pixels
+from ..support.small_model import save_small_model
 
 PIXELS = unique_pixels(4, 45, 52, np.uint8)
 POINTS = [
@@ -72,6 +72,7 @@ def test_a_copy_has_the_points_as_rioxarray_reads_them(tmp_path: Path, version: 
     assert open_stack([tmp_path / "a.tif", tmp_path / "a.zarr"]).bands == 8
 
 
+@pytest.mark.system
 def test_a_map_and_its_export_have_the_points(tmp_path: Path) -> None:
     scene = write_with_points(tmp_path / "a.tif")
     model = save_small_model(tmp_path / "model.json")

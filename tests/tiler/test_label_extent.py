@@ -15,7 +15,7 @@ from outsize.tiler.labels import UNLABELLED, LabelOptions, Labels, open_labels
 from rasterio.crs import CRS
 from rasterio.features import rasterize
 
-from .rasters import write_geotiff
+from ..support.rasters import write_geotiff
 
 NAMES = ("water", "sand", "forest")
 UTM = Georeference(crs_wkt=CRS.from_epsg(32633).to_wkt(), transform=(10, 0, 400_000, 0, -10, 5_600_000))

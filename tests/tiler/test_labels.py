@@ -20,7 +20,7 @@ from rasterio.crs import CRS
 from rasterio.features import rasterize
 from rasterio.warp import transform_geom
 
-from .rasters import write_geotiff
+from ..support.rasters import write_geotiff
 
 SHAPE = (1301, 1117)
 UTM = from_rasterio(CRS.from_epsg(32618), Affine(10, 0, 346_000, 0, -10, 3_842_000))

@@ -24,7 +24,7 @@ from rasterio.enums import ColorInterp
 from torch import nn
 from zarr.errors import UnstableSpecificationWarning
 
-from .rasters import TRANSFORM, unique_pixels, write_geotiff
+from ..support.rasters import TRANSFORM, unique_pixels, write_geotiff
 
 S2 = ("B02", "B03", "B04", "B08")
 PIXELS = unique_pixels(4, 37, 41, np.uint16)

@@ -19,7 +19,7 @@ from outsize.tiler.raster_notes import list_notes
 from outsize.tiler.raster_parts import count_pixel_bytes, open_mosaic, open_reference, open_stack, reference_to
 from outsize.tiler.transfer import copy_raster
 
-from .rasters import TRANSFORM, unique_pixels, write_geotiff
+from ..support.rasters import TRANSFORM, unique_pixels, write_geotiff
 
 PIXELS = unique_pixels(3, 37, 41, np.uint16)
 SAME = ((1e-4, -0.1),) * 3
