@@ -29,7 +29,7 @@ def turn_of(crs_wkt: str | None) -> float | None:
     if values.get("proj") not in _CYLINDRICAL:
         return None
     middle = float(values.get("lon_0", 0.0))
-    (start, quarter), _ = transform("OGC:CRS84", crs, [middle, middle + 90], [0.0, 0.0])
+    start, quarter = transform("OGC:CRS84", crs, [middle, middle + 90], [0.0, 0.0])[0]
     return 4 * abs(quarter - start)
 
 

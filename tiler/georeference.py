@@ -145,7 +145,7 @@ def pixel_areas(place: Georeference, rows: int) -> npt.NDArray[np.float64] | Non
 def from_rasterio(
     crs: CRS | None,
     transform: Affine,
-    gcps: tuple[Sequence[GroundControlPoint], CRS | None] = ((), None),
+    gcps: tuple[Sequence[Any], CRS | None] = ((), None),
 ) -> Georeference:
     """The georeference of an open rasterio dataset; an identity transform without CRS counts as none.
 

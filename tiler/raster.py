@@ -138,6 +138,13 @@ class Raster:
         return self.bands * self.dtype.itemsize
 
     @property
+    def beside_bytes(self) -> int:
+        """Of what a reader holds of each pixel beside the pixel itself: stored numbers, masks of bands."""
+        if self.kind == "scaled":
+            return self.parts[0].raster.pixel_bytes + self.parts[0].raster.beside_bytes
+        return len(self.masked)
+
+    @property
     def is_far(self) -> bool:
         """Whether any of it is reached through a network."""
         return any(is_far(name) for name in (self.path, *self.sources))

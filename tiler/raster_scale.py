@@ -19,6 +19,8 @@ from .raster import Part, Raster
 
 ScaleTags = tuple[tuple[float, float], ...]
 """(scale, offset) of each band."""
+_PART = 1 << 17
+"""Pixels that are computed at once, so that float64 takes no memory to speak of."""
 _KEPT_TAG = "bands"
 """Attribute for tags that differ between bands, as STAC's extension raster has them: CF knows one pair for an array."""
 
@@ -139,9 +141,12 @@ class ScaledReader:
         numbers = self._reader.read(window)
         self._last = window, numbers
         image = np.empty(numbers.shape, self._dtype)
+        rows = max(1, _PART // max(1, window.width))
         with np.errstate(over="ignore", invalid="ignore"):
             for band, (scale, offset) in enumerate(self._stored.scale_tags):
-                image[band] = numbers[band].astype(np.float64) * scale + offset
+                for row in range(0, window.height, rows):
+                    part = numbers[band, row : row + rows].astype(np.float64)
+                    image[band, row : row + rows] = part * scale + offset
         return image
 
     def read_missing(self, window: Window, image: Array) -> Mask | None:  # noqa: ARG002 - the protocol's
