@@ -52,6 +52,7 @@ from .planner import plan_tiles
 from .precision_loss import PrecisionLoss
 from .quantise import QuantisedNetwork, quantise_network, require_quantiser
 from .raster import Raster, as_raster, fill_values, require_apart
+from .raster_bands import match_network
 from .raster_parts import count_pixel_bytes, reference_to
 from .records import RunFolder, is_there, log, writing
 from .reference import ComputedPatch, Reference
@@ -178,7 +179,7 @@ def predict(
     tell: Listener = listener or _ignore
     out = place_of(out).absolute()
     with MemoryMeter() as meter:
-        raster = as_raster(raster)
+        raster = match_network(as_raster(raster), network)
         network = as_network(network, raster.bands, raster.dtype)
         filling: tuple[float, ...] = (0.0,) * raster.bands if fill is None else fill
         fill_values(filling, raster)  # refused before anything is begun

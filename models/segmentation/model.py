@@ -82,10 +82,12 @@ class TileNetwork(nn.Module):
     subtract: Tensor
     divide: Tensor
 
-    def __init__(self, network: nn.Module, scaling: Scaling, output: Output) -> None:
+    def __init__(self, network: nn.Module, scaling: Scaling, output: Output, band_names: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.network = network
         self.output: Output = output
+        self.band_names = band_names
+        """Of the model: a raster that names its own is read in this order."""
         self.register_buffer("subtract", torch.tensor(scaling.subtract)[None, :, None, None])
         self.register_buffer("divide", torch.tensor(scaling.divide)[None, :, None, None])
 
@@ -111,4 +113,4 @@ def as_tile_network(model: SegmentationModel, output: Output = "class") -> TileN
     """
     if output not in OUTPUTS:
         raise UsageError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
-    return TileNetwork(fold_norms(model.network), model.scaling, output).eval()
+    return TileNetwork(fold_norms(model.network), model.scaling, output, model.bands).eval()
