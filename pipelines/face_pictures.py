@@ -19,6 +19,7 @@ from ..models.faceid.embedder_file import Embedder
 from ..models.faceid.errors import HeadError
 from ..models.faceid.images import ImageError, PeopleFolder, read_picture
 from ..models.faceid.name_list import require_name
+from ..models.faceid.plain_file import open_plain
 from ..models.faceid.top_k import unit_rows
 from .console import Console, count_of
 
@@ -130,7 +131,7 @@ def _read(
     for path, name in pairs:
         try:
             if unique:
-                with path.open("rb") as file:
+                with open_plain(path) as file:
                     content = hashlib.file_digest(file, "sha256").digest()
                 other, owner = seen.setdefault(content, (path, name))
                 if other != path and owner == name:

@@ -17,6 +17,7 @@ from PIL import Image
 from ..models.faceid.face_source import FaceSource, PictureFiles, Read, RecordPictures, Whole, hold_out
 from ..models.faceid.image_list import SUFFIXES, read_image_list
 from ..models.faceid.images import find_people
+from ..models.faceid.plain_file import open_plain
 from ..models.faceid.record_io import RecordFile
 from ..sample_data.faces import OUTSIDE_TRAINING
 from ..sample_data.identities import Nuisances, draw_faces
@@ -126,6 +127,11 @@ def open_faces(
     if path.suffix.lower() == ".rec":
         records = RecordFile(path)
         left_out += records.damaged
+        if records.mixed:
+            remarks.append(
+                f"{records.mixed:,} of {count_of(records.identity_records, 'identity record')} in {path.name} list "
+                "pictures of several labels: the pictures' own labels count"
+            )
         tried = _spread(len(records.keys))
         named = [(records.name_of(int(records.keys[place])), partial(records.read, place)) for place in tried]
         source = RecordPictures(records, _choose_size(named, size, resize=resize), resize=resize)
@@ -232,7 +238,10 @@ def _choose_size(
     for name, give in pictures:
         try:
             picture = give()
-            with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+            with (
+                io.BytesIO(picture) if isinstance(picture, bytes) else open_plain(picture) as file,
+                Image.open(file) as image,
+            ):
                 sizes[image.height, image.width] += 1
         except (TilerError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             reason = reason or f"{name}: {reason_of(error)}"
@@ -263,7 +272,7 @@ def _find_twins(paths: Sequence[str], labels: Whole) -> dict[int, str]:
         seen: dict[bytes, int] = {}
         for place in places if len(places) > 1 else ():
             try:
-                with Path(paths[place]).open("rb") as file:
+                with open_plain(paths[place]) as file:
                     content = hashlib.file_digest(file, "sha256").digest()
             except OSError:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...tiler.errors import UsageError, reason_of
+from .plain_file import open_plain
 
 SUFFIXES = (".csv", ".parquet")
 _COLUMNS = ("path", "label")
@@ -89,7 +91,7 @@ def _require_one_kind(path: Path, what: str, lines: list[tuple[str, int]]) -> No
 
 def _read_csv(path: Path) -> Iterator[tuple[int, str | None, str | None]]:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with open_plain(path) as binary, io.TextIOWrapper(binary, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             if not set(_COLUMNS) <= set(rows.fieldnames or ()):
                 raise UsageError(f"{path} must begin with the line path,label, got {','.join(rows.fieldnames or ())!r}")
@@ -120,7 +122,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, str | None, str | None]]:
 
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with open_plain(path) as binary, parquet.ParquetFile(binary) as file:
             schema = file.schema_arrow
             if not set(_COLUMNS) <= set(schema.names):
                 raise UsageError(

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from ...tiler.errors import TilerError, UsageError
+from .plain_file import open_plain
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
 SHAPE_TOLERANCE = 0.02
@@ -94,7 +95,10 @@ def read_picture(source: Path | bytes, height: int, width: int, *, resize: bool 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(_open(source), formats=tuple(sorted(set(FORMATS.values())))) as image:
+            with (
+                io.BytesIO(source) if isinstance(source, bytes) else open_plain(source) as file,
+                Image.open(file, formats=tuple(sorted(set(FORMATS.values())))) as image,
+            ):
                 if image.mode not in (*_GREY, *_COLOUR):
                     raise ImageError(f"pictures must have 8 bits a channel, this one is {image.mode}")
                 _require_size((image.height, image.width), (height, width), resize=resize, turned=True)
@@ -113,12 +117,7 @@ def read_picture(source: Path | bytes, height: int, width: int, *, resize: bool 
         raise ImageError("it is not there") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
-        reason = reason.replace(str(source), source.name) if isinstance(source, Path) else reason.split(" <_io")[0]
-        raise ImageError(f"it cannot be read: {reason}") from error
-
-
-def _open(source: Path | bytes) -> Path | io.BytesIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else source
+        raise ImageError(f"it cannot be read: {reason.split(' <_io')[0]}") from error
 
 
 def _require_size(found: tuple[int, int], wanted: tuple[int, int], *, resize: bool, turned: bool) -> None:
