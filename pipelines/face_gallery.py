@@ -149,15 +149,14 @@ def _store(
 def run_remove(console: Console, place: Path, names: tuple[str, ...]) -> None:
     """Remove persons; their names and templates are in no file afterwards."""
     gallery = Gallery.open(place)
-    before = gallery.calibration
+    before, count = gallery.calibration, len(gallery.find(names))
     with searching(console) as tell:
         templates = gallery.remove(names, calibrate=before is not None, tell=tell)
     if before is not None:
         _remark_calibration(console, gallery, before.of)
     console.result(
-        f"{place}: {count_of(len(set(names)), 'person')} removed with {count_of(templates, 'template')}; "
-        f"{_sentence(gallery)}",
-        {**describe(gallery), "removed_people": len(set(names)), "removed_templates": templates},
+        f"{place}: {count_of(count, 'person')} removed with {count_of(templates, 'template')}; {_sentence(gallery)}",
+        {**describe(gallery), "removed_people": count, "removed_templates": templates},
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...tiler.errors import UsageError, reason_of
+from .name_list import compose
 from .plain_file import open_plain
 
 SUFFIXES = (".csv", ".parquet")
@@ -26,7 +27,7 @@ class ImageList:
     labels: npt.NDArray[np.int64]
     """Numbers of `names`."""
     names: list[str]
-    """Labels as they stand in the list, sorted as texts."""
+    """Labels as they stand in the list, composed (`name_list.compose`), sorted as texts."""
     repeated: int
     """Lines left out, since the same picture of the same identity came before."""
 
@@ -57,6 +58,7 @@ def _gather(path: Path, what: str, rows: Iterable[tuple[int, str | None, str | N
     for number, name, label in rows:
         if not name or not label:
             raise UsageError(f"{what} {number} of {path} must have a path and a label, got {name!r}, {label!r}")
+        label = compose(label)
         other, first = seen.setdefault(str(path.parent / name), (label, number))
         if other != label:
             raise UsageError(

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from ...tiler.errors import TilerError, UsageError
+from .name_list import compose
 from .plain_file import open_plain
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
@@ -30,7 +31,8 @@ class PeopleFolder:
     """Pictures by person."""
 
     people: dict[str, list[Path]]
-    """In the order of names; pictures too."""
+    """In the order of names, which are composed (`name_list.compose`): folders that differ in nothing else are one
+    person's; pictures too."""
     empty: list[str]
     """Folders without a picture."""
     stray: list[Path]
@@ -51,25 +53,26 @@ def find_people(folder: Path) -> PeopleFolder:
     if not folder.is_dir():
         raise UsageError(f"{folder} must be a folder with one folder for each person, got none there")
     people: dict[str, list[Path]] = {}
-    empty: list[str] = []
+    empty: set[str] = set()
     stray: list[Path] = []
     for entry in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
         if not entry.is_dir():
             stray.append(entry)
             continue
+        name = compose(entry.name)
         files = sorted(path for path in entry.iterdir() if not path.name.startswith("."))
         pictures = [path for path in files if is_picture(path) and not path.is_dir()]
         stray += sorted({*files} - {*pictures})
         if pictures:
-            people[entry.name] = pictures
+            people.setdefault(name, []).extend(pictures)
         else:
-            empty.append(entry.name)
+            empty.add(name)
     if not people:
         raise UsageError(
             f"{folder} must hold a folder for each person with pictures ({', '.join(FORMATS)}), got {len(empty)} empty "
             f"folders and {len(stray)} other files"
         )
-    return PeopleFolder(people=people, empty=empty, stray=stray)
+    return PeopleFolder(people=dict(sorted(people.items())), empty=sorted(empty - people.keys()), stray=stray)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...tiler.errors import UsageError, reason_of
+from .name_list import compose
 from .plain_file import open_plain
 
 Shot = tuple[str, int]
@@ -44,7 +45,7 @@ def read_pairs(path: Path) -> PairList:
     """
     try:
         with open_plain(path) as file:
-            lines = file.read().decode().splitlines()
+            lines = compose(file.read().decode()).replace("\r\n", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} must be a list of pairs as text: {reason_of(error)}") from error
     numbered = [(number, _fields(line)) for number, line in enumerate(lines, 1) if line.strip()]
