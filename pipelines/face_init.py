@@ -21,7 +21,7 @@ from ..models.faceid.tablets import TabletLayout
 from ..models.segmentation.state import fit_state, read_state
 from ..models.segmentation.trust import Trust
 from ..tiler.errors import UsageError, reason_of
-from .console import count_of
+from .console import count_of, one_line
 from .face_roll import read_roll
 from .face_sources import SYNTHETIC
 from .training_folder import read_training
@@ -174,6 +174,6 @@ def describe_start(initial: InitialWeights, names: list[str], new: list[str]) ->
     elif not new:
         rows = f"with the rows of all {len(names):,} identities"
     else:
-        shown = ", ".join(new[:5]) + (" and others" if len(new) > 5 else "")
+        shown = one_line(", ".join(new[:5])) + (" and others" if len(new) > 5 else "")
         rows = f"with the rows of {taken:,} of {len(names):,} identities; {count_of(len(new), 'row')} new: {shown}"
     return f"starts from {initial.source}, embedder {initial.sha256[:16]}, {rows}"

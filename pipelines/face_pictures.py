@@ -21,7 +21,7 @@ from ..models.faceid.images import ImageError, PeopleFolder, read_picture
 from ..models.faceid.name_list import require_name
 from ..models.faceid.plain_file import open_plain
 from ..models.faceid.top_k import unit_rows
-from .console import Console, count_of
+from .console import Console, count_of, one_line
 
 BATCH = 32
 """Pictures that are embedded at once."""
@@ -82,7 +82,7 @@ def embed_people(console: Console, embedder: Embedder, found: PeopleFolder, *, r
 def describe_stray(found: PeopleFolder) -> str:
     """Files that are not used, the first by its name."""
     such = "such as " if len(found.stray) > 1 else ""
-    return f"{count_of(len(found.stray), 'file')} left alone ({such}{found.stray[0].name})"
+    return f"{count_of(len(found.stray), 'file')} left alone ({such}{one_line(found.stray[0].name)})"
 
 
 def embed_files(console: Console, embedder: Embedder, paths: Iterable[Path], *, resize: bool) -> Pictures:
@@ -153,7 +153,7 @@ def _read(
 
 def _remark(console: Console, result: Pictures) -> None:
     """One line for each kind of thing that a user should know, and for each of the first pictures that failed."""
-    failed = [f"{path}: {reason}" for path, reason in result.failed]
+    failed = [one_line(f"{path}: {reason}") for path, reason in result.failed]
     console.remark_first(failed, "cannot be used; outsize --json names all" if result.paths else "cannot be used")
     if result.doubled:
         console.remark(f"{count_of(result.doubled, 'picture')} left out: the same file comes twice for one person")

@@ -11,7 +11,7 @@ from ..models.faceid.face_source import FaceSource, Roll
 from ..models.faceid.plain_file import open_plain
 from ..tiler.errors import OutputError, reason_of
 from ..tiler.files import write_durably
-from .console import count_of
+from .console import count_of, one_line
 from .training_folder import TRAINING, read_training, require_same_training
 
 ROLL = "identities.json"
@@ -98,7 +98,11 @@ def describe_growth(before: Roll | None, data: dict[str, Any], training: FaceSou
     """
     known = len(before.classes) if before is not None else int(data["identities"])
     fresh = list(training.names[known:])
-    shown = f" ({', '.join(fresh[:_SHOWN])}{' and others' if len(fresh) > _SHOWN else ''})" if before and fresh else ""
+    shown = (
+        f" ({one_line(', '.join(fresh[:_SHOWN]))}{' and others' if len(fresh) > _SHOWN else ''})"
+        if before and fresh
+        else ""
+    )
     pictures = len(training) - int(data["samples"])
     changed = f"{count_of(pictures, 'picture')} more" if pictures >= 0 else f"{count_of(-pictures, 'picture')} fewer"
     new = f"{len(fresh)} new {'identity' if len(fresh) == 1 else 'identities'}{shown}"

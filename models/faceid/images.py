@@ -120,7 +120,9 @@ def read_picture(source: Path | bytes, height: int, width: int, *, resize: bool 
         raise ImageError("it is not there") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
-        raise ImageError(f"it cannot be read: {reason.split(' <_io')[0]}") from error
+        said, cut, _ = reason.partition(" <_io")  # how PIL calls a file that is open
+        name = f" {source.name!r}" if cut and isinstance(source, Path) else ""
+        raise ImageError(f"it cannot be read: {said}{name}") from error
 
 
 def _require_size(found: tuple[int, int], wanted: tuple[int, int], *, resize: bool, turned: bool) -> None:

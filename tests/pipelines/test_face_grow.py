@@ -20,6 +20,8 @@ from torch import Tensor
 
 from ..support import commands
 
+pytestmark = pytest.mark.system
+
 TINY = ("--batch", "8", "--micro-batch", "4", "--dim", "16", "--threads", "1", "--augment", "none")
 HELD = ("--held-out", "3")
 
