@@ -277,7 +277,7 @@ def _find_twins(paths: Sequence[str], labels: Whole) -> dict[int, str]:
     for place, path in enumerate(paths):
         try:
             by_size[Path(path).stat().st_size].append(place)
-        except OSError:
+        except (OSError, ValueError):
             continue  # it is named when it is read
     twins: dict[int, str] = {}
     for places in by_size.values():

@@ -150,7 +150,7 @@ class SourcePart:
     @property
     def names(self) -> Sequence[str]:
         names = self._source.names
-        return [names[identity] for identity in self._chosen.tolist()]
+        return [names[int(identity)] for identity in self._chosen]
 
     def __len__(self) -> int:
         return len(self._samples)

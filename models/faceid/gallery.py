@@ -325,6 +325,8 @@ class Gallery:
             HeadMemoryError: the budget is too small.
             GalleryError: the gallery is damaged, or somebody changed it: open it again.
         """
+        if threshold is not None and np.isnan(threshold):
+            raise HeadError("a threshold must be a number, got nan, beyond which nobody is")
         unit = self._unit(embeddings)
         state = self._state  # another thread may change the gallery meanwhile
         self._require_one_generation(state.manifest.generation)
@@ -349,6 +351,9 @@ class Gallery:
             )
 
     def _unit(self, embeddings: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        if isinstance(embeddings, Tensor):
+            given = embeddings.detach().cpu()
+            embeddings = (given.float() if given.dtype == torch.bfloat16 else given).numpy()
         values = np.asarray(embeddings)
         if values.ndim != 2 or values.shape[1] != self.dim:
             raise HeadError(f"embeddings must be (faces, {self.dim}) for this gallery, got {values.shape}")

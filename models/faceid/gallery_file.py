@@ -17,8 +17,9 @@ import re
 import struct
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -300,12 +301,12 @@ def _damaged(folder: Path, entry: NamedSum) -> GalleryError:
     return GalleryError(f"{folder / entry.name} is damaged: its checksum is not the manifest's")
 
 
-def _signature(file: BinaryIO) -> Signature:
+def _signature(file: BufferedReader) -> Signature:
     found = os.fstat(file.fileno())
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _open(folder: Path, entry: NamedSum) -> BinaryIO:
+def _open(folder: Path, entry: NamedSum) -> BufferedReader:
     try:
         return open_plain(folder / entry.name)
     except NoFileError as error:

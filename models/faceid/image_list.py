@@ -27,7 +27,7 @@ class ImageList:
     labels: npt.NDArray[np.int64]
     """Numbers of `names`."""
     names: list[str]
-    """Labels as they stand in the list, composed (`name_list.compose`), sorted as texts."""
+    """Labels as they stand in the list, without spaces around them, composed (`name_list.compose`), sorted as texts."""
     repeated: int
     """Lines left out, since the same picture of the same identity came before."""
 
@@ -55,10 +55,10 @@ def _gather(path: Path, what: str, rows: Iterable[tuple[int, str | None, str | N
     """
     seen: dict[str, tuple[str, int]] = {}
     repeated = 0
-    for number, name, label in rows:
+    for number, name, given in rows:
+        label = compose((given or "").strip())
         if not name or not label:
-            raise UsageError(f"{what} {number} of {path} must have a path and a label, got {name!r}, {label!r}")
-        label = compose(label)
+            raise UsageError(f"{what} {number} of {path} must have a path and a label, got {name!r}, {given!r}")
         other, first = seen.setdefault(str(path.parent / name), (label, number))
         if other != label:
             raise UsageError(

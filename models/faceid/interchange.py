@@ -241,6 +241,7 @@ def export_safetensors(head: ShardedMarginHead, folder: str | Path) -> Path:
 
     Tensors are `head.weight.000000` ... in the order of classes, (rows, dim) in the layer's type.
     """
+    head.require_whole()
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     count = head.layout.count

@@ -6,7 +6,6 @@ it would if one product were cut among them.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +15,9 @@ from typing import TypeVar
 import torch
 
 from ...tiler.machine import one_thread
+from ...tiler.process_locks import ProcessLock
 
-_ALONE = threading.RLock()
+_ALONE = ProcessLock()
 """Held while tablets are worked on: torch's number of threads and its precision belong to the whole process."""
 
 Workspace = TypeVar("Workspace")
@@ -30,7 +30,7 @@ def exact_products() -> Iterator[None]:
     """Products of float32 matrices in float32, whatever autocast, torch.set_float32_matmul_precision or torch.backends
     say; one caller of a process at a time."""
     # On the CPU "medium" means bfloat16 where there are instructions for it.
-    kinds = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    kinds = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # pyright: ignore[reportAttributeAccessIssue] - set when it is imported
     with _ALONE:
         before = [kind.fp32_precision for kind in kinds]
         for kind in kinds:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from outsize.models.faceid import gallery_file
-from outsize.models.faceid.errors import GalleryError
+from outsize.models.faceid.errors import GalleryError, HeadError
 from outsize.models.faceid.gallery import Gallery
 from outsize.models.faceid.gallery_file import HEADER_BYTES, Manifest, find_damage, read_newest, write_manifest
 from outsize.models.faceid.images import ImageError, find_people, read_picture
@@ -306,3 +307,30 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
     write_manifest(tmp_path / "g", manifest)
     assert read_newest(tmp_path / "g") == manifest
     assert not find_damage(tmp_path / "g", manifest)
+
+
+def test_embeddings_of_any_type_of_number_are_looked_up_and_of_others_refused(tmp_path: Path) -> None:
+    gallery = make(tmp_path / "g")
+    query = vectors(20, 0)[7:8]
+    expected = gallery.identify(query, 3)
+    for same in (
+        query.astype(np.float64),
+        query.tolist(),
+        torch.from_numpy(query).requires_grad_(),
+        query[:, ::-1][:, ::-1],
+    ):
+        assert gallery.identify(same, 3) == expected
+    for close in (query.astype(np.float16), torch.from_numpy(query).bfloat16(), (1e4 * query).astype(np.int32)):
+        answer = gallery.identify(close, 1)[0].matches[0]
+        assert (answer.name, answer.score) == ("person 7", pytest.approx(1, abs=1e-4))
+    for bad in (
+        query + 1j,
+        torch.from_numpy(query).to(torch.complex64),
+        query.astype(str),
+        query > 0,
+        query.astype(object),
+    ):
+        with pytest.raises(HeadError, match="embeddings must be real numbers, got"):
+            gallery.identify(bad)
+    with pytest.raises(HeadError, match="a threshold must be a number, got nan"):
+        gallery.identify(query, threshold=float("nan"))

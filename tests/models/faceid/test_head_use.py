@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from outsize.models.faceid import margin_softmax
+from outsize.models.faceid.collectives import Ranks
 from outsize.models.faceid.errors import HeadError
 from outsize.models.faceid.head import ShardedMarginHead
 from outsize.models.faceid.reference import compute_dense_loss
@@ -451,3 +452,22 @@ def test_a_backward_that_ends_early_leaves_a_layer_that_says_so() -> None:
     head.is_torn = False
     head(*make_batch(1)).backward()
     assert head.step == 1
+
+
+def test_what_one_rank_refuses_ends_the_call_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tells the others how many samples it has, -1 where it refuses them."""
+    told: list[int] = []
+
+    def gather(self: Ranks, mine: Tensor) -> list[Tensor]:
+        told.append(int(mine))
+        return [mine, torch.tensor([-1])] if self.rank == 0 else [torch.tensor([3]), mine]
+
+    monkeypatch.setattr(Ranks, "_gather", gather)
+    features, labels = make_batch(0)
+    with pytest.raises(HeadError, match="rank 1 of 2 has refused its batch, and says why"):
+        Ranks(group=None, rank=0, size=2).gather_batch(features, labels)
+    head = make_head(SGD(lr=0.1))
+    head.ranks = Ranks(group=None, rank=1, size=2)
+    with pytest.raises(HeadError, match="labels must be whole numbers"):
+        head(features, labels.float())
+    assert told == [7, -1]
