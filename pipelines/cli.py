@@ -477,12 +477,12 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(EXIT_FAILED) from None
     except Exception as error:  # noqa: BLE001 - the last line of defence
-        from .console import printable
+        from .console import one_line, printable
 
         if debug:
             traceback.print_exc()
         if isinstance(error, TilerError):
-            print(printable(f"outsize: error: {error}"), file=sys.stderr)
+            print(f"outsize: error: {one_line(error)}", file=sys.stderr)
             _end(words, error.exit_code, str(error))
         reason = (str(error).strip().splitlines() or [""])[0]
         print(printable(f"outsize: unexpected {type(error).__name__}: {reason} (--debug shows where)"), file=sys.stderr)
