@@ -137,12 +137,12 @@ def open_client(
     if options.scheduler_file and not Path(options.scheduler_file).is_file():
         # Dask would wait for the file to appear.
         raise ClusterError(f"no Dask scheduler at {options.scheduler_file}: no such file; start the scheduler first")
-    if (address or "").startswith("tls://") and security is None:
+    if (address or "").startswith("tls://") and security is None and not config.get("distributed.comm.tls.ca-file", None):
         raise ClusterError(f"no Dask scheduler at {address} without TLS: give --tls-ca-file, --tls-cert and --tls-key")
     if address or options.scheduler_file:
         try:
             client = Client(address, scheduler_file=options.scheduler_file, security=security, timeout="20s")
-        except (OSError, TimeoutError, TypeError, ValueError) as error:
+        except (OSError, LookupError, TypeError, ValueError) as error:
             raise ClusterError(f"no Dask scheduler at {address or options.scheduler_file}: {error}") from error
         with _quiet_reconnecting(), client:
             yield client

@@ -59,9 +59,9 @@ def _find_place(place: str | Path | None, remedy: str) -> Path:
                 raise TemporaryFolderError(
                     f"temporary files in {path} are not safe: {folder} {why}, who could run code as you; {remedy}"
                 )
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         said = reason_of(error)
-        raise TemporaryFolderError(f"no temporary files in {place or 'any folder'}: {said}; {remedy}") from error
+        raise TemporaryFolderError(f"no temporary files in {'any folder' if place is None else place}: {said}; {remedy}") from error
     return path
 
 
