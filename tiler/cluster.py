@@ -21,7 +21,6 @@ from .local_cluster import ClusterError as ClusterError
 from .local_cluster import start_cluster
 from .machine import die_with_parent
 
-
 MAX_PORT = 65535
 _ADDRESS = re.compile(r"(?:[^\s:/]*:)?[0-9]{1,5}|[^\s:/]+")
 """Of a dashboard, as Dask takes it."""
@@ -137,7 +136,11 @@ def open_client(
     if options.scheduler_file and not Path(options.scheduler_file).is_file():
         # Dask would wait for the file to appear.
         raise ClusterError(f"no Dask scheduler at {options.scheduler_file}: no such file; start the scheduler first")
-    if (address or "").startswith("tls://") and security is None and not config.get("distributed.comm.tls.ca-file", None):
+    if (
+        (address or "").startswith("tls://")
+        and security is None
+        and not config.get("distributed.comm.tls.ca-file", None)
+    ):
         raise ClusterError(f"no Dask scheduler at {address} without TLS: give --tls-ca-file, --tls-cert and --tls-key")
     if address or options.scheduler_file:
         try:

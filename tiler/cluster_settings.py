@@ -99,7 +99,7 @@ _SHARED, _LOCK = _Shared(), threading.Lock()
 
 def _begin_anew() -> None:
     """In a fork: what is open is the parent's, and a thread that held the lock is not there to let it go."""
-    global _SHARED, _LOCK  # noqa: PLW0603 - of a process
+    global _SHARED, _LOCK
     _SHARED, _LOCK = _Shared(), threading.Lock()
 
 

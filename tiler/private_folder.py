@@ -54,18 +54,28 @@ def _find_place(place: str | Path | None, remedy: str) -> Path:
         if place is not None:
             path.mkdir(parents=True, exist_ok=True)
         path = path.resolve(strict=True)
-        for folder in (path, *path.parents):
-            if why := _why_others_can_change(folder):
-                raise TemporaryFolderError(
-                    f"temporary files in {path} are not safe: {folder} {why}, who could run code as you; {remedy}"
-                )
     except (OSError, TypeError, ValueError) as error:
         said = reason_of(error)
-        raise TemporaryFolderError(f"no temporary files in {'any folder' if place is None else place}: {said}; {remedy}") from error
+        raise TemporaryFolderError(
+            f"no temporary files in {'any folder' if place is None else place}: {said}; {remedy}"
+        ) from error
+    if why := why_others_can_write(path):
+        raise TemporaryFolderError(f"temporary files are not safe in {path}, {why}; {remedy}")
     return path
 
 
-def _why_others_can_change(folder: Path) -> str:
+def why_others_can_write(path: Path) -> str:
+    """How other users could take away what this user has put in a folder that is there, or put another folder in its
+    place; empty: in no way. A sticky folder such as /tmp is safe for new names of ours, not for ones that others can
+    foresee."""
+    path = path.resolve(strict=True)
+    for folder in (path, *path.parents):
+        if why := _find_others(folder):
+            return f"{'which' if folder == path else f'as {folder}'} {why}: others could have you run their code"
+    return ""
+
+
+def _find_others(folder: Path) -> str:
     """Who else can rename and remove what lies in a folder; empty: nobody."""
     found = folder.stat()
     if found.st_uid not in (0, os.geteuid(), Path("/").stat().st_uid):  # in containers "/" can belong to nobody
