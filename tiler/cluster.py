@@ -159,7 +159,8 @@ def open_client(
             threads=threads,
             processes=options.processes,
             dashboard_address=options.dashboard_address,
-            dashboard_names=options.dashboard_names | settings.dashboard_names,
+            dashboard_names=options.dashboard_names,
+            proxies=settings.proxies,
             environment=settings.environment,
             cuda=cuda,
         )

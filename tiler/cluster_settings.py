@@ -40,8 +40,8 @@ class ClusterSettings:
 
     environment: dict[str, str]
     """Variables of its worker processes."""
-    dashboard_names: frozenset[str]
-    """Of hosts under which the user says that he reaches dashboards."""
+    proxies: frozenset[str]
+    """Names of hosts that pass on the dashboard's pages to the user."""
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def cluster_settings(environment: Mapping[str, str]) -> Iterator[ClusterSettings
     try:
         yield ClusterSettings(
             environment={name: _SHARED.environment.get(name, value) for name, value in environment.items()},
-            dashboard_names=_SHARED.dashboard_names,
+            proxies=_SHARED.proxies,
         )
     finally:
         with _LOCK:
@@ -79,11 +79,11 @@ class _Shared:
         self.stack = ExitStack()
         self.environment: dict[str, str] = {}
         """Of this process, before."""
-        self.dashboard_names: frozenset[str] = frozenset()
+        self.proxies: frozenset[str] = frozenset()
 
     def open(self, environment: Mapping[str, str]) -> None:
         self.environment = dict(os.environ)
-        self.dashboard_names = find_dashboard_names()
+        self.proxies = find_proxies()
         with ExitStack() as stack:
             folder = stack.enter_context(private_folder(config.get(PLACE, None), PLACE_REMEDY))
             stack.callback(_forget_modules_of, str(folder))
@@ -158,17 +158,18 @@ def _find_link() -> str:
     return link
 
 
-def find_dashboard_names() -> frozenset[str]:
-    """Hosts that Dask's settings name for the user's browser: in the form of the dashboard's address, and as those that
-    its websockets may come from."""
-    origins = config.get(ORIGINS, None)
-    shown = [_find_link(), *(f"//{origin}" for origin in origins if isinstance(origin, str))] if origins else []
+def find_proxies() -> frozenset[str]:
+    """Hosts that Dask's settings name for the user's browser: in the dashboard's address, and as those whose
+    pages may open its websockets."""
+    origins: Any = config.get(ORIGINS, None)
+    stated = origins if isinstance(origins, list | tuple) else ()
+    shown = [_find_link(), *(f"//{origin}" for origin in stated if isinstance(origin, str))]
     names = set[str]()
     for address in shown:
         try:
             name = urlsplit(address).hostname
         except ValueError:
             continue
-        if name and not set(name) & set("*{}"):
+        if name and not set(name) & set("*{}") and name != "localhost" and not name.startswith(("127.", "::1")):
             names.add(name)
     return frozenset(names)

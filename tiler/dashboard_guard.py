@@ -18,24 +18,25 @@ from tornado.routing import Matcher, Rule
 from tornado.web import Application, RequestHandler
 
 
-def guard(application: Application, names: Iterable[str]) -> None:
+def guard(application: Application, names: Iterable[str], proxies: Iterable[str]) -> None:
     """Refuse all requests to an application, its later parts too, that come by a foreign name or from a foreign page.
 
     Args:
-        names: of hosts, beside this machine's own.
+        names: of this machine, beside those that it knows.
+        proxies: names of hosts that pass on requests, and pages, of their own.
     """
-    application.default_router.rules.insert(0, Rule(_Foreign(frozenset(names)), _Refused))
+    application.default_router.rules.insert(0, Rule(_Foreign(frozenset(names), frozenset(proxies)), _Refused))
 
 
 class _Foreign(Matcher):
     """Matches requests that are to be refused."""
 
-    def __init__(self, names: frozenset[str]) -> None:
-        self._names = names
+    def __init__(self, names: frozenset[str], proxies: frozenset[str]) -> None:
+        self._names, self._proxies = names, proxies
 
     def match(self, request: HTTPServerRequest) -> dict[str, Any] | None:
         hosts, origins = (request.headers.get_list(name) for name in ("Host", "Origin"))
-        return None if is_known(hosts, origins, self._names) else {}
+        return None if is_known(hosts, origins, self._names, self._proxies) else {}
 
 
 class _Refused(RequestHandler):
@@ -50,24 +51,24 @@ class _Refused(RequestHandler):
         )
 
 
-def is_known(hosts: list[str], origins: list[str], names: frozenset[str]) -> bool:
+def is_known(hosts: list[str], origins: list[str], names: frozenset[str], proxies: frozenset[str]) -> bool:
     """Whether a request asks by one of our names, and comes from no page but ours.
 
     Args:
         hosts: values of its header Host.
         origins: values of its header Origin, which browsers send with websockets and from other pages.
-        names: of hosts, beside this machine's own.
+        names, proxies: as of `guard`.
     """
     if len(hosts) != 1 or len(origins) > 1:
         return False
     host = _split(f"//{hosts[0]}")
-    if host is None or not _is_ours(host[0], names):
+    if host is None or not _is_ours(host[0], names | proxies):
         return False
     if not origins:
         return True
     origin = _split(origins[0])
-    # Another port of this machine is another site, and perhaps another user's. A proxy that has a name changes ports.
-    return origin is not None and (origin == host or origin[0] in names)
+    # Another port of this machine is another site, and perhaps another user's.
+    return origin is not None and (origin == host or origin[0] in proxies)
 
 
 def _split(address: str) -> tuple[str, int | None] | None:

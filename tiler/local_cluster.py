@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import warnings
@@ -51,13 +52,13 @@ class _Scheduler(Scheduler):
 
     http_application: Application
 
-    def __init__(self, *, dashboard_names: Iterable[str], **settings: Any) -> None:
-        self._names = frozenset(dashboard_names)
+    def __init__(self, *, dashboard_names: Iterable[str], proxies: Iterable[str], **settings: Any) -> None:
+        self._names, self._proxies = dashboard_names, proxies
         super().__init__(**settings)
 
     def start_http_server(self, *arguments: Any, **settings: Any) -> None:
         super().start_http_server(*arguments, **settings)
-        guard(self.http_application, self._names)
+        guard(self.http_application, self._names, self._proxies)
 
 
 class _Nanny(Nanny):
@@ -94,6 +95,7 @@ def start_cluster(
     processes: bool,
     dashboard_address: str | None,
     dashboard_names: Iterable[str],
+    proxies: Iterable[str],
     environment: Mapping[str, str],
     cuda: Sequence[int],
 ) -> SpecCluster:
@@ -104,7 +106,8 @@ def start_cluster(
     process, they talk by no address at all.
 
     Args:
-        dashboard_names: of hosts by which browsers may ask the dashboard, beside this machine's own.
+        dashboard_names: of this machine, by which browsers may ask the dashboard, beside those that it knows.
+        proxies: names of hosts that pass on the dashboard's pages.
         environment: variables of worker processes.
         cuda: indices of CUDA devices; process i sees the i-th of them only. Empty: they see what this process does.
 
@@ -117,6 +120,8 @@ def start_cluster(
         "protocol": "tls://" if processes else "inproc://",
         "security": security,
     }
+    if dashboard_address is not None:
+        _require_place(dashboard_address)
     reason = ""
     for _ in range(STARTS):
         ends = list[int]()
@@ -126,6 +131,7 @@ def start_cluster(
             # Dask's health page is served in any case: without a dashboard on whatever port is free.
             "dashboard_address": dashboard_address or f"{LOOPBACK}:0",
             "dashboard_names": dashboard_names,
+            "proxies": proxies,
         }
         worker = shared | {
             "nthreads": threads,
@@ -151,6 +157,18 @@ def start_cluster(
             reason = _explain(error, ends)
             log.warning("workers did not start: %s", reason)
     raise ClusterError(f"workers do not start, {STARTS} times now: {reason}")
+
+
+def _require_place(dashboard_address: str) -> None:
+    """Dask tries again and again, and leaves its sockets open."""
+    for address in dashboard_address.split(","):
+        host = address.strip().rpartition(":")[0]
+        try:
+            socket.create_server((host, 0)).close()
+        except OSError as error:
+            raise ClusterError(
+                f"no dashboard at {address}: {reason_of(error)}; give an address of this machine to --dashboard-address"
+            ) from error
 
 
 def _explain(error: BaseException, ends: Sequence[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import grp
 import os
@@ -43,17 +44,20 @@ def private_folder(place: str | Path | None, remedy: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        os.close(lock)
         if os.getpid() == process:  # not in a fork of it
             shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 def _find_place(place: str | Path | None, remedy: str) -> Path:
     try:
         path = Path(tempfile.gettempdir() if place is None else place).absolute()
         if place is not None:
-            path.mkdir(parents=True, exist_ok=True)
+            for missing in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
+                missing.mkdir(mode=0o700, exist_ok=True)
         path = path.resolve(strict=True)
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     except (OSError, TypeError, ValueError) as error:
         said = reason_of(error)
         raise TemporaryFolderError(
