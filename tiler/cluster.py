@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dask import config
-from distributed import Client
+from distributed import Client, get_worker, rejoin, secede
 from distributed.security import Security
+from distributed.threadpoolexecutor import thread_state
 
 from .cluster_settings import cluster_settings
 from .errors import UsageError
 from .local_cluster import ClusterError as ClusterError
-from .local_cluster import start_cluster
+from .local_cluster import require_processes, start_cluster
 from .machine import die_with_parent
 
 MAX_PORT = 65535
@@ -72,6 +73,15 @@ class ClusterOptions:
         """Of hosts, in the dashboard's address."""
         hosts = (address.strip().rpartition(":")[0] for address in (self.dashboard_address or "").split(","))
         return frozenset(host.lower() for host in hosts if host)
+
+    def require_startable(self) -> None:
+        """Raise at once where workers could not be started later.
+
+        Raises:
+            ClusterError: this process may start none.
+        """
+        if self.processes and not self.connects:
+            require_processes()
 
     @property
     def serves_dashboard(self) -> bool:
@@ -166,6 +176,19 @@ def open_client(
         )
         with started, Client(started) as client:
             yield client
+
+
+@contextmanager
+def leaving_slot(client: Client) -> Iterator[None]:
+    """A task that waits for tasks of its own scheduler gives them its thread meanwhile: there may be no other."""
+    if not getattr(thread_state, "proceed", False) or get_worker().scheduler.address != client.scheduler.address:
+        yield
+        return
+    secede()
+    try:
+        yield
+    finally:
+        rejoin()
 
 
 class ClusterKeeper:

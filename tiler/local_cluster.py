@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -9,16 +10,18 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from distributed import Nanny, Scheduler, SpecCluster, Worker
+from distributed import Nanny, Scheduler, SpecCluster, Worker, utils
 from distributed.security import Security
 from tornado.web import Application
 
 from .certificate import make_security
 from .dashboard_guard import guard
 from .errors import TilerError, reason_of
+from .process_locks import after_fork
 from .records import log
 
 
@@ -45,6 +48,30 @@ def visible_device(index: int, shown: str | None) -> str:
     """
     names = [name.strip() for name in shown.split(",")] if shown else []
     return names[index] if index < len(names) else str(index)
+
+
+def _renew_offloading() -> None:
+    """In a fork: Dask would wait for a thread of the parent's to pack and unpack what is large."""
+    executor = getattr(utils, "_offload_executor", None)
+    if executor is not None:
+        utils._offload_executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="Dask-Offload")
+
+
+after_fork(_renew_offloading)
+
+
+def require_processes() -> None:
+    """Raise where this process may start no others.
+
+    Raises:
+        ClusterError: names who has started it, and what goes instead.
+    """
+    if multiprocessing.current_process().daemon:
+        raise ClusterError(
+            "worker processes cannot be started by a daemonic process, such as one of multiprocessing.Pool or a Dask "
+            "worker: pass a client (within a Dask task worker_client()), or ClusterOptions(processes=False), or start "
+            "this process by concurrent.futures.ProcessPoolExecutor"
+        )
 
 
 class _Scheduler(Scheduler):
@@ -114,6 +141,8 @@ def start_cluster(
     Raises:
         ClusterError: they do not start, or do not stay alive.
     """
+    if processes:
+        require_processes()
     security = make_security() if processes else Security()
     shared: dict[str, Any] = {
         "host": LOOPBACK if processes else None,
