@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from .. import __version__
+from ..tiler.dask_trouble import find_dask_trouble
 from ..tiler.errors import TilerError
 from ..tiler.process_end import end_with
 from .cli_face import face
@@ -481,6 +482,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         if debug:
             traceback.print_exc()
+        error = find_dask_trouble(error) or error
         if isinstance(error, TilerError):
             print(f"outsize: error: {one_line(error)}", file=sys.stderr)
             _end(words, error.exit_code, str(error))

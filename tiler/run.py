@@ -41,7 +41,7 @@ from .events import (
 from .files import remove_store
 from .fingerprint import MIXED, make_fingerprint
 from .geometry import Interval, Window
-from .machine import find_versions, release_freed_memory
+from .machine import find_versions, release_freed_memory, spare_lost_threads
 from .memory import CUDA_CONTEXT_BYTES, find_budget
 from .memory_probe import memory_lookup
 from .meter import MemoryMeter
@@ -176,6 +176,9 @@ def predict(
     called = time.perf_counter() if since is None else since
     cluster = cluster or ClusterOptions()
     options = cluster.options if isinstance(cluster, ClusterKeeper) else cluster
+    if client is None:
+        options.require_startable()
+    spare_lost_threads()
     tell: Listener = listener or _ignore
     out = place_of(out).absolute()
     with MemoryMeter() as meter:
