@@ -17,7 +17,7 @@ from distributed.security import Security
 from distributed.threadpoolexecutor import thread_state
 
 from .cluster_settings import cluster_settings
-from .errors import UsageError
+from .errors import TilerError, UsageError
 from .local_cluster import ClusterError as ClusterError
 from .local_cluster import require_processes, start_cluster
 from .machine import die_with_parent
@@ -241,13 +241,23 @@ def _quiet_reconnecting() -> Iterator[None]:
 
 
 def follow(starter: tuple[str, int]) -> None:
-    """In a worker: where `starter`, a host and a process on it, started this process, end with it, and log no traceback
-    of a heartbeat that found its scheduler gone: that ends first."""
+    """In a worker: where `starter`, a host and a process on it, started this process, end with it, and log nothing that
+    it says itself: refusals of tasks, which reach it, and a heartbeat that found its scheduler gone, which ends first."""
     if (socket.gethostname(), os.getppid()) == starter:
         die_with_parent()
-        logging.getLogger("distributed.worker").addFilter(_is_no_lost_heartbeat)
+        logging.getLogger("distributed.worker").addFilter(_is_not_said_elsewhere)
 
 
-def _is_no_lost_heartbeat(record: logging.LogRecord) -> bool:
+def _is_not_said_elsewhere(record: logging.LogRecord) -> bool:
     # Dask logs exceptions themselves, too, which are no text.
-    return not record.getMessage().startswith("Failed to communicate with scheduler during heartbeat")
+    text = record.getMessage()
+    if text.startswith("Compute Failed"):
+        return not any(f"{kind.__name__}(" in text for kind in _kinds_of(TilerError))
+    return not text.startswith("Failed to communicate with scheduler during heartbeat")
+
+
+def _kinds_of(kind: type[Exception]) -> Iterator[type[Exception]]:
+    """A class of errors and all that are made of it."""
+    yield kind
+    for part in kind.__subclasses__():
+        yield from _kinds_of(part)
