@@ -241,8 +241,9 @@ def _quiet_reconnecting() -> Iterator[None]:
 
 
 def follow(starter: tuple[str, int]) -> None:
-    """In a worker: where `starter`, a host and a process on it, started this process, end with it, and log nothing that
-    it says itself: refusals of tasks, which reach it, and a heartbeat that found its scheduler gone, which ends first."""
+    """In a worker: where `starter`, a host and a process on it, started this process, end with it, and log neither
+    refusals of tasks, which reach it and which it says, nor a heartbeat that found its scheduler gone: that ends first.
+    """
     if (socket.gethostname(), os.getppid()) == starter:
         die_with_parent()
         logging.getLogger("distributed.worker").addFilter(_is_not_said_elsewhere)
