@@ -53,11 +53,11 @@ def run_tablets(
         whatever `work` raised first, when all threads have stopped.
     """
     results: dict[int, Result] = {}
-    left = deque(enumerate(items))
+    left, infers = deque(enumerate(items)), torch.is_inference_mode_enabled()
 
     def run(workspace: Workspace) -> None:
         torch.set_num_threads(1)  # of products, each calling thread has a number of its own
-        with torch.no_grad():  # of which each thread has a switch of its own
+        with torch.inference_mode() if infers else torch.no_grad():  # of which each thread has a switch of its own
             while True:
                 try:
                     place, item = left.popleft()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -10,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -186,14 +186,17 @@ def test_ranks_end_with_their_command_in_one_line(
     world: Path, tablets: Path, tmp_path: Path, sign: signal.Signals, at_work: bool
 ) -> None:
     """Ctrl-C, which a terminal sends to all of them, and SIGTERM, which a user sends to one and a system to all."""
-    picture, said = tmp_path / "door.png", tmp_path / "said.txt"
-    os.mkfifo(picture)  # whoever reads it waits
+    pictures, said = tmp_path / "door", tmp_path / "said.txt"
+    pictures.mkdir()
+    for number in range(30_000 if at_work else 1):  # whoever reads them is at it for a minute
+        (pictures / f"{number}.png").symlink_to(world / "people" / name(0) / f"{name(0)}_0001.png")
 
-    words = ("face", "identify", tablets, picture, "--embedder", world / "faces", "--ranks", "2")
+    words = ("face", "identify", tablets, pictures, "--embedder", world / "faces", "--ranks", "2")
     with said.open("w") as errors:
         command = commands.Command(*words, stderr=errors, start_new_session=True)
         ranks = wait_for(lambda: len(found := psutil.Process(command.pid).children()) == 2 and found)
-        writer = wait_for(lambda: begin_to_write(picture)) if at_work else None
+        if at_work:
+            wait_for(lambda: len(said.read_text().splitlines()) >= 2)
         if sign == signal.SIGTERM and at_work:
             command.send_signal(sign)
         else:
@@ -202,9 +205,7 @@ def test_ranks_end_with_their_command_in_one_line(
             assert command.wait(60) == 130
         finally:
             command.kill()
-    if writer is not None:
-        os.close(writer)
-    *remarks, last = filter(None, said.read_text().splitlines())
+    *remarks, last = (line for line in said.read_text().splitlines() if line and not line.startswith("embed: "))
     assert last == "outsize: interrupted; the same command begins anew"
     assert [remark.split()[0] for remark in remarks] == (["no", str(PEOPLE)] if at_work else [])
     assert wait_for(lambda: all(has_ended(rank) for rank in ranks))
@@ -252,22 +253,30 @@ def test_an_enrolment_that_is_stopped_while_it_reads_leaves_nothing(
     world: Path, tmp_path: Path, sign: signal.Signals
 ) -> None:
     shutil.copytree(world / "people", tmp_path / "people")
-    picture = tmp_path / "people" / name(PEOPLE - 1) / "z.png"
-    os.mkfifo(picture)  # whoever reads it waits
     words = ("face", "enroll", tmp_path / "g", tmp_path / "people", "--embedder", world / "faces")
+    # The last picture takes its time.
+    waiting = f"""
+        import pathlib, time
+        from outsize.pipelines import face_pictures
+        read_picture = face_pictures.read_picture
+        def read_slowly(path, *size, **options):
+            if path.name == "{name(PEOPLE - 1)}_0003.png":
+                pathlib.Path({str(tmp_path / "reading")!r}).touch()
+                time.sleep(600)
+            return read_picture(path, *size, **options)
+        face_pictures.read_picture = read_slowly
+    """
     with (tmp_path / "said.txt").open("w") as errors:
-        command = commands.Command(*words, stderr=errors, start_new_session=True)
-        writer = wait_for(lambda: begin_to_write(picture))
+        command = commands.Command(*words, stderr=errors, start_new_session=True, first=textwrap.dedent(waiting))
+        wait_for((tmp_path / "reading").exists)
         os.killpg(command.pid, sign)
         assert command.wait(60) == 130
-    os.close(writer)
     *lines, last = filter(None, (tmp_path / "said.txt").read_text().splitlines())
     assert last == "outsize: interrupted; the same command begins anew"
     assert [line for line in lines if not line.startswith("embed: ")] == [
         "1 file left alone (pairs.txt): no pictures, or in no person's folder"
     ]
     assert not (tmp_path / "g").exists()
-    picture.unlink()
     assert outsize(*words[1:])[0]["people"] == PEOPLE
 
 
@@ -308,12 +317,6 @@ def test_a_change_that_is_stopped_when_it_is_made_is_made(gallery: Path, monkeyp
     assert (shown["people"], shown["damaged"]) == (PEOPLE - 1, [])
     assert shown["calibration"] == {"scores": PEOPLE - 1, "of": "enrolled"}
     assert not any(name(3).encode() in path.read_bytes() for path in gallery.iterdir())
-
-
-def begin_to_write(pipe: Path) -> int | None:
-    with contextlib.suppress(OSError):  # nobody reads it yet
-        return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
-    return None
 
 
 def on_two_ranks(*words: str | Path) -> list[tuple[int, str, str]]:

@@ -471,3 +471,15 @@ def test_what_one_rank_refuses_ends_the_call_of_the_others(monkeypatch: pytest.M
     with pytest.raises(HeadError, match="labels must be whole numbers"):
         head(features, labels.float())
     assert told == [7, -1]
+
+
+def test_a_look_in_inference_mode_is_that_of_no_grad() -> None:
+    head = make_head(SGD(lr=0.1))
+    features, labels = make_batch(0)
+    with torch.no_grad():
+        expected = head(features, labels)
+    with torch.inference_mode():
+        assert torch.equal(head(features, labels), expected)
+        assert torch.equal(head.full_loss(features, labels), expected)
+    head(features, labels).backward()
+    assert head.step == 1
