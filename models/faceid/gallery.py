@@ -39,7 +39,7 @@ from .gallery_file import (
     write_rows,
 )
 from .gallery_rows import GalleryRows, TabletRows
-from .name_list import NameList, compose, require_name
+from .name_list import NameList, compose, compose_all, require_name
 from .search import Tell, search_rows
 from .search_plan import SearchPlan, plan_search
 from .tablets import BLOCK_ROWS, ROWS, TabletLayout
@@ -268,7 +268,7 @@ class Gallery:
 
     def find(self, names: Iterable[str]) -> set[str]:
         """Those of some names that are in the gallery, composed (`name_list.compose`)."""
-        return set(self._state.names.find(names))
+        return set(self._state.names.find(compose_all(names)))
 
     def find_damage(self) -> list[str]:
         """Read every file against its checksum; what is wrong with each that is damaged."""
@@ -545,13 +545,13 @@ class Gallery:
         """Names of a change, composed."""
         if len(names) != count or not count:
             raise HeadError(f"each embedding needs a name, and there must be one, got {len(names)} and {count}")
-        composed = [compose(name) for name in names]
+        composed = compose_all(names)
         for name in composed:
             require_name(name)
         return composed
 
     def _numbers(self, names: Iterable[str]) -> dict[str, int]:
-        wanted = {compose(name) for name in names}
+        wanted = set(compose_all(names))
         numbers = self._state.names.find(wanted)
         if missing := wanted - numbers.keys():
             raise HeadError(f"{_list(sorted(missing))} not in the gallery")

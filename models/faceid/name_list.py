@@ -24,6 +24,21 @@ def compose(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def compose_all(names: Iterable[str]) -> list[str]:
+    """Each name, composed.
+
+    Raises:
+        HeadError: one text in place of several, whose letters would be taken for names; what is no text.
+    """
+    if isinstance(names, (str, bytes)):
+        raise HeadError(f"names must be a list of names, got the text {names!r} alone")
+    listed = list(names)
+    for name in listed:
+        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance] - of who does not check types
+            raise HeadError(f"names must be texts, got {name!r}")
+    return [compose(name) for name in listed]
+
+
 def require_name(name: str) -> None:
     """Refuse what is no name.
 

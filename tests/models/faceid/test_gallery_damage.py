@@ -334,3 +334,19 @@ def test_embeddings_of_any_type_of_number_are_looked_up_and_of_others_refused(tm
             gallery.identify(bad)
     with pytest.raises(HeadError, match="a threshold must be a number, got nan"):
         gallery.identify(query, threshold=float("nan"))
+
+
+def test_one_text_is_no_list_of_names(tmp_path: Path) -> None:
+    gallery = make(tmp_path / "g", 2)
+    for call in (
+        lambda: gallery.enroll("Ada", vectors(3, 1)),
+        lambda: gallery.replace("Ada", vectors(3, 1)),
+        lambda: gallery.remove("Ada"),
+        lambda: gallery.find("Ada"),
+    ):
+        with pytest.raises(HeadError, match="names must be a list of names, got the text 'Ada' alone"):
+            call()
+    with pytest.raises(HeadError, match="names must be texts, got 3"):
+        gallery.enroll([3], vectors(1, 1))  # pyright: ignore[reportArgumentType]
+    gallery.enroll(np.array(["Ada", "Eve"]), vectors(2, 1))  # pyright: ignore[reportArgumentType]
+    assert gallery.people == 4
