@@ -11,7 +11,7 @@ from typing import Any
 from ..models.faceid.embedder_file import Embedder, load_embedder
 from ..models.faceid.errors import GalleryError, HeadMemoryError
 from ..models.faceid.gallery import Gallery
-from ..models.faceid.gallery_file import has_gallery, is_free
+from ..models.faceid.gallery_file import find_damage, has_gallery, is_free, read_newest
 from ..models.faceid.head_plan import PROCESS_BYTES
 from ..models.faceid.images import ImageError, find_people
 from ..models.faceid.search import Tell
@@ -242,8 +242,22 @@ def run_calibrate(
 
 
 def run_gallery(console: Console, place: Path, *, names: bool, verify: bool) -> bool:
-    """Print what a gallery holds; False where it is damaged."""
-    gallery = Gallery.open(place)
+    """Print what a gallery holds; False where it is damaged. With `verify` all that is damaged is named, also where
+    nothing else can be told.
+
+    Raises:
+        GalleryError: there is none, or it is damaged.
+    """
+    damaged = find_damage(place, read_newest(place)) if verify else []
+    try:
+        gallery = Gallery.open(place)
+    except GalleryError:
+        if not damaged:
+            raise
+        console.result(
+            "\n".join(f"damaged     {entry}" for entry in damaged), {"gallery": str(place), "damaged": damaged}
+        )
+        return False
     values = describe(gallery)
     lines = [
         f"{place}: {_sentence(gallery)}",
@@ -252,7 +266,6 @@ def run_gallery(console: Console, place: Path, *, names: bool, verify: bool) -> 
         f"calibration {_calibration_sentence(gallery)}",
     ]
     if verify:
-        damaged = gallery.find_damage()
         values["damaged"] = damaged
         lines += [f"damaged     {entry}" for entry in damaged] or ["verified    every file has its checksum"]
     if names:
