@@ -22,6 +22,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.session import DummySession
 from rasterio.windows import Window as RasterioWindow
 
+from .band_names import assumed_name
 from .block_cache import BlockCache, BlockStore
 from .errors import RasterError
 from .geometry import Window
@@ -207,6 +208,9 @@ def _band_names(dataset: rasterio.DatasetReader) -> tuple[str, ...]:
         texts = [meaning.name if meaning in _COLOURS else "" for meaning in dataset.colorinterp]
         # A colour that two bands have names neither.
         texts = [text if texts.count(text) == 1 else "" for text in texts]
+        if texts[:3] == ["red", "green", "blue"] and not any(texts[3:]):
+            # GDAL tags three or four bytes so by itself, whatever they are.
+            texts = [assumed_name(i, text) if text else "" for i, text in enumerate(texts, start=1)]
     return tuple(" ".join(text.split()) or f"band {i}" for i, text in enumerate(texts, start=1))
 
 
