@@ -215,10 +215,6 @@ def prepare_data(
         UsageError: no labelled pixel to train on, or to validate on; classes without pixels.
     """
     bands = rasters[0].bands
-    if start is not None and len(start.bands) != bands:
-        raise UsageError(
-            f"the model takes {count_of(len(start.bands), 'band')}, the scenes have {bands}; choose with --bands"
-        )
     _require_loss(options, len(found.classes))
     label_options = replace(options.label_options, values=found.values or options.label_options.values)
     names = [entry.name for entry in found.classes]

@@ -140,6 +140,7 @@ _PHRASES = tuple(
     )
 )
 _GENERIC = re.compile(r"((band|channel|layer)[\W_]*)?\d*")
+_ASSUMED = re.compile(r"band \d+ \((red|green|blue)\)")
 _PADDED = re.compile(r"b0\da?")
 _ID = re.compile(r"b0*(\d{1,2}a?)")
 
@@ -156,6 +157,8 @@ class _Meaning:
     is_number_alone: bool = False
     """B4, and nothing else: it may be a sensor's band, or the fourth."""
     words: tuple[str, ...] = ()
+    is_assumed: bool = False
+    """A writer's default, which speaks for a band, but against none."""
 
     @property
     def is_understood(self) -> bool:
@@ -166,11 +169,18 @@ class _Meaning:
         return self.common or (_SENSORS[sensor].get(self.number, "") if sensor else "")
 
 
+def assumed_name(number: int, common: str) -> str:
+    """Of a band of which nothing is known but a colour that a writer may have given it unasked."""
+    return f"band {number} ({common})"
+
+
 @lru_cache(maxsize=4096)
 def _understand(name: str) -> _Meaning:
     said = name.strip().casefold()
     if _GENERIC.fullmatch(said):
         return _Meaning("")
+    if assumed := _ASSUMED.fullmatch(said):
+        return _Meaning(assumed[1], common=assumed[1], is_assumed=True)
     text = re.sub(r"[\W_]+", "", said)
     if len(text) == 1:
         return _Meaning(text)
@@ -331,6 +341,8 @@ def _find_strangers(
         index
         for index, (a, b) in enumerate(zip(ours, theirs, strict=True))
         if a.text
+        and not a.is_assumed
+        and not b.is_assumed
         and not any(_rank(a, b, sensor) for sensor in ways)
         and (
             (a.number and b.number)
@@ -366,8 +378,9 @@ def find_named(wanted: Sequence[str], found: Sequence[str]) -> list[int | None]:
 
 
 def is_named(name: str) -> bool:
-    """Whether a band's name says more than its number does."""
-    return bool(_understand(name).text)
+    """Whether a band's name says more than its number does, and than a writer's default."""
+    meaning = _understand(name)
+    return bool(meaning.text) and not meaning.is_assumed
 
 
 def band_name_of(entry: Any) -> str:

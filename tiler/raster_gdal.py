@@ -22,6 +22,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.session import DummySession
 from rasterio.windows import Window as RasterioWindow
 
+from .band_names import assumed_name
 from .block_cache import BlockCache, BlockStore
 from .errors import RasterError
 from .geometry import Window
@@ -142,18 +143,28 @@ def describe_gdal(path: str, options: ReadOptions) -> Raster:
                 kind="gdal",
                 shape=(dataset.count, dataset.height, dataset.width),
                 dtype=dtype,
-                place=from_rasterio(dataset.crs, dataset.transform, dataset.gcps),
+                place=from_rasterio(dataset.crs, dataset.transform, _ask(dataset, "gcps")),
                 nodata_rule=rule,
                 band_names=_band_names(dataset),
                 block=block,
                 block_bytes=block[0] * block[1] * dtype.itemsize * together,
                 identity=_identity(path, dataset.files),
                 files=tuple(dataset.files[:10_000]),
-                scale_tags=known_tags(dataset.scales, dataset.offsets),
+                scale_tags=known_tags(_ask(dataset, "scales"), _ask(dataset, "offsets")),
                 remarks=tuple(_list_remarks(dataset)),
             )
-        except (RasterioError, TypeError, ValueError, UnicodeDecodeError) as error:
+        except RasterError:
+            raise
+        except Exception as error:  # GDAL's own classes too, which rasterio does not export
             raise RasterError(f"{path} cannot be described: {_reason(error)}") from error
+
+
+def _ask(dataset: rasterio.DatasetReader, what: str) -> Any:
+    """A property of a dataset. What GDAL remarked before, such as a tag that it does not know, may fail the next
+    question, and that one alone: so it is put again."""
+    with suppress(Exception):
+        return getattr(dataset, what)
+    return getattr(dataset, what)
 
 
 _SHOWN = 8
@@ -164,7 +175,7 @@ def _require_bands(path: str, dataset: rasterio.DatasetReader) -> None:
     """Refuse what holds other rasters, such as a netCDF file of several variables, and none of its own."""
     if dataset.count:
         return
-    names = list(dataset.subdatasets)
+    names = list(_ask(dataset, "subdatasets"))
     if not names:
         raise RasterError(f"{path} has no raster band; does it hold vectors or a table?")
     more = f", ... ({len(names)})" if len(names) > _SHOWN else ""
@@ -175,12 +186,13 @@ def _require_bands(path: str, dataset: rasterio.DatasetReader) -> None:
 
 
 def _list_remarks(dataset: rasterio.DatasetReader) -> Iterator[str]:
-    if dataset.rpcs is not None:
+    points, others = _ask(dataset, "gcps")[0], _ask(dataset, "subdatasets")
+    if _ask(dataset, "rpcs") is not None:
         yield "rational polynomial coefficients (RPC), which outputs do not keep"
-    if dataset.gcps[0] and not dataset.transform.is_identity:
-        yield f"{len(dataset.gcps[0])} ground control points beside its transform, which outputs do not keep"
-    if dataset.subdatasets:
-        yield f"the first of {len(dataset.subdatasets)} rasters in the file; others are named {dataset.subdatasets[-1]}"
+    if points and not dataset.transform.is_identity:
+        yield f"{len(points)} ground control points beside its transform, which outputs do not keep"
+    if others:
+        yield f"the first of {len(others)} rasters in the file; others are named {others[-1]}"
 
 
 _COLOURS = frozenset(
@@ -204,9 +216,12 @@ def _band_names(dataset: rasterio.DatasetReader) -> tuple[str, ...]:
     """Descriptions; of a file without any, the colours that its bands are tagged with."""
     texts = [text or "" for text in dataset.descriptions]
     if not any(texts):
-        texts = [meaning.name if meaning in _COLOURS else "" for meaning in dataset.colorinterp]
+        texts = [meaning.name if meaning in _COLOURS else "" for meaning in _ask(dataset, "colorinterp")]
         # A colour that two bands have names neither.
         texts = [text if texts.count(text) == 1 else "" for text in texts]
+        if texts[:3] == ["red", "green", "blue"] and not any(texts[3:]):
+            # GDAL tags three or four bytes so by itself, whatever they are.
+            texts = [assumed_name(i, text) if text else "" for i, text in enumerate(texts, start=1)]
     return tuple(" ".join(text.split()) or f"band {i}" for i, text in enumerate(texts, start=1))
 
 
@@ -214,7 +229,7 @@ def _find_rule(dataset: rasterio.DatasetReader, options: ReadOptions) -> NodataR
     """Nodata as the file says it: by a value, by masks, or both. An alpha band counts only when asked for."""
     rule = NodataRule(values=tuple(value for value in dataset.nodatavals if value is not None))
     if options.alpha:
-        tagged = [i for i, meaning in enumerate(dataset.colorinterp, start=1) if meaning == ColorInterp.alpha]
+        tagged = [i for i, meaning in enumerate(_ask(dataset, "colorinterp"), start=1) if meaning == ColorInterp.alpha]
         return replace(rule, mask="alpha", alpha_band=tagged[0]) if tagged else rule
     flags = dataset.mask_flag_enums
     # GDAL has no word for a mask of one band's own.

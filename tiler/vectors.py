@@ -184,14 +184,14 @@ def _project(geometry: Geometry, crs: CRS, place: Georeference) -> Geometry:
         return projected
     # A ring across the projection's seam comes back with points at both ends of the world.
     degrees = turn_of(crs.to_wkt())
-    rings = zip(_rings_of(geometry), _rings_of(projected), strict=True)
-    if degrees is None or any(len(before) != len(after) for before, after in rings):
+    before, after = ([len(ring) for ring in _rings_of(shape)] for shape in (geometry, projected))
+    if degrees is None or before != after:
         return projected
     known = iter(_rings_of(geometry))
 
     def unwrap(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        before = np.asarray([point[:2] for point in next(known)], np.float64)
-        wanted = (before[:, 0] - before[0, 0]) / degrees * turn
+        places = np.asarray([point[:2] for point in next(known)], np.float64)
+        wanted = (places[:, 0] - places[0, 0]) / degrees * turn
         turns = np.round((wanted - (points[:, 0] - points[0, 0])) / turn)
         return points + np.stack([turns * turn, np.zeros(len(points))], axis=1)
 

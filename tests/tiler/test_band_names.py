@@ -33,6 +33,9 @@ def order(wanted: tuple[str, ...], found: tuple[str, ...]) -> list[int]:
         (("nir", "red"), ("rededge1", "red", "nir08"), [3, 2]),
         (("vv", "vh"), ("VH", "VV"), [2, 1]),
         (("Höhe", "Neigung"), ("neigung", "HÖHE"), [2, 1]),
+        # Colours that GDAL gives three or four bytes by itself.
+        (("B02", "B03", "B04"), ("band 1 (red)", "band 2 (green)", "band 3 (blue)"), [3, 2, 1]),
+        (RGBN, ("band 1 (red)", "band 2 (green)", "band 3 (blue)", "band 4"), [1, 2, 3, 4]),
         # Bands without a name stay in their places.
         (RGBN, ("blue", "green", "red", "band 4"), [3, 2, 1, 4]),
         (RGBN, ("red", "green", "blue", ""), [1, 2, 3, 4]),
@@ -76,6 +79,9 @@ def test_names_that_disagree_or_may_mean_several_things_are_refused(
         (("scene_2018", "dem_2018"), ("scene_2019", "layers")),
         # Numbers that no known sensor has.
         (RGBN, ("B00", "B01", "B02", "B03")),
+        # Colours of a writer's own speak against nothing.
+        (("nir", "red", "green"), ("band 1 (red)", "band 2 (green)", "band 3 (blue)")),
+        (("band 1 (red)", "band 2 (green)", "band 3 (blue)"), ("red", "green", "nir")),
         # Of two dates: each name twice.
         (RGBN * 2, RGBN * 2),
         # What is made of a band is not that band.

@@ -102,7 +102,13 @@ def test_colours_are_names_where_there_are_no_others_and_alpha_is_none(tmp_path:
     assert open_raster(path).band_names == ("blue", "green", "red", "band 4")
     match = match_bands(open_raster(path), ("red", "green", "blue", "nir"))
     assert np.array_equal(read_all(match.raster), PIXELS.astype(np.uint8)[[2, 1, 0, 3]])
-    # GDAL tags four bytes red, green, blue and alpha by itself: what they are described as counts more.
+    # GDAL tags four bytes red, green, blue and alpha by itself: that speaks for red, and against nothing.
+    default = open_raster(write_geotiff(tmp_path / "default.tif", PIXELS.astype(np.uint8)))
+    assert default.band_names == ("band 1 (red)", "band 2 (green)", "band 3 (blue)", "band 4")
+    turned = match_bands(default, ("blue", "green", "red", "nir"))
+    assert np.array_equal(read_all(turned.raster), PIXELS.astype(np.uint8)[[2, 1, 0, 3]])
+    assert match_bands(default, ("nir", "red", "green", "swir")).how == "in order"
+    # What they are described as counts more.
     described = write_named(tmp_path / "described.tif", PIXELS.astype(np.uint8), S2[::-1])
     assert open_raster(described).band_names == S2[::-1]
 
