@@ -35,8 +35,8 @@ LOOPBACK = "127.0.0.1"
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 STARTS = 3
 """Attempts to start workers: one that dies in its first second takes its cluster with it."""
-ERRORS_ONLY = 40
-"""Dask's log level."""
+ERRORS_ONLY: Any = 40
+"""Dask's log level, which it takes where it says True or False."""
 
 
 def visible_device(index: int, shown: str | None) -> str:
