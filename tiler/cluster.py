@@ -182,8 +182,8 @@ def open_client(
 @contextmanager
 def leaving_slot(client: Client) -> Iterator[None]:
     """A task that waits for tasks of its own scheduler gives them its thread meanwhile: there may be no other."""
-    scheduler: Any = client.scheduler
-    if not getattr(thread_state, "proceed", False) or get_worker().scheduler.address != scheduler.address:
+    scheduler: Any = client.scheduler if getattr(thread_state, "proceed", False) else None
+    if scheduler is None or get_worker().scheduler.address != scheduler.address:
         yield
         return
     secede()
