@@ -43,6 +43,7 @@ PICKLES = {
     "tiler/engine_openvino.py": {"pickle.loads"},
     "tiler/engine_programs.py": {"pickle.loads"},
     "tiler/engine_torch.py": {"pickle.loads"},
+    "tiler/inference.py": {"pickle.loads"},
     "tiler/memory_probe.py": {"pickle.loads"},
     "tiler/quantise.py": {"pickle.loads"},
     "tiler/training_cluster.py": {"pickle.loads"},

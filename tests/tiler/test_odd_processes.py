@@ -25,7 +25,10 @@ from ..support.whole_gradients import analysed, draw, gradients_of, largest_diff
 THREADS = ClusterOptions(processes=False, dashboard_address=None)
 PROCESSES = ClusterOptions(dashboard_address=None)
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
 
 
 @pytest.fixture
