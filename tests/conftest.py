@@ -17,7 +17,7 @@ if not os.environ.get("OUTSIZE_TEST_CUDA"):
 
 import torch
 from dask import config
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, SpecCluster
 from distributed.utils import get_mp_context
 
 WITH_PROCESSES = {"client", "server", "_warm_workers", "cluster", "workers"}
@@ -45,7 +45,7 @@ def _unit_tests_start_nothing(request: pytest.FixtureRequest, monkeypatch: pytes
     monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
     monkeypatch.setattr(os, "fork", refuse)
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
-    monkeypatch.setattr(LocalCluster, "__init__", refuse)
+    monkeypatch.setattr(SpecCluster, "__init__", refuse)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import ssl
+import stat
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,10 @@ from distributed import Client, LocalCluster, default_client
 from distributed.security import Security
 from outsize.tiler.certificate import make_security
 from outsize.tiler.cluster import ClusterError, ClusterOptions, open_client, worker_environment
+from outsize.tiler.engine_torch import prepare_compiler
+from outsize.tiler.errors import EngineError, OutputError
 from outsize.tiler.events import Event, TileFinished
+from outsize.tiler.program_cache import ProgramCache
 from outsize.tiler.raster import open_raster
 from outsize.tiler.run import predict
 from outsize.tiler.transfer import copy_raster
@@ -39,6 +43,7 @@ PICKLES = {
     "tiler/engine_openvino.py": {"pickle.loads"},
     "tiler/engine_programs.py": {"pickle.loads"},
     "tiler/engine_torch.py": {"pickle.loads"},
+    "tiler/inference.py": {"pickle.loads"},
     "tiler/memory_probe.py": {"pickle.loads"},
     "tiler/quantise.py": {"pickle.loads"},
     "tiler/training_cluster.py": {"pickle.loads"},
@@ -254,6 +259,49 @@ def test_workers_that_are_threads_listen_on_loopback_only() -> None:
         assert client.submit(abs, -1).result() == 1
         during = listening() - before
     assert {address for address, _ in during} <= {"127.0.0.1"}
+
+
+def test_links_of_others_beside_an_output_are_not_followed(tmp_path: Path) -> None:
+    """In a folder where others write too, names beside the output can be foreseen."""
+    source, aim = scene(tmp_path, 70, 70), tmp_path / "aim"
+    aim.mkdir()
+    (aim / "precious").write_text("x")
+    outputs = tmp_path / "o.zarr", tmp_path / "c.zarr"
+    for out in outputs:
+        out.with_name(f"{out.name}.creating").symlink_to(aim)
+    threads = ClusterOptions(processes=False, dashboard_address=None)
+    predict(source, class_network(), outputs[0], cluster=threads, core=64, engine="torch")
+    copy_raster(open_raster(source), outputs[1])
+    assert np.array_equal(stored(outputs[0]), whole(class_network(), source))
+    out = tmp_path / "other.zarr"
+    out.with_name("other.zarr.run").symlink_to(aim)
+    with pytest.raises(OutputError, match=r"other\.zarr\.run is a link"):
+        predict(source, class_network(), out, cluster=threads, core=64, engine="torch")
+    assert [path.name for path in aim.iterdir()] == ["precious"]
+
+
+def test_caches_are_for_this_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the umask is; and torch's compiled code lies there, not under a name in /tmp that others can foresee."""
+    monkeypatch.setenv("OUTSIZE_CACHE_DIR", str(tmp_path / "new" / "cache"))
+    ours = str(tmp_path / "new" / "cache" / "compiled")
+    for named, kept in ((None, False), ("/tmp/torchinductor_me", False), (str(tmp_path / "mine"), True)):
+        if named is None:
+            monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        else:
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", named)
+        prepare_compiler()
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == (named if kept else ours)
+    before = os.umask(0)
+    try:
+        ProgramCache("network").write_text("note", "x")
+    finally:
+        os.umask(before)
+    folders = [path for path in (tmp_path / "new").rglob("*") if path.is_dir()]
+    assert len(folders) == 4
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in (tmp_path / "new", *folders)} == {0o700}
+    (tmp_path / "new" / "cache").chmod(0o777)
+    with pytest.raises(EngineError, match=r"cache can be changed by all users: .*; name a folder .*OUTSIZE_CACHE_DIR"):
+        prepare_compiler()
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dask import config
 from distributed import Client, get_worker, rejoin, secede
@@ -181,7 +182,8 @@ def open_client(
 @contextmanager
 def leaving_slot(client: Client) -> Iterator[None]:
     """A task that waits for tasks of its own scheduler gives them its thread meanwhile: there may be no other."""
-    if not getattr(thread_state, "proceed", False) or get_worker().scheduler.address != client.scheduler.address:
+    scheduler: Any = client.scheduler if getattr(thread_state, "proceed", False) else None
+    if scheduler is None or get_worker().scheduler.address != scheduler.address:
         yield
         return
     secede()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .engine import EngineProgram, Precision
 from .errors import EngineError
 from .graph import WithLogits, operation_name
-from .private_folder import why_others_can_write
+from .private_folder import make_private, why_others_can_write
 from .program_cache import FOLDER_VARIABLE, compiled_folder, keep_compiled_here
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def prepare_compiler() -> None:
     keep_compiled_here()
     with contextlib.suppress(OSError):
         # Before it is looked at: in a place such as /tmp others could make it just after.
-        compiled_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(compiled_folder())
     if why := why_others_can_write(compiled_folder()):
         raise EngineError(f"torch.compile keeps code in {compiled_folder()}, {why}; {COMPILED_REMEDY}")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

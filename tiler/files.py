@@ -191,7 +191,9 @@ def remove_tree(place: Path) -> None:
     """Delete a folder with all that is in it, if it is there; of a bucket what lies at the top first, so that
     what a crash leaves is no store."""
     if not is_remote(place):
-        if place.exists():
+        if place.is_symlink():  # somebody's, who would have another folder written to
+            place.unlink()
+        elif place.exists():
             shutil.rmtree(place)
         return
     filesystem, root = _in_store(place)

@@ -35,8 +35,8 @@ LOOPBACK = "127.0.0.1"
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 STARTS = 3
 """Attempts to start workers: one that dies in its first second takes its cluster with it."""
-ERRORS_ONLY = 40
-"""Dask's log level."""
+ERRORS_ONLY: Any = 40
+"""Dask's log level, which it takes where it says True or False."""
 
 
 def visible_device(index: int, shown: str | None) -> str:
@@ -202,8 +202,8 @@ def _require_place(dashboard_address: str) -> None:
 
 def _explain(error: BaseException, ends: Sequence[int]) -> str:
     """What went wrong first: Dask's own errors say little more than that something has."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
     killed = [-code for code in ends if code < 0]
     if killed:
         return f"one was killed by signal {killed[0]}; is there enough memory?"

@@ -53,8 +53,7 @@ def _find_place(place: str | Path | None, remedy: str) -> Path:
     try:
         path = Path(tempfile.gettempdir() if place is None else place).absolute()
         if place is not None:
-            for missing in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
-                missing.mkdir(mode=0o700, exist_ok=True)
+            make_private(path)
         path = path.resolve(strict=True)
         if not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -66,6 +65,12 @@ def _find_place(place: str | Path | None, remedy: str) -> Path:
     if why := why_others_can_write(path):
         raise TemporaryFolderError(f"temporary files are not safe in {path}, {why}; {remedy}")
     return path
+
+
+def make_private(path: Path) -> None:
+    """Make a folder and those above it that are not there, for this user alone, whatever his umask is."""
+    for missing in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
 
 
 def why_others_can_write(path: Path) -> str:

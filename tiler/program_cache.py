@@ -12,6 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from .memory import parse_bytes
+from .private_folder import make_private
 from .program_ir import ModelParts, names_of
 
 FOLDER_VARIABLE, LIMIT_VARIABLE = "OUTSIZE_CACHE_DIR", "OUTSIZE_CACHE_LIMIT"
@@ -65,7 +66,7 @@ class ProgramCache:
     def write(self, key: str, model: ModelParts) -> None:
         """Keep a program."""
         try:
-            (self._folder / "constants").mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(self._folder / "constants")
             for name, value in model.constants.items():
                 if not (self._folder / "constants" / name).exists():
                     _write(self._folder / "constants" / name, value)
@@ -83,7 +84,7 @@ class ProgramCache:
     def write_text(self, name: str, text: str) -> None:
         """Keep something else for the network; a folder that cannot be written is as good as none."""
         with contextlib.suppress(OSError):
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(self._folder)
             _write(self._folder / name, text.encode())
 
     def trim(self, used: Collection[str] = ()) -> None:

@@ -274,6 +274,8 @@ class RunFolder:
         """What the run's file is to say of it, beside who and when."""
 
     def __enter__(self) -> RunFolder:
+        if not is_remote(self.path) and self.path.is_symlink():
+            raise OutputError(f"{self.path} is a link, and records of the run would be written elsewhere; remove it")
         make_folder(self.path)
         self._acquire()
         self._log = _JournalHandler(open_journal(self.path, LOG, self.generation))

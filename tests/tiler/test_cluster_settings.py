@@ -14,6 +14,8 @@ from outsize.tiler.cluster_settings import BOKEH, LINK, METHOD, ORIGINS, cluster
 from outsize.tiler.errors import UsageError
 from outsize.tiler.private_folder import TemporaryFolderError
 
+pytestmark = pytest.mark.system
+
 ODD = {
     "distributed.worker.memory.monitor-interval": "abc",
     "distributed.worker.preload": "not_there",

@@ -16,6 +16,8 @@ from outsize.tiler.cluster_settings import ORIGINS
 from outsize.tiler.dashboard import TileMapPlugin
 from outsize.tiler.dashboard_guard import is_known, own_names
 
+pytestmark = pytest.mark.system
+
 NAMES, PROXIES = frozenset({"box.example.org"}), frozenset({"hub.example.org"})
 ME = socket.gethostname().lower()
 

@@ -25,7 +25,10 @@ from ..support.whole_gradients import analysed, draw, gradients_of, largest_diff
 THREADS = ClusterOptions(processes=False, dashboard_address=None)
 PROCESSES = ClusterOptions(dashboard_address=None)
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
 
 
 @pytest.fixture
@@ -63,12 +66,12 @@ def test_a_forked_process_talks_to_workers() -> None:
 
 @pytest.mark.usefixtures("_has_threads")
 def test_a_forked_process_trains() -> None:
-    network, image = analysed("plain unet"), draw(3, 53, 67)
+    network, image = analysed("plain unet"), draw(3, 53, 67).requires_grad_()
     labels = torch.ones(network.output_shape((53, 67)), dtype=torch.int64)
     expected = gradients_of(F.cross_entropy(run_whole(network, image), labels[None]), image, network)[1:]
 
     def train() -> list[torch.Tensor]:
-        value = tile_loss(network, plan_of(network, (53, 67), (40, 40)), CrossEntropy(), image, labels)
+        value = tile_loss(network, plan_of(network, (53, 67), (40, 40)), CrossEntropy(), image.detach(), labels)
         return [gradient.clone() for gradient in torch.autograd.grad(value, list(network.module.parameters()))]
 
     assert largest_difference(in_a_fork(train), expected) < 1e-12

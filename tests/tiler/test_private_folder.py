@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from outsize.tiler.private_folder import PREFIX, TemporaryFolderError, private_folder, why_others_can_write
 
+pytestmark = pytest.mark.system
+
 
 def test_a_folder_is_for_this_user_alone_and_is_removed(tmp_path: Path) -> None:
     before = os.umask(0)
