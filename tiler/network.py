@@ -21,7 +21,7 @@ from .axis_geometry import ImageAxis
 from .cost import compute_flops, compute_peak_bytes
 from .errors import UntileableError, UsageError
 from .geometry import Halo, Interval, Window, align_down, align_up
-from .graph import TracedGraph, operation_name, trace, where
+from .graph import LARGEST_MULTIPLE, TracedGraph, operation_name, trace, where
 from .machine import one_thread
 from .process_locks import TRACING
 from .receptive import AxisGraph, AxisNode, AxisRule, Cut, Resample, Same, Slide
@@ -36,7 +36,7 @@ from .rules import (
     refuse_randomness,
     require_constant,
 )
-from .sizes import evaluate, expression_of, is_constant, sample_extents
+from .sizes import evaluate, expression_of, find_misfit, is_constant, sample_extents
 
 LARGEST_DIRECT = 128
 """Height plus width of a resampled result up to which torch takes its direct kernel."""
@@ -426,10 +426,10 @@ def _check_output_size(network: Network, known: dict[Node, Pixels], output: Node
     multiple = network.size_multiple
     for axis, symbol in enumerate((network.graph.height, network.graph.width)):
         expression, scale = known[output].sizes[axis], known[output].scale[axis]
-        for extent in sample_extents(multiple, network.graph.smallest[axis]):
-            given = evaluate(expression, symbol, extent)
-            if abs(given - extent * scale) >= 1:
-                raise UntileableError(
-                    f"the network's output must have {scale} x the image's {AXES[axis]}, but an image of {extent} "
-                    f"gives {given}; pad its convolutions, or pad the result"
-                )
+        extent = find_misfit(expression, symbol, scale, sample_extents(multiple, network.graph.smallest[axis]))
+        if extent is not None:
+            raise UntileableError(
+                f"the network's output must have {scale} x the image's {AXES[axis]}, for all images or for those whose "
+                f"sizes are divisible by some k up to {LARGEST_MULTIPLE}, but an image of {extent} gives "
+                f"{evaluate(expression, symbol, extent)}; pad its convolutions, or pad the result"
+            )
