@@ -6,6 +6,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -17,6 +18,7 @@ from torch.export import Dim, ExportedProgram, export
 from .errors import UntileableError, UntraceableError
 from .program_cache import keep_compiled_here
 from .sizes import expression_of, find_whole_multiple
+from .time_limit import time_limit
 
 # Two primes, so that no size is special and neither axis can be taken for the other; large enough for strides of 128,
 # since torch.export takes an inner size of 1 for a constant.
@@ -24,6 +26,8 @@ _TRACE_SIZE = (331, 293)
 # Primes above the largest multiple, too. Images of this size are computed: a seventh of the pixels, and of the time.
 _TRIED_SIZE = (131, 113)
 LARGEST_MULTIPLE = 64
+TRACE_LIMIT_S = 180.0
+"""Of this process's computing that a trace may take; those of the usual networks take 1 to 15."""
 
 
 @runtime_checkable
@@ -133,16 +137,22 @@ def find_accepted_sizes(module: nn.Module, bands: int, dtype: torch.dtype) -> tu
     )
 
 
-def trace(module: nn.Module, bands: int, dtype: torch.dtype) -> TracedGraph:
+def trace(
+    module: nn.Module, bands: int, dtype: torch.dtype, watch: AbstractContextManager[Any] | None = None
+) -> TracedGraph:
     """Trace a module for images of any height and width, or for those divisible by some k up to 64: the smallest at
     which it runs, and gives an output of a constant scale.
+
+    Args:
+        watch: entered while the module is traced; may raise an UntileableError of its own.
 
     Raises:
         UntileableError: the module cannot be traced, accepts one size only, or changes with the size.
     """
+    watch = watch or nullcontext()
     multiple, accepted = find_accepted_sizes(module, bands, dtype)
     traced = WithLogits(module) if shows_logits(module, torch.zeros((1, bands, *accepted), dtype=dtype)) else module
-    graph = _trace_multiples(module, traced, bands, dtype, multiple)
+    graph = _trace_multiples(module, traced, bands, dtype, multiple, watch)
     shape = graph.output_nodes[0].meta["val"].shape
     if len(shape) != 4:
         return graph
@@ -150,7 +160,7 @@ def trace(module: nn.Module, bands: int, dtype: torch.dtype) -> TracedGraph:
     tried = range(multiple, LARGEST_MULTIPLE + 1, multiple)
     whole = find_whole_multiple(sizes, symbols, graph.smallest, tried) or multiple
     # Once more: such sizes may take another path, and say things more simply.
-    return graph if whole == multiple else _trace_multiples(module, traced, bands, dtype, whole)
+    return graph if whole == multiple else _trace_multiples(module, traced, bands, dtype, whole, watch)
 
 
 def trace_size(multiple: int) -> tuple[int, int]:
@@ -165,7 +175,12 @@ def trace_size(multiple: int) -> tuple[int, int]:
 
 
 def _trace_multiples(
-    module: nn.Module, traced: nn.Module, bands: int, dtype: torch.dtype, multiple: int
+    module: nn.Module,
+    traced: nn.Module,
+    bands: int,
+    dtype: torch.dtype,
+    multiple: int,
+    watch: AbstractContextManager[Any],
 ) -> TracedGraph:
     """`trace` for sizes divisible by a known number.
 
@@ -186,9 +201,16 @@ def _trace_multiples(
         # Without gradients, as inference runs: writing into views in place is then allowed. torch keeps what operations
         # gave for shapes that it may meet again: with free sizes it hardly does, and keeping takes a third of a trace.
         no_kept_shapes = dynamo_config.patch(fake_tensor_cache_enabled=False)
-        with warnings.catch_warnings(), torch.no_grad(), no_kept_shapes:
+        with warnings.catch_warnings(), torch.no_grad(), no_kept_shapes, time_limit(TRACE_LIMIT_S):
             warnings.simplefilter("ignore")
-            program = export(traced, (example,), dynamic_shapes=spec, strict=False)
+            with watch:
+                program = export(traced, (example,), dynamic_shapes=spec, strict=False)
+    except UntileableError:
+        raise
+    except TimeoutError:
+        raise UntraceableError(
+            f"the network cannot be traced by torch.export within {TRACE_LIMIT_S:g} s of computing; state its --halo"
+        ) from None
     except Exception as error:
         raise UntraceableError(
             f"the network cannot be traced by torch.export: {first_line(error)}; "

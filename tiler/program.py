@@ -20,30 +20,12 @@ from torch.utils.checkpoint import checkpoint
 
 from .axis_geometry import AxisGeometry, beyond, block_factor, compute_geometry, tap_arrays
 from .errors import UsageError
-from .geometry import Halo, Interval, Window, align_down
+from .geometry import Interval, Window
 from .graph import operation_name
 from .network import Network
 from .receptive import AxisRule, EnlargeNearest, Extents, Mirror, Resample, Shift, Slide, Spread
 from .rules import bound_arguments
 from .sizes import evaluate_at, expression_of
-
-
-def compute_halo(network: Network) -> Halo:
-    """Pixels read beyond a core in the middle of a large image, at most, on each side."""
-    sides: list[int] = []
-    image = align_down(1 << 20, network.size_multiple)
-    on_image = network.on_image((image, image))
-    for axis in (0, 1):
-        stride, scale = network.stride[axis], network.scale[axis]
-        before = after = 0
-        for phase in range(min(stride, 64)):
-            first = (image // 2 // stride * stride + phase) * scale
-            core = Interval(start=int(first // 1), stop=int(first // 1) + max(1, int(stride * scale)))
-            window = compute_geometry(on_image[axis], core).window
-            before = max(before, int(core.start / scale) - window.start)
-            after = max(after, window.stop - int(-(-core.stop / scale // 1)))
-        sides += [before, after]
-    return Halo(top=sides[0], bottom=sides[1], left=sides[2], right=sides[3])
 
 
 def graph_tensors(network: Network) -> dict[str, Any]:
