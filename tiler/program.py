@@ -7,6 +7,7 @@ whole image's own coordinates. So there is no alignment to keep, and what depend
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -416,9 +417,11 @@ def _run_average_pool(step: _Step) -> Tensor:
     source: Node = arguments["self"]
     image = _padded_operand(step, source, 0.0)
     kernel, stride = arguments["kernel_size"], arguments.get("stride") or None
+    # Not by torch's divisor_override, which OpenVINO does not know.
+    area = math.prod(rule.extent for rule in step.rules(source) if isinstance(rule, Slide))
     divisor = arguments.get("divisor_override")
     if divisor is not None:
-        return F.avg_pool2d(image, kernel, stride, 0, divisor_override=divisor)
+        return F.avg_pool2d(image, kernel, stride, 0) * (area / divisor)
     counts: list[np.ndarray] = []
     for axis, rule in enumerate(step.rules(source)):
         assert isinstance(rule, Slide)
@@ -431,7 +434,7 @@ def _run_average_pool(step: _Step) -> Tensor:
     whole = [rule.extent for rule in step.rules(source) if isinstance(rule, Slide)]
     if all((count == extent).all() for count, extent in zip(counts, whole, strict=True)):
         return F.avg_pool2d(image, kernel, stride, 0)
-    total = F.avg_pool2d(image, kernel, stride, 0, divisor_override=1)
+    total = F.avg_pool2d(image, kernel, stride, 0) * area
     divisors = torch.from_numpy(counts[0][:, None] * counts[1][None, :]).to(total)
     return total / divisors
 
