@@ -29,8 +29,8 @@ PRECISIONS: dict[EngineName, tuple[Precision, ...]] = {
 WORKER_BYTES = 95 * MB
 """A worker process with Dask, Zarr and GDAL, before it loads an engine."""
 ENGINE_WEIGHTS = 2.0
-"""Copies of the weights that an engine makes of those that it is sent: OpenVINO lays them out anew, from a copy; torch has
-them as tensors. 1.8 and 1.1 measured."""
+"""Copies of the weights that an engine makes of those that it is sent: OpenVINO lays them out anew, from a copy; torch
+has them as tensors. 1.8 and 1.1 measured."""
 ENGINE_MEMORY: dict[str, EngineMemory] = {
     "openvino": EngineMemory(worker_bytes=WORKER_BYTES, factor=1.2, constant_bytes=90 * MB, weights=ENGINE_WEIGHTS),
     "torch": EngineMemory(worker_bytes=WORKER_BYTES, factor=2.1, constant_bytes=210 * MB, weights=ENGINE_WEIGHTS),

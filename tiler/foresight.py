@@ -22,9 +22,8 @@ from .rules import WHOLE_IMAGE, find_refusal
 
 PATIENCE_S = 5.0
 """Of this process's computing, for which a trace goes on that has met what will be refused: the rules say it better."""
-_REDUCTIONS = frozenset(
-    {"amax", "amin", "linalg_vector_norm", "mean", "norm", "prod", "std", "std_mean", "sum", "var", "var_mean"}
-)
+_REDUCTIONS = frozenset({"amax", "amin", "mean", "prod", "std", "std_mean", "sum", "var", "var_mean"})
+"""Whose second argument says over which dimensions."""
 _TORCH = Path(torch.__file__).parent
 
 
