@@ -219,7 +219,9 @@ def pack_windows(network: Network, threads: int) -> EngineProgram:
     kept = ProgramCache(cache_name(network))
     parts = kept.read(WINDOWS)
     if parts is None:
-        parts = split_model(*convert_network(network, threads).payload)
+        converted = convert_network(network, threads).payload
+        parts = split_model(bytes(converted[0]), memoryview(converted[1]))
+        del converted  # before the constants are joined: each is there twice by now
         kept.write(WINDOWS, parts)
         kept.trim()
     graphs, weights = join_models({WINDOWS: parts.graph}, parts.constants)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from outsize.tiler.program_ir import ModelParts, join_models, split_model
 from .large_weights import Fat
 
 
-def measure(folder: Path, *arguments: object) -> object:
+def measure(folder: Path, *arguments: object) -> Any:
     """What tests/tiler/large_weights.py prints, in a process of its own with a cache of its own."""
     completed = subprocess.run(
         [sys.executable, "-m", "outsize.tests.tiler.large_weights", *map(str, arguments)],
@@ -66,7 +67,7 @@ def test_constants_that_are_held_are_not_held_again() -> None:
 
 @pytest.mark.long
 def test_more_programs_take_no_more_memory_to_make(tmp_path: Path) -> None:
-    few, many = measure(tmp_path, "pack", 2, 8)  # type: ignore[misc]
+    few, many = measure(tmp_path, "pack", 2, 8)
     assert many < few + 1  # each copy would be one more
     assert many < 4
 
@@ -86,7 +87,7 @@ def test_every_worker_counts_the_weights_that_it_is_sent_and_those_that_its_engi
 def test_a_run_of_many_programs_and_much_weight_keeps_its_budget(tmp_path: Path) -> None:
     """24 million parameters: 98 MB for each copy."""
     few, many = (measure(tmp_path, "run", 64, side, 128, "2GB", tmp_path) for side in (256, 700))
-    assert many["programs"] >= 16 > few["programs"]  # type: ignore[index]
+    assert many["programs"] >= 16 > few["programs"]
     for run in (few, many):
-        assert run["peak"] <= run["predicted"] <= 2_000_000_000  # type: ignore[index]
-    assert many["peak"] < few["peak"] + 2 * many["weights"]  # type: ignore[index]
+        assert run["peak"] <= run["predicted"] <= 2_000_000_000
+    assert many["peak"] < few["peak"] + 2 * many["weights"]
