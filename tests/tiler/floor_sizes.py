@@ -66,6 +66,10 @@ FLOORED: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "floor average pooling by three": (lambda: _pooled(nn.AvgPool2d(3), 3), 3),
     "ceil pooling without a crop": (lambda: _pooled(nn.MaxPool2d(2, ceil_mode=True), 2), 2),
     "odd kernel and back": (lambda: nn.Sequential(_Conv(3, 6, 3, 2, 1), nn.ReLU(), _Back(6, 2, 2, 2)), 2),
+    "kernels with gaps": (
+        lambda: nn.Sequential(_Conv(3, 6, 2, 5), nn.ReLU(), _Back(6, 2, 2, 5, output_padding=3)),
+        5,
+    ),
     "crop by arithmetic": (Floored, 4),
     "other code for other sizes": (Dense, 4),
     "twice the pixels": (lambda: _stem(_Back(6, 2, 8, 8)), 4),
