@@ -18,8 +18,8 @@ from outsize.tiler.time_limit import time_limit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .analysed import NETWORKS, analysed
-from .zoo import alive
+from ..support.analysed import NETWORKS, analysed
+from ..support.zoo import alive
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -18,13 +18,13 @@ from outsize.tiler.memory import EngineMemory, predict_memory
 from outsize.tiler.network import analyze_network
 from outsize.tiler.program_ir import ModelParts, join_models, split_model
 
-from .large_weights import Fat
+from ..support.large_weights import Fat
 
 
 def measure(folder: Path, *arguments: object) -> Any:
-    """What tests/tiler/large_weights.py prints, in a process of its own with a cache of its own."""
+    """What tests/support/large_weights.py prints, in a process of its own with a cache of its own."""
     completed = subprocess.run(
-        [sys.executable, "-m", "outsize.tests.tiler.large_weights", *map(str, arguments)],
+        [sys.executable, "-m", "outsize.tests.support.large_weights", *map(str, arguments)],
         env={**os.environ, "OUTSIZE_CACHE_DIR": str(folder / "cache")},
         capture_output=True,
         text=True,

@@ -24,9 +24,9 @@ from outsize.tiler.run import predict
 from outsize.tiler.store import open_array
 from torch import Tensor, nn
 
-from .floor_sizes import FLOORED, make_image, pad_image
-from .rasters import write_geotiff
-from .zoo import alive
+from ..support.floor_sizes import FLOORED, make_image, pad_image
+from ..support.rasters import write_geotiff
+from ..support.zoo import alive
 
 CORE = (7, 11)
 

@@ -1,7 +1,7 @@
 """A network of much weight and little work, and what runs of it take: each measured in a process of its own.
 
-python -m outsize.tests.tiler.large_weights pack COUNT ...
-python -m outsize.tests.tiler.large_weights run WIDTH SIDE CORE MEMORY FOLDER
+python -m outsize.tests.support.large_weights pack COUNT ...
+python -m outsize.tests.support.large_weights run WIDTH SIDE CORE MEMORY FOLDER
 """
 
 from __future__ import annotations
