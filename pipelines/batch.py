@@ -52,7 +52,7 @@ class SceneResult:
 
 def run_dry(console: Console, scenes: list[Scene], options: SegmentOptions, folder: Path, *, dashboard: bool) -> bool:
     """List plan and cost of each scene, without reading a pixel; whether all can be planned."""
-    preparation, speed_on = Preparation(options), cache(lambda device: measure_flops_per_s(device=device))
+    preparation, speed_on = Preparation(options, console), cache(lambda device: measure_flops_per_s(device=device))
     rows: list[list[str]] = []
     values: list[dict[str, Any]] = []
     total_s, total_bytes = 0.0, 0
@@ -113,7 +113,7 @@ def run_batch(
     """
     _require_writable(folder)
     began, results = time.monotonic(), list[SceneResult]()
-    preparation = Preparation(options)
+    preparation = Preparation(options, console)
     sizes = [_count_pixels(preparation, scene) for scene in scenes]
     dashboard = cluster.dashboard_address is not None
     with ClusterKeeper(cluster) as keeper, console.step("batch", sum(sizes)) as step:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from ..tiler.plan import format_seconds
 
 MOST_SHOWN = 20
 """Lines on a terminal of things of one kind that went wrong."""
+LONG_S = 5.0
+"""Of silence, after which a command says what it does."""
 
 
 class Step(Protocol):
@@ -46,6 +49,37 @@ class Console:
     def result(self, text: str, values: dict[str, Any]) -> None:
         """The command's result: text for people, or its values as JSON."""
         print(json.dumps(values) if self.as_json else printable(text), flush=True)
+
+    @contextmanager
+    def stages(self, label: str) -> Iterator[Callable[[str], None]]:
+        """Work in stages that is told of only where it takes long: its stage by then, and each that comes after it."""
+        began, lock = time.monotonic(), threading.Lock()
+        stage, ended = "", False
+
+        def tell(new: str) -> None:
+            nonlocal stage
+            with lock:
+                stage = new
+                if time.monotonic() - began >= LONG_S:
+                    show()
+
+        def show() -> None:
+            self.remark(f"{label:<9} {stage}, {format_seconds(time.monotonic() - began)} so far")
+
+        def show_late() -> None:
+            with lock:
+                if not ended and stage:
+                    show()
+
+        timer = threading.Timer(LONG_S, show_late)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield tell
+        finally:
+            with lock:
+                ended = True
+            timer.cancel()
 
     @contextmanager
     def step(self, label: str, pixels: int, *, counts_pixels: bool = True, done: int = 0) -> Iterator[Step]:

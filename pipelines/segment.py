@@ -115,8 +115,8 @@ class Preparation:
     """Opens rasters, and gives each the network that fits; networks of one number of bands and dtype are analysed
     once."""
 
-    def __init__(self, options: SegmentOptions) -> None:
-        self._options = options
+    def __init__(self, options: SegmentOptions, console: Console) -> None:
+        self._options, self._console = options, console
         self._models: dict[int, SegmentationModel] = {}
         self.match: BandMatch | None = None
         """Of the raster that was opened last."""
@@ -195,7 +195,8 @@ class Preparation:
             return model, state_network(module, raster.bands, raster.dtype, halo=halo, stride=stride)
         if options.halo_stride is not None:
             raise UsageError("--halo-stride goes with --halo; give both, or neither")
-        return model, analyze_network(module, raster.bands, raster.dtype)
+        with self._console.stages("analysis") as tell:
+            return model, analyze_network(module, raster.bands, raster.dtype, tell=tell)
 
 
 def _explain_scaling(model: SegmentationModel) -> str:
@@ -248,7 +249,7 @@ def warn_of_precision(console: Console, plan: TilePlan) -> None:
 
 def run_plan(console: Console, options: SegmentOptions, *, dashboard: bool = True, to_store: bool = False) -> None:
     """Show every decision that `segment` would make, without reading a pixel."""
-    preparation = Preparation(options)
+    preparation = Preparation(options, console)
     raster, model, network = preparation.open([options.source])
     plan = make_plan(console, options, raster, network, dashboard=dashboard, to_store=to_store)
     if plan.precision == "int8":
@@ -268,7 +269,7 @@ def run_plan(console: Console, options: SegmentOptions, *, dashboard: bool = Tru
 
 def run_proof(console: Console, options: SegmentOptions) -> bool:
     """Try on a small image what the plan takes for granted; returns whether it holds."""
-    _, model, network = Preparation(options).open([options.source])
+    _, model, network = Preparation(options, console).open([options.source])
     began = time.perf_counter()
     proof = prove_network(network, options.method)
     verdict = "proved: tiles equal the whole image" if proof.passed else "NOT proved: see above"
@@ -335,7 +336,7 @@ def _segment(
     listener: RunListener,
 ) -> RunSummary:
     began = time.perf_counter()
-    preparation = Preparation(options)
+    preparation = Preparation(options, console)
     raster, model, network = preparation.open([options.source])
     console.remark("\n".join([f"model     {model.name}", *preparation.explain(model)]))
     listener.model = model.name

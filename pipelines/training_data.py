@@ -234,7 +234,8 @@ def prepare_data(
             strict=True,
         )
     )
-    network: Network = analyze_network(module, bands, torch.float32)
+    with console.stages("analysis") as tell:
+        network: Network = analyze_network(module, bands, torch.float32, tell=tell)
     reach = compute_reach(network, [scene.raster.shape_yx for scene in scenes])
     trainable: TrainableNetwork = prepare_training(network, bands, torch.float32)
     budget = parse_bytes(options.memory)

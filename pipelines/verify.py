@@ -147,7 +147,7 @@ def _find_maker(
     )
     try:
         raster = open_reference(reference)
-        model, network = Preparation(known).analyse(raster)
+        model, network = Preparation(known, Console()).analyse(raster)
     except TilerError as error:
         if options.model is not None:
             raise

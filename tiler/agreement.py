@@ -1,7 +1,8 @@
 """Agreement: whether the traced graph is the module at every size, tried where they could part.
 
 A trace follows one path through the module's Python code. Branches on the size leave guards; both paths are compared at
-sizes on the guard's other side, and at awkward small sizes in any case.
+sizes on the guard's other side, and at awkward small sizes in any case. Whatever is computed is held against the shapes
+that the trace says; larger images are run for their shapes alone, without pixels.
 """
 
 from __future__ import annotations
@@ -12,13 +13,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
 from .errors import UntileableError
+from .geometry import align_up
 from .graph import TracedGraph, first_line, operation_name, where
 from .sizes import evaluate_at, evaluate_both, expression_of, sample_extents
 
 _SMALL = ((1, 1), (1, 5), (5, 1), (2, 3), (8, 9), (9, 8), (16, 25), (41, 22), (64, 31))
+_FEWER = ((1, 1), (1, 5), (5, 1), (2, 3), (4, 3), (3, 4))
+"""Where sizes are multiples of 16 and more: the first of those reach further than the last of `_SMALL`, and more of
+them would take minutes for what no stride tells apart."""
+_MANY_FROM = 16
+_NEIGHBOURS = 12
+"""Sizes next to each other whose shapes are looked at: every remainder by small strides comes up on both axes."""
+_LARGEST_COMPUTED = 1 << 16
+"""Pixels of an image up to which it is computed to see its tensors' shapes; larger ones have no pixels."""
+_LARGEST_SAMPLE = 1 << 18
+"""Pixels of an image that is tried beside the smallest ones, at most."""
 _LARGEST_TRIED = 1 << 12
 """Pixels along an axis; a branch that is taken only above this is refused untried."""
 
@@ -30,12 +43,16 @@ def require_agreement(module: nn.Module, graph: TracedGraph, bands: int, dtype: 
         UntileableError: they differ at a size that the network is said to accept, or one of them fails there.
     """
     k = graph.size_multiple
-    sizes = dict.fromkeys((h * k, w * k) for h, w in _SMALL)
-    sizes |= dict.fromkeys(_other_sides(graph))
     _require_true_sizes(graph, bands, dtype)
+    below = [align_up(smallest, k) - k for smallest in graph.smallest]
+    small = _FEWER if k >= _MANY_FROM else _SMALL
+    sizes = dict.fromkeys((below[0] + h * k, below[1] + w * k) for h, w in small)
+    sizes |= dict.fromkeys(
+        size
+        for size in _other_sides(graph)
+        if all(extent >= smallest for extent, smallest in zip(size, graph.smallest, strict=True))
+    )
     for size in sizes:
-        if any(extent < smallest for extent, smallest in zip(size, graph.smallest, strict=True)):
-            continue
         image = _random_image(bands, size, dtype)
         try:
             expected = _run_module(module, image)
@@ -101,11 +118,13 @@ def _require_true_sizes(graph: TracedGraph, bands: int, dtype: torch.dtype) -> N
     """
     k = graph.size_multiple
     first = [max(40, -(-smallest // k)) for smallest in graph.smallest]
-    # Neighbouring sizes, so that every remainder by small strides comes up on both axes.
-    for step in range(12):
-        size = ((first[0] + step) * k, (first[1] + 5 * step % 12) * k)
-        with torch.no_grad():
-            _Sizes(graph, size).run(*_graph_inputs(graph, _random_image(bands, size, dtype)))
+    with_shapes = _ShapeRunner(graph)
+    for step in range(_NEIGHBOURS):
+        size = ((first[0] + step) * k, (first[1] + 5 * step % _NEIGHBOURS) * k)
+        if size[0] * size[1] <= _LARGEST_COMPUTED:
+            _run_graph(graph, _random_image(bands, size, dtype))
+        else:
+            with_shapes.run(bands, size, dtype)
 
 
 def _random_image(bands: int, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -120,9 +139,35 @@ def _run_module(module: nn.Module, image: Tensor) -> Tensor:
 
 
 def _run_graph(graph: TracedGraph, image: Tensor) -> Tensor:
-    """The finished result of the traced graph."""
+    """The finished result of the traced graph.
+
+    Raises:
+        UntileableError: a tensor of another size than the trace says.
+    """
     with torch.no_grad():
-        return torch.fx.Interpreter(graph.program.graph_module).run(*_graph_inputs(graph, image))[0]
+        return _Sizes(graph, (image.shape[2], image.shape[3])).run(*_graph_inputs(graph, image))[0]
+
+
+class _ShapeRunner:
+    """`_run_graph` by torch's own arithmetic of shapes for images of that very size: tensors without pixels."""
+
+    def __init__(self, graph: TracedGraph) -> None:
+        self._graph, self._mode = graph, FakeTensorMode(allow_non_fake_inputs=True)
+        self._inputs: list[Any] | None = None
+
+    def run(self, bands: int, size: tuple[int, int], dtype: torch.dtype) -> None:
+        with torch.no_grad(), self._mode:
+            image = torch.empty((1, bands, *size), dtype=dtype)
+            if self._inputs is None:
+                self._inputs = [
+                    self._mode.from_tensor(value) if isinstance(value, Tensor) and value is not image else value
+                    for value in _graph_inputs(self._graph, image)
+                ]
+            inputs = [
+                image if spec.target is None else value
+                for spec, value in zip(self._graph.program.graph_signature.input_specs, self._inputs, strict=True)
+            ]
+            _Sizes(self._graph, size).run(*inputs)
 
 
 def _graph_inputs(graph: TracedGraph, image: Tensor) -> list[Any]:
@@ -157,10 +202,11 @@ def _other_sides(graph: TracedGraph) -> Iterator[tuple[int, int]]:
             raise UntileableError(f"the network branches on pixel values at {place}; remove that control flow")
         other = [(h, w) for h, w in pairs if not evaluate_both(guard.expr, (graph.height, graph.width), (h, w))]
         small = [size for size in other if max(size) <= _LARGEST_TRIED]
+        samples = [size for size in small if size[0] * size[1] <= _LARGEST_SAMPLE]
         if other and not small:
             raise UntileableError(
                 f"the network takes another path on images above {_LARGEST_TRIED} pixels ({place}); "
                 "remove control flow that depends on sizes"
             )
-        yield from small[:2]
-        yield from small[-1:]
+        yield from sorted(small, key=lambda size: size[0] * size[1])[:2]
+        yield from samples[-1:]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import pickle
 import sys
 import tempfile
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore[reportArgu
 import openvino as ov  # noqa: E402
 
 from .openvino_rewrite import rewrite_model  # noqa: E402
+from .program_ir import ModelParts, split_model  # noqa: E402
 
 if TYPE_CHECKING:
     from .network import Network
@@ -75,26 +78,46 @@ def _convertible(network: Network) -> Any:
     return trace(network.module, network.bands, getattr(torch, entering)).program
 
 
-def convert_exported(program: Any, shapes: list[tuple[int, ...]]) -> tuple[bytes, bytes]:
-    """(graph, weights) of an exported program of torch for inputs of those shapes, as OpenVINO's model files."""
+def convert_exported(program: Any, shapes: list[tuple[int, ...]], kept: dict[str, bytes]) -> ModelParts:
+    """An exported program of torch for inputs of those shapes, as OpenVINO's model files.
+
+    Args:
+        kept: as of `split_model`.
+    """
     model = ov.convert_model(program)
     # The converter leaves the inputs' shapes open, and what is made for any shape is slow.
     model.reshape(dict(zip(model.inputs, shapes, strict=True)))
     rewrite_model(model)
-    return serialise_model(model)
+    with _serialised(model) as (graph, weights):
+        return split_model(graph, weights, kept)
 
 
-def read_model(graph: bytes, weights: bytes) -> ov.Model:
+def read_model(graph: bytes, weights: bytes | bytearray) -> ov.Model:
     """A model of its files; its constants point into `weights`, which must stay."""
     return ov.Core().read_model(graph, ov.Tensor(np.frombuffer(weights, np.uint8)))
 
 
 def serialise_model(model: ov.Model) -> tuple[bytes, bytes]:
     """(graph, weights), as OpenVINO's model files."""
+    with _serialised(model) as (graph, weights):
+        return graph, bytes(weights)
+
+
+@contextmanager
+def _serialised(model: ov.Model) -> Iterator[tuple[bytes, memoryview]]:
+    """(graph, weights), as OpenVINO's model files; the weights stay on the disk until they are looked at."""
     with tempfile.TemporaryDirectory() as folder:
         graph, weights = Path(folder, "program.xml"), Path(folder, "program.bin")
         ov.serialize(model, graph, weights)
-        return (graph.read_bytes(), weights.read_bytes())
+        if not weights.stat().st_size:  # nothing to map
+            yield graph.read_bytes(), memoryview(b"")
+            return
+        with (
+            weights.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            memoryview(mapped) as view,
+        ):
+            yield graph.read_bytes(), view
 
 
 def compile_options(threads: int) -> dict[str, Any]:
@@ -187,7 +210,7 @@ class OpenVinoEngine:
 ALIVE = 1
 """Compiled programs that a process keeps: tiles of one geometry come together, and each program holds its memory."""
 
-ProgramSource = Callable[[AxisGeometry, AxisGeometry], tuple[bytes, bytes]]
+ProgramSource = Callable[[AxisGeometry, AxisGeometry], tuple[bytes, bytes | bytearray]]
 """(graph, weights) of the program for those rows and columns."""
 
 
@@ -200,13 +223,13 @@ class OpenVinoPrograms:
         self._axes, self._dtype, self._source = axes, np.dtype(dtype), source
         self._outputs = 2 if has_logits else 1
         self._core, self._options = ov.Core(), compile_options(threads)
-        self._requests: OrderedDict[str, tuple[ov.InferRequest, bytes]] = OrderedDict()
+        self._requests: OrderedDict[str, tuple[ov.InferRequest, bytes | bytearray]] = OrderedDict()
 
     @classmethod
     def from_program(cls, packed: EngineProgram) -> OpenVinoPrograms:
         axes, dtype, graphs = pickle.loads(packed.payload[0])
 
-        def source(rows: AxisGeometry, columns: AxisGeometry) -> tuple[bytes, bytes]:
+        def source(rows: AxisGeometry, columns: AxisGeometry) -> tuple[bytes, bytes | bytearray]:
             key = f"{geometry_key(rows)}-{geometry_key(columns)}"
             if key not in graphs:
                 raise EngineError("a tile's program is missing from the run; report this")

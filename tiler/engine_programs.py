@@ -22,6 +22,7 @@ from .engine import EngineProgram, Precision, TileEngine
 from .errors import EngineError
 from .fingerprint import hash_network
 from .geometry import Interval
+from .machine import release_freed_memory
 from .network import Network, analyze_network
 from .pixel_types import name_of, require_entering
 from .process_locks import TRACING
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 WINDOWS = "windows"
 """Name, among a network's programs on disk, of the network itself for windows of any size."""
+
+HEAVY_BYTES = 16_000_000
+"""Of weights, from which on what conversions leave behind is given back after each."""
 
 Report = Callable[[int, int], None]
 """Told how many of how many programs are there."""
@@ -83,21 +87,27 @@ class Converter:
         self._sizes = hash_sizes(self.network, self.network.padded_shape(shape_yx))
         self._cache = ProgramCache(cache_name(self.network))
         self._used, self._is_new = set[str](), False
+        self._is_heavy = self.network.weight_bytes >= HEAVY_BYTES
 
-    def convert(self, rows: AxisGeometry, columns: AxisGeometry) -> ModelParts:
-        """The program of the cores that share those geometries.
+    def convert(self, rows: AxisGeometry, columns: AxisGeometry, kept: dict[str, bytes]) -> bytes:
+        """The graph of the program of the cores that share those geometries.
+
+        Args:
+            kept: its constants by name; those that are held already, of other programs, are not held once more.
 
         Raises:
             EngineError: OpenVINO has no counterpart for an operation.
         """
         key = f"{geometry_key(rows)}-{geometry_key(columns)}-{self._sizes}"
-        found = self._cache.read(key)
+        found = self._cache.read(key, kept)
         self._used.add(key)
         if found is None:
-            found = _convert(Program(self.network, rows, columns))
+            found = _convert(Program(self.network, rows, columns), kept)
             self._cache.write(key, found)
             self._is_new = True
-        return found
+            if self._is_heavy:  # copies of the weights hang in cycles of torch's and OpenVINO's objects
+                release_freed_memory()
+        return found.graph
 
     def tidy(self) -> None:
         """Where programs were made, keep the cache's limit."""
@@ -127,7 +137,7 @@ def _hash_sources() -> str:
     return digest.hexdigest()
 
 
-def _convert(program: Program) -> ModelParts:
+def _convert(program: Program, kept: dict[str, bytes]) -> ModelParts:
     from .engine_openvino import convert_exported
 
     window = program.window
@@ -137,7 +147,7 @@ def _convert(program: Program) -> ModelParts:
             warnings.simplefilter("ignore")
             examples = (example, *program.inputs())
             exported = torch.export.export(program, examples, strict=False)
-            return split_model(*convert_exported(exported, [tuple(tensor.shape) for tensor in examples]))
+            return convert_exported(exported, [tuple(tensor.shape) for tensor in examples], kept)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EngineError(f"OpenVINO cannot run this network: {reason}; use --engine torch") from error
@@ -176,13 +186,14 @@ def pack_programs(
             geometries = [compute_geometry(axis, core) for core in cores]
             kinds.append({geometry_key(geometry): geometry for geometry in geometries})
         pairs = list(itertools.product(*(kind.items() for kind in kinds)))
-        models: dict[str, ModelParts] = {}
+        graphs: dict[str, bytes] = {}
+        constants: dict[str, bytes] = {}
         for (row_key, row), (column_key, column) in pairs:
-            models[f"{row_key}-{column_key}"] = converter.convert(row, column)
+            graphs[f"{row_key}-{column_key}"] = converter.convert(row, column, constants)
             if report is not None:
-                report(len(models), len(pairs))
+                report(len(graphs), len(pairs))
         converter.tidy()
-        graphs, weights = join_models(models)
+        graphs, weights = join_models(graphs, constants)
         payload = (pickle.dumps((converter.axes, name_of(converter.network), graphs)), weights)
     return EngineProgram(
         engine="openvino" if engine == "openvino" else "torch",
@@ -208,10 +219,12 @@ def pack_windows(network: Network, threads: int) -> EngineProgram:
     kept = ProgramCache(cache_name(network))
     parts = kept.read(WINDOWS)
     if parts is None:
-        parts = split_model(*convert_network(network, threads).payload)
+        converted = convert_network(network, threads).payload
+        parts = split_model(bytes(converted[0]), memoryview(converted[1]))
+        del converted  # before the constants are joined: each is there twice by now
         kept.write(WINDOWS, parts)
         kept.trim()
-    graphs, weights = join_models({WINDOWS: parts})
+    graphs, weights = join_models({WINDOWS: parts.graph}, parts.constants)
     return EngineProgram(
         engine="openvino", payload=(graphs[WINDOWS], weights), has_logits=network.has_logits, threads=threads
     )
@@ -225,8 +238,9 @@ def open_programs(
         return TorchPrograms(network, shape_yx, _open_device(device))
     converter = Converter(network, shape_yx)
 
-    def graph(rows: AxisGeometry, columns: AxisGeometry) -> tuple[bytes, bytes]:
-        graphs, weights = join_models({"": converter.convert(rows, columns)})
+    def graph(rows: AxisGeometry, columns: AxisGeometry) -> tuple[bytes, bytearray]:
+        constants: dict[str, bytes] = {}
+        graphs, weights = join_models({"": converter.convert(rows, columns, constants)}, constants)
         return graphs[""], weights
 
     return _openvino(converter.axes, name_of(converter.network), network.has_logits, threads, graph)

@@ -6,6 +6,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -16,13 +17,17 @@ from torch.export import Dim, ExportedProgram, export
 
 from .errors import UntileableError, UntraceableError
 from .program_cache import keep_compiled_here
+from .sizes import expression_of, find_whole_multiple
+from .time_limit import time_limit
 
 # Two primes, so that no size is special and neither axis can be taken for the other; large enough for strides of 128,
 # since torch.export takes an inner size of 1 for a constant.
 _TRACE_SIZE = (331, 293)
 # Primes above the largest multiple, too. Images of this size are computed: a seventh of the pixels, and of the time.
 _TRIED_SIZE = (131, 113)
-_LARGEST_MULTIPLE = 64
+LARGEST_MULTIPLE = 64
+TRACE_LIMIT_S = 180.0
+"""Of this process's computing that a trace may take; those of the usual networks take 1 to 15."""
 
 
 @runtime_checkable
@@ -59,7 +64,7 @@ class TracedGraph:
     height: sympy.Symbol
     width: sympy.Symbol
     size_multiple: int
-    """The module accepts only sizes divisible by this (1: all)."""
+    """The module is run on sizes divisible by this alone (1: all): it accepts no others, or gives no whole result."""
     smallest: tuple[int, int]
     """Height and width below which the module takes another path or fails."""
     has_logits: bool
@@ -117,7 +122,7 @@ def find_accepted_sizes(module: nn.Module, bands: int, dtype: torch.dtype) -> tu
         first = _runs(module, bands, (height, width), dtype)
         if first is None and _runs(module, bands, (height + 1, width + 1), dtype) is None:
             return 1, (height, width)
-    for multiple in range(2, _LARGEST_MULTIPLE + 1):
+    for multiple in range(2, LARGEST_MULTIPLE + 1):
         sizes = [(multiple * a, multiple * b) for a, b in ((3, 5), (4, 3), (7, 6))]
         if all(_runs(module, bands, size, dtype) is None for size in sizes):
             return multiple, sizes[0]
@@ -127,21 +132,62 @@ def find_accepted_sizes(module: nn.Module, bands: int, dtype: torch.dtype) -> tu
         )
     raise UntileableError(
         f"the network fails on {str(dtype).removeprefix('torch.')} images of {bands} bands ({first_line(first)}), "
-        f"also at sizes divisible by up to {_LARGEST_MULTIPLE}; give a module that maps (1, {bands}, height, width) "
+        f"also at sizes divisible by up to {LARGEST_MULTIPLE}; give a module that maps (1, {bands}, height, width) "
         "to one tensor, scaling included"
     )
 
 
-def trace(module: nn.Module, bands: int, dtype: torch.dtype) -> TracedGraph:
-    """Trace a module for images of any height and width.
+def trace(
+    module: nn.Module, bands: int, dtype: torch.dtype, watch: AbstractContextManager[Any] | None = None
+) -> TracedGraph:
+    """Trace a module for images of any height and width, or for those divisible by some k up to 64: the smallest at
+    which it runs, and gives an output of a constant scale.
+
+    Args:
+        watch: entered while the module is traced; may raise an UntileableError of its own.
 
     Raises:
         UntileableError: the module cannot be traced, accepts one size only, or changes with the size.
     """
+    watch = watch or nullcontext()
     multiple, accepted = find_accepted_sizes(module, bands, dtype)
     traced = WithLogits(module) if shows_logits(module, torch.zeros((1, bands, *accepted), dtype=dtype)) else module
-    size = _TRACE_SIZE if multiple == 1 else (multiple * 7, multiple * 5)
-    example = torch.zeros((1, bands, *size), dtype=dtype)
+    graph = _trace_multiples(module, traced, bands, dtype, multiple, watch)
+    shape = graph.output_nodes[0].meta["val"].shape
+    if len(shape) != 4:
+        return graph
+    sizes, symbols = (expression_of(shape[2]), expression_of(shape[3])), (graph.height, graph.width)
+    tried = range(multiple, LARGEST_MULTIPLE + 1, multiple)
+    whole = find_whole_multiple(sizes, symbols, graph.smallest, tried) or multiple
+    # Once more: such sizes may take another path, and say things more simply.
+    return graph if whole == multiple else _trace_multiples(module, traced, bands, dtype, whole, watch)
+
+
+def trace_size(multiple: int) -> tuple[int, int]:
+    """Sizes divisible by that, and by as little else as can be."""
+    found: list[int] = []
+    for extent, least in zip(_TRACE_SIZE, (7, 5), strict=True):
+        times = max(least, -(-extent // multiple))
+        while any(times % factor == 0 for factor in range(2, times)) or times * multiple in found:
+            times += 1
+        found.append(times * multiple)
+    return (found[0], found[1])
+
+
+def _trace_multiples(
+    module: nn.Module,
+    traced: nn.Module,
+    bands: int,
+    dtype: torch.dtype,
+    multiple: int,
+    watch: AbstractContextManager[Any],
+) -> TracedGraph:
+    """`trace` for sizes divisible by a known number.
+
+    Args:
+        traced: the module, with its logits where it has them.
+    """
+    example = torch.zeros((1, bands, *trace_size(multiple)), dtype=dtype)
     free = {2: Dim.AUTO, 3: Dim.AUTO}
     spec = {next(iter(_parameter_names(traced.forward))): free}
     exports_log = logging.getLogger("torch.export")
@@ -155,9 +201,16 @@ def trace(module: nn.Module, bands: int, dtype: torch.dtype) -> TracedGraph:
         # Without gradients, as inference runs: writing into views in place is then allowed. torch keeps what operations
         # gave for shapes that it may meet again: with free sizes it hardly does, and keeping takes a third of a trace.
         no_kept_shapes = dynamo_config.patch(fake_tensor_cache_enabled=False)
-        with warnings.catch_warnings(), torch.no_grad(), no_kept_shapes:
+        with warnings.catch_warnings(), torch.no_grad(), no_kept_shapes, time_limit(TRACE_LIMIT_S):
             warnings.simplefilter("ignore")
-            program = export(traced, (example,), dynamic_shapes=spec, strict=False)
+            with watch:
+                program = export(traced, (example,), dynamic_shapes=spec, strict=False)
+    except UntileableError:
+        raise
+    except TimeoutError:
+        raise UntraceableError(
+            f"the network cannot be traced by torch.export within {TRACE_LIMIT_S:g} s of computing; state its --halo"
+        ) from None
     except Exception as error:
         raise UntraceableError(
             f"the network cannot be traced by torch.export: {first_line(error)}; "

@@ -12,6 +12,8 @@ DEFAULT_BUDGET = "2GB"
 CUDA_HOST_BYTES = 2000 * MB
 """Of CUDA's libraries in the memory of a worker process, by reports of others: no CUDA device was at hand. Rasters that
 are worth a probe (tiler/memory_probe.py) have it measured."""
+SENT_WEIGHTS = 1
+"""Copies of the weights in what a worker is sent: one for all programs."""
 CUDA_CONTEXT_BYTES = 500 * MB
 """Of a CUDA context on its device, beside what torch holds there; by reports of others."""
 DEVICE_SHARE = 0.8
@@ -67,7 +69,9 @@ class EngineMemory:
     factor: float
     """Peak of a running program, in units of `cost.compute_peak_bytes`."""
     constant_bytes: int
-    """The engine itself, the weights, and what a program holds whatever its size."""
+    """The engine itself, and what a program holds whatever its size; measured with this network, its weights too."""
+    weights: float = 0.0
+    """Copies of the network's weights that it makes; 0 where they are in the constant."""
     calibration_bytes: int = 0
     """Of the process that finds a network's ranges, before the first program runs."""
     device_factor: float = 0.0
@@ -105,6 +109,7 @@ def predict_memory(
     result_bytes: int,
     chunk_bytes: int,
     cache_bytes: int,
+    weight_bytes: int = 0,
     pinned_bytes: int = 0,
 ) -> MemoryPrediction:
     """The sum for `workers` processes that each run one program and hold `in_flight` tiles.
@@ -115,9 +120,11 @@ def predict_memory(
         result_bytes: one core of the result.
         chunk_bytes: one output chunk while it is encoded.
         cache_bytes: block cache of one process.
+        weight_bytes: of the network. Each worker keeps what it was sent, once for all programs.
         pinned_bytes: what one process copies to its device from, and back to.
     """
-    program_bytes = workers * (int(engine.factor * activation_bytes) + engine.constant_bytes)
+    weights = int((SENT_WEIGHTS + engine.weights) * weight_bytes)
+    program_bytes = workers * (int(engine.factor * activation_bytes) + engine.constant_bytes + weights)
     buffer_bytes = workers * (
         (in_flight + 1) * window_bytes + in_flight * (result_bytes + chunk_bytes) + cache_bytes + pinned_bytes
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import lcm
@@ -17,11 +17,12 @@ from torch.fx import Node
 from . import operations as operations  # registers the rules
 from .agreement import require_agreement
 from .aliasing import Aliases
-from .axis_geometry import ImageAxis
+from .axis_geometry import ImageAxis, compute_geometry
 from .cost import compute_flops, compute_peak_bytes
 from .errors import UntileableError, UsageError
+from .foresight import Foresight
 from .geometry import Halo, Interval, Window, align_down, align_up
-from .graph import TracedGraph, operation_name, trace, where
+from .graph import LARGEST_MULTIPLE, TracedGraph, operation_name, trace, where
 from .machine import one_thread
 from .process_locks import TRACING
 from .receptive import AxisGraph, AxisNode, AxisRule, Cut, Resample, Same, Slide
@@ -36,7 +37,7 @@ from .rules import (
     refuse_randomness,
     require_constant,
 )
-from .sizes import evaluate, expression_of, is_constant, sample_extents
+from .sizes import evaluate, expression_of, find_misfit, is_constant, sample_extents
 
 LARGEST_DIRECT = 128
 """Height plus width of a resampled result up to which torch takes its direct kernel."""
@@ -103,7 +104,13 @@ class Network:
         return compute_peak_bytes(self.graph, shape_yx)
 
     def needed_interval(self, axis: int, wanted: Interval) -> Interval:
-        """Input pixels that a window must hold for `wanted`, unclamped."""
+        """Input pixels that a window must hold for `wanted`, unclamped.
+
+        Raises:
+            UntileableError: windows cannot be run, as `window_refusal` says.
+        """
+        if self.window_refusal:
+            raise UntileableError(self.window_refusal)
         return self.axes[axis].input_interval(wanted)
 
     @property
@@ -151,7 +158,33 @@ class Network:
 
     @property
     def halo(self) -> Halo:
+        """Pixels that an aligned core needs beyond its sides; where only programs are exact, `program_halo`."""
+        if self.window_refusal:
+            return self.program_halo
         (top, bottom), (left, right) = (axis.halo() for axis in self.axes)
+        return Halo(top=top, bottom=bottom, left=left, right=right)
+
+    @property
+    def program_halo(self) -> Halo:
+        """Pixels that programs read beyond a core in a large image, at most, on each side: where that depends on
+        position or size, of cores in several places of several images."""
+        sides: list[tuple[int, int]] = []
+        for axis in (0, 1):
+            stride, scale = self.stride[axis], self.scale[axis]
+            before = after = 0
+            giant = align_down(1 << 20, lcm(stride, self.size_multiple))
+            for more, phases in ((0, 64), (1, 4), (stride // 2 + 1, 4), (stride - 1, 4)):
+                image = giant + more * self.size_multiple
+                on_image = self.on_image((image, image))[axis]
+                for place in (image // 2, image // 8, image - image // 8):
+                    for phase in range(0, stride, -(-stride // phases)):
+                        first = int((align_down(place, stride) + phase) * scale // 1)
+                        core = Interval(start=first, stop=first + max(1, int(stride * scale)))
+                        window = compute_geometry(on_image, core).window
+                        before = max(before, int(core.start / scale) - window.start)
+                        after = max(after, window.stop - int(-(-core.stop / scale // 1)))
+            sides.append((before, after))
+        (top, bottom), (left, right) = sides
         return Halo(top=top, bottom=bottom, left=left, right=right)
 
     def padded_shape(self, shape_yx: tuple[int, int]) -> tuple[int, int]:
@@ -213,7 +246,17 @@ class Network:
         return Interval(start=start, stop=stop)
 
 
-def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype[Any] | str | None = None) -> Network:
+Tell = Callable[[str], None]
+"""Told in words what an analysis does next; its stages may take seconds each."""
+
+
+def analyze_network(
+    module: nn.Module,
+    bands: int,
+    dtype: torch.dtype | np.dtype[Any] | str | None = None,
+    *,
+    tell: Tell | None = None,
+) -> Network:
     """Trace a module and derive what any window of its output needs of its input.
 
     Args:
@@ -221,6 +264,7 @@ def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype
             divisible by some k); in eval mode.
         bands: number of input channels.
         dtype: of the pixels that will go in, torch's or numpy's; None: that of the module's first floating parameter.
+        tell: called with each stage, as it begins.
 
     Raises:
         UntileableError: an operation without an exact rule, named with its module and source line; a module that fixes
@@ -230,7 +274,7 @@ def analyze_network(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype
         # What torch remarks on while it is tried out is not what the user asked; made errors, remarks would look like
         # sizes that the module refuses.
         warnings.simplefilter("ignore")
-        return _analyze(module, bands, dtype)
+        return _analyze(module, bands, dtype, tell or (lambda _: None))
 
 
 def as_network(network: Network | nn.Module, bands: int, dtype: np.dtype[Any] | None) -> Network:
@@ -247,12 +291,14 @@ def as_network(network: Network | nn.Module, bands: int, dtype: np.dtype[Any] | 
     return analyze_network(network, bands, dtype)
 
 
-def _analyze(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype[Any] | str | None) -> Network:
+def _analyze(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype[Any] | str | None, tell: Tell) -> Network:
     if dtype is None:
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     elif not isinstance(dtype, torch.dtype):
         dtype = torch_dtype(np.dtype(dtype))
-    graph = trace(module, bands, dtype)
+    tell("the network is traced")
+    graph = trace(module, bands, dtype, Foresight(module))
+    tell("rules are applied to the traced network")
     symbols = (graph.height, graph.width)
     known: dict[Node, Pixels] = {}
     position: dict[Node, int] = {}
@@ -317,6 +363,7 @@ def _analyze(module: nn.Module, bands: int, dtype: torch.dtype | np.dtype[Any] |
     _check_output_size(result, known, output)
     if not result.window_refusal:
         result = replace(result, window_refusal=_find_irregular_sizes(result, known))
+    tell("the traced network is compared with its module at several sizes")
     require_agreement(module, graph, bands, dtype)
     return result
 
@@ -426,10 +473,10 @@ def _check_output_size(network: Network, known: dict[Node, Pixels], output: Node
     multiple = network.size_multiple
     for axis, symbol in enumerate((network.graph.height, network.graph.width)):
         expression, scale = known[output].sizes[axis], known[output].scale[axis]
-        for extent in sample_extents(multiple, network.graph.smallest[axis]):
-            given = evaluate(expression, symbol, extent)
-            if abs(given - extent * scale) >= 1:
-                raise UntileableError(
-                    f"the network's output must have {scale} x the image's {AXES[axis]}, but an image of {extent} "
-                    f"gives {given}; pad its convolutions, or pad the result"
-                )
+        extent = find_misfit(expression, symbol, scale, sample_extents(multiple, network.graph.smallest[axis]))
+        if extent is not None:
+            raise UntileableError(
+                f"the network's output must have {scale} x the image's {AXES[axis]}, for all images or for those whose "
+                f"sizes are divisible by some k up to {LARGEST_MULTIPLE}, but an image of {extent} gives "
+                f"{evaluate(expression, symbol, extent)}; pad its convolutions, or pad the result"
+            )

@@ -25,7 +25,7 @@ from .receptive import (
     Slide,
     Spread,
 )
-from .rules import AXES, Call, Outcome, Pixels, register_refusal, register_rule
+from .rules import AXES, WHOLE_IMAGE, Call, Outcome, Pixels, register_refusal, register_rule
 from .sizes import PERIOD, evaluate, expression_of
 
 
@@ -33,7 +33,6 @@ def _aten(names: str) -> list[str]:
     return [f"aten.{name}" for name in names.split()]
 
 
-_WHOLE_IMAGE = "it needs whole-image statistics"
 register_refusal(
     _aten(
         """
@@ -41,7 +40,7 @@ register_refusal(
         instance_norm
         """
     ),
-    _WHOLE_IMAGE,
+    WHOLE_IMAGE,
     "use batch norm in eval mode, layer norm over channels, or no norm; pool over fixed windows",
 )
 register_refusal(
@@ -99,7 +98,7 @@ def dropout_rule(call: Call) -> Outcome:
 def batch_norm_rule(call: Call) -> Outcome:
     if call.arguments.get("training"):
         call.refuse(
-            f"{_WHOLE_IMAGE} in training mode",
+            f"{WHOLE_IMAGE} in training mode",
             "call module.eval() first; a norm without running statistics cannot be used",
         )
     return _same_for_all(call, call.pixels("input")[1].dims)
@@ -137,7 +136,7 @@ def layer_norm_rule(call: Call) -> Outcome:
     operand, pixels = call.pixels("input")
     rank = len(operand.meta["val"].shape)
     if max(pixels.dims) >= rank - len(call.arguments["normalized_shape"]):  # over height or width
-        call.refuse(_WHOLE_IMAGE, "normalise over channels only: permute them to the end before it")
+        call.refuse(WHOLE_IMAGE, "normalise over channels only: permute them to the end before it")
     return Outcome(pixels.dims, ((operand, Same(), Same()),))
 
 
@@ -175,7 +174,7 @@ def channel_reduction_rule(call: Call) -> Outcome:
     given = call.arguments.get("dim")
     over = [] if given is None else [int(d) % rank for d in (given if isinstance(given, (list, tuple)) else [given])]
     if not over or any(d in pixels.dims for d in over):
-        call.refuse(_WHOLE_IMAGE, "reduce over channels only")
+        call.refuse(WHOLE_IMAGE, "reduce over channels only")
     keeps = "keepdim" not in call.arguments or bool(call.arguments["keepdim"])
     removed = [] if keeps else over
     y, x = (d - sum(r < d for r in removed) for d in pixels.dims)

@@ -355,8 +355,8 @@ class TilePlan:
                 1,
                 (
                     "padding",
-                    f"the network takes sizes divisible by {self.size_multiple}: padded at bottom and right with the "
-                    "model's fill value, the result cropped",
+                    f"sizes padded to multiples of {self.size_multiple} at bottom and right with the model's fill "
+                    "value, the result cropped: the network takes others not, or not to their last pixel",
                 ),
             )
         if flops_per_s:

@@ -83,8 +83,9 @@ CLIENT_BYTES = {
 """The planning process with torch and Dask loaded, and the traced network; measured, see docs/memory.md."""
 DASHBOARD_BYTES = 60 * MB
 """Of Dask's dashboard with the tile map and a visitor; measured."""
-CLIENT_WEIGHTS = 3
-"""Copies of the weights that it holds: the module's, the engine's, and the one that goes to workers."""
+CLIENT_WEIGHTS = 4
+"""Copies of the weights that it holds: the module's, and three that a program, or the network for windows, is converted
+from and to; later the engine's, and those that go to workers. Measured, whatever the number of programs."""
 FEWER_BITS_WEIGHTS = 2
 """Copies more of them for the start check, where float32 tells nothing exact."""
 CHECK_FACTOR = 2
@@ -339,6 +340,7 @@ def plan_tiles(
             output_bytes=_output_bytes(network, window),
             chunk_bytes=2 * chunk[0] * chunk[1] * output_itemsize,
             cache_bytes=store_bytes + (least_held_bytes(rows, columns, source) if source else 0),
+            weight_bytes=network.weight_bytes,
         )
         least = batch or 1
         smallest, smallest_device = load.predict_host(least), load.predict_device(least)
@@ -474,6 +476,8 @@ class _Load:
     """Of all that the network gives on the largest window."""
     chunk_bytes: int
     cache_bytes: int
+    weight_bytes: int
+    """Of the network."""
 
     def predict_host(self, batch: int) -> MemoryPrediction:
         """Of all processes, with batches of that many windows."""
@@ -488,6 +492,7 @@ class _Load:
             result_bytes=self.result_bytes,
             chunk_bytes=self.chunk_bytes,
             cache_bytes=self.cache_bytes,
+            weight_bytes=self.weight_bytes,
             pinned_bytes=predict_pinned(batch=batch, lanes=LANES, **copied) if self.on_cuda or batch > 1 else 0,
         )
 

@@ -7,6 +7,7 @@ whole image's own coordinates. So there is no alignment to keep, and what depend
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,30 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 from .axis_geometry import AxisGeometry, beyond, block_factor, compute_geometry, tap_arrays
 from .errors import UsageError
-from .geometry import Halo, Interval, Window, align_down
+from .geometry import Interval, Window
 from .graph import operation_name
 from .network import Network
 from .receptive import AxisRule, EnlargeNearest, Extents, Mirror, Resample, Shift, Slide, Spread
 from .rules import bound_arguments
 from .sizes import evaluate_at, expression_of
-
-
-def compute_halo(network: Network) -> Halo:
-    """Pixels read beyond a core in the middle of a large image, at most, on each side."""
-    sides: list[int] = []
-    image = align_down(1 << 20, network.size_multiple)
-    on_image = network.on_image((image, image))
-    for axis in (0, 1):
-        stride, scale = network.stride[axis], network.scale[axis]
-        before = after = 0
-        for phase in range(min(stride, 64)):
-            first = (image // 2 // stride * stride + phase) * scale
-            core = Interval(start=int(first // 1), stop=int(first // 1) + max(1, int(stride * scale)))
-            window = compute_geometry(on_image[axis], core).window
-            before = max(before, int(core.start / scale) - window.start)
-            after = max(after, window.stop - int(-(-core.stop / scale // 1)))
-        sides += [before, after]
-    return Halo(top=sides[0], bottom=sides[1], left=sides[2], right=sides[3])
 
 
 def graph_tensors(network: Network) -> dict[str, Any]:
@@ -434,9 +417,11 @@ def _run_average_pool(step: _Step) -> Tensor:
     source: Node = arguments["self"]
     image = _padded_operand(step, source, 0.0)
     kernel, stride = arguments["kernel_size"], arguments.get("stride") or None
+    # Not by torch's divisor_override, which OpenVINO does not know.
+    area = math.prod(rule.extent for rule in step.rules(source) if isinstance(rule, Slide))
     divisor = arguments.get("divisor_override")
     if divisor is not None:
-        return F.avg_pool2d(image, kernel, stride, 0, divisor_override=divisor)
+        return F.avg_pool2d(image, kernel, stride, 0) * (area / divisor)
     counts: list[np.ndarray] = []
     for axis, rule in enumerate(step.rules(source)):
         assert isinstance(rule, Slide)
@@ -449,7 +434,7 @@ def _run_average_pool(step: _Step) -> Tensor:
     whole = [rule.extent for rule in step.rules(source) if isinstance(rule, Slide)]
     if all((count == extent).all() for count, extent in zip(counts, whole, strict=True)):
         return F.avg_pool2d(image, kernel, stride, 0)
-    total = F.avg_pool2d(image, kernel, stride, 0, divisor_override=1)
+    total = F.avg_pool2d(image, kernel, stride, 0) * area
     divisors = torch.from_numpy(counts[0][:, None] * counts[1][None, :]).to(total)
     return total / divisors
 

@@ -42,8 +42,13 @@ class ProgramCache:
         self._root = (folder or cache_folder()) / "programs"
         self._folder = self._root / network
 
-    def read(self, key: str) -> ModelParts | None:
-        """A program, if it is there and whole."""
+    def read(self, key: str, kept: dict[str, bytes] | None = None) -> ModelParts | None:
+        """A program, if it is there and whole.
+
+        Args:
+            kept: as of `split_model`.
+        """
+        kept = {} if kept is None else kept
         try:
             graph = (self._folder / f"{key}.xml").read_bytes()
             digest, graph = graph[:64], graph[65:]
@@ -51,11 +56,13 @@ class ProgramCache:
                 return None
             constants: dict[str, bytes] = {}
             for name in names_of(graph):
-                if name not in constants:
-                    constants[name] = (self._folder / "constants" / name).read_bytes()
-                    if hashlib.sha256(constants[name]).hexdigest() != name:
+                if name not in kept:
+                    value = (self._folder / "constants" / name).read_bytes()
+                    if hashlib.sha256(value).hexdigest() != name:
                         (self._folder / "constants" / name).unlink()
                         return None
+                    kept[name] = value
+                constants[name] = kept[name]
         except OSError:
             return None
         with contextlib.suppress(OSError):

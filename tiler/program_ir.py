@@ -26,15 +26,22 @@ def _constants_of(graph: ElementTree.Element) -> Iterable[ElementTree.Element]:
             yield data
 
 
-def split_model(graph: bytes, weights: bytes) -> ModelParts:
-    """Take a serialised model (OpenVINO IR, version 10 and later) apart."""
+def split_model(graph: bytes, weights: bytes | memoryview, kept: dict[str, bytes] | None = None) -> ModelParts:
+    """Take a serialised model (OpenVINO IR, version 10 and later) apart.
+
+    Args:
+        kept: constants that are held already, by name: those are not held once more, and new ones are added.
+    """
+    kept = {} if kept is None else kept
     root = ElementTree.fromstring(graph)
     constants: dict[str, bytes] = {}
     for data in _constants_of(root):
         offset, size = int(data.attrib.pop("offset")), int(data.attrib["size"])
-        value = weights[offset : offset + size]
-        name = hashlib.sha256(value).hexdigest()
-        constants[name] = value
+        with memoryview(weights) as whole, whole[offset : offset + size] as value:
+            name = hashlib.sha256(value).hexdigest()
+            if name not in kept:
+                kept[name] = bytes(value)
+        constants[name] = kept[name]
         data.set("sha256", name)
     return ModelParts(graph=ElementTree.tostring(root), constants=constants)
 
@@ -44,22 +51,22 @@ def names_of(graph: bytes) -> list[str]:
     return [data.attrib["sha256"] for data in _constants_of(ElementTree.fromstring(graph))]
 
 
-def join_models(models: dict[str, ModelParts]) -> tuple[dict[str, bytes], bytes]:
-    """(graphs, weights) of models under their names, as OpenVINO reads them; each constant is there once."""
+def join_models(graphs: dict[str, bytes], constants: dict[str, bytes]) -> tuple[dict[str, bytes], bytearray]:
+    """(graphs, weights) of models under their names, as OpenVINO reads them; each constant is there once.
+
+    Args:
+        constants: of all of them, by name. Emptied, as one after the other goes over: they may be large.
+    """
     offsets: dict[str, int] = {}
-    parts: list[bytes] = []
-    length = 0
-    for model in models.values():
-        for name, value in model.constants.items():
-            if name not in offsets:
-                padding = -length % ALIGNMENT
-                parts += [bytes(padding), value]
-                offsets[name] = length + padding
-                length += padding + len(value)
-    graphs: dict[str, bytes] = {}
-    for key, model in models.items():
-        root = ElementTree.fromstring(model.graph)
+    weights = bytearray()
+    for name in list(constants):
+        weights += bytes(-len(weights) % ALIGNMENT)
+        offsets[name] = len(weights)
+        weights += constants.pop(name)
+    joined: dict[str, bytes] = {}
+    for key, graph in graphs.items():
+        root = ElementTree.fromstring(graph)
         for data in _constants_of(root):
             data.set("offset", str(offsets[data.attrib.pop("sha256")]))
-        graphs[key] = ElementTree.tostring(root)
-    return graphs, b"".join(parts)
+        joined[key] = ElementTree.tostring(root)
+    return joined, weights

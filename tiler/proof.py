@@ -16,7 +16,7 @@ from .geometry import Grid, Window, align_up
 from .network import Network, analyze_network
 from .planner import choose_method
 from .process_locks import TRACING
-from .program import compute_halo, make_program
+from .program import make_program
 
 TOLERANCE = 1e-10
 """Of the largest logit: float64 rounding is some 1e-14 of it, a missing pixel far more."""
@@ -86,7 +86,7 @@ def prove_network(network: Network, method: str | None = None) -> Proof:
     module = copy.deepcopy(network.module).double()
     exact = analyze_network(_Logits(module) if network.has_logits else module, network.bands, torch.float64)
     multiple = exact.size_multiple
-    reach = compute_halo(exact)
+    reach = exact.program_halo
     widest = max(reach.top, reach.bottom, reach.left, reach.right)
     stride = max(exact.stride)
     core = align_up(max(16, min(64, stride)), stride)

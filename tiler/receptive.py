@@ -327,7 +327,7 @@ class AxisGraph:
         needed[-1] = wanted
         for position in range(len(self.nodes) - 1, 0, -1):
             mine = needed[position]
-            if mine is None:
+            if mine is None or not mine.length:  # between inputs of a transposed convolution that lie far apart
                 continue
             for source, rule in self.nodes[position].sources:
                 needed[source] = _hull((needed[source], rule.needs(mine)))

@@ -21,6 +21,8 @@ from .receptive import AxisRule
 from .sizes import PERIOD, evaluate, expression_of, sample_extents
 
 AXES = ("height", "width")
+WHOLE_IMAGE = "it needs whole-image statistics"
+"""A reason, of several operations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +139,11 @@ def register_rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+def find_refusal(name: str) -> tuple[str, str] | None:
+    """(reason, remedy) of an operation that no rule can make exact; None: there is a rule, or nothing is known."""
+    return _REFUSALS.get(name) if name not in _RULES else None
+
+
 def apply_rule(call: Call) -> Outcome:
     """The outcome of the operation's rule.
 
@@ -145,8 +152,9 @@ def apply_rule(call: Call) -> Outcome:
     """
     rule = _RULES.get(call.name)
     if rule is None:
-        if call.name in _REFUSALS:
-            call.refuse(*_REFUSALS[call.name])
+        refusal = find_refusal(call.name)
+        if refusal is not None:
+            call.refuse(*refusal)
         raise UntraceableError(
             call.sentence(
                 "no rule says which pixels it needs",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from fractions import Fraction
 from functools import cache
 from typing import Any
 
@@ -78,3 +79,36 @@ def sample_extents(size_multiple: int, smallest: int = 1) -> tuple[int, ...]:
     small = range(first, first + 192 * size_multiple, size_multiple)
     giant = align_up(1 << 20, size_multiple)
     return (*small, *range(giant, giant + 129 * size_multiple, size_multiple))
+
+
+def find_misfit(expression: sympy.Expr, symbol: sympy.Symbol, scale: Fraction, extents: Iterable[int]) -> int | None:
+    """The first extent of the image at which a size is not the extent times `scale`, rounded up or down; None: none."""
+    return next((n for n in extents if abs(evaluate(expression, symbol, n) - n * scale) >= 1), None)
+
+
+def find_whole_multiple(
+    sizes: tuple[sympy.Expr, sympy.Expr],
+    symbols: tuple[sympy.Symbol, sympy.Symbol],
+    smallest: tuple[int, int],
+    multiples: Iterable[int],
+) -> int | None:
+    """The first k such that the output of images whose sizes are divisible by k is as large as the image times a
+    constant, rounded up or down; None: there is no such k, or a size of the output does not follow one of the image.
+
+    Patchify stems, poolings without ceil_mode and even kernels with a stride give floor(n / k) * k pixels: fewer than
+    the image has, but not where it is padded to a multiple of k.
+
+    Args:
+        sizes: height and width of the output.
+        multiples: the numbers that are tried.
+    """
+    if any(expression.free_symbols - {symbol} for expression, symbol in zip(sizes, symbols, strict=True)):
+        return None
+
+    def fits(k: int, axis: int) -> bool:
+        extents = sample_extents(k, smallest[axis])
+        grown = [evaluate(sizes[axis], symbols[axis], extents[-1] + more) for more in (0, PERIOD * k)]
+        scale = Fraction(grown[1] - grown[0], PERIOD * k)
+        return scale > 0 and find_misfit(sizes[axis], symbols[axis], scale, extents) is None
+
+    return next((k for k in multiples if fits(k, 0) and fits(k, 1)), None)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import UntileableError, UntraceableError, UsageError
 from .geometry import Halo, Interval, align_up
-from .graph import find_accepted_sizes, first_line, shows_logits
+from .graph import LARGEST_MULTIPLE, find_accepted_sizes, first_line, shows_logits
 from .network import Network, analyze_network, torch_dtype
 from .process_locks import TRACING
 from .receptive import footprint
@@ -139,12 +139,13 @@ def state_network(
         step = lcm(stride or STRIDE, multiple)
         small, large = (_run(module, bands, (side, side), found) for side in (2 * step, 3 * step))
         logits = shows_logits(module, torch.zeros((1, bands, *accepted), dtype=found))
-    scale = tuple(Fraction(large.shape[dim] - small.shape[dim], step) for dim in (2, 3))
+        scale = (Fraction(large.shape[2] - small.shape[2], step), Fraction(large.shape[3] - small.shape[3], step))
     if small.shape[0] != 1 or min(scale) <= 0 or any((step * s).denominator != 1 for s in scale):
         raise UntileableError(
             f"the network must map (1, {bands}, height, width) to (1, channels, height * scale, width * scale), got "
             f"{tuple(small.shape)} for {2 * step} and {tuple(large.shape)} for {3 * step} pixels a side"
         )
+    multiple = _find_whole_multiple(module, bands, found, scale, multiple, 2 * step)
     return StatedNetwork(
         module=module,
         graph=None,  # pyright: ignore[reportArgumentType] - there is none; what needs one is overridden above
@@ -155,11 +156,37 @@ def state_network(
         channels=int(small.shape[1]),
         output_dtype=small.dtype,
         stated_halo=halo,
-        stated_stride=step,
-        stated_scale=(scale[0], scale[1]),
+        stated_stride=lcm(step, multiple),
+        stated_scale=scale,
         stated_multiple=multiple,
         stated_logits=logits,
     )
+
+
+def _find_whole_multiple(
+    module: nn.Module,
+    bands: int,
+    dtype: torch.dtype,
+    scale: tuple[Fraction, Fraction],
+    multiple: int,
+    first: int,
+) -> int:
+    """As `sizes.find_whole_multiple`, by running the module on images a little larger than `first`, a multiple of its
+    stride; `multiple` itself where none gives whole results."""
+
+    def fits(k: int) -> bool:
+        start = align_up(first, k)
+        for down, across in ((1, 2), (2, 3), (3, 5), (5, 7), (7, 1)):
+            size = (start + k * down, start + k * across)
+            try:
+                given = _run(module, bands, size, dtype).shape[2:]
+            except UntileableError:
+                return False
+            if any(abs(g - n * s) >= 1 for g, n, s in zip(given, size, scale, strict=True)):
+                return False
+        return True
+
+    return next((k for k in range(multiple, LARGEST_MULTIPLE + 1, multiple) if fits(k)), multiple)
 
 
 def _run(module: nn.Module, bands: int, size: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from outsize.pipelines import console
 
@@ -17,3 +19,21 @@ def test_the_time_that_is_left_goes_by_what_this_call_did(
         now[0] += 15.0
         bar.advance(25 if not done else 20)
         assert capsys.readouterr().err == f"train: {done + (20 if done else 25)} %, {left}\n"
+
+
+def test_stages_are_told_of_only_where_they_take_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.Console().stages("analysis") as tell:
+        tell("the network is traced")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(console, "LONG_S", 0.02)
+    with console.Console().stages("analysis") as tell:
+        tell("the network is traced")
+        time.sleep(0.2)
+        tell("rules are applied")
+    traced, rules = capsys.readouterr().err.splitlines()
+    assert traced.startswith("analysis  the network is traced, 0.")
+    assert rules.startswith("analysis  rules are applied, 0.")
+    time.sleep(0.05)
+    assert capsys.readouterr().err == ""

@@ -45,7 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def conversions(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     made: list[None] = []
     convert = engine_programs._convert
-    monkeypatch.setattr(engine_programs, "_convert", lambda program: (made.append(None), convert(program))[1])
+    monkeypatch.setattr(engine_programs, "_convert", lambda *args: (made.append(None), convert(*args))[1])
     return made
 
 

@@ -122,3 +122,28 @@ def test_networks_that_are_known_or_known_to_be_inexact_are_refused() -> None:
         state_network(Untraceable(), 3, "float32", halo=-1)
     with pytest.raises(UntileableError, match="state its --halo"):
         analyze_network(Untraceable(), 3)
+
+
+def test_a_stem_that_cannot_be_traced_is_padded_to_its_multiple(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stem(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 4, 4), nn.ConvTranspose2d(4, 2, 4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.from_numpy(np.tanh(self.a(x).detach().numpy())))
+
+    monkeypatch.setattr(memory_probe, "_find", known_memory)
+    network = state_network(alive(Stem()).float(), 3, "float32", halo=4, stride=8)
+    assert network.size_multiple == 4
+    image = np.random.default_rng(0).normal(size=(3, 93, 130)).astype(np.float32)
+    source = write_geotiff(tmp_path / "s.tif", image)
+    predict(source, network, tmp_path / "o.zarr", client=client, core=64, fill=(1.0, 1.0, 1.0))
+    with torch.no_grad():
+        padded = F.pad(torch.from_numpy(image)[None], (0, 2, 0, 3), value=1.0)
+        whole = network.module(padded)[0, :, :93, :130].numpy()
+    found = np.asarray(open_array(tmp_path / "o.zarr", "logits")[:])
+    assert found.shape == whole.shape
+    assert np.abs(found - whole).max() < 1e-5
