@@ -29,6 +29,7 @@ from .cli_options import (
     overwrite_option,
     planning_options,
     reading_options,
+    unchanged_option,
     writing_options,
 )
 from .cli_train import label_options, make_label_options, train_options
@@ -233,6 +234,7 @@ def plan(console: Any, src: str, prove: bool, **options: Any) -> None:
     help="Also write a page on the run: pictures, areas, plan, checks, speed, failures; when it failed, too.",
 )
 @option("--retry-failed", is_flag=True, help="Also try tiles again that failed in an earlier call.")
+@unchanged_option
 @option(
     "--tile-timeout",
     type=click.FloatRange(1),
@@ -306,6 +308,7 @@ def _segment_batch(console: Any, sources: tuple[str, ...], folder: Path, options
 @click.argument("out", type=Place())
 @option("--samples", type=click.IntRange(0), default=12, show_default=True, help="Tiles to compute again in part.")
 @option("--repair", is_flag=True, help="Compute damaged tiles again, and only those.")
+@unchanged_option
 @option("--model", metavar="MODEL", help="The one that made OUT, as segment takes it; without it the shipped one.")
 @model_options
 @option(
@@ -328,7 +331,7 @@ def verify(console: Any, out: Path, **options: Any) -> None:
     """
     from .verify import VerifyOptions, run_verify
 
-    names = ("samples", "repair", "model", "weights", "trust_model", "sha256", "memory")
+    names = ("samples", "repair", "model", "weights", "trust_model", "sha256", "memory", "source_unchanged")
     known = VerifyOptions(**{name: options[name] for name in names})
     state = run_verify(console, out, known, make_cluster_options(options))
     if state != "sound":

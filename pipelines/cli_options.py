@@ -9,6 +9,12 @@ import click
 from .option_types import Bands, MaskBand, NodataValue, Numbers, option, together
 
 overwrite_option = option("--overwrite", is_flag=True, help="Replace an existing output.")
+unchanged_option = option(
+    "--source-unchanged",
+    is_flag=True,
+    help="Go on though the source's files were put back, replaced or given other permissions since: they hold what "
+    "they held. Size and time of change must be as before.",
+)
 model_options = together(
     option("--weights", type=click.Path(), help="A factory's weights: .safetensors, or a state dict (.pt)."),
     option("--trust-model", is_flag=True, help="Load model files that could run code."),
@@ -242,6 +248,7 @@ def make_write_options(options: dict[str, Any]) -> Any:
         resume=not options["no_resume"],
         overwrite=options["overwrite"],
         retry_failed=options["retry_failed"],
+        source_unchanged=options["source_unchanged"],
         patience=options["tile_timeout"],
         zarr_format=2 if options["zarr_format"] == "2" else 3,
         space_check=not options["no_space_check"],

@@ -96,6 +96,9 @@ class Raster:
     """What one decoded block holds."""
     identity: str
     """Changes when the raster's content does, as far as metadata tell: size and times of its files."""
+    state: str = ""
+    """Changes when its files on this machine are written to or replaced, whatever times they are given; empty: in an
+    object store, whose tags are in the identity."""
     axes: str = "byx"
     """Order of the stored dimensions; 1: one of length 1 that is none of bands, y, x."""
     array_path: str = ""

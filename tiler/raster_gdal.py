@@ -24,6 +24,7 @@ from rasterio.windows import Window as RasterioWindow
 
 from .block_cache import BlockCache, BlockStore
 from .errors import RasterError
+from .file_state import states_of
 from .geometry import Window
 from .georeference import from_rasterio
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
@@ -148,6 +149,7 @@ def describe_gdal(path: str, options: ReadOptions) -> Raster:
                 block=block,
                 block_bytes=block[0] * block[1] * dtype.itemsize * together,
                 identity=_identity(path, dataset.files),
+                state=_state(path, dataset.files),
                 files=tuple(dataset.files[:10_000]),
                 scale_tags=known_tags(dataset.scales, dataset.offsets),
                 remarks=tuple(_list_remarks(dataset)),
@@ -232,15 +234,25 @@ def _find_rule(dataset: rasterio.DatasetReader, options: ReadOptions) -> NodataR
 
 def _identity(path: str, files: list[str]) -> str:
     """Of the file, its sidecars and, for a VRT, its sources; the same however its path is spelled."""
-    paths = [_inside(path), *(_inside(file) for file in files)]
-    # What viewers leave beside a file changes no pixel; the nodata value that it may name is in the fingerprint.
-    kept = [file for file in dict.fromkeys(paths) if file.is_file() and not file.name.endswith(_OF_VIEWERS)]
-    found = list(dict.fromkeys(file_identity(file) for file in kept))
+    found = list(dict.fromkeys(file_identity(file) for file in _read_files(path, files)))
     for url in filter(None, map(url_of, (path, *files))):
         # What GDAL reads without credentials of ours may not be asked here: then its name must do.
         with suppress(Exception):
             found.append(identify(place_of(url)))
     return hashlib.sha256(";".join([_resolved(path, files), *found]).encode()).hexdigest()[:32]
+
+
+def _state(path: str, files: list[str]) -> str:
+    """Of the files that its identity speaks of."""
+    found = sorted(set(states_of(_read_files(path, files))))
+    return hashlib.sha256(";".join(found).encode()).hexdigest()[:32] if found else ""
+
+
+def _read_files(path: str, files: list[str]) -> list[Path]:
+    """The files on this machine that pixels come from."""
+    paths = [_inside(path), *(_inside(file) for file in files)]
+    # What viewers leave beside a file changes no pixel; the nodata value that it may name is in the fingerprint.
+    return [file for file in dict.fromkeys(paths) if file.is_file() and not file.name.endswith(_OF_VIEWERS)]
 
 
 _OF_VIEWERS = (".aux.xml", ".ovr")

@@ -18,6 +18,7 @@ from zarr.errors import BaseZarrError
 from .band_names import band_name_of
 from .block_cache import BlockCache, BlockStore
 from .errors import RasterError, TilerError
+from .file_state import keeps_numbers, state_of
 from .geometry import Window
 from .georeference import Georeference, from_attributes, from_centres
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
@@ -99,6 +100,7 @@ def _describe(store: Path, inner: str, name: str, axes: str | None) -> Raster:
     group_attributes = dict(group.attrs) if group is not None else {}
     mask = mask_name(array, group)
     dtype = np.dtype(array.dtype)
+    identity, state = _identify(store, inner)
     return Raster(
         path=str(store),
         kind="zarr",
@@ -109,7 +111,8 @@ def _describe(store: Path, inner: str, name: str, axes: str | None) -> Raster:
         band_names=_band_names(array, group, order, shape[0], attributes),
         block=(int(chunks["y"]), int(chunks["x"])),
         block_bytes=int(np.prod([int(extent) for extent in array.chunks], dtype=object)) * dtype.itemsize,
-        identity=_identity(store, inner),
+        identity=identity,
+        state=state,
         axes=order,
         array_path=inner,
         files=(str(store),),
@@ -225,23 +228,26 @@ def _band_names(
 _MOST_ENTRIES = 200_000
 
 
-def _identity(store: Path, inner: str) -> str:
-    """Hash of the metadata, and of the sizes and times of chunks and folders, up to very many."""
-    digest = hashlib.sha256(str(store.resolve()).encode())
+def _identify(store: Path, inner: str) -> tuple[str, str]:
+    """Identity and state: hashes of the metadata, and of the sizes, times and states of chunks and folders, up to very
+    many."""
+    digest, states = hashlib.sha256(str(store.resolve()).encode()), hashlib.sha256()
     if is_remote(store):
         # One listing, whose entries have sizes and ETags, or times.
         found: Any = store
         for name, entry in sorted(found.fs.find(found.path, detail=True).items())[:_MOST_ENTRIES]:
             digest.update(f"{name}:{entry.get('size')}:{entry.get('ETag') or entry.get('LastModified')}".encode())
-        return digest.hexdigest()[:32]
-    folder = store / inner
+        return digest.hexdigest()[:32], ""
+    folder, numbered = store / inner, keeps_numbers(store)
     pending, seen = [folder], 0
     mask = folder.parent / "mask"
     if inner and mask.is_dir():
         pending.append(mask)
     while pending and seen < _MOST_ENTRIES:
         here = pending.pop()
-        digest.update(str(here.stat().st_mtime_ns).encode())
+        status = here.stat()
+        digest.update(str(status.st_mtime_ns).encode())
+        states.update(state_of(status, numbered=numbered).encode())
         with os.scandir(here) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 seen += 1
@@ -252,7 +258,8 @@ def _identity(store: Path, inner: str) -> str:
                 else:
                     status = entry.stat()
                     digest.update(f"{entry.name}:{status.st_size}:{status.st_mtime_ns}".encode())
-    return digest.hexdigest()[:32]
+                    states.update(f"{entry.name}:{state_of(status, numbered=numbered)}".encode())
+    return digest.hexdigest()[:32], states.hexdigest()[:32]
 
 
 class ZarrReader:
