@@ -25,8 +25,8 @@ def states_of(paths: Iterable[Path]) -> list[str]:
 
 
 def keeps_numbers(path: Path) -> bool:
-    """Whether a file there has one number as long as it lives; FUSE's file systems (sshfs, rclone, s3fs) may make numbers
-    up as files are looked at."""
+    """Whether a file there has one number as long as it lives; FUSE's file systems (sshfs, rclone, s3fs) may make
+    numbers up as files are looked at."""
     return _is_numbered(path, _file_systems())
 
 
