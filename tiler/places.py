@@ -71,9 +71,13 @@ def is_remote(place: Path) -> bool:
 
 
 def store_at(place: Path, *, read_only: bool = False) -> str | Store:
-    """What zarr opens: a folder's name, or a store of objects."""
+    """What zarr opens: a folder, or a store of objects."""
     if not is_remote(place):
-        return str(place)
+        if not read_only:
+            return str(place)
+        from .zarr_bounds import PlainFiles
+
+        return PlainFiles(place, read_only=True)
     import zarr
     from zarr.storage import FsspecStore
 

@@ -51,9 +51,13 @@ class ReadOptions:
     """Values of the mask band that mean nodata."""
     apply_scale: bool = False
     """Pixels are what the file's scale and offset tags make of stored numbers; nodata values are stored numbers."""
+    trust: bool = False
+    """The file may name other places and run code."""
 
     def to_json(self) -> dict[str, Any]:
+        """Without `trust`: who reads this later is another user, perhaps."""
         values = {name: value for name, value in asdict(self).items() if value not in (None, (), False)}
+        values.pop("trust", None)
         if self.nodata is not None:
             values["nodata"] = [repr(value) for value in self.nodata]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -273,6 +277,7 @@ def open_raster(
     mask_band: int | None = None,
     mask_values: Sequence[float] = (),
     apply_scale: bool = False,
+    trust: bool = False,
 ) -> Raster:
     """Describe a raster without reading pixels: whatever GDAL opens, and Zarr v2 and v3 groups and arrays.
 
@@ -290,6 +295,7 @@ def open_raster(
         mask_values: its values that mean nodata.
         apply_scale: pixels are number * scale + offset, as the file's tags say; computed in float64, given in float32
             for numbers of up to 16 bits, else in float64. Nodata values are stored numbers.
+        trust: the file may name other files and the network, use any driver and codec, and run code of its own.
 
     Raises:
         RasterError: no such file, not a raster, complex or non-numeric pixels, an ambiguous group or axis order, no
@@ -311,6 +317,7 @@ def open_raster(
         mask_band=mask_band,
         mask_values=tuple(float(value) for value in mask_values),
         apply_scale=apply_scale,
+        trust=trust,
     )
     if isinstance(src, str | os.PathLike):
         return open_with(src, options)
@@ -340,7 +347,7 @@ def open_with(src: str | os.PathLike[str], options: ReadOptions) -> Raster:
             raise
         raise RasterError(f"{src} cannot be reached: {' '.join(str(error).split())}") from error
     if zarr_location is not None:
-        raster = describe_zarr(*zarr_location, axes=options.axes)
+        raster = describe_zarr(*zarr_location, axes=options.axes, trust=options.trust)
     else:
         from .raster_gdal import describe_gdal
 

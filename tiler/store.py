@@ -30,6 +30,7 @@ from .georeference import (
 )
 from .memory import format_bytes
 from .places import is_remote, place_of, store_at
+from .zarr_bounds import bound_array
 
 if TYPE_CHECKING:
     from .plan import Tile, TilePlan
@@ -48,6 +49,8 @@ CONTEXT = "nodata_context"
 MASK = "mask"
 """Name of the array beside a raster's pixels that says where they are valid: 0 nodata, 255 valid, as in GDAL."""
 VALID = 255
+_MOST_CENTRES = 1 << 20
+"""Coordinates in one chunk."""
 
 OutputKind = Literal["class", "probability", "logits"]
 ZarrFormat = Literal[2, 3]
@@ -152,7 +155,13 @@ def create_raster_group(
     if centres is not None and place.transform is not None:
         for axis, values, attributes in zip(("y", "x"), centres, axis_attributes(place), strict=True):
             coordinate = _create_array(
-                group, axis, shape=values.shape, dtype=values.dtype, dims=(axis,), attributes=dict(attributes)
+                group,
+                axis,
+                shape=values.shape,
+                dtype=values.dtype,
+                chunks=(min(values.shape[0], _MOST_CENTRES),),
+                dims=(axis,),
+                attributes=dict(attributes),
             )
             coordinate[:] = values
     group.attrs.update({**spatial, **(group_attributes or {})})
@@ -438,6 +447,7 @@ def open_array(
         array = zarr.open_array(
             store_at(place_of(path), read_only=mode == "r"), mode=mode, path=name, zarr_format=zarr_format
         )
+        return writable(array) if mode == "r+" else bound_array(array)
     except (BaseZarrError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
         if isinstance(error, (BaseZarrError, FileNotFoundError)) and not any(
             (place_of(path) / top).exists() for top in ("zarr.json", ".zgroup")
@@ -449,7 +459,6 @@ def open_array(
         raise OutputError(
             f"{path} has no usable metadata of its array {name}: {reason}; outsize verify --repair writes them again"
         ) from error
-    return writable(array) if mode == "r+" else array
 
 
 def write_core(array: zarr.Array[Any], core: Window, result: npt.NDArray[Any]) -> None:
