@@ -29,6 +29,7 @@ from .cli_options import (
     overwrite_option,
     planning_options,
     reading_options,
+    trust_option,
     unchanged_option,
     writing_options,
 )
@@ -309,6 +310,7 @@ def _segment_batch(console: Any, sources: tuple[str, ...], folder: Path, options
 @option("--samples", type=click.IntRange(0), default=12, show_default=True, help="Tiles to compute again in part.")
 @option("--repair", is_flag=True, help="Compute damaged tiles again, and only those.")
 @unchanged_option
+@trust_option
 @option("--model", metavar="MODEL", help="The one that made OUT, as segment takes it; without it the shipped one.")
 @model_options
 @option(
@@ -331,7 +333,17 @@ def verify(console: Any, out: Path, **options: Any) -> None:
     """
     from .verify import VerifyOptions, run_verify
 
-    names = ("samples", "repair", "model", "weights", "trust_model", "sha256", "memory", "source_unchanged")
+    names = (
+        "samples",
+        "repair",
+        "model",
+        "weights",
+        "trust_model",
+        "sha256",
+        "memory",
+        "source_unchanged",
+        "trust_sources",
+    )
     known = VerifyOptions(**{name: options[name] for name in names})
     state = run_verify(console, out, known, make_cluster_options(options))
     if state != "sound":
@@ -372,6 +384,7 @@ def train(console: Any, scenes: tuple[str, ...], **options: Any) -> None:
 @cli.command()
 @click.argument("pairs", nargs=-1, required=True, metavar="OUT LABELS...")
 @label_options
+@trust_option
 @click.pass_obj
 def evaluate(console: Any, pairs: tuple[str, ...], **options: Any) -> None:
     """Compare class maps with labels, a raster on the map's grid or polygons: IoU, F1, precision and recall of each

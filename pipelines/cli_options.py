@@ -9,6 +9,12 @@ import click
 from .option_types import Bands, MaskBand, NodataValue, Numbers, option, together
 
 overwrite_option = option("--overwrite", is_flag=True, help="Replace an existing output.")
+trust_option = option(
+    "--trust-sources",
+    is_flag=True,
+    help="Read rasters and labels that name other places or could run code: VRTs of raw bands, addresses or Python, "
+    "formats that are lists of files, Zarr codecs that are not known.",
+)
 unchanged_option = option(
     "--source-unchanged",
     is_flag=True,
@@ -146,6 +152,7 @@ reading_options = together(
         is_flag=True,
         help="Read number * scale + offset, as the file's tags say; without it the numbers that are stored.",
     ),
+    trust_option,
 )
 writing_options = together(
     option(
@@ -192,6 +199,7 @@ def make_read_options(options: dict[str, Any]) -> Any:
         mask_band=mask[0],
         mask_values=mask[1],
         apply_scale=options["apply_scale"],
+        trust=options["trust_sources"],
     )
 
 

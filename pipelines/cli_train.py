@@ -38,6 +38,7 @@ def make_label_options(options: dict[str, Any], labels: Sequence[str]) -> Any:
         nodata=options["label_nodata"] or None,
         field=options["label_field"],
         encoding=options["label_encoding"],
+        trust=options["trust_sources"],
     )
     made.require_use(labels)
     return made

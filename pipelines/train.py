@@ -421,10 +421,14 @@ def _fingerprint(rasters: Sequence[Raster], options: TrainOptions, model: Segmen
     )
     for name in ("out", "model", "reading", "recipe", "overwrite", "scenes", "memory", "labels", "workers"):
         del values[name]
+    del values["label_options"]["trust"]  # another leave makes no other training
     recipe = asdict(options.recipe)
     found: dict[str, Any] = {
         **{f"scene {index + 1}": _describe_scene(raster) for index, raster in enumerate(rasters)},
-        **{f"labels {index + 1}": identify_labels(labels) for index, labels in enumerate(options.labels)},
+        **{
+            f"labels {index + 1}": identify_labels(labels, trust=options.label_options.trust)
+            for index, labels in enumerate(options.labels)
+        },
         **values,
         "validate_on": [options.scenes.index(scene) + 1 for scene in options.validate_on],
         **recipe,

@@ -43,6 +43,7 @@ class VerifyOptions:
     sha256: str | None
     memory: str | None
     source_unchanged: bool = False
+    trust_sources: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +150,7 @@ def _find_maker(
         halo_stride=None if plan.is_known else plan.stride[0],
     )
     try:
-        raster = open_reference(reference)
+        raster = open_reference(reference, trust=options.trust_sources)
         model, network = Preparation(known).analyse(raster)
     except TilerError as error:
         if options.model is not None:

@@ -65,7 +65,9 @@ class ReadOptions:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> ReadOptions:
         fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+            if name != "trust"
         }
         if "nodata" in fields:
             fields["nodata"] = tuple(float(value) for value in fields["nodata"])
@@ -354,6 +356,8 @@ def open_with(src: str | os.PathLike[str], options: ReadOptions) -> Raster:
         # GDAL's own names (/vsizip/..., GTIFF_DIR:1:a.tif) are no paths.
         if not is_remote(path) and not path.exists() and ":" not in str(src) and not str(src).startswith("/vsi"):
             raise RasterError(f"no such raster: {src}")
+        if not is_remote(path) and path.exists() and not (path.is_file() or path.is_dir()):
+            raise RasterError(f"{src} is no file, but a pipe, a device or a socket; write it to a file first")
         if options.axes is not None:
             raise UsageError(f"--axes is for Zarr arrays, got a file that GDAL reads: {src}; leave it out")
         raster = describe_gdal(gdal_name(str(src)), options)

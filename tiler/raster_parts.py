@@ -167,13 +167,16 @@ def reference_to(raster: Raster) -> dict[str, Any]:
     }
 
 
-def open_reference(reference: dict[str, Any]) -> Raster:
+def open_reference(reference: dict[str, Any], *, trust: bool = False) -> Raster:
     """The raster that a reference names.
+
+    Args:
+        trust: as in `open_raster`; a reference does not say it, since it may come from others.
 
     Raises:
         RasterError: it is no longer there.
     """
-    options = ReadOptions.from_json(reference["options"])
+    options = replace(ReadOptions.from_json(reference["options"]), trust=trust)
     if reference["kind"] == "file":
         return open_with(reference["paths"][0], options)
     return (open_stack if reference["kind"] == "stack" else open_mosaic)(reference["paths"], options)

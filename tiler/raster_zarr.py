@@ -25,8 +25,8 @@ from .nodata import Array, Mask, NodataRule, find_missing, join_missing
 from .places import is_remote, place_of, store_at
 from .raster import Raster
 from .raster_scale import tags_of_attributes
-from .zarr_layout import ONE, dimension_names, find_array, mask_name, order_axes, suggest_axes
 from .zarr_bounds import MOST_BESIDE, bound_array
+from .zarr_layout import ONE, dimension_names, find_array, mask_name, order_axes, suggest_axes
 
 _MOST_BANDS = 65_535
 _MOST_CENTRES = 1 << 22
