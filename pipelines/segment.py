@@ -443,7 +443,7 @@ class RunListener:
         match event:
             case RunPlanned(plan=plan, resumed=resumed, pixels=pixels, died=died, ignored=ignored):
                 self.plan = plan
-                self._console.remark(plan.explain())
+                self._console.remark_lines(plan.explain().split("\n"))
                 warn_of_precision(self._console, plan)
                 self._pixels = pixels
                 if died:

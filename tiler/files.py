@@ -15,6 +15,8 @@ from typing import Any
 
 from .places import is_remote, place_of, scheme_of
 
+MOST_TEXT = 64_000_000
+"""Bytes of a file of texts or numbers that is read whole."""
 REQUESTS = 16
 """To a store at once."""
 DEADLINE_S = 60.0
@@ -65,8 +67,9 @@ def read_regular(path: Path, most: int | None = None) -> bytes:
         return file.read() if most is None else file.read(most)
 
 
-MOST_TEXT = 64_000_000
-"""Bytes of a file of texts or numbers that is read whole."""
+def read_place(place: Path, most: int | None = None) -> bytes:
+    """`read_regular`, or an object whole."""
+    return place.read_bytes() if is_remote(place) else read_regular(place, most)
 
 
 def put(place: Path, value: bytes) -> None:

@@ -19,6 +19,7 @@ from .geometry import Window
 from .georeference import Georeference
 from .nodata import Array, Mask, NodataRule, can_hold, find_not_finite, find_undeclared, require_finite
 from .places import archive_name, gdal_name, is_far, is_remote, place_of, scheme_of, url_of
+from .typed import find_misfit
 
 if TYPE_CHECKING:
     from .raster_memory import KeptArray
@@ -69,9 +70,16 @@ class ReadOptions:
             for name, value in values.items()
             if name != "trust"
         }
-        if "nodata" in fields:
-            fields["nodata"] = tuple(float(value) for value in fields["nodata"])
-        return cls(**fields)
+        try:
+            if "nodata" in fields:
+                fields["nodata"] = tuple(float(value) for value in fields["nodata"])
+            options = cls(**fields)
+            misfit = find_misfit(options)
+        except (TypeError, ValueError) as error:
+            raise RasterError(f"options of reading are damaged: {error}") from error
+        if misfit:
+            raise RasterError(f"options of reading are damaged: {misfit} is {fields[misfit]!r:.60}")
+        return options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

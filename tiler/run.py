@@ -46,7 +46,7 @@ from .memory import CUDA_CONTEXT_BYTES, find_budget
 from .memory_probe import memory_lookup
 from .meter import MemoryMeter
 from .network import Network, as_network
-from .places import is_remote, place_of
+from .places import is_remote, place_of, require_lasting
 from .plan import TilePlan
 from .planner import plan_tiles
 from .precision_loss import PrecisionLoss
@@ -184,6 +184,7 @@ def predict(
     spare_lost_threads()
     tell: Listener = listener or _ignore
     out = place_of(out).absolute()
+    require_lasting(out)
     with MemoryMeter() as meter:
         raster = match_network(as_raster(raster), network)
         network = as_network(network, raster.bands, raster.dtype)
