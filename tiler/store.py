@@ -461,7 +461,7 @@ def plan_of(path: Path, header: dict[str, Any]) -> TilePlan:
             raise TypeError(f"its plan's {misfit} is {getattr(plan, misfit)!r:.60}")
         _require_possible(plan)
         return plan
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, TilerError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, TilerError) as error:
         raise OutputError(
             f"{path} has damaged metadata ({type(error).__name__}: {error}); segment --overwrite makes it anew"
         ) from error

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from outsize.models.segmentation.model import OutputDescription
+from distributed import Client
 from outsize.pipelines.console import Console, format_table
 from outsize.tests.support.commands import outsize_here
 from outsize.tiler.errors import OutputError, UsageError, one_line
@@ -23,12 +23,12 @@ from outsize.tiler.places import place_of, require_lasting
 from outsize.tiler.raster import open_raster
 from outsize.tiler.records import read_owner, read_runs
 from outsize.tiler.run import predict
-from outsize.tiler.store import plan_of, read_header
+from outsize.tiler.store import OutputDescription, plan_of, read_header
 from outsize.tiler.transfer import copy_raster
 from outsize.tiler.typed import fits
 
 from ..support.rasters import unique_pixels, write_geotiff
-from ..support.runs import class_network
+from ..support.runs import class_network, scene
 
 BAD: dict[str, Callable[[Path], object]] = {
     "pipe": os.mkfifo,
@@ -176,20 +176,12 @@ def test_names_forge_no_lines(folder: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def output(tmp_path_factory: pytest.TempPathFactory, client: Client) -> Path:
     """A small class map, made in this process."""
-    from distributed import Client, LocalCluster
-
     folder = tmp_path_factory.mktemp("output")
-    source = write_geotiff(folder / "a.tif", unique_pixels(3, 40, 40, np.int16))
-    description = OutputDescription(kind="class", model="m", classes=("a", "b"), colours=((0, 0, 0), (255, 0, 9)))
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
-        Client(cluster) as client,
-    ):
-        predict(
-            source, class_network(), folder / "o.zarr", client=client, engine="torch", core=32, description=description
-        )
+    source = scene(folder, 40, 40).rename(folder / "a.tif")
+    said = OutputDescription(kind="class", model="m", classes=("a", "b"), colours=((0, 0, 0), (255, 0, 9)))
+    predict(source, class_network(), folder / "o.zarr", client=client, engine="torch", core=32, description=said)
     return folder / "o.zarr"
 
 
@@ -254,7 +246,7 @@ def test_tampered_headers_are_damaged_metadata_and_no_surprise(output: Path, tmp
         ("verify", out, "--samples", "1"),
     ):
         done = outsize_here(*command)
-        assert "unexpected" not in done.stderr, done.stderr
+        assert "outsize: unexpected" not in done.stderr, done.stderr
         seen += "damaged" in done.stderr or "output format" in done.stderr
     assert seen, what
 
