@@ -385,7 +385,7 @@ def read_header(path: Path) -> dict[str, Any]:
         OutputError: not an output of format 1, or its metadata are damaged.
     """
     try:
-        header = dict(_open_group(path).attrs).get("outsize")
+        header: Any = dict(_open_group(path).attrs).get("outsize")
     except Exception as error:
         # Whatever stands in damaged metadata must not look like a fault of this program.
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -33,7 +33,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(fits(each, inner[0]) for each in value)
     if origin is not None:
         return isinstance(value, origin)
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return isinstance(value, hint) and not find_misfit(value)
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)

@@ -59,7 +59,7 @@ def require_one_line(*words: str | Path, code: int, where: str = "") -> None:
     said = [line for line in done.stderr.splitlines() if "rror" in line]
     assert done.returncode == code, done.stderr
     assert len(said) == 1, done.stderr
-    assert "unexpected" not in said[0]
+    assert "outsize: unexpected" not in said[0]
     assert where in said[0]
 
 
