@@ -399,7 +399,7 @@ def read_header(path: Path) -> dict[str, Any]:
             raise OutputError(
                 f"{path} has damaged metadata: {name} is {header.get(name)!r:.60}; segment --overwrite makes it anew"
             )
-    run, fill = header.get("run"), header["fingerprint"].get("fill", [])
+    run, fill = header.get("run"), (header.get("fingerprint") or {}).get("fill", [])
     counted = run is None or (fits(run, _RUN) and all(fits(run.get(name), float | None) for name in _COUNTED))
     if not counted or not fits(fill, list[float]):
         part = "run" if not counted else "fill"
@@ -425,7 +425,7 @@ _HEADER: dict[str, Any] = {
     "model_sha256": str,
     "classes": list[Any],
     "plan": dict[str, Any],
-    "fingerprint": dict[str, Any],
+    "fingerprint": dict[str, Any] | None,
     "source": {"kind": str, "paths": list[str], "options": dict[str, Any]},
     "run": dict[str, Any] | None,
 }

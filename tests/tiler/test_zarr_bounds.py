@@ -66,6 +66,7 @@ BOMBS: dict[str, tuple[Any, Any, Callable[[], bytes]]] = {
 }
 
 
+@pytest.mark.system
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_chunk_that_decodes_to_more_than_it_declares_takes_no_memory(tmp_path: Path) -> None:
     shape: dict[str, Any] = {"shape": (1, 100, 80), "chunks": (1, 100, 80), "dtype": "u1"}
