@@ -16,7 +16,7 @@ from ..tiler.events import ClusterReady, Event, MemoryProbed, RunPlanned, TileFi
 from ..tiler.files import append_line, make_folder
 from ..tiler.machine import measure_flops_per_s
 from ..tiler.memory import format_bytes
-from ..tiler.places import is_remote
+from ..tiler.places import is_remote, require_lasting
 from ..tiler.plan import format_seconds
 from ..tiler.records import writing
 from ..tiler.run_summary import RunSummary
@@ -151,6 +151,7 @@ def run_batch(
 
 def _require_writable(folder: Path) -> None:
     """The folder is made, and takes a line; before the first scene is begun."""
+    require_lasting(folder)
     try:
         with writing(folder):
             make_folder(folder)

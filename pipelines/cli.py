@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import sys
@@ -15,7 +17,8 @@ import click
 
 from .. import __version__
 from ..tiler.dask_trouble import find_dask_trouble
-from ..tiler.errors import TilerError
+from ..tiler.errors import TilerError, one_line, reason_of
+from ..tiler.files import MOST_TEXT, read_regular
 from ..tiler.process_end import end_with
 from .cli_face import face
 from .cli_model import model
@@ -29,11 +32,13 @@ from .cli_options import (
     overwrite_option,
     planning_options,
     reading_options,
+    trust_option,
+    unchanged_option,
     writing_options,
 )
 from .cli_train import label_options, make_label_options, train_options
 from .interrupts import heed_interrupts
-from .option_types import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SOME_FAILED, OrderedGroup, Place, option
+from .option_types import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SOME_FAILED, Folder, OrderedGroup, Place, option
 
 
 def _load_config(context: click.Context, _parameter: click.Parameter, path: str | None) -> None:
@@ -41,9 +46,9 @@ def _load_config(context: click.Context, _parameter: click.Parameter, path: str 
     if path is None:
         return
     try:
-        values = tomllib.loads(Path(path).read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise click.BadParameter(f"{path}: {error}") from error
+        values = tomllib.loads(read_regular(Path(path), MOST_TEXT).decode())
+    except (OSError, ValueError, RecursionError) as error:
+        raise click.BadParameter(one_line(f"{path}: {reason_of(error)}")) from error
     shared = {key: value for key, value in values.items() if not isinstance(value, dict)}
     defaults: dict[str, Any] = {}
     for name, command in cli.commands.items():
@@ -52,7 +57,7 @@ def _load_config(context: click.Context, _parameter: click.Parameter, path: str 
         own = values[name] if isinstance(values.get(name), dict) else {}
         unknown = {key for key in own if key.replace("-", "_") not in known}
         if unknown:
-            raise click.BadParameter(f"{path}: [{name}] has no option {', '.join(sorted(unknown))}")
+            raise click.BadParameter(one_line(f"{path}: [{name}] has no option {', '.join(sorted(unknown))}"))
         merged = {key.replace("-", "_"): value for key, value in {**shared, **own}.items()}
         several = {parameter.name for parameter in command.params if getattr(parameter, "multiple", False)}
         merged = {k: [v] if k in several and not isinstance(v, list) else v for k, v in merged.items()}
@@ -61,7 +66,7 @@ def _load_config(context: click.Context, _parameter: click.Parameter, path: str 
     unknown = {key for key in shared if key.replace("-", "_") not in everything}
     unknown |= {key for key, value in values.items() if isinstance(value, dict) and key not in cli.commands}
     if unknown:
-        raise click.BadParameter(f"{path}: no command knows {', '.join(sorted(unknown))}")
+        raise click.BadParameter(one_line(f"{path}: no command knows {', '.join(sorted(unknown))}"))
     context.default_map = defaults
 
 
@@ -78,7 +83,7 @@ def _load_config(context: click.Context, _parameter: click.Parameter, path: str 
 @click.option("--debug", is_flag=True, help="Show a traceback with an error.")
 @click.option(
     "--config",
-    type=click.Path(exists=True, dir_okay=False),
+    type=click.Path(),
     is_eager=True,
     expose_value=False,
     callback=_load_config,
@@ -104,7 +109,7 @@ def cli(context: click.Context, as_json: bool, debug: bool) -> None:  # noqa: AR
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=Folder())
 @click.option("--size", type=click.IntRange(1, 200_000), default=4096, show_default=True, help="Height and width.")
 @click.option("--height", type=click.IntRange(1, 200_000), help="Height, if not --size.")
 @click.option("--width", type=click.IntRange(1, 200_000), help="Width, if not --size.")
@@ -233,6 +238,7 @@ def plan(console: Any, src: str, prove: bool, **options: Any) -> None:
     help="Also write a page on the run: pictures, areas, plan, checks, speed, failures; when it failed, too.",
 )
 @option("--retry-failed", is_flag=True, help="Also try tiles again that failed in an earlier call.")
+@unchanged_option
 @option(
     "--tile-timeout",
     type=click.FloatRange(1),
@@ -306,6 +312,8 @@ def _segment_batch(console: Any, sources: tuple[str, ...], folder: Path, options
 @click.argument("out", type=Place())
 @option("--samples", type=click.IntRange(0), default=12, show_default=True, help="Tiles to compute again in part.")
 @option("--repair", is_flag=True, help="Compute damaged tiles again, and only those.")
+@unchanged_option
+@trust_option
 @option("--model", metavar="MODEL", help="The one that made OUT, as segment takes it; without it the shipped one.")
 @model_options
 @option(
@@ -328,7 +336,17 @@ def verify(console: Any, out: Path, **options: Any) -> None:
     """
     from .verify import VerifyOptions, run_verify
 
-    names = ("samples", "repair", "model", "weights", "trust_model", "sha256", "memory")
+    names = (
+        "samples",
+        "repair",
+        "model",
+        "weights",
+        "trust_model",
+        "sha256",
+        "memory",
+        "source_unchanged",
+        "trust_sources",
+    )
     known = VerifyOptions(**{name: options[name] for name in names})
     state = run_verify(console, out, known, make_cluster_options(options))
     if state != "sound":
@@ -369,6 +387,7 @@ def train(console: Any, scenes: tuple[str, ...], **options: Any) -> None:
 @cli.command()
 @click.argument("pairs", nargs=-1, required=True, metavar="OUT LABELS...")
 @label_options
+@trust_option
 @click.pass_obj
 def evaluate(console: Any, pairs: tuple[str, ...], **options: Any) -> None:
     """Compare class maps with labels, a raster on the map's grid or polygons: IoU, F1, precision and recall of each
@@ -468,7 +487,11 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         cli.main(words, prog_name="outsize", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        from .console import printable
+
+        shown = io.StringIO()
+        error.show(shown)
+        print(printable(shown.getvalue()), end="", file=sys.stderr)
         _end(words, error.exit_code, error.format_message())
     except (KeyboardInterrupt, click.Abort):
         print(f"outsize: {_interrupted(words)}", file=sys.stderr)
@@ -478,17 +501,51 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(EXIT_FAILED) from None
     except Exception as error:  # noqa: BLE001 - the last line of defence
-        from .console import one_line, printable
-
         if debug:
             traceback.print_exc()
         error = find_dask_trouble(error) or error
         if isinstance(error, TilerError):
-            print(f"outsize: error: {one_line(error)}", file=sys.stderr)
+            print(one_line(f"outsize: error: {error}"), file=sys.stderr)
             _end(words, error.exit_code, str(error))
+        reason = _system_reason(error)
+        if reason:
+            print(one_line(f"outsize: error: {reason}"), file=sys.stderr)
+            _end(words, EXIT_FAILED, reason)
         reason = (str(error).strip().splitlines() or [""])[0]
-        print(printable(f"outsize: unexpected {type(error).__name__}: {reason} (--debug shows where)"), file=sys.stderr)
+        print(one_line(f"outsize: unexpected {type(error).__name__}: {reason} (--debug shows where)"), file=sys.stderr)
         _end(words, EXIT_FAILED, f"{type(error).__name__}: {reason}")
+
+
+_OF_THE_SYSTEM = {
+    errno.ENOSPC: "free some space, or choose another disk",
+    errno.EDQUOT: "free some space, or choose another disk",
+    errno.EFBIG: "choose a disk or a limit that takes larger files",
+    errno.EROFS: "choose another place",
+    errno.EACCES: "allow it, or choose another place",
+    errno.EPERM: "allow it, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "it is a link to itself",
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.EISDIR: "give a file",
+    errno.ENOENT: "it is not there, or its folder is not",
+    errno.EEXIST: "something else is in its place",
+    errno.EIO: "the disk does not answer as it should",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EINVAL: "choose another name",
+}
+"""What is to be done where the system refuses a file; told at the end only of what no command has better words for."""
+
+
+def _system_reason(error: Exception) -> str:
+    """Of a refusal of the system: which file, why, and what helps; empty for other errors."""
+    if isinstance(error, MemoryError):
+        return "not enough memory; choose a smaller --memory, or a machine with more"
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
+        return f"{error}; give a path without it"
+    if not isinstance(error, OSError) or error.errno not in _OF_THE_SYSTEM:
+        return ""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror}; {_OF_THE_SYSTEM[error.errno]}"
 
 
 def run() -> NoReturn:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .cli_options import model_options, overwrite_option
-from .option_types import OrderedGroup
+from .option_types import Folder, OrderedGroup
 
 
 @click.group(cls=OrderedGroup)
@@ -40,7 +40,7 @@ _hyperparameter = click.option(
 
 @model.command(short_help="Write a model file from a factory and weights, or from another file.")
 @click.argument("source")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=Folder())
 @model_options
 @_hyperparameter
 @click.option("--name", help="Of the model; without it the source's.")

@@ -9,6 +9,18 @@ import click
 from .option_types import Bands, MaskBand, NodataValue, Numbers, option, together
 
 overwrite_option = option("--overwrite", is_flag=True, help="Replace an existing output.")
+trust_option = option(
+    "--trust-sources",
+    is_flag=True,
+    help="Read rasters and labels that name other places or could run code: VRTs of raw bands, addresses or Python, "
+    "formats that are lists of files, Zarr codecs that are not known.",
+)
+unchanged_option = option(
+    "--source-unchanged",
+    is_flag=True,
+    help="Go on though the source's files were put back, replaced or given other permissions since: they hold what "
+    "they held. Size and time of change must be as before.",
+)
 model_options = together(
     option("--weights", type=click.Path(), help="A factory's weights: .safetensors, or a state dict (.pt)."),
     option("--trust-model", is_flag=True, help="Load model files that could run code."),
@@ -140,6 +152,7 @@ reading_options = together(
         is_flag=True,
         help="Read number * scale + offset, as the file's tags say; without it the numbers that are stored.",
     ),
+    trust_option,
 )
 writing_options = together(
     option(
@@ -186,6 +199,7 @@ def make_read_options(options: dict[str, Any]) -> Any:
         mask_band=mask[0],
         mask_values=mask[1],
         apply_scale=options["apply_scale"],
+        trust=options["trust_sources"],
     )
 
 
@@ -242,6 +256,7 @@ def make_write_options(options: dict[str, Any]) -> Any:
         resume=not options["no_resume"],
         overwrite=options["overwrite"],
         retry_failed=options["retry_failed"],
+        source_unchanged=options["source_unchanged"],
         patience=options["tile_timeout"],
         zarr_format=2 if options["zarr_format"] == "2" else 3,
         space_check=not options["no_space_check"],

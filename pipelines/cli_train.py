@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
 
-from .option_types import Numbers, Texts, option, together
+from .option_types import Folder, Numbers, Texts, option, together
 
 label_options = together(
     option("--label-field", metavar="NAME", help="Attribute of polygons that tells the class."),
@@ -38,6 +37,7 @@ def make_label_options(options: dict[str, Any], labels: Sequence[str]) -> Any:
         nodata=options["label_nodata"] or None,
         field=options["label_field"],
         encoding=options["label_encoding"],
+        trust=options["trust_sources"],
     )
     made.require_use(labels)
     return made
@@ -52,7 +52,7 @@ train_options = together(
         help="Of each scene, in their order: a raster on its grid, or polygons (GeoJSON; .shp, .gpkg and others with "
         "the extra vectors). One vector file may serve all. What has no label is not trained on.",
     ),
-    option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder of the training."),
+    option("--out", type=Folder(), required=True, metavar="DIR", help="Folder of the training."),
     option(
         "--classes",
         type=Texts(),

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..tiler.errors import UsageError
+from ..tiler.errors import UsageError, one_line
 from ..tiler.memory import format_bytes
 from ..tiler.plan import format_seconds
 
@@ -37,7 +37,12 @@ class Console:
 
     def remark(self, text: str) -> None:
         """A line for people, on stderr."""
-        print(printable(text), file=sys.stderr, flush=True)
+        print(one_line(text), file=sys.stderr, flush=True)
+
+    def remark_lines(self, lines: Sequence[str]) -> None:
+        """Several."""
+        for line in lines:
+            self.remark(line)
 
     def remark_first(self, lines: Sequence[str], rest: str) -> None:
         """The first of many lines; then how many more there are, with what `rest` says of them."""
@@ -99,13 +104,8 @@ class Console:
 
 
 def printable(text: str) -> str:
-    """A text that moves no cursor and paints nothing: names of files and of STAC items may hold anything."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
-
-
-def one_line(text: object) -> str:
-    """A name, or what was found in a file, that cannot begin a line of its own."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    """A text of several lines; each moves no cursor and paints nothing."""
+    return "".join(c if c in "\n\t" else one_line(c) for c in text)
 
 
 def _rate(pixels: int, seconds: float) -> str:
@@ -126,7 +126,7 @@ def _bar(label: str, pixels: int, counts_pixels: bool, before: int) -> Iterator[
         def advance(self, pixels: int, detail: str = "") -> None:
             self.done += pixels
             rate = _rate(self.done - before, time.monotonic() - self.began) if counts_pixels else ""
-            self.progress.update(self.task, completed=self.done, rate=rate, detail=printable(detail))
+            self.progress.update(self.task, completed=self.done, rate=rate, detail=one_line(detail))
 
     columns = (
         TextColumn("{task.description}"),
@@ -164,7 +164,7 @@ class _Lines:
         rate = _rate(self.done - self.before, time.monotonic() - self.began) if self.counts_pixels else ""
         parts = [f"{share:.0f} %", rate, end, self.detail]
         line = f"{self.label}: {', '.join(part for part in parts if part)}"
-        print(printable(line), file=sys.stderr, flush=True)
+        print(one_line(line), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.done:
@@ -176,7 +176,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        first, *rest = cells
+        first, *rest = map(one_line, cells)
         return "  ".join(
             [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
         ).rstrip()

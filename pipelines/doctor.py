@@ -62,7 +62,7 @@ def run_doctor(console: Console) -> bool:
     for name, look in sections:
         found[name] = look()
         lines.append(f"{name:<9} " + ", ".join(f"{key} {value}" for key, value in found[name].items()))
-    console.remark("\n".join(lines))
+    console.remark_lines(lines)
     test = _test_itself()
     found["self_test"] = test
     verdict = "right" if test["passed"] else "WRONG"

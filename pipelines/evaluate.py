@@ -16,9 +16,8 @@ from ..tiler.geometry import Grid
 from ..tiler.labels import UNLABELLED, LabelOptions, Labels, describe_ignored, open_labels
 from ..tiler.memory import format_bytes
 from ..tiler.meter import MemoryMeter
-from ..tiler.plan import TilePlan
 from ..tiler.raster import open_raster
-from ..tiler.store import NODATA, open_array, read_header
+from ..tiler.store import NODATA, open_array, plan_of, read_header
 from .console import Console, count_of, describe_memory, format_table
 
 _BLOCK = 2048
@@ -87,7 +86,7 @@ def _open_pair(out: Path, labels: str, options: LabelOptions) -> Comparison:
     if header["kind"] != "class":
         raise UsageError(f"evaluate needs a class map, {out} holds {header['kind']}; segment with --output class")
     height, width = open_array(out, "class").shape
-    plan = TilePlan.from_json(header["plan"])
+    plan = plan_of(out, header)
     names = tuple(entry["name"] for entry in header["classes"])
     # Labels of the whole raster serve a map of a part of it too.
     part = plan.scale == ("1", "1")

@@ -22,7 +22,7 @@ from ..tiler.geometry import Grid
 from ..tiler.georeference import to_rasterio
 from ..tiler.memory import format_bytes
 from ..tiler.meter import MemoryMeter
-from ..tiler.places import is_remote
+from ..tiler.places import is_remote, require_lasting
 from ..tiler.raster import open_raster
 from ..tiler.records import writing
 from ..tiler.store import LEVELS, NODATA, open_array, read_header
@@ -36,6 +36,7 @@ _STRIP = 4096
 
 def run_export(console: Console, out: Path, target: Path, *, overwrite: bool) -> None:
     """Write TARGET by its suffix: .tif a COG, .png a quicklook of input and result."""
+    require_lasting(target)
     header = read_header(out)
     if target.is_dir():
         raise OutputError(f"{target} is a folder; choose another path")

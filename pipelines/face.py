@@ -102,7 +102,7 @@ def _plan(console: Console, options: FaceBenchmarkOptions) -> HeadPlan:
         sample=options.sample,
         keep_cosines=options.keep_cosines,
     )
-    console.remark(plan.explain())
+    console.remark_lines(plan.explain().split("\n"))
     plan.require(available_bytes(options.memory))
     return plan
 

@@ -128,7 +128,7 @@ class _Prepared:
         if self.threshold is None:
             console.remark("no threshold: the nearest are named, whoever is on the picture; --fpir rejects strangers")
         plan = self.gallery.plan_identify(len(paths), options.k)
-        console.remark(plan.explain())
+        console.remark_lines(plan.explain().split("\n"))
         # The others wait meanwhile; as many threads whatever the ranks, since other ones may give other last bits.
         with torch_threads(cpu_count()):
             self.pictures = embed_files(console, embedder, paths, resize=options.resize)

@@ -168,7 +168,7 @@ def _prepare(console: Console, training: FaceTraining, ranks: int, memory: str |
         rule=RULES[training.rule](lr=training.head_lr),
         sample=training.sample,
     )
-    console.remark(plan.explain())
+    console.remark_lines(plan.explain().split("\n"))
     held = -(-loader.micro_batches // ranks) * training.micro_batch
     embedder = ranks * plan_embedder_bytes(model, faces.training.size, held, training.micro_batch * training.threads)
     total, budget = plan.machine_bytes + embedder, available_bytes(memory)

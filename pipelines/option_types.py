@@ -55,6 +55,20 @@ class Place(click.ParamType):
         return value if isinstance(value, Path) else place_of(value)
 
 
+class Folder(click.Path):
+    """A path of this machine; not an address, which would become a folder of that name."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from ..tiler.places import scheme_of
+
+        if scheme_of(value):
+            self.fail(f"it is a path of this machine, got the address {value!r}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class Texts(click.ParamType):
     """Texts between commas; a list in a TOML file."""
 

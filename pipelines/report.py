@@ -17,11 +17,13 @@ from ..tiler.errors import OutputError, UsageError
 from ..tiler.files import upload_bytes
 from ..tiler.machine import find_versions
 from ..tiler.memory import format_bytes
+from ..tiler.places import require_lasting
 from ..tiler.plan import TilePlan
 from ..tiler.precision_loss import PrecisionLoss
 from ..tiler.records import is_there, read_records, read_runs, run_folder, writing
-from ..tiler.store import read_header
+from ..tiler.store import plan_of, read_header
 from ..tiler.tile_map import group_failures
+from ..tiler.typed import find_misfit
 from .areas import Areas, count_areas
 from .console import Console, count_of
 from .page import render_page
@@ -79,6 +81,7 @@ def require_report_target(target: Path, *, overwrite: bool) -> None:
     """
     if target.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"a report is a page, its name ends in .html, got {target.name}")
+    require_lasting(target)
     if target.is_dir():
         raise OutputError(f"{target} is a folder; choose another path")
     if target.exists() and not overwrite:
@@ -121,8 +124,22 @@ def _plan_lines(plan: TilePlan) -> list[list[str]]:
     return [line.split(maxsplit=1) for line in plan.explain().splitlines()]
 
 
+def _read_checks(out: Path, header: dict[str, Any]) -> tuple[StartCheck | None, PrecisionLoss | None]:
+    """What was measured when the output was begun."""
+    check, loss = header.get("start_check"), header.get("precision_loss")
+    try:
+        found = StartCheck(**check) if check else None, PrecisionLoss.from_json(loss) if loss else None
+        misfit = next(filter(None, (find_misfit(each) for each in found if each)), "")
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        misfit = str(error)
+    else:
+        if not misfit:
+            return found
+    raise OutputError(f"{out} has damaged metadata: its checks: {misfit}; segment --overwrite makes it anew")
+
+
 def _describe_output(console: Console, out: Path, header: dict[str, Any], *, pictures: bool) -> dict[str, Any]:
-    plan = TilePlan.from_json(header["plan"])
+    plan = plan_of(out, header)
     records = read_records(out)
     failed = sorted((at, str(r.get("error", ""))) for at, r in records.items() if r.get("state") == "failed")
     done = sum(record.get("state") == "done" for record in records.values())
@@ -132,7 +149,7 @@ def _describe_output(console: Console, out: Path, header: dict[str, Any], *, pic
         failed = [((tile["row"], tile["column"]), tile["error"]) for tile in run["failures"]]
     quicklook = make_quicklook(console, out, header) if pictures else None
     areas = count_areas(console, out, header) if pictures and header["kind"] == "class" else None
-    check, loss = header.get("start_check"), header.get("precision_loss")
+    check, loss = _read_checks(out, header)
     return {
         "header": header,
         "plan": _plan_lines(plan),
@@ -143,9 +160,9 @@ def _describe_output(console: Console, out: Path, header: dict[str, Any], *, pic
         "failed_count": len(failed),
         "waiting": len(plan.grid) - done - len(failed),
         "run": run,
-        "check": StartCheck(**check).sentence() if check else None,
-        "check_passed": StartCheck(**check).passed if check else None,
-        "loss": PrecisionLoss.from_json(loss).sentence() if loss else None,
+        "check": check.sentence() if check else None,
+        "check_passed": check.passed if check else None,
+        "loss": loss.sentence() if loss else None,
         "before": _as_data(quicklook.source) if quicklook and quicklook.source else None,
         "before_name": quicklook.source_name if quicklook else "",
         "after": _as_data(quicklook.result) if quicklook else None,

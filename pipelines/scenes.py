@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from ..tiler.band_names import band_name_of
-from ..tiler.errors import UsageError
-from ..tiler.files import find_matching
+from ..tiler.errors import UsageError, one_line, reason_of
+from ..tiler.files import MOST_TEXT, find_matching, read_place, read_regular
 from ..tiler.places import OBJECT_STORES, place_of, scheme_of
 from ..tiler.raster_zarr import split_zarr_path
 from .console import count_of
@@ -34,7 +34,7 @@ class Scene:
 
     @property
     def label(self) -> str:
-        return _on_one_line(self.paths[0] if len(self.paths) == 1 else f"{self.name} ({len(self.paths)} files)")
+        return one_line(self.paths[0] if len(self.paths) == 1 else f"{self.name} ({len(self.paths)} files)")
 
 
 def find_scenes(sources: Sequence[str], lists: Sequence[Path] = (), assets: Sequence[str] = ()) -> list[Scene]:
@@ -98,9 +98,10 @@ def _scene_of(source: str, name: str | None = None) -> Scene:
 
 def _read_list(file: Path) -> Iterator[Scene]:
     try:
-        lines = file.read_bytes().decode("utf-8-sig").splitlines()
+        # By newlines alone: names may hold what else ends a line somewhere.
+        lines = read_regular(file, MOST_TEXT).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} is no list of paths: {error}") from error
+        raise UsageError(f"{file} is no list of paths: {reason_of(error)}") from error
     for line in lines:
         source, _, name = line.partition("\t")
         if source.strip() and not source.startswith("#"):
@@ -110,7 +111,7 @@ def _read_list(file: Path) -> Iterator[Scene]:
 
 def _read_stac(file: Path, assets: Sequence[str]) -> Iterator[Scene]:
     try:
-        found = json.loads(file.read_bytes().decode("utf-8-sig"))
+        found = json.loads(read_place(file, MOST_TEXT).decode("utf-8-sig"))
         features = found["features"] if found["type"] == "FeatureCollection" else [found]
         items = [(str(item["id"]), dict(item["assets"])) for item in features]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -118,11 +119,11 @@ def _read_stac(file: Path, assets: Sequence[str]) -> Iterator[Scene]:
     if not items:
         raise UsageError(f"{file} has no items")
     for name, known in items:
-        item = f"STAC item {_on_one_line(name)}"
+        item = f"STAC item {one_line(name)}"
         for key, asset in known.items():
             if not isinstance(asset, dict):
                 raise UsageError(f"{item}: asset {key!r} must be an object with a href, got {asset!r:.40}")
-        there = _on_one_line(", ".join(known)) or "none"
+        there = one_line(", ".join(known)) or "none"
         chosen = assets or [key for key, asset in known.items() if "data" in (asset.get("roles") or ())]
         if not assets and len(chosen) != 1:
             raise UsageError(
@@ -155,10 +156,6 @@ def _resolve(file: Path, asset: dict[str, Any]) -> str:
     if "://" in href:
         return href
     return href if href.startswith("/") else str(file.parent / href)
-
-
-def _on_one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _as_file_name(name: str) -> str:

@@ -100,6 +100,8 @@ class WriteOptions:
     resume: bool = True
     overwrite: bool = False
     retry_failed: bool = False
+    source_unchanged: bool = False
+    """The user vouches that files that were put back hold what they held."""
     patience: float = 300.0
     zarr_format: ZarrFormat = 3
     space_check: bool = True
@@ -393,6 +395,7 @@ def segment_raster(
         resume=writing.resume,
         overwrite=writing.overwrite,
         retry_failed=writing.retry_failed,
+        source_unchanged=writing.source_unchanged,
         redo=writing.redo,
         rest=writing.rest,
         patience=writing.patience,
@@ -441,7 +444,7 @@ class RunListener:
         match event:
             case RunPlanned(plan=plan, resumed=resumed, pixels=pixels, died=died, ignored=ignored):
                 self.plan = plan
-                self._console.remark(plan.explain())
+                self._console.remark_lines(plan.explain().split("\n"))
                 warn_of_precision(self._console, plan)
                 self._pixels = pixels
                 if died:

@@ -421,16 +421,26 @@ def _fingerprint(rasters: Sequence[Raster], options: TrainOptions, model: Segmen
     )
     for name in ("out", "model", "reading", "recipe", "overwrite", "scenes", "memory", "labels", "workers"):
         del values[name]
+    del values["label_options"]["trust"]  # another leave makes no other training
     recipe = asdict(options.recipe)
     found: dict[str, Any] = {
-        **{f"scene {index + 1}": fingerprint_raster(raster) for index, raster in enumerate(rasters)},
-        **{f"labels {index + 1}": identify_labels(labels) for index, labels in enumerate(options.labels)},
+        **{f"scene {index + 1}": _describe_scene(raster) for index, raster in enumerate(rasters)},
+        **{
+            f"labels {index + 1}": identify_labels(labels, trust=options.label_options.trust)
+            for index, labels in enumerate(options.labels)
+        },
         **values,
         "validate_on": [options.scenes.index(scene) + 1 for scene in options.validate_on],
         **recipe,
         "model": f"{model.name} {model.sha256}" if model else None,
     }
     return json.loads(json.dumps(found))
+
+
+def _describe_scene(raster: Raster) -> dict[str, Any]:
+    """Not the state of its files: a training may outlive copies of its scenes that are put back, and no map is made of
+    two contents."""
+    return {name: value for name, value in fingerprint_raster(raster).items() if name != "input_state"}
 
 
 def _find_tiles(out: Path) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from ..tiler.cluster import ClusterOptions
 from ..tiler.engine import Engine, compile_program
 from ..tiler.engine_torch import AUTOCAST, load_reference
 from ..tiler.errors import OutputError, TilerError, UsageError
-from ..tiler.fingerprint import find_differences, fingerprint_raster, hash_network
+from ..tiler.fingerprint import find_differences, fingerprint_raster, hash_network, state_before
 from ..tiler.memory import format_bytes
 from ..tiler.network import Network
 from ..tiler.plan import TilePlan
@@ -42,6 +42,8 @@ class VerifyOptions:
     trust_model: bool
     sha256: str | None
     memory: str | None
+    source_unchanged: bool = False
+    trust_sources: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,8 @@ class _Maker:
     options: SegmentOptions
     engine: Engine | None = None
     """Of a network in few bits: float32 tells nothing exact of it."""
+    source_unchanged: bool = False
+    """As the user says, where the raster's files were put back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,14 +150,14 @@ def _find_maker(
         halo_stride=None if plan.is_known else plan.stride[0],
     )
     try:
-        raster = open_reference(reference)
+        raster = open_reference(reference, trust=options.trust_sources)
         model, network = Preparation(known, Console()).analyse(raster)
     except TilerError as error:
         if options.model is not None:
             raise
         return None, error
     fingerprint = header["fingerprint"]
-    now = fingerprint_raster(raster)
+    now = fingerprint_raster(raster) | (state_before(header) if options.source_unchanged else {})
     differences = find_differences(
         {name: fingerprint.get(name) for name in now}, now, (source_paths(header), reference_to(raster)["paths"])
     )
@@ -170,7 +174,14 @@ def _find_maker(
         engine = _open_fewer_bits(out, network, fingerprint, plan)
     except TilerError as error:
         return None, error
-    return _Maker(raster=raster, model=filled, network=network, options=known, engine=engine), UsageError("")
+    return _Maker(
+        raster=raster,
+        model=filled,
+        network=network,
+        options=known,
+        engine=engine,
+        source_unchanged=options.source_unchanged,
+    ), UsageError("")
 
 
 def _open_fewer_bits(out: Path, network: Network, fingerprint: dict[str, Any], plan: TilePlan) -> Engine | None:
@@ -201,7 +212,12 @@ def _repair(
     Raises:
         OutputError: they are damaged after that too.
     """
-    writing = WriteOptions(redo=bad, rest=False, zarr_format=header["fingerprint"].get("zarr_format", 3))
+    writing = WriteOptions(
+        redo=bad,
+        rest=False,
+        source_unchanged=maker.source_unchanged,
+        zarr_format=header["fingerprint"].get("zarr_format", 3),
+    )
     listener = RunListener(console, own_page=cluster.dashboard_address is not None)
     try:
         summary = segment_raster(

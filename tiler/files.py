@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -14,6 +15,8 @@ from typing import Any
 
 from .places import is_remote, place_of, scheme_of
 
+MOST_TEXT = 64_000_000
+"""Bytes of a file of texts or numbers that is read whole."""
 REQUESTS = 16
 """To a store at once."""
 DEADLINE_S = 60.0
@@ -40,6 +43,33 @@ def create_new(place: Path, value: bytes) -> bool:
         place.unlink(missing_ok=True)
         raise
     return True
+
+
+def read_regular(path: Path, most: int | None = None) -> bytes:
+    """What a file of this machine holds, read once: what is checked of it is what is used.
+
+    Args:
+        most: bytes; what is larger is no file of the kind that is meant.
+
+    Raises:
+        OSError: it is not there, larger, or no file: a pipe, a device or a socket, whose end might never come.
+    """
+    # A pipe that nobody writes to would be waited for.
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    with open(handle, "rb") as file:  # noqa: PTH123 - of a number
+        status = os.fstat(handle)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no file, but a pipe, a device or a socket", str(path))
+        if most is not None and status.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, at most {most:,} are read", str(path))
+        return file.read() if most is None else file.read(most)
+
+
+def read_place(place: Path, most: int | None = None) -> bytes:
+    """`read_regular`, or an object whole."""
+    return place.read_bytes() if is_remote(place) else read_regular(place, most)
 
 
 def put(place: Path, value: bytes) -> None:

@@ -71,6 +71,7 @@ def fingerprint_raster(raster: Raster) -> dict[str, Any]:
     stored = raster.parts[0].raster if raster.kind == "scaled" else None
     return {
         "input": raster.identity,
+        "input_state": raster.state,
         "input_shape": list(raster.shape),
         "input_dtype": str(raster.dtype),
         "input_bands": list(raster.indexes),
@@ -80,6 +81,12 @@ def fingerprint_raster(raster: Raster) -> dict[str, Any]:
         # Before there was a rule for them, NaN and infinity went into the network.
         **({"not_finite": "nodata"} if raster.dtype.kind == "f" else {}),
     }
+
+
+def state_before(header: dict[str, Any]) -> dict[str, Any]:
+    """The state of the input of which an output was begun, for a caller who vouches that it holds what it held."""
+    stored = header.get("fingerprint")
+    return {"input_state": stored.get("input_state") if isinstance(stored, dict) else None}
 
 
 def find_differences(
@@ -101,8 +108,14 @@ def find_differences(
             if there and there != now
             else "the input's size or time of change is another"
         )
+    elif stored.get("input_state") not in (None, ours.get("input_state")):
+        # Of what was made before states were kept, size and time must do.
+        phrases.append(
+            "the input was replaced or written to, its size and time of change put back (or its owner or permissions "
+            "were changed, which looks the same); if it holds what it held, --source-unchanged goes on"
+        )
     # Of two precisions one has no network in int8 at all.
-    left_out = {"input"} | ({"quantised"} if stored.get("precision") != ours.get("precision") else set())
+    left_out = {"input", "input_state"} | ({"quantised"} if stored.get("precision") != ours.get("precision") else set())
     return phrases + [
         f"{name.replace('_', ' ')} {_short(stored.get(name))} there, {_short(ours.get(name))} now"
         for name in sorted({*stored, *ours})

@@ -40,6 +40,8 @@ def open_journal(folder: Path, name: str, number: int) -> Journal:
 def read_journal(folder: Path, name: str) -> Iterator[str]:
     """The lines of all journals of that name, one by one, in the order of their numbers; a last may be cut short."""
     for place in find_journals(folder, name):
+        if not is_remote(place) and not place.is_file():
+            continue  # a pipe would be waited for
         with place.open(errors="replace") as lines:
             for line in lines:
                 yield line.rstrip("\n")

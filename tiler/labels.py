@@ -236,6 +236,8 @@ class LabelOptions:
     """Attribute of polygons that tells the class."""
     encoding: str | None = None
     """Of a vector file's texts."""
+    trust: bool = False
+    """Files may name other places and run code."""
 
     def require_use(self, sources: Sequence[str]) -> None:
         """Raises:
@@ -278,7 +280,7 @@ def open_labels(
         raise UsageError(f"--class-values must be as many as the {len(names)} classes, got {len(options.values)}")
     if is_vector_file(src):
         return _open_polygons(src, place, shape_yx, of, names, options)
-    raster = open_raster(src, nodata=options.nodata)
+    raster = open_raster(src, nodata=options.nodata, trust=options.trust)
     if raster.bands != 1:
         raise UsageError(f"labels must be one band on the grid of {of}, got {raster.bands} bands in {src}")
     if raster.dtype.kind not in "ui":
@@ -305,7 +307,7 @@ def _open_polygons(
     names: Sequence[str],
     options: LabelOptions,
 ) -> PolygonLabels:
-    features = read_features(src, options.field, encoding=options.encoding)
+    features = read_features(src, options.field, encoding=options.encoding, trust=options.trust)
     values = polygon_values(features, names, options)
     number = {value: index for index, value in enumerate(values)}
     ignored = find_ignored(set(features.values) - set(values))
@@ -342,14 +344,14 @@ def describe_ignored(path: str, ignored: Mapping[int, int]) -> str:
     return f"{path}: labels below 0 are of no class, and left out: {values}"
 
 
-def identify_labels(src: str) -> str:
+def identify_labels(src: str, *, trust: bool = False) -> str:
     """What changes when a file of labels does, as far as metadata tell.
 
     Raises:
         RasterError: no such file.
     """
     if not is_vector_file(src):
-        return open_raster(src).identity
+        return open_raster(src, trust=trust).identity
     # Of a shapefile the attributes lie beside it.
     files = [Path(src), *(Path(src).with_suffix(suffix) for suffix in (".dbf", ".cpg", ".prj"))]
     if not files[0].exists():

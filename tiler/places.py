@@ -51,6 +51,8 @@ def place_of(name: str | os.PathLike[str]) -> Path:
     Raises:
         UsageError: the library for that kind of URL is not installed.
     """
+    if "\0" in str(name):
+        raise UsageError(f"no name of a file holds a zero byte, got {str(name)!r:.200}")
     scheme = scheme_of(name)
     if not scheme:
         return Path(name)
@@ -65,15 +67,31 @@ def place_of(name: str | os.PathLike[str]) -> Path:
         ) from error
 
 
+def require_lasting(place: Path) -> None:
+    """Refuse a place that nothing outlasts, or that nothing can be written to, such as memory:// or https://.
+
+    Raises:
+        UsageError: names it, and what may be written to.
+    """
+    scheme = scheme_of(str(place)) if is_remote(place) else ""
+    if scheme and scheme not in OBJECT_STORES:
+        known = ", ".join(f"{name}://" for name in OBJECT_STORES)
+        raise UsageError(f"outputs go to folders of this machine or to {known}; got {place}")
+
+
 def is_remote(place: Path) -> bool:
     """Whether a place is in an object store."""
     return not isinstance(place, Path)
 
 
 def store_at(place: Path, *, read_only: bool = False) -> str | Store:
-    """What zarr opens: a folder's name, or a store of objects."""
+    """What zarr opens: a folder, or a store of objects."""
     if not is_remote(place):
-        return str(place)
+        if not read_only:
+            return str(place)
+        from .zarr_bounds import PlainFiles
+
+        return PlainFiles(place, read_only=True)
     import zarr
     from zarr.storage import FsspecStore
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from .devices import pick_index
 from .engine import ENGINE_EFFICIENCY, PRECISION_SPEED, EngineName, Method, Precision
+from .errors import one_line
 from .geometry import Grid, Halo, Interval, Window, order_cells
 from .memory import MB, MemoryPrediction, format_bytes
 from .reading import MUCH_READ, kind_of
@@ -367,7 +368,7 @@ class TilePlan:
                     f"{flops_per_s / 1e9:.0f} GFLOP/s)",
                 )
             )
-        return "\n".join(f"{name:<9} {text}" for name, text in lines)
+        return "\n".join(f"{name:<9} {one_line(text)}" for name, text in lines)
 
 
 def format_seconds(seconds: float) -> str:

@@ -19,6 +19,7 @@ from .geometry import Window
 from .georeference import Georeference
 from .nodata import Array, Mask, NodataRule, can_hold, find_not_finite, find_undeclared, require_finite
 from .places import archive_name, gdal_name, is_far, is_remote, place_of, scheme_of, url_of
+from .typed import find_misfit
 
 if TYPE_CHECKING:
     from .raster_memory import KeptArray
@@ -51,9 +52,13 @@ class ReadOptions:
     """Values of the mask band that mean nodata."""
     apply_scale: bool = False
     """Pixels are what the file's scale and offset tags make of stored numbers; nodata values are stored numbers."""
+    trust: bool = False
+    """The file may name other places and run code."""
 
     def to_json(self) -> dict[str, Any]:
+        """Without `trust`: who reads this later is another user, perhaps."""
         values = {name: value for name, value in asdict(self).items() if value not in (None, (), False)}
+        values.pop("trust", None)
         if self.nodata is not None:
             values["nodata"] = [repr(value) for value in self.nodata]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -61,11 +66,20 @@ class ReadOptions:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> ReadOptions:
         fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+            if name != "trust"
         }
-        if "nodata" in fields:
-            fields["nodata"] = tuple(float(value) for value in fields["nodata"])
-        return cls(**fields)
+        try:
+            if "nodata" in fields:
+                fields["nodata"] = tuple(float(value) for value in fields["nodata"])
+            options = cls(**fields)
+            misfit = find_misfit(options)
+        except (TypeError, ValueError) as error:
+            raise RasterError(f"options of reading are damaged: {error}") from error
+        if misfit:
+            raise RasterError(f"options of reading are damaged: {misfit} is {fields[misfit]!r:.60}")
+        return options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +110,9 @@ class Raster:
     """What one decoded block holds."""
     identity: str
     """Changes when the raster's content does, as far as metadata tell: size and times of its files."""
+    state: str = ""
+    """Changes when its files on this machine are written to or replaced, whatever times they are given; empty: in an
+    object store, whose tags are in the identity."""
     axes: str = "byx"
     """Order of the stored dimensions; 1: one of length 1 that is none of bands, y, x."""
     array_path: str = ""
@@ -270,6 +287,7 @@ def open_raster(
     mask_band: int | None = None,
     mask_values: Sequence[float] = (),
     apply_scale: bool = False,
+    trust: bool = False,
 ) -> Raster:
     """Describe a raster without reading pixels: whatever GDAL opens, and Zarr v2 and v3 groups and arrays.
 
@@ -287,6 +305,7 @@ def open_raster(
         mask_values: its values that mean nodata.
         apply_scale: pixels are number * scale + offset, as the file's tags say; computed in float64, given in float32
             for numbers of up to 16 bits, else in float64. Nodata values are stored numbers.
+        trust: the file may name other files and the network, use any driver and codec, and run code of its own.
 
     Raises:
         RasterError: no such file, not a raster, complex or non-numeric pixels, an ambiguous group or axis order, no
@@ -308,6 +327,7 @@ def open_raster(
         mask_band=mask_band,
         mask_values=tuple(float(value) for value in mask_values),
         apply_scale=apply_scale,
+        trust=trust,
     )
     if isinstance(src, str | os.PathLike):
         return open_with(src, options)
@@ -337,13 +357,15 @@ def open_with(src: str | os.PathLike[str], options: ReadOptions) -> Raster:
             raise
         raise RasterError(f"{src} cannot be reached: {' '.join(str(error).split())}") from error
     if zarr_location is not None:
-        raster = describe_zarr(*zarr_location, axes=options.axes)
+        raster = describe_zarr(*zarr_location, axes=options.axes, trust=options.trust)
     else:
         from .raster_gdal import describe_gdal
 
         # GDAL's own names (/vsizip/..., GTIFF_DIR:1:a.tif) are no paths.
         if not is_remote(path) and not path.exists() and ":" not in str(src) and not str(src).startswith("/vsi"):
             raise RasterError(f"no such raster: {src}")
+        if not is_remote(path) and path.exists() and not (path.is_file() or path.is_dir()):
+            raise RasterError(f"{src} is no file, but a pipe, a device or a socket; write it to a file first")
         if options.axes is not None:
             raise UsageError(f"--axes is for Zarr arrays, got a file that GDAL reads: {src}; leave it out")
         raster = describe_gdal(gdal_name(str(src)), options)

@@ -25,6 +25,8 @@ from rasterio.windows import Window as RasterioWindow
 from .band_names import assumed_name
 from .block_cache import BlockCache, BlockStore
 from .errors import RasterError
+from .file_state import states_of
+from .gdal_trust import drivers_for, explain_drivers, open_by
 from .geometry import Window
 from .georeference import from_rasterio
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
@@ -106,15 +108,21 @@ def _reaching(*names: str) -> Iterator[None]:
         yield
 
 
-def _open(path: str, files: Iterable[str] = ()) -> rasterio.DatasetReader:
+def _open(path: str, files: Iterable[str] = (), *, trust: bool = False) -> rasterio.DatasetReader:
     """Open a file; of what is made of others, such as a VRT, `files` are those."""
     if path.startswith("/vsi"):
         set_gdal_options()
     try:
-        with _quiet(), _reaching(path, *files):
-            return rasterio.open(path)
+        with _quiet():
+            drivers = drivers_for(path, trust=trust)
     except (RasterioError, TypeError, ValueError) as error:
-        raise RasterError(f"{path} is not a raster that GDAL can open: {_reason(error)}") from error
+        raise RasterError(f"{path} names a raster that GDAL cannot open: {_reason(error)}") from error
+    try:
+        with _quiet(), _reaching(path, *files):
+            return rasterio.open(path) if drivers is None else open_by(path, drivers)
+    except (RasterioError, TypeError, ValueError) as error:
+        reason = _reason(error) if drivers is None else explain_drivers(path, _reason(error))
+        raise RasterError(f"{path} is not a raster that GDAL can open: {reason}") from error
 
 
 def describe_gdal(path: str, options: ReadOptions) -> Raster:
@@ -123,7 +131,7 @@ def describe_gdal(path: str, options: ReadOptions) -> Raster:
     Raises:
         RasterError: GDAL cannot open it, its bands differ in dtype, or its pixels are complex.
     """
-    with _reaching(path), _quiet(), _open(path) as dataset, _reaching(path, *dataset.files):
+    with _reaching(path), _quiet(), _open(path, trust=options.trust) as dataset, _reaching(path, *dataset.files):
         try:
             _require_bands(path, dataset)
             dtypes = set(dataset.dtypes)
@@ -149,6 +157,7 @@ def describe_gdal(path: str, options: ReadOptions) -> Raster:
                 block=block,
                 block_bytes=block[0] * block[1] * dtype.itemsize * together,
                 identity=_identity(path, dataset.files),
+                state=_state(path, dataset.files),
                 files=tuple(dataset.files[:10_000]),
                 scale_tags=known_tags(_ask(dataset, "scales"), _ask(dataset, "offsets")),
                 remarks=tuple(_list_remarks(dataset)),
@@ -247,15 +256,25 @@ def _find_rule(dataset: rasterio.DatasetReader, options: ReadOptions) -> NodataR
 
 def _identity(path: str, files: list[str]) -> str:
     """Of the file, its sidecars and, for a VRT, its sources; the same however its path is spelled."""
-    paths = [_inside(path), *(_inside(file) for file in files)]
-    # What viewers leave beside a file changes no pixel; the nodata value that it may name is in the fingerprint.
-    kept = [file for file in dict.fromkeys(paths) if file.is_file() and not file.name.endswith(_OF_VIEWERS)]
-    found = list(dict.fromkeys(file_identity(file) for file in kept))
+    found = list(dict.fromkeys(file_identity(file) for file in _read_files(path, files)))
     for url in filter(None, map(url_of, (path, *files))):
         # What GDAL reads without credentials of ours may not be asked here: then its name must do.
         with suppress(Exception):
             found.append(identify(place_of(url)))
     return hashlib.sha256(";".join([_resolved(path, files), *found]).encode()).hexdigest()[:32]
+
+
+def _state(path: str, files: list[str]) -> str:
+    """Of the files that its identity speaks of."""
+    found = sorted(set(states_of(_read_files(path, files))))
+    return hashlib.sha256(";".join(found).encode()).hexdigest()[:32] if found else ""
+
+
+def _read_files(path: str, files: list[str]) -> list[Path]:
+    """The files on this machine that pixels come from."""
+    paths = [_inside(path), *(_inside(file) for file in files)]
+    # What viewers leave beside a file changes no pixel; the nodata value that it may name is in the fingerprint.
+    return [file for file in dict.fromkeys(paths) if file.is_file() and not file.name.endswith(_OF_VIEWERS)]
 
 
 _OF_VIEWERS = (".aux.xml", ".ovr")
@@ -292,7 +311,7 @@ class GdalReader:
         self._raster = raster
         # Looked at for every window; of thousands of files of a VRT, only those that matter.
         self._far_files = tuple(filter(is_far, raster.files))
-        self._dataset: rasterio.DatasetReader | None = _open(raster.path, self._far_files)
+        self._dataset: rasterio.DatasetReader | None = self._open()
         self._blocks = self._mask_blocks = None
         if blocks is not None:
             grid: dict[str, Any] = {"shape_yx": raster.shape_yx, "block": raster.block}
@@ -311,9 +330,12 @@ class GdalReader:
                 **grid,
             )
 
+    def _open(self) -> rasterio.DatasetReader:
+        return _open(self._raster.path, self._far_files, trust=self._raster.options.trust)
+
     def _read_bands(self, window: Window, indexes: tuple[int, ...], *, mask: bool = False) -> Array:
         if self._dataset is None:
-            self._dataset = _open(self._raster.path, self._far_files)
+            self._dataset = self._open()
         dataset = self._dataset
         place = RasterioWindow(window.x, window.y, window.width, window.height)  # pyright: ignore[reportCallIssue]
         try:

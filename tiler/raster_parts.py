@@ -81,6 +81,7 @@ def open_stack(sources: Sequence[str | os.PathLike[str]], options: ReadOptions |
         block=first.block,
         block_bytes=_open_bytes(rasters),
         identity=_identity(parts),
+        state=_state(parts),
         parts=parts,
         sources=tuple(raster.location for raster in rasters),
         files=tuple(dict.fromkeys(file for raster in rasters for file in raster.files)),
@@ -146,6 +147,7 @@ def open_mosaic(sources: Sequence[str | os.PathLike[str]], options: ReadOptions 
         block=first.block,
         block_bytes=_open_bytes(rasters),
         identity=_identity(parts),
+        state=_state(parts),
         parts=parts,
         sources=tuple(raster.location for raster in rasters),
         files=tuple(dict.fromkeys(file for raster in rasters for file in raster.files)),
@@ -165,13 +167,16 @@ def reference_to(raster: Raster) -> dict[str, Any]:
     }
 
 
-def open_reference(reference: dict[str, Any]) -> Raster:
+def open_reference(reference: dict[str, Any], *, trust: bool = False) -> Raster:
     """The raster that a reference names.
+
+    Args:
+        trust: as in `open_raster`; a reference does not say it, since it may come from others.
 
     Raises:
         RasterError: it is no longer there.
     """
-    options = ReadOptions.from_json(reference["options"])
+    options = replace(ReadOptions.from_json(reference["options"]), trust=trust)
     if reference["kind"] == "file":
         return open_with(reference["paths"][0], options)
     return (open_stack if reference["kind"] == "stack" else open_mosaic)(reference["paths"], options)
@@ -220,6 +225,11 @@ def _identity(parts: Sequence[Part]) -> str:
     for part in parts:
         digest.update(f"{part.raster.identity} {part.raster.indexes} {part.y} {part.x}\n".encode())
     return digest.hexdigest()[:32]
+
+
+def _state(parts: Sequence[Part]) -> str:
+    states = [part.raster.state for part in parts]
+    return hashlib.sha256(" ".join(states).encode()).hexdigest()[:32] if any(states) else ""
 
 
 def count_pixel_bytes(raster: Raster) -> int:

@@ -18,12 +18,14 @@ from zarr.errors import BaseZarrError
 from .band_names import band_name_of
 from .block_cache import BlockCache, BlockStore
 from .errors import RasterError, TilerError
+from .file_state import keeps_numbers, state_of
 from .geometry import Window
 from .georeference import Georeference, from_attributes, from_centres
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
 from .places import is_remote, place_of, store_at
 from .raster import Raster
 from .raster_scale import tags_of_attributes
+from .zarr_bounds import MOST_BESIDE, bound_array
 from .zarr_layout import ONE, dimension_names, find_array, mask_name, order_axes, suggest_axes
 
 _MOST_BANDS = 65_535
@@ -47,15 +49,18 @@ def split_zarr_path(path: Path) -> tuple[Path, str] | None:
     return None if top is None else (top, path.relative_to(top).as_posix().removeprefix("."))
 
 
-def describe_zarr(store: Path, inner: str, axes: str | None = None) -> Raster:
+def describe_zarr(store: Path, inner: str, axes: str | None = None, *, trust: bool = False) -> Raster:
     """Describe a raster array in a Zarr store.
+
+    Args:
+        trust: codecs that are not known may be used.
 
     Raises:
         RasterError: no such node, an ambiguous group, an array whose axis order nobody tells, or damaged metadata.
     """
     name = f"{store}/{inner}".rstrip("/")
     try:
-        return _describe(store, inner, name, axes)
+        return _describe(store, inner, name, axes, trust=trust)
     except TilerError:
         raise
     except Exception as error:
@@ -64,7 +69,7 @@ def describe_zarr(store: Path, inner: str, axes: str | None = None) -> Raster:
         raise RasterError(f"{name} is not a Zarr raster that can be described: {reason}") from error
 
 
-def _describe(store: Path, inner: str, name: str, axes: str | None) -> Raster:
+def _describe(store: Path, inner: str, name: str, axes: str | None, *, trust: bool) -> Raster:
     try:
         node = zarr.open(store_at(store, read_only=True), mode="r", path=inner or None)
     except (BaseZarrError, OSError, ValueError, KeyError) as error:
@@ -86,6 +91,7 @@ def _describe(store: Path, inner: str, name: str, axes: str | None) -> Raster:
     order = order_axes(name, array, axes)
     extents = dict(zip(order, array.shape, strict=True))
     chunks = dict(zip(order, array.chunks, strict=True))
+    array = bound_array(array, trust=trust)
     shape = (int(extents.get("b", 1)), int(extents["y"]), int(extents["x"]))
     if min(shape) < 1:
         raise RasterError(f"{name} has no pixels: bands, rows and columns are {shape}")
@@ -99,6 +105,10 @@ def _describe(store: Path, inner: str, name: str, axes: str | None) -> Raster:
     group_attributes = dict(group.attrs) if group is not None else {}
     mask = mask_name(array, group)
     dtype = np.dtype(array.dtype)
+    block_bytes = int(np.prod([int(extent) for extent in array.chunks], dtype=object)) * dtype.itemsize
+    if mask and group is not None:
+        _bound_mask(group[mask], block_bytes)
+    identity, state = _identify(store, inner)
     return Raster(
         path=str(store),
         kind="zarr",
@@ -108,14 +118,20 @@ def _describe(store: Path, inner: str, name: str, axes: str | None) -> Raster:
         nodata_rule=NodataRule(values=_nodata(array), mask="array" if mask else None),
         band_names=_band_names(array, group, order, shape[0], attributes),
         block=(int(chunks["y"]), int(chunks["x"])),
-        block_bytes=int(np.prod([int(extent) for extent in array.chunks], dtype=object)) * dtype.itemsize,
-        identity=_identity(store, inner),
+        block_bytes=block_bytes,
+        identity=identity,
+        state=state,
         axes=order,
         array_path=inner,
         files=(str(store),),
         scale_tags=tags_of_attributes(attributes, shape[0]),
         mask_path=f"{inner.rpartition('/')[0]}/{mask}".lstrip("/") if mask else "",
     )
+
+
+def _bound_mask(mask: Any, block_bytes: int) -> zarr.Array[Any]:
+    """The mask beside pixels whose chunks take so many bytes."""
+    return bound_array(mask, most=max(MOST_BESIDE, block_bytes))
 
 
 def _georeference(
@@ -158,9 +174,10 @@ def _georeference(
 
 def _centres(coordinate: zarr.Array[Any]) -> Array:
     """All values, or the first two and the last of very many."""
+    bounded = bound_array(coordinate, most=MOST_BESIDE)
     if coordinate.shape[0] <= _MOST_CENTRES:
-        return np.asarray(coordinate[:])
-    return np.concatenate([np.asarray(coordinate[:2]), np.asarray(coordinate[-1:])])
+        return np.asarray(bounded[:])
+    return np.concatenate([np.asarray(bounded[:2]), np.asarray(bounded[-1:])])
 
 
 def _nodata(array: zarr.Array[Any]) -> tuple[float, ...]:
@@ -206,7 +223,7 @@ def _band_names(
     if group is not None and coordinate in group:
         stored = group[coordinate]
         if isinstance(stored, zarr.Array) and stored.shape == (count,):
-            values: Any = np.asarray(stored[:])
+            values: Any = np.asarray(bound_array(stored, most=MOST_BESIDE)[:])
             found = tuple(
                 band_name_of(entry.decode("utf-8", "replace") if isinstance(entry, bytes) else entry)
                 for entry in values
@@ -225,23 +242,26 @@ def _band_names(
 _MOST_ENTRIES = 200_000
 
 
-def _identity(store: Path, inner: str) -> str:
-    """Hash of the metadata, and of the sizes and times of chunks and folders, up to very many."""
-    digest = hashlib.sha256(str(store.resolve()).encode())
+def _identify(store: Path, inner: str) -> tuple[str, str]:
+    """Identity and state: hashes of the metadata, and of the sizes, times and states of chunks and folders, up to very
+    many."""
+    digest, states = hashlib.sha256(str(store.resolve()).encode()), hashlib.sha256()
     if is_remote(store):
         # One listing, whose entries have sizes and ETags, or times.
         found: Any = store
         for name, entry in sorted(found.fs.find(found.path, detail=True).items())[:_MOST_ENTRIES]:
             digest.update(f"{name}:{entry.get('size')}:{entry.get('ETag') or entry.get('LastModified')}".encode())
-        return digest.hexdigest()[:32]
-    folder = store / inner
+        return digest.hexdigest()[:32], ""
+    folder, numbered = store / inner, keeps_numbers(store)
     pending, seen = [folder], 0
     mask = folder.parent / "mask"
     if inner and mask.is_dir():
         pending.append(mask)
     while pending and seen < _MOST_ENTRIES:
         here = pending.pop()
-        digest.update(str(here.stat().st_mtime_ns).encode())
+        status = here.stat()
+        digest.update(str(status.st_mtime_ns).encode())
+        states.update(state_of(status, numbered=numbered).encode())
         with os.scandir(here) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 seen += 1
@@ -252,7 +272,8 @@ def _identity(store: Path, inner: str) -> str:
                 else:
                     status = entry.stat()
                     digest.update(f"{entry.name}:{status.st_size}:{status.st_mtime_ns}".encode())
-    return digest.hexdigest()[:32]
+                    states.update(f"{entry.name}:{state_of(status, numbered=numbered)}".encode())
+    return digest.hexdigest()[:32], states.hexdigest()[:32]
 
 
 class ZarrReader:
@@ -267,8 +288,11 @@ class ZarrReader:
         store = store_at(place_of(raster.path), read_only=True)
         array = zarr.open(store, mode="r", path=raster.array_path or None)
         assert isinstance(array, zarr.Array)
-        self._array = array
-        self._mask = zarr.open_array(store, mode="r", path=raster.mask_path) if raster.mask_path else None
+        self._array = bound_array(array, trust=raster.options.trust)
+        self._mask = None
+        if raster.mask_path:
+            mask = zarr.open_array(store, mode="r", path=raster.mask_path)
+            self._mask = _bound_mask(mask, raster.block_bytes)
         self._blocks = self._mask_blocks = None
         if blocks is not None:
             self._blocks = BlockCache(

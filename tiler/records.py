@@ -24,7 +24,17 @@ import psutil
 from filelock import FileLock, Timeout
 
 from .errors import OutputError, TilerError
-from .files import age_of, create_new, make_folder, remove_file, remove_tree, touch, write_whole
+from .files import (
+    MOST_TEXT,
+    age_of,
+    create_new,
+    make_folder,
+    read_place,
+    remove_file,
+    remove_tree,
+    touch,
+    write_whole,
+)
 from .journal import Journal, find_journals, open_journal, read_journal
 from .places import is_remote
 
@@ -161,8 +171,8 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for generation, place in find_runs(folder):
         values: Any = None
-        with contextlib.suppress(ValueError, OSError):
-            values = json.loads(place.read_bytes())
+        with contextlib.suppress(ValueError, OSError, RecursionError):
+            values = json.loads(read_place(place, MOST_TEXT))
         found.append({**Owner(generation=generation).to_json(), **(values if isinstance(values, dict) else {})})
     return found
 
@@ -175,10 +185,12 @@ def read_owner(folder: Path) -> Owner | None:
         return None
     generation, place = runs[-1]
     try:
-        values = json.loads(place.read_bytes())
+        values = json.loads(read_place(place, MOST_TEXT))
         known = {name: values[name] for name in ("host", "machine", "pid", "user", "began", "ended", "how")}
-        return Owner(generation=generation, command=tuple(values["command"]), seen=age_of(place), **known)
-    except (ValueError, TypeError, KeyError):
+        if not all(isinstance(known[name], int if name == "pid" else str) for name in known):
+            raise TypeError("a value of another type")
+        return Owner(generation=generation, command=tuple(map(str, values["command"])), seen=age_of(place), **known)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return Owner(generation=generation, seen=age_of(place))
 
 

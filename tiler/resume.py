@@ -181,7 +181,7 @@ class SourceGuard:
         began = time.monotonic()
         require_source(self._raster)
         try:
-            now = fingerprint_raster(open_reference(reference_to(self._raster)))
+            now = fingerprint_raster(open_reference(reference_to(self._raster), trust=self._raster.options.trust))
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise RasterError(

@@ -39,14 +39,14 @@ from .events import (
     TileRecord,
 )
 from .files import remove_store
-from .fingerprint import MIXED, make_fingerprint
+from .fingerprint import MIXED, make_fingerprint, state_before
 from .geometry import Interval, Window
 from .machine import find_versions, release_freed_memory, spare_lost_threads
 from .memory import CUDA_CONTEXT_BYTES, find_budget
 from .memory_probe import memory_lookup
 from .meter import MemoryMeter
 from .network import Network, as_network
-from .places import is_remote, place_of
+from .places import is_remote, place_of, require_lasting
 from .plan import TilePlan
 from .planner import plan_tiles
 from .precision_loss import PrecisionLoss
@@ -128,6 +128,7 @@ def predict(
     resume: bool = True,
     overwrite: bool = False,
     retry_failed: bool = False,
+    source_unchanged: bool = False,
     redo: Collection[tuple[int, int]] = (),
     rest: bool = True,
     patience: float = 300.0,
@@ -159,6 +160,8 @@ def predict(
         resume: continue an output whose fingerprint agrees; False: refuse an existing output.
         overwrite: replace an existing output.
         retry_failed: also do tiles again that failed in an earlier call; they hold nodata otherwise.
+        source_unchanged: the caller vouches that files that were replaced or written to since, with their size and time
+            of change as before, hold what they held: a copy that was put back.
         redo: (row, column) of tiles to do again, done or not.
         rest: also do what no call has done yet; False: only `redo`, and an unfinished output stays so.
         patience: seconds before a worker that does not answer is restarted, and its tile set aside; more where tiles
@@ -181,6 +184,7 @@ def predict(
     spare_lost_threads()
     tell: Listener = listener or _ignore
     out = place_of(out).absolute()
+    require_lasting(out)
     with MemoryMeter() as meter:
         raster = match_network(as_raster(raster), network)
         network = as_network(network, raster.bands, raster.dtype)
@@ -215,7 +219,10 @@ def predict(
                 raise OutputError(f"{out} is a link; name the store itself")
             if is_there(out):
                 # A folder that is not ours is neither continued nor overwritten, nor given neighbours.
-                fingerprint |= _quantised_before(read_header(out), plan)
+                header = read_header(out)
+                fingerprint |= _quantised_before(header, plan)
+                if source_unchanged:
+                    fingerprint |= state_before(header)
         with writing(out), RunFolder(out) as folder:
             kept: Kept = {}
             ignored = ""

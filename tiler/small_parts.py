@@ -14,7 +14,7 @@ import numpy as np
 import zarr
 
 from .errors import OutputError
-from .files import make_folder, sizes_below, write_whole
+from .files import MOST_TEXT, make_folder, read_place, sizes_below, write_whole
 from .georeference import from_attributes
 from .records import RunFolder, writing
 from .store import (
@@ -145,8 +145,8 @@ def _find_fault(out: Path, twin: Path, name: str, sizes: Callable[[str], int | N
 
 def _is_json(place: Path) -> bool:
     try:
-        return isinstance(json.loads(place.read_bytes()), dict)
-    except (ValueError, OSError):
+        return isinstance(json.loads(read_place(place, MOST_TEXT)), dict)
+    except (ValueError, OSError, RecursionError):
         return False
 
 

@@ -30,6 +30,8 @@ from .georeference import (
 )
 from .memory import format_bytes
 from .places import is_remote, place_of, store_at
+from .typed import find_misfit, fits
+from .zarr_bounds import bound_array
 
 if TYPE_CHECKING:
     from .plan import Tile, TilePlan
@@ -48,6 +50,8 @@ CONTEXT = "nodata_context"
 MASK = "mask"
 """Name of the array beside a raster's pixels that says where they are valid: 0 nodata, 255 valid, as in GDAL."""
 VALID = 255
+_MOST_CENTRES = 1 << 20
+"""Coordinates in one chunk."""
 
 OutputKind = Literal["class", "probability", "logits"]
 ZarrFormat = Literal[2, 3]
@@ -152,7 +156,13 @@ def create_raster_group(
     if centres is not None and place.transform is not None:
         for axis, values, attributes in zip(("y", "x"), centres, axis_attributes(place), strict=True):
             coordinate = _create_array(
-                group, axis, shape=values.shape, dtype=values.dtype, dims=(axis,), attributes=dict(attributes)
+                group,
+                axis,
+                shape=values.shape,
+                dtype=values.dtype,
+                chunks=(min(values.shape[0], _MOST_CENTRES),),
+                dims=(axis,),
+                attributes=dict(attributes),
             )
             coordinate[:] = values
     group.attrs.update({**spatial, **(group_attributes or {})})
@@ -375,7 +385,7 @@ def read_header(path: Path) -> dict[str, Any]:
         OutputError: not an output of format 1, or its metadata are damaged.
     """
     try:
-        header = dict(_open_group(path).attrs).get("outsize")
+        header: Any = dict(_open_group(path).attrs).get("outsize")
     except Exception as error:
         # Whatever stands in damaged metadata must not look like a fault of this program.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -383,8 +393,43 @@ def read_header(path: Path) -> dict[str, Any]:
     if not isinstance(header, dict) or "kind" not in header or "plan" not in header:
         raise OutputError(f"{path} is not an output of outsize; choose another path")
     if header.get("format") != FORMAT:
-        raise OutputError(f"{path} has output format {header.get('format')}, this version reads {FORMAT}")
+        raise OutputError(f"{path} has output format {header.get('format')!s:.40}, this version reads {FORMAT}")
+    for name, hint in _HEADER.items():
+        if not fits(header.get(name), hint) or (name == "classes" and not all(fits(e, _CLASS) for e in header[name])):
+            raise OutputError(
+                f"{path} has damaged metadata: {name} is {header.get(name)!r:.60}; segment --overwrite makes it anew"
+            )
+    run, fill = header.get("run"), (header.get("fingerprint") or {}).get("fill", [])
+    counted = run is None or (fits(run, _RUN) and all(fits(run.get(name), float | None) for name in _COUNTED))
+    if not counted or not fits(fill, list[float]):
+        part = "run" if not counted else "fill"
+        raise OutputError(f"{path} has damaged metadata: {part}; segment --overwrite makes it anew")
+    values = [entry["value"] for entry in header["classes"]]
+    colours = [entry["colour"] for entry in header["classes"]]
+    painted = all(len(colour) == 3 and all(0 <= part <= 255 for part in colour) for colour in colours)
+    if values != list(range(len(values))) or not painted:
+        raise OutputError(f"{path} has damaged metadata: its classes; segment --overwrite makes it anew")
     return header
+
+
+_RUN: dict[str, Any] = {
+    **dict.fromkeys(("pixels", "seconds", "startup_s", "mpx_per_s", "peak_bytes", "predicted_peak_bytes"), float),
+    "failed_tiles": int,
+    "failures": list[Any],
+}
+_COUNTED = ("read_amplification", "check_read_amplification", "predicted_read_amplification")
+_CLASS = {"value": int, "name": str, "colour": list[int]}
+_HEADER: dict[str, Any] = {
+    "kind": Literal["class", "probability", "logits"],
+    "model": str,
+    "model_sha256": str,
+    "classes": list[Any],
+    "plan": dict[str, Any],
+    "fingerprint": dict[str, Any] | None,
+    "source": {"kind": str, "paths": list[str], "options": dict[str, Any]},
+    "run": dict[str, Any] | None,
+}
+"""What the rest of the program takes for granted in a header."""
 
 
 def _open_group(path: Path) -> zarr.Group:
@@ -411,11 +456,32 @@ def plan_of(path: Path, header: dict[str, Any]) -> TilePlan:
     try:
         if not isinstance(header["fingerprint"], dict) or not isinstance(header["source"], dict):
             raise TypeError("fingerprint or source")
-        return TilePlan.from_json(header["plan"])
-    except (KeyError, TypeError, ValueError, AttributeError, TilerError) as error:
+        plan = TilePlan.from_json(header["plan"])
+        if misfit := find_misfit(plan):
+            raise TypeError(f"its plan's {misfit} is {getattr(plan, misfit)!r:.60}")
+        _require_possible(plan)
+        return plan
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, TilerError) as error:
         raise OutputError(
             f"{path} has damaged metadata ({type(error).__name__}: {error}); segment --overwrite makes it anew"
         ) from error
+
+
+def _require_possible(plan: TilePlan) -> None:
+    """
+    Raises:
+        ValueError: sizes of a plan that no plan has.
+    """
+    shape, grid = plan.output_shape, plan.grid.counts
+    if min(*plan.raster_shape, *shape, *plan.core, *plan.chunk, *plan.stride, *plan.region[2:]) < 1:
+        raise ValueError("its plan has sizes below 1")
+    if (len(plan.rows), len(plan.columns)) != grid:
+        raise ValueError(f"its plan has {len(plan.rows)} x {len(plan.columns)} spans for {grid[0]} x {grid[1]} tiles")
+    for span in (*plan.rows, *plan.columns):
+        if not (0 <= span.core[0] < span.core[1] and 0 <= span.window[0] < span.window[1]):
+            raise ValueError(f"its plan has a span {span}")
+    if min(map(Fraction, plan.scale)) <= 0:
+        raise ValueError(f"its plan has the scale {plan.scale}")
 
 
 def update_header(path: Path, values: dict[str, Any]) -> None:
@@ -438,6 +504,7 @@ def open_array(
         array = zarr.open_array(
             store_at(place_of(path), read_only=mode == "r"), mode=mode, path=name, zarr_format=zarr_format
         )
+        return writable(array) if mode == "r+" else bound_array(array)
     except (BaseZarrError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
         if isinstance(error, (BaseZarrError, FileNotFoundError)) and not any(
             (place_of(path) / top).exists() for top in ("zarr.json", ".zgroup")
@@ -449,7 +516,6 @@ def open_array(
         raise OutputError(
             f"{path} has no usable metadata of its array {name}: {reason}; outsize verify --repair writes them again"
         ) from error
-    return writable(array) if mode == "r+" else array
 
 
 def write_core(array: zarr.Array[Any], core: Window, result: npt.NDArray[Any]) -> None:

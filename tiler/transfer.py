@@ -19,7 +19,7 @@ from .errors import OutputError, RasterError
 from .files import make_folder, remove_tree, replace_store, sizes_below
 from .fingerprint import fingerprint_raster
 from .meter import MemoryMeter
-from .places import is_remote, place_of, store_at
+from .places import is_remote, place_of, require_lasting, store_at
 from .raster import Raster, require_apart
 from .raster_scale import tag_attributes
 from .records import RunFolder, is_there, writing
@@ -134,6 +134,7 @@ def copy_raster(
         OutputError: the target exists, is the source, or cannot be written.
     """
     out = place_of(out).absolute()
+    require_lasting(out)
     _require_target(out, overwrite=overwrite)
     require_apart(raster, out)
     plan = plan_transfer(raster, memory, workers, to_store=is_remote(out))
@@ -146,6 +147,8 @@ def copy_raster(
 
 def _require_target(out: Path, *, overwrite: bool) -> None:
     with writing(out):
+        if out.is_symlink():
+            raise OutputError(f"{out} is a link; name the store itself")
         there = is_there(out)
     if there and not overwrite:
         raise OutputError(f"{out} exists; choose another path, or --overwrite")

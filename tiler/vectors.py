@@ -17,6 +17,7 @@ from rasterio.warp import transform_geom
 
 from .bounds import find_turns, turn_of
 from .errors import RasterError, UsageError
+from .gdal_trust import require_plain_features
 from .georeference import Georeference
 
 VECTOR_SUFFIXES = (".geojson", ".json", ".shp", ".gpkg", ".fgb", ".kml", ".gml")
@@ -44,7 +45,7 @@ def is_vector_file(path: str) -> bool:
     return Path(path).suffix.lower() in VECTOR_SUFFIXES
 
 
-def read_features(path: str, field: str | None = None, *, encoding: str | None = None) -> Features:
+def read_features(path: str, field: str | None = None, *, encoding: str | None = None, trust: bool = False) -> Features:
     """Read the polygons of a vector file's first layer.
 
     GeoJSON is read here; other formats by pyogrio, the extra `vectors`.
@@ -52,6 +53,7 @@ def read_features(path: str, field: str | None = None, *, encoding: str | None =
     Args:
         field: attribute that tells the class; None: the only one there is.
         encoding: of texts in a file that does not say it, or says it wrongly, such as latin1.
+        trust: the file may be one that names other files and addresses.
 
     Raises:
         RasterError: a file that cannot be read, or holds no polygon.
@@ -59,6 +61,10 @@ def read_features(path: str, field: str | None = None, *, encoding: str | None =
     """
     if not Path(path).exists():
         raise RasterError(f"no such vector file: {path}")
+    if not Path(path).is_file():
+        raise RasterError(f"{path} is no file")
+    if not trust:
+        require_plain_features(path)
     read = _read_geojson if Path(path).suffix.lower() in _GEOJSON else _read_by_gdal
     geometries, attributes, crs = read(path, encoding)
     field = _choose_field(path, field, attributes)
@@ -104,15 +110,16 @@ _Layer = tuple[list[Geometry | None], dict[str, list[Any]], CRS | None]
 
 def _read_geojson(path: str, encoding: str | None) -> _Layer:
     try:
-        content = json.loads(Path(path).read_text(encoding=encoding or "utf-8"))
+        content = json.loads(Path(path).read_text(encoding=encoding or "utf-8-sig"))
         features = content["features"] if content["type"] == "FeatureCollection" else [content]
         geometries = [feature["geometry"] for feature in features]
         properties = [feature.get("properties") or {} for feature in features]
         # RFC 7946 knows WGS 84 only; what came before it, and GDAL today, names others in a member `crs`.
         named = ((content.get("crs") or {}).get("properties") or {}).get("name")
         crs = CRS.from_user_input(named or "OGC:CRS84")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, CRSError) as error:
-        raise RasterError(f"{path} is no GeoJSON of features: {type(error).__name__}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, LookupError, RecursionError, CRSError) as error:
+        reason = " ".join(str(error).split())
+        raise RasterError(f"{path} is no GeoJSON of features: {type(error).__name__}: {reason}") from error
     names = dict.fromkeys(name for entry in properties for name in entry)
     return geometries, {name: [entry.get(name) for entry in properties] for name in names}, crs
 
@@ -127,7 +134,9 @@ def _read_by_gdal(path: str, encoding: str | None) -> _Layer:
             f"{path}: vector files other than GeoJSON need the extra vectors: pip install 'outsize[vectors]'"
         ) from error
     try:
-        meta, _, shapes, columns = read(path, encoding=encoding)
+        # What else GDAL asks for over a network.
+        schema: dict[str, Any] = {"DOWNLOAD_SCHEMA": "NO"} if path.lower().endswith(".gml") else {}
+        meta, _, shapes, columns = read(path, encoding=encoding, **schema)
     except UnicodeDecodeError as error:
         raise RasterError(
             f"{path} has texts that are not UTF-8; say their encoding: --label-encoding latin1"

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ...tiler.errors import OutputError
-from ...tiler.files import use_default_mode, write_durably
+from ...tiler.files import MOST_TEXT, read_regular, use_default_mode, write_durably
 
 NAME = "state.json"
 
@@ -66,14 +66,14 @@ def load_state(folder: Path) -> TrainingState | None:
     if not path.exists():
         return None
     try:
-        described = json.loads(path.read_text())
+        described = json.loads(read_regular(path, MOST_TEXT))
         tensors = folder / str(described["tensors"])
-        with tensors.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        data = read_regular(tensors)
+        digest = hashlib.sha256(data).hexdigest()
         if digest != described["sha256"]:
             raise OutputError(
                 f"{tensors} is damaged: its sha256 is {digest}, not {described['sha256']}; --overwrite begins anew"
             )
-        return TrainingState(step=int(described["step"]), tensors=load_file(tensors), values=dict(described["values"]))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        return TrainingState(step=int(described["step"]), tensors=load(data), values=dict(described["values"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise OutputError(f"the state in {folder} cannot be read: {error}; --overwrite begins anew") from error

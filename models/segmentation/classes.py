@@ -61,11 +61,11 @@ def find_classes(
     meanings: dict[int, str] = {}
     for path in paths:
         if is_vector_file(path):
-            values = read_features(path, options.field, encoding=options.encoding).values
+            values = read_features(path, options.field, encoding=options.encoding, trust=options.trust).values
             none = find_ignored(values)
             names |= dict.fromkeys(value for value in values if value not in none)
             continue
-        raster = open_raster(path, nodata=options.nodata)
+        raster = open_raster(path, nodata=options.nodata, trust=options.trust)
         meanings |= flag_meanings(raster)
         if not meanings:
             numbers |= _find_values(path, options, advance)
@@ -90,7 +90,7 @@ def find_classes(
 
 def _find_values(path: str, options: LabelOptions, advance: Callable[[int], None] | None) -> set[int]:
     """Values of a raster of labels, from one pass over it; those below 0 mean that there is no class."""
-    raster = open_raster(path, nodata=options.nodata)
+    raster = open_raster(path, nodata=options.nodata, trust=options.trust)
     if raster.dtype.kind not in "ui" or raster.bands != 1:
         raise UsageError(f"labels must be one band of whole numbers, {path} has {raster.bands} of {raster.dtype}")
     reader = raster.open_reader()

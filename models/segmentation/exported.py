@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from ...tiler.errors import UntileableError
 from ...tiler.graph import first_line
 from ...tiler.network import analyze_network
-from .trust import ModelFileError, Trust, open_trusted
+from .trust import ModelFile, ModelFileError, Trust
 
 _EXPORT_REASON = "torch.export.load unpickles and evaluates parts of it"
 _SCRIPT_REASON = "it is a program (TorchScript)"
@@ -126,18 +126,19 @@ def _is_fixed(extent: int | torch.SymInt) -> bool:
     return not isinstance(extent, torch.SymInt) or bool(extent.node.expr.is_number)
 
 
-def load_exported(path: Path, trust: Trust) -> ExportedNetwork:
+def load_exported(file: ModelFile, trust: Trust) -> ExportedNetwork:
     """The network that torch.export.save wrote.
 
     Raises:
         ModelFileError: without leave to run code, a damaged file, or a program of fixed sizes or other inputs.
     """
-    with open_trusted(path, trust, _EXPORT_REASON) as file, _quiet():
+    trust.require_file(file, _EXPORT_REASON)
+    with _quiet():
         try:
-            program = torch.export.load(file)  # pyright: ignore[reportArgumentType] - torch's stubs want BytesIO
+            program = torch.export.load(file.open())
         except Exception as error:
-            raise ModelFileError(f"{path} cannot be loaded by torch.export.load: {first_line(error)}") from error
-    _require_image_input(program, path)
+            raise ModelFileError(f"{file} cannot be loaded by torch.export.load: {first_line(error)}") from error
+    _require_image_input(program, file.path)
     return ExportedNetwork(program)
 
 
@@ -153,15 +154,17 @@ def export_network(network: nn.Module, bands: int, name: str) -> ExportedNetwork
         raise ModelFileError(f"{name} has no factory and cannot be exported: {error}") from error
 
 
-def load_script(path: Path, trust: Trust) -> ExportedNetwork:
+def load_script(file: ModelFile, trust: Trust) -> ExportedNetwork:
     """A TorchScript archive as a program, if torch's converter knows all of it and both agree at awkward sizes.
 
     Raises:
         ModelFileError: without leave to run code, or an archive that has no such program.
     """
-    with open_trusted(path, trust, _SCRIPT_REASON) as file, _quiet():
+    path = file.path
+    trust.require_file(file, _SCRIPT_REASON)
+    with _quiet():
         try:
-            script = torch.jit.load(file, map_location="cpu")
+            script = torch.jit.load(file.open(), map_location="cpu")
         except RuntimeError as error:
             raise ModelFileError(f"{path} cannot be loaded by torch.jit.load: {first_line(error)}") from error
         converted = _convert(script, path)

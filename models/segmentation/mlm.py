@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...tiler.errors import UsageError
+from ...tiler.errors import UsageError, reason_of
+from ...tiler.files import MOST_TEXT, read_regular
 from .model import SegmentationClass, SegmentationModel
 from .palette import default_colour
 from .scaling import Scaling, ScalingKind
@@ -50,6 +52,8 @@ class Description:
     """The file that holds the weights, or the whole network."""
     artifact_sha256: str | None
     """What the file's hash must be; None where the description does not say."""
+    sha256: str = ""
+    """Of the description itself."""
 
 
 def scaling_objects(scaling: Scaling) -> list[dict[str, Any]] | None:
@@ -210,8 +214,18 @@ def _read_bands(source: Mapping[str, Any]) -> tuple[str, ...]:
     if not entries:
         if not shape or int(shape[1]) < 1:
             raise ModelFileError("mlm:input must name its bands, or give their number in its shape")
-        return default_bands(int(shape[1]))
+        return default_bands(_count(shape[1], "bands"))
     return tuple(str(entry["name"] if isinstance(entry, dict) else entry) for entry in entries)
+
+
+_MOST_CHANNELS = 65_535
+
+
+def _count(extent: Any, what: str) -> int:
+    """A number of bands or classes that a shape gives."""
+    if int(extent) > _MOST_CHANNELS:
+        raise ModelFileError(f"a network has at most {_MOST_CHANNELS} {what}, got {extent}")
+    return int(extent)
 
 
 def default_bands(count: int) -> tuple[str, ...]:
@@ -244,7 +258,7 @@ def _read_classes(result: Mapping[str, Any]) -> tuple[SegmentationClass, ...]:
         )
     if not entries:
         shape = result.get("result", {}).get("shape", [])
-        return default_classes(max(0, int(shape[1])) if len(shape) == 4 else 0)
+        return default_classes(max(0, _count(shape[1], "classes")) if len(shape) == 4 else 0)
     return tuple(
         SegmentationClass(
             name=str(entry.get("name") or entry.get("description") or f"class {value}"),
@@ -281,7 +295,8 @@ def read_description(path: Path) -> Description:
         ModelFileError: a file that cannot be read, is no such item, or says something that is not supported.
     """
     try:
-        item = json.loads(path.read_text())
+        text = read_regular(path, MOST_TEXT)
+        item = json.loads(text)
         properties = item["properties"]
         source, output = _only(properties["mlm:input"], "mlm:input"), _only(properties["mlm:output"], "mlm:output")
         bands = _read_bands(source)
@@ -303,12 +318,13 @@ def read_description(path: Path) -> Description:
             parameters=properties.get("mlm:total_parameters"),
             artifact=artifact,
             artifact_sha256=sha256,
+            sha256=hashlib.sha256(text).hexdigest(),
         )
     except UsageError as error:
         raise ModelFileError(f"{path}: {error}") from error
     except OSError as error:
-        raise ModelFileError(f"{path} cannot be read: {error.strerror}") from error
+        raise ModelFileError(f"{path} cannot be read: {reason_of(error)}") from error
     except KeyError as error:
         raise ModelFileError(f"{path} is not a model description of MLM: it lacks {error}") from error
-    except (IndexError, TypeError, ValueError, AttributeError, UnicodeDecodeError) as error:
+    except (IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ModelFileError(f"{path} is not a model description of MLM: {error!r}") from error

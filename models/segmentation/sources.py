@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,8 +25,8 @@ from .mlm import Artifact, Description, default_bands, default_classes, describe
 from .model import SegmentationModel
 from .probe import count_channels, guess_bands, run_small, same_result
 from .scaling import Scaling
-from .state import find_network, find_state, fit_state, read_pickle, read_state
-from .trust import ModelFileError, Trust, content_of, hash_file
+from .state import find_network, find_state, fit_state, read_pickle, read_state, require_fit
+from .trust import ModelFile, ModelFileError, Trust, hash_file, read_model_file
 from .unet import UNet
 
 UNET_ARCHITECTURE = "outsize.models.segmentation.UNet"
@@ -106,8 +107,8 @@ def load_model(
     description = find_description(source)
     if description is not None:
         return _load_described(description, allowed)
-    path = Path(str(source))
-    return _complete(_load_network(path, allowed), path.stem, bands, sha256=hash_file(path))
+    file = read_model_file(Path(str(source)))
+    return _complete(_load_network(file, allowed), file.path.stem, bands, sha256=file.sha256)
 
 
 def _load_factory(
@@ -119,12 +120,12 @@ def _load_factory(
 ) -> SegmentationModel:
     if weights is None and trust.sha256 is not None:
         raise UsageError(f"sha256 is a file's, and {factory} is none; give the file of its weights too")
-    digest = ""
-    # Before the factory's code runs: what is refused anyway is refused at once.
-    state = None if weights is None else read_state(Path(weights), trust)
+    digest, state = "", None
     if weights is not None:
-        digest = hash_file(Path(weights))
-        trust.require_hash(Path(weights), digest)
+        # Before the factory's code runs: what is refused anyway is refused at once.
+        file = read_model_file(Path(weights))
+        state, digest = read_state(file, trust), file.sha256
+        trust.require_hash(file.path, digest)
     built = build_network(factory, hyperparameters)
     network = built.network if isinstance(built, SegmentationModel) else built
     if state is not None:
@@ -135,21 +136,20 @@ def _load_factory(
     return _complete(network, factory, bands, sha256=digest, architecture=factory, hyperparameters=hyperparameters)
 
 
-def _load_network(path: Path, trust: Trust) -> nn.Module:
+def _load_network(file: ModelFile, trust: Trust) -> nn.Module:
     """A network from a file that holds all of it."""
-    content = content_of(path)
-    if content == "torch.export":
-        return load_exported(path, trust)
-    if content == "TorchScript":
-        return load_script(path, trust)
-    value = read_pickle(path, trust) if content == "pickle" else None
+    if file.content == "torch.export":
+        return load_exported(file, trust)
+    if file.content == "TorchScript":
+        return load_script(file, trust)
+    value = read_pickle(file, trust) if file.content == "pickle" else None
     network = find_network(value)
     if network is not None:
         return network.eval()
-    if content == "pickle" and find_state(value) is None:
-        raise ModelFileError(f"{path} holds no network, but {type(value).__name__}; save one with torch.save")
+    if file.content == "pickle" and find_state(value) is None:
+        raise ModelFileError(f"{file} holds no network, but {type(value).__name__}; save one with torch.save")
     raise ModelFileError(
-        f"{path} holds weights only; name what builds the network too: --model package.module:factory --weights {path}"
+        f"{file} holds weights only; name what builds the network too: --model package.module:factory --weights {file}"
     )
 
 
@@ -157,13 +157,13 @@ def _load_described(path: Path, trust: Trust) -> SegmentationModel:
     said = read_description(path)
     if not said.artifact.is_file():
         raise ModelFileError(f"{said.artifact} is missing, where {path} says that the weights are")
-    digest = hash_file(said.artifact)
-    if said.artifact_sha256 not in (None, digest):
+    file = read_model_file(said.artifact)
+    if said.artifact_sha256 not in (None, file.sha256):
         raise ModelFileError(
-            f"{said.artifact} does not hold the weights that {path.name} describes: its sha256 is {digest}, "
+            f"{file} does not hold the weights that {path.name} describes: its sha256 is {file.sha256}, "
             f"not {said.artifact_sha256}"
         )
-    network = _build_described(said, path, trust, digest).eval()
+    network = _build_described(said, path, trust, file).eval()
     if said.architecture != UNET_ARCHITECTURE:
         channels = count_channels(network, len(said.bands), path.name)
         if said.classes and channels != len(said.classes):
@@ -177,39 +177,50 @@ def _load_described(path: Path, trust: Trust) -> SegmentationModel:
         scaling=said.scaling,
         fill=said.fill,
         classes=said.classes,
-        sha256=digest,
+        sha256=file.sha256,
         architecture=said.architecture if is_built else "",
         hyperparameters=said.hyperparameters if is_built else {},
     )
 
 
-def _build_described(said: Description, path: Path, trust: Trust, digest: str) -> nn.Module:
+def _build_described(said: Description, path: Path, trust: Trust, file: ModelFile) -> nn.Module:
     """The network that a description means, with its weights."""
     if said.architecture == UNET_ARCHITECTURE:
-        trust.require_hash(said.artifact, digest)
-        network = _build_unet({"bands": len(said.bands), "classes": len(said.classes), **said.hyperparameters}, path)
+        trust.require_hash(file.path, file.sha256)
+        state = read_state(file, trust)
+        options = {"bands": len(said.bands), "classes": len(said.classes), **said.hyperparameters}
+        network: nn.Module = _build_unet(options, path, file, state)
     elif is_factory(said.architecture):
         reason = f"it names the factory {said.architecture}, which would be imported and called"
-        trust.require(path, hash_file(path), reason)
+        trust.require(path, said.sha256, reason)
+        state = read_state(file, trust)
         built = build_network(said.architecture, said.hyperparameters)
         network = built.network if isinstance(built, SegmentationModel) else built
-    elif content_of(said.artifact) == "safetensors":
+    elif file.content == "safetensors":
         raise ModelFileError(
             f"{path}: architecture must be {UNET_ARCHITECTURE} or package.module:factory, "
             f"got {said.architecture!s:.80}; pack the weights with what builds the network: "
             f"outsize model pack package.module:factory OUT.json --weights {said.artifact}"
         )
     else:
-        return _load_network(said.artifact, trust)
-    fit_state(network, read_state(said.artifact, trust), said.artifact, path.name)
+        return _load_network(file, trust)
+    fit_state(network, state, file.path, path.name)
     return network
 
 
-def _build_unet(options: Mapping[str, Any], path: Path) -> UNet:
+def _build_unet(options: Mapping[str, Any], path: Path, file: ModelFile, state: Mapping[str, Tensor]) -> UNet:
+    """The U-Net of these hyperparameters, its memory not yet filled: it is taken once it is known to be no more than
+    what its weights take."""
+    widths = options.get("widths")
+    if isinstance(widths, Sequence) and len(widths) > len(state):
+        raise ModelFileError(f"{path} describes {len(widths)} levels, {file} holds {len(state)} tensors")
     try:
-        return UNet(**options)
-    except (UsageError, TypeError, ValueError, RuntimeError) as error:
+        with torch.device("meta"):
+            network = UNet(**options)
+    except (UsageError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ModelFileError(f"{path}: no UNet has these hyperparameters: {first_line(error)}") from error
+    require_fit(network, state, file.path, path.name)
+    return network.to_empty(device="cpu")
 
 
 def _complete(network: nn.Module, name: str, bands: int | Sequence[str] | None, **known: Any) -> SegmentationModel:

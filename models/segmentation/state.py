@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from ...tiler.graph import first_line
 from .factory import importing_from_here
-from .trust import ModelFileError, Trust, content_of, open_trusted
+from .trust import ModelFile, ModelFileError, Trust
 
 PICKLE_REASON = "it holds pickled Python objects"
 
@@ -25,32 +24,37 @@ _PREFIXES = ("module.", "model.", "_orig_mod.")
 """What DistributedDataParallel, trainers and torch.compile put before every name."""
 
 
-def read_pickle(path: Path, trust: Trust) -> Any:
+def read_pickle(file: ModelFile, trust: Trust) -> Any:
     """What torch.save wrote: tensors and plain containers always, other objects only with leave.
 
     Raises:
         ModelFileError: a damaged file, or one that could run code.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(file.open(), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         pass
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ModelFileError(f"{path} is damaged: {first_line(error)}") from error
-    with open_trusted(path, trust, PICKLE_REASON) as file, importing_from_here(), warnings.catch_warnings():
+    except Exception as error:  # what a damaged pickle makes torch stumble over
+        raise ModelFileError(f"{file} is damaged: {first_line(error)}") from error
+    trust.require_file(file, PICKLE_REASON)
+    with importing_from_here(), warnings.catch_warnings():
         # torch warns of sources that have changed since; the weights decide.
         warnings.simplefilter("ignore")
         try:
-            return torch.load(file, map_location="cpu", weights_only=False)
+            return torch.load(file.open(), map_location="cpu", weights_only=False)
         except Exception as error:
             raise ModelFileError(
-                f"{path} cannot be unpickled ({type(error).__name__}: {first_line(error)}); its classes must be "
+                f"{file} cannot be unpickled ({type(error).__name__}: {first_line(error)}); its classes must be "
                 "installed, or stand in the current folder"
             ) from error
 
 
 def is_state_dict(value: object) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(entry, Tensor) for entry in value.values())
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(name, str) and isinstance(entry, Tensor) for name, entry in value.items())
+    )
 
 
 def find_network(value: object) -> nn.Module | None:
@@ -69,24 +73,26 @@ def find_state(value: object) -> Mapping[str, Tensor] | None:
     return next((candidate for candidate in candidates if is_state_dict(candidate)), None)
 
 
-def read_state(path: Path, trust: Trust) -> Mapping[str, Tensor]:
-    """The state dict of a .safetensors file or of what torch.save wrote.
+def read_state(file: ModelFile, trust: Trust) -> Mapping[str, Tensor]:
+    """The state dict of a .safetensors file or of what torch.save wrote; it holds one tensor at least.
 
     Raises:
         ModelFileError: a file without one, a damaged one, or one that could run code.
     """
-    content = content_of(path)
-    if content == "safetensors":
+    if file.content == "safetensors":
         try:
-            return load_file(path)
-        except (OSError, SafetensorError, ValueError) as error:
-            raise ModelFileError(f"{path} is damaged: {first_line(error)}") from error
-    if content != "pickle":
-        raise ModelFileError(f"{path} holds a whole network ({content}), not weights; give it as the model itself")
-    state = find_state(read_pickle(path, trust))
+            state = load_safetensors(file.data)
+        except Exception as error:  # of its reader in Rust, and of torch for kinds of numbers that it lacks
+            raise ModelFileError(f"{file} is damaged: {first_line(error)}") from error
+        if not state:
+            raise ModelFileError(f"{file} holds no tensors; give the weights of a network")
+        return state
+    if file.content != "pickle":
+        raise ModelFileError(f"{file} holds a whole network ({file.content}), not weights; give it as the model itself")
+    state = find_state(read_pickle(file, trust))
     if state is None:
         raise ModelFileError(
-            f"{path} holds no state dict; write one: torch.save(network.state_dict(), {str(path.name)!r})"
+            f"{file} holds no state dict; write one: torch.save(network.state_dict(), {file.path.name!r})"
         )
     return state
 
@@ -94,7 +100,7 @@ def read_state(path: Path, trust: Trust) -> Mapping[str, Tensor]:
 def _without_prefixes(state: Mapping[str, Tensor], wanted: set[str]) -> Mapping[str, Tensor]:
     """The state dict, its keys without a common prefix if only so they are the wanted ones."""
     bare = state
-    while set(bare) != wanted:
+    while bare and set(bare) != wanted:
         prefix = next((p for p in _PREFIXES if all(key.startswith(p) for key in bare)), None)
         if prefix is None:
             return state
@@ -102,8 +108,8 @@ def _without_prefixes(state: Mapping[str, Tensor], wanted: set[str]) -> Mapping[
     return bare
 
 
-def fit_state(network: nn.Module, state: Mapping[str, Tensor], path: Path, what: str) -> None:
-    """Load a state dict into a network, key for key.
+def require_fit(network: nn.Module, state: Mapping[str, Tensor], path: Path, what: str) -> Mapping[str, Tensor]:
+    """The state dict under the network's own names; of a network on torch's meta device nothing is allocated.
 
     Args:
         path: where it comes from.
@@ -125,10 +131,19 @@ def fit_state(network: nn.Module, state: Mapping[str, Tensor], path: Path, what:
         for name, value in own.items()
         if name in state and isinstance(value, Tensor) and value.shape != state[name].shape
     ][:1]
-    if not complaints:
-        try:
-            network.load_state_dict(state)
-        except Exception as error:  # noqa: BLE001 - hooks of the user's module
-            complaints = [first_line(error)]
     if complaints:
-        raise ModelFileError(f"{path} does not hold the weights that {what} describes: {'; '.join(complaints)}")
+        raise _misfit(path, what, "; ".join(complaints))
+    return state
+
+
+def _misfit(path: Path, what: str, complaint: str) -> ModelFileError:
+    return ModelFileError(f"{path} does not hold the weights that {what} describes: {complaint}")
+
+
+def fit_state(network: nn.Module, state: Mapping[str, Tensor], path: Path, what: str) -> None:
+    """Load a state dict into a network, key for key, as `require_fit` has it."""
+    state = require_fit(network, state, path, what)
+    try:
+        network.load_state_dict(state)
+    except Exception as error:  # hooks of the user's module
+        raise _misfit(path, what, first_line(error)) from error

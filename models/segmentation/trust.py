@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import io
 import re
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
-from ...tiler.errors import UsageError
+from ...tiler.errors import UsageError, reason_of
+from ...tiler.files import read_regular
 
 Content = Literal["safetensors", "pickle", "torch.export", "TorchScript"]
 
@@ -21,36 +20,71 @@ class ModelFileError(UsageError):
     """A model file that is missing, damaged, of another kind, or that could run code without leave to."""
 
 
-def content_of(path: Path) -> Content:
-    """What a file holds, by what stands in it: a suffix says nothing about what its reader would run.
+def _content_of(path: Path, data: bytes) -> Content:
+    """By what stands in a file: a suffix says nothing about what its reader would run.
 
     Raises:
-        ModelFileError: a file that is missing, or of none of these kinds.
+        ModelFileError: none of these kinds.
     """
+    archive = io.BytesIO(data)
     try:
-        with path.open("rb") as file:
-            start, size = file.read(9), os.fstat(file.fileno()).st_size
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as opened:
                 # Each archive has one folder of its own name at the top.
-                names = {name.partition("/")[2] for name in archive.namelist()}
+                names = {name.partition("/")[2] for name in opened.namelist()}
             if {"archive_format", "models/model.json"} & names or "serialized_exported_program.json" in names:
                 return "torch.export"
             if "constants.pkl" in names:
                 return "TorchScript"
             if "data.pkl" in names:
                 return "pickle"
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ModelFileError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise ModelFileError(f"{path} cannot be read: {reason_of(error)}") from error
     # The header's length in eight bytes, then its JSON. Looked at first: such a length may begin like a pickle.
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size:
+    if data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data):
         return "safetensors"
-    if start[:1] == b"\x80":
+    if data[:1] == b"\x80":
         return "pickle"
     raise ModelFileError(
         f"{path} is no model: it must hold safetensors, what torch.save or torch.export.save wrote, or a description "
         "(.json)"
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFile:
+    """A file as it was read, once: what is hashed and looked at is what is loaded, whoever writes to it meanwhile."""
+
+    path: Path
+    data: bytes = field(repr=False)
+    sha256: str
+
+    @property
+    def content(self) -> Content:
+        """
+        Raises:
+            ModelFileError: it is of no kind that is known.
+        """
+        return _content_of(self.path, self.data)
+
+    def open(self) -> io.BytesIO:
+        return io.BytesIO(self.data)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def read_model_file(path: Path) -> ModelFile:
+    """Read a file that holds weights or a whole network.
+
+    Raises:
+        ModelFileError: it is missing, or no file.
+    """
+    try:
+        data = read_regular(path)
+    except (OSError, MemoryError) as error:
+        raise ModelFileError(f"{path} cannot be read: {reason_of(error)}") from error
+    return ModelFile(path=path, data=data, sha256=hashlib.sha256(data).hexdigest())
 
 
 def hash_file(path: Path) -> str:
@@ -79,6 +113,10 @@ class Trust:
         if self.sha256 is not None and digest != self.sha256.lower():
             raise ModelFileError(f"{path} is not the file that was meant: its sha256 is {digest}, given {self.sha256}")
 
+    def require_file(self, file: ModelFile, reason: str) -> None:
+        """`require` of a file that was read."""
+        self.require(file.path, file.sha256, reason)
+
     def require(self, path: Path, digest: str, reason: str) -> None:
         """
         Raises:
@@ -90,16 +128,3 @@ class Trust:
                 f"{path} could run code when it is loaded: {reason}; if you trust where it comes from, "
                 f"--trust-model, or --sha256 {digest} (from Python: trust=True, or sha256=)"
             )
-
-
-@contextmanager
-def open_trusted(path: Path, trust: Trust, reason: str) -> Iterator[BinaryIO]:
-    """The file open at its start, if it may be read; what is read is what was hashed.
-
-    Raises:
-        ModelFileError: as `Trust.require`.
-    """
-    with path.open("rb") as file:
-        trust.require(path, hashlib.file_digest(file, "sha256").hexdigest(), reason)
-        file.seek(0)
-        yield file

@@ -180,7 +180,8 @@ def test_overviews_hold_the_most_common_class(tmp_path: Path, segmented: Path) -
     plan = plan_tiles((3, 1024, 1024), analyze_network(Argmax(), bands=3))
     description = OutputDescription(kind="class", classes=("a", "b", "c", "d"), colours=((1, 1, 1),) * 4)
     place = open_raster(SCENE).place
-    create_output(tmp_path / "o.zarr", plan=plan, description=description, place=place, header={"source": "none"})
+    source = {"kind": "file", "paths": ["nowhere"], "options": {}}
+    create_output(tmp_path / "o.zarr", plan=plan, description=description, place=place, header={"source": source})
     classes = np.random.default_rng(0).choice([0, 3], (1024, 1024)).astype(np.uint8)
     writable(zarr.open_array(tmp_path / "o.zarr", path="class", mode="r+"))[:] = classes
     run_export(Console(), tmp_path / "o.zarr", tmp_path / "o.tif", overwrite=False)

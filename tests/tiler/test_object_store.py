@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import rasterio
 from distributed import Client
+from outsize.tiler import raster_gdal
 from outsize.tiler.errors import RasterError, UsageError
 from outsize.tiler.events import Event, TileFinished
 from outsize.tiler.geometry import Window
@@ -74,7 +75,12 @@ def test_a_mask_beside_a_file_counts_in_a_full_folder_of_a_bucket_and_then_on_th
     # Of a folder with more names than that, GDAL takes a part for the whole. A mosaic opens its files as it is read.
     monkeypatch.setenv("GDAL_READDIR_LIMIT_ON_OPEN", "1")
     for name in masked[kind == "mosaic" :: 2]:
-        assert missing_of(open_raster(name)) == NODATA, name
+        if name.endswith(".vrt") and not name.startswith("s3:"):
+            with pytest.raises(RasterError, match=r"names /vsis3/\S+, which is no file of this machine; "):
+                open_raster(name)
+        assert missing_of(open_raster(name, trust=True)) == NODATA, name
+        if name.startswith("s3:"):
+            assert missing_of(open_raster(name)) == NODATA, name
 
 
 @pytest.mark.parametrize("by", ["variable", "rasterio"])
@@ -97,13 +103,13 @@ def test_who_has_gdal_overlook_files_is_obeyed_and_warned_once(
 
 def test_what_far_files_need_is_set_for_no_local_one(masked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, object] = {}
-    open_ = rasterio.open
+    open_ = raster_gdal.open_by
 
-    def look(path: str) -> object:
+    def look(path: str, drivers: list[str]) -> object:
         seen[path] = get_gdal_config("GDAL_DISABLE_READDIR_ON_OPEN")
-        return open_(path)
+        return open_(path, drivers)
 
-    monkeypatch.setattr(rasterio, "open", look)
+    monkeypatch.setattr(raster_gdal, "open_by", look)
     for name in (masked[0], masked[2]):
         open_raster(name)
     assert seen == {gdal_name(masked[0]): "TRUE", masked[2]: None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from outsize.tiler.errors import RasterError
+from outsize.tiler.file_state import states_of
 from outsize.tiler.geometry import Window
 from outsize.tiler.nodata import NodataRule, find_missing
 from outsize.tiler.raster import open_raster, read_filled
@@ -185,3 +187,31 @@ def test_one_file_has_one_identity_however_its_path_is_spelled(tmp_path: Path, m
     before = open_raster(path).identity
     os.utime(path, (1, 1))
     assert open_raster(path).identity != before
+
+
+def test_the_state_of_a_raster_changes_with_each_of_its_files(tmp_path: Path) -> None:
+    path = write_geotiff(tmp_path / "m.tif", unique_pixels(2, 20, 30))
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        group = zarr.create_group(tmp_path / "g.zarr")
+        group.create_array(
+            "image", data=unique_pixels(2, 20, 30), chunks=(2, 10, 10), dimension_names=("band", "y", "x")
+        )
+    for source, file in ((path, path), (tmp_path / "g.zarr", tmp_path / "g.zarr/image/c/0/1/2")):
+        before, status = open_raster(source), file.stat()
+        assert open_raster(source) == before
+        file.write_bytes(file.read_bytes())
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        now = open_raster(source)
+        assert now.identity == before.identity
+        assert now.state != before.state
+        for open_parts in (open_stack, open_mosaic):
+            assert open_parts([path]).state == open_parts([path]).state != ""
+
+
+def test_numbers_that_a_file_system_makes_up_count_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a"
+    file.touch()
+    assert states_of([file])[0].endswith(f":{file.stat().st_ino}")
+    disk = SimpleNamespace(mountpoint=str(tmp_path.resolve()), fstype="fuse.sshfs")
+    monkeypatch.setattr("psutil.disk_partitions", lambda **_: [disk])
+    assert states_of([file]) == [f"{file.stat().st_ctime_ns}:"]

@@ -49,10 +49,13 @@ def class_plan(shape: tuple[int, int] = (130, 200)) -> TilePlan:
 FORMATS = pytest.mark.parametrize("zarr_format", [2, 3])
 
 
+NOWHERE = {"kind": "file", "paths": ["nowhere"], "options": {}}
+
+
 def make_output(path: Path, place: Georeference = PLACE, zarr_format: Any = 3) -> TilePlan:
     plan = class_plan()
     description = OutputDescription(kind="class", classes=("a", "b c"), colours=((1, 2, 3), (4, 5, 6)))
-    header = {"source": "nowhere"}
+    header = {"source": NOWHERE}
     create_output(path, plan=plan, description=description, place=place, header=header, zarr_format=zarr_format)
     return plan
 
@@ -165,7 +168,7 @@ def test_headers_are_extended_and_foreign_stores_refused(tmp_path: Path) -> None
     make_output(tmp_path / "o.zarr")
     update_header(tmp_path / "o.zarr", {"more": 1})
     header = read_header(tmp_path / "o.zarr")
-    assert (header["more"], header["source"], header["kind"]) == (1, "nowhere", "class")
+    assert (header["more"], header["source"], header["kind"]) == (1, NOWHERE, "class")
     with pytest.raises(OutputError, match="not an output of outsize"):
         read_header(tmp_path)
     update_header(tmp_path / "o.zarr", {"format": 99})

@@ -35,7 +35,7 @@ from outsize.tiler.raster import Raster
 from outsize.tiler.records import RECORDS, RunFolder, find_runs, read_owner, run_folder
 from outsize.tiler.run import predict
 from outsize.tiler.run_summary import RunSummary
-from outsize.tiler.store import read_header, write_core
+from outsize.tiler.store import read_header, update_header, write_core
 from outsize.tiler.verify import verify_output
 
 from ..support.rasters import write_geotiff
@@ -314,17 +314,18 @@ def test_tiles_of_a_run_that_was_replaced_write_nothing(tmp_path: Path, client: 
 
 
 def test_a_source_that_is_gone_stops_the_run_and_fails_no_tile(tmp_path: Path, client: Client) -> None:
-    source, out = scene(tmp_path, 300, 300), tmp_path / "o.zarr"
-    hidden = source.with_name("hidden.tif")
+    disk, out, hidden = tmp_path / "disk", tmp_path / "o.zarr", tmp_path / "hidden"
+    disk.mkdir()
+    source = scene(disk, 300, 300)
 
     def vanish(event: Event) -> None:
         if isinstance(event, TileFinished) and event.finished == 2:
             client.run(_close_readers)
-            source.rename(hidden)
+            disk.rename(hidden)  # as a disk that is unmounted: nothing of the file changes
 
     with pytest.raises(RasterError, match="is gone; when it is back, the same command goes on"):
         run(source, class_network(), out, client, listener=vanish)
-    hidden.rename(source)
+    hidden.rename(disk)
     summary = run(source, class_network(), out, client)
     assert summary.resumed_tiles >= 2
     assert summary.failed_tiles == ()
@@ -374,11 +375,76 @@ def test_a_source_that_is_changed_makes_no_mixed_map(tmp_path: Path, client: Cli
     assert np.array_equal(stored(out), whole(class_network(), source))
 
 
-def test_a_changed_source_is_found_before_the_end(
-    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def _looking_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source is described again after every tile."""
     monkeypatch.setattr("outsize.tiler.resume.GUARD_EVERY_S", 0.0)
     monkeypatch.setattr("outsize.tiler.resume.GUARD_SHARE", 0)
+
+
+def put_other_pixels(source: Path, how: str) -> None:
+    """Other pixels under the same name, of the same size and time of change."""
+    before, other = source.stat(), source.with_name("other.tif")
+    write_geotiff(other, random_image(300, 300, seed=1))
+    assert other.stat().st_size == before.st_size
+    if how == "written over":
+        source.write_bytes(other.read_bytes())
+    else:
+        other.replace(source)
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.usefixtures("_looking_always")
+@pytest.mark.parametrize("how", ["written over", "replaced"])
+def test_other_pixels_of_the_same_size_and_time_make_no_mixed_map(tmp_path: Path, client: Client, how: str) -> None:
+    source, out = scene(tmp_path, 300, 300), tmp_path / "o.zarr"
+
+    def change(event: Event) -> None:
+        if isinstance(event, TileFinished) and event.finished == 3:
+            put_other_pixels(source, how)
+
+    with pytest.raises(RasterError, match=r"was changed while it was read; segment --overwrite begins anew"):
+        run(source, class_network(), out, client, listener=change)
+    assert "run" not in read_header(out)
+    # Not continued on anybody's word either: some tiles are of the one content, some of the other.
+    for vouched in (False, True):
+        with pytest.raises(OutputError, match="the input was changed while that run read it; --overwrite replaces it"):
+            run(source, class_network(), out, client, source_unchanged=vouched)
+
+
+class _StopError(Exception):
+    """Of a listener, in the middle of a run."""
+
+
+def test_a_run_does_not_go_on_with_other_pixels_of_the_same_size_and_time(tmp_path: Path, client: Client) -> None:
+    source, out = scene(tmp_path, 300, 300), tmp_path / "o.zarr"
+    kept, before = source.read_bytes(), source.stat()
+
+    def stop(event: Event) -> None:
+        if isinstance(event, TileFinished) and event.finished == 3:
+            raise _StopError
+
+    with pytest.raises(_StopError):
+        run(source, class_network(), out, client, listener=stop)
+    put_other_pixels(source, "written over")
+    with pytest.raises(OutputError, match=r"its size and time of change put back .* --source-unchanged goes on"):
+        run(source, class_network(), out, client)
+    # A copy that is put back looks the same; whoever knows may say so.
+    source.write_bytes(kept)
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert run(source, class_network(), out, client, source_unchanged=True).resumed_tiles >= 3
+    assert np.array_equal(stored(out), whole(class_network(), source))
+
+
+def test_what_was_begun_before_states_were_kept_goes_on(source_and_out: tuple[Path, Path], client: Client) -> None:
+    source, out = source_and_out
+    fingerprint = {name: value for name, value in read_header(out)["fingerprint"].items() if name != "input_state"}
+    update_header(out, {"fingerprint": fingerprint})
+    assert run(source, class_network(), out, client).tiles == 0
+
+
+@pytest.mark.usefixtures("_looking_always")
+def test_a_changed_source_is_found_before_the_end(tmp_path: Path, client: Client) -> None:
     source, out, seen = scene(tmp_path, 300, 300), tmp_path / "o.zarr", list[int]()
 
     def change(event: Event) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -19,12 +20,12 @@ import cloudpickle
 import pytest
 import torch
 from outsize.models import Scaling, SegmentationModel, UNet
-from outsize.models.segmentation import exported, sources
+from outsize.models.segmentation import exported, sources, trust
 from outsize.models.segmentation.exported import ExportedNetwork, export_network
 from outsize.models.segmentation.mlm import default_classes
 from outsize.models.segmentation.palette import default_colour
 from outsize.models.segmentation.sources import load_model, save_model
-from outsize.models.segmentation.trust import ModelFileError, content_of
+from outsize.models.segmentation.trust import ModelFileError, read_model_file
 from outsize.tiler.errors import OutputError, UsageError
 from outsize.tiler.network import analyze_network
 from safetensors.torch import save_file
@@ -461,7 +462,7 @@ def test_a_script_whose_converted_form_differs_is_refused(
 
 
 def test_contents_are_told_by_what_stands_in_a_file(network: Small, folder: Path) -> None:
-    found = {what: content_of(path) for what, path in whole_networks(folder, network).items()}
+    found = {what: read_model_file(path).content for what, path in whole_networks(folder, network).items()}
     assert found == {
         "torch.export": "torch.export",
         "pickle": "pickle",
@@ -675,3 +676,146 @@ def test_descriptions_that_are_not_understood_are_refused_in_one_line(network: S
     (folder / "list.json").write_text("[]")
     with pytest.raises(ModelFileError, match=r"list.json is not a model description of MLM"):
         load_model("list.json")
+
+
+# Hostile files
+
+
+def test_files_without_a_tensor_are_refused_at_once(network: Small, folder: Path) -> None:
+    """Once, the prefixes of no names at all were looked for without end."""
+    name = write_module(folder)
+    save_file({}, "empty.safetensors")
+    torch.save(nn.Identity(), "identity.pt")
+    for weights, words in (
+        ("empty.safetensors", "holds no tensors; give the weights of a network"),
+        ("identity.pt", "does not hold the weights that .* describes: it lacks"),
+    ):
+        with pytest.raises(ModelFileError, match=words):
+            load_model(f"{name}:Small", weights=weights, trust=True)
+    save_model(described(folder, network), "m.json")
+    item = json.loads(Path("m.json").read_text())
+    del item["assets"]["weights"]["file:checksum"]
+    Path("m.json").write_text(json.dumps(item))
+    Path("empty.safetensors").replace("m.safetensors")
+    with pytest.raises(ModelFileError, match=r"m.safetensors holds no tensors"):
+        load_model("m.json", trust=True)
+
+
+DAMAGED: dict[str, bytes] = {
+    "nothing": b"",
+    "a byte": b"{",
+    "a length alone": (100).to_bytes(8, "little"),
+    "a header longer than the file": (10**6).to_bytes(8, "little") + b"{}",
+    "a header of 2^63": (2**63).to_bytes(8, "little") + b"{}",
+    "a header that is cut": (3).to_bytes(8, "little") + b'{"a',
+    "a header that is a list": (2).to_bytes(8, "little") + b"[]",
+    "a deep header": (200_000).to_bytes(8, "little") + b'{"a":' * 40_000,
+    "no text": (9).to_bytes(8, "little") + b'{"\xff\xff":0}',
+    "a shape of 2^62": (62).to_bytes(8, "little")
+    + b'{"a":{"dtype":"F32","shape":[4611686018427387904],"data_offsets":[0,4]}}'[:62],
+    "a pickle that is cut": b"\x80\x02}",
+    "a pickle of no torch": b"\x80\x02K\x01.",
+    "a zip of nothing": b"PK\x05\x06" + bytes(18),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_damaged_weights_are_refused_in_one_line(folder: Path, what: str) -> None:
+    name = write_module(folder)
+    for suffix in (".safetensors", ".pt"):
+        path = folder / f"w{suffix}"
+        path.write_bytes(DAMAGED[what])
+        with pytest.raises(ModelFileError) as refusal:
+            load_model(f"{name}:Small", weights=path)
+        assert str(path) in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+
+
+def test_a_pipe_in_place_of_a_model_is_refused_at_once(network: Small, folder: Path) -> None:
+    name = write_module(folder)
+    os.mkfifo("w.pt")
+    os.mkfifo("d.json")
+    save_model(described(folder, network), "m.json")
+    Path("m.safetensors").unlink()
+    os.mkfifo("m.safetensors")
+    for source, weights in ((f"{name}:Small", "w.pt"), ("w.pt", None), ("d.json", None), ("m.json", None)):
+        with pytest.raises(ModelFileError, match=r"no file, but a pipe|no model at|is missing"):
+            load_model(source, weights=weights, trust=True)
+
+
+def test_what_is_hashed_is_what_is_loaded(network: Small, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever writes to the file in the middle of it."""
+    model = save_model(replace(described(folder, network), network=UNet(3, 5, (4, 6)).eval()), "m.json")
+    expected = {name: value.clone() for name, value in load_model("m.json").network.state_dict().items()}
+    other = UNet(3, 5, (4, 6))
+    save_file(other.state_dict(), "other.safetensors")
+    assert Path("other.safetensors").stat().st_size == Path("m.safetensors").stat().st_size
+
+    def read_model_file_once(path: Path) -> Any:
+        file = trust.read_model_file(path)
+        path.write_bytes(Path("other.safetensors").read_bytes())
+        return file
+
+    monkeypatch.setattr(sources, "read_model_file", read_model_file_once)
+    again = load_model("m.json", sha256=model.sha256)
+    assert again.sha256 == model.sha256
+    assert all(torch.equal(value, expected[name]) for name, value in again.network.state_dict().items())
+
+
+def test_a_pickle_that_is_exchanged_after_it_was_hashed_is_not_run(
+    network: Small, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = whole_networks(folder, network)["pickle"]
+    meant = digest(path)
+    truth = trust.Trust.require_hash
+
+    def exchange(self: trust.Trust, file: Path, found: str) -> None:
+        truth(self, file, found)
+        file.write_bytes(b"\x80\x02cos\nmkdir\nX\x07\x00\x00\x00was-run\x85R.")
+
+    monkeypatch.setattr(trust.Trust, "require_hash", exchange)
+    assert_same(load_model(path, sha256=meant).network, network)
+    assert not (folder / "was-run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"widths": [4, 10**6]}, r"is 6 x 4 x 3 x 3 there and 1000000 x 4 x 3 x 3 in the network"),
+        ({"widths": [10**5, 10**5]}, r"in the network"),
+        ({"widths": [10**18, 6]}, "no UNet has these hyperparameters"),
+        ({"widths": [1] * 1_000_000}, "describes 1000000 levels, m.safetensors holds 14 tensors"),
+        ({"widths": "many"}, "no UNet has these hyperparameters"),
+        ({"widths": [4.5, 6]}, "no UNet has these hyperparameters"),
+        ({"widths": [[4], 6]}, "no UNet has these hyperparameters"),
+        ({"widths": None}, "no UNet has these hyperparameters"),
+        ({"bands": 10**12}, r"no UNet has these hyperparameters|in the network"),
+    ],
+)
+def test_a_description_of_a_giant_takes_no_memory(folder: Path, changes: dict[str, Any], words: str) -> None:
+    save_model(replace(described(folder, Small()), network=UNet(3, 5, (4, 6))), "m.json")
+    item = json.loads(Path("m.json").read_text())
+    item["properties"]["mlm:hyperparameters"].update(changes)
+    Path("m.json").write_text(json.dumps(item))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelFileError, match=words) as refusal:
+        load_model("m.json")
+    assert "\n" not in str(refusal.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 200_000
+
+
+def test_a_description_of_too_many_bands_or_classes_is_refused(folder: Path) -> None:
+    save_model(replace(described(folder, Small()), network=UNet(3, 5, (4, 6))), "m.json")
+    item = json.loads(Path("m.json").read_text())
+    kept = json.dumps(item)
+    item["properties"]["mlm:input"][0]["bands"] = []
+    item["properties"]["mlm:input"][0]["input"]["shape"] = [1, 10**12, -1, -1]
+    Path("m.json").write_text(json.dumps(item))
+    with pytest.raises(ModelFileError, match="a network has at most 65535 bands, got 1000000000000"):
+        load_model("m.json")
+    item = json.loads(kept)
+    item["properties"]["mlm:output"][0]["classification:classes"] = []
+    item["properties"]["mlm:output"][0]["result"]["shape"] = [1, 10**12, -1, -1]
+    Path("m.json").write_text(json.dumps(item))
+    with pytest.raises(ModelFileError, match="a network has at most 65535 classes"):
+        load_model("m.json")
