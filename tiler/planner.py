@@ -40,6 +40,7 @@ from .plan import STORE_BYTES, Span, Tile, TilePlan, largest_window
 from .raster import Raster, as_raster
 from .raster_parts import count_pixel_bytes, has_gdal
 from .reading import MUCH_READ, Source, least_held_bytes, plan_reading
+from .store import stored_dtype
 
 CORES = (4096, 3072, 2048, 1024, 512, 256, 128, 64)
 """Sides of a core that a plan may choose, in output pixels."""
@@ -288,7 +289,7 @@ def plan_tiles(
         raise UsageError(f"a region must lie inside the raster of {shape[1]} x {shape[2]} px, got {region}")
     wanted = _scaled(network, region, shape_yx)
     output_shape = (network.channels, *wanted.shape)
-    output_dtype = str(network.output_dtype).removeprefix("torch.")
+    output_dtype = str(stored_dtype(network.output_dtype))
     itemsize, output_itemsize = np.dtype(dtype).itemsize, np.dtype(output_dtype).itemsize
 
     check_near, check_far = _check_margins(network, choose_method(network, None, shape_yx), shape_yx)

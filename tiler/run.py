@@ -79,6 +79,7 @@ from .store import (
     output_nodata,
     read_header,
     require_space,
+    stored_dtype,
     update_header,
     write_core,
     write_status,
@@ -92,12 +93,17 @@ Array = npt.NDArray[Any]
 
 
 def _default_description(network: Network) -> OutputDescription:
-    dtype = np.dtype(str(network.output_dtype).removeprefix("torch."))
+    dtype = stored_dtype(network.output_dtype)
     if dtype.kind == "f":
         return OutputDescription(kind="logits")
-    if dtype != np.uint8:
-        raise UsageError(f"the network's output must be uint8 or floating, got {dtype}; end it with .to(torch.uint8)")
-    return OutputDescription(kind="class" if network.channels == 1 else "probability")
+    if network.channels == 1:
+        return OutputDescription(kind="class")
+    if str(network.output_dtype) != "torch.uint8":
+        raise UsageError(
+            f"the network's output must be class numbers in one channel, uint8 or floating, got {dtype} in "
+            f"{network.channels} channels; end it with .to(torch.uint8)"
+        )
+    return OutputDescription(kind="probability")
 
 
 def predict(

@@ -26,11 +26,11 @@ from .store import (
     CONTEXT,
     FAILED,
     STATUS,
+    as_stored,
     chunk_window,
     chunks_of,
     find_chunk_fault,
     open_array,
-    output_nodata,
     plan_of,
     read_header,
 )
@@ -235,8 +235,7 @@ def recompute_samples(
                 failure, reader = error, reference.raster.open_reader()
                 continue
             seen[at] = None
-            if missing is not None:
-                finished = np.where(missing, np.asarray(output_nodata(finished.dtype), finished.dtype), finished)
+            finished = as_stored(finished.copy(), missing)
             differs, tied = _compare(
                 _stored(array, plan, patch.window), finished, logits, kind, relative_tolerance(plan.precision)
             )
