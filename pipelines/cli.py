@@ -327,7 +327,7 @@ def verify(console: Any, out: Path, **options: Any) -> None:
     """
     from .verify import VerifyOptions, run_verify
 
-    names = ("samples", "repair", "model", "weights", "trust_model", "sha256", "memory")
+    names = ("samples", "repair", "model", "weights", "weights_key", "trust_model", "sha256", "memory")
     known = VerifyOptions(**{name: options[name] for name in names})
     state = run_verify(console, out, known, make_cluster_options(options))
     if state != "sound":

@@ -186,6 +186,7 @@ def run_train_command(
         model = SourceOptions(
             source=options["model"],
             weights=options["weights"],
+            weights_key=options["weights_key"],
             trust_model=options["trust_model"],
             sha256=options["sha256"],
         )

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..models.segmentation.model import Output, SegmentationModel, as_tile_network, describe_output
+from ..models.segmentation.meaning import Activation, Task
+from ..models.segmentation.model import Output, SegmentationModel, as_tile_network, describe_output, meaning_of
 from ..models.segmentation.sources import load_model
 from ..tiler.check import StartCheck
 from ..tiler.cluster import ClusterKeeper, ClusterOptions
@@ -53,7 +55,8 @@ class SegmentOptions:
     source: str
     reading: ReadOptions
     model: str | None
-    output: Output
+    output: Output | None
+    """None: as the model has it."""
     memory: str | None
     """Of all processes; None: what `find_budget` says."""
     engine: str | None
@@ -72,6 +75,11 @@ class SegmentOptions:
     batch: int | None = None
     compiles: bool = False
     weights: str | None = None
+    weights_key: str | None = None
+    task: Task | None = None
+    """This and the next two go before what the model says."""
+    activation: Activation | None = None
+    threshold: float | None = None
     trust_model: bool = False
     sha256: str | None = None
     halo: int | None = None
@@ -144,6 +152,10 @@ class Preparation:
             bands=raster.bands,
             trust=options.trust_model,
             sha256=options.sha256,
+            weights_key=options.weights_key,
+            task=options.task,
+            activation=options.activation,
+            threshold=options.threshold,
         )
         if raster.bands != len(model.bands):
             raise UsageError(
@@ -205,9 +217,30 @@ def run_plan(console: Console, options: SegmentOptions, *, dashboard: bool = Tru
     warn_of_precision(console, plan)
     speed = measure_flops_per_s(device=plan.device)
     console.result(
-        f"model     {model.name}\n{plan.explain(speed)}",
-        {"model": model.name, "plan": plan.to_json(), "estimated_s": round(plan.estimate_s(speed), 1)},
+        "\n".join([*explain_model(model), plan.explain(speed)]),
+        {
+            "model": model.name,
+            **summarise_meaning(model),
+            "plan": plan.to_json(),
+            "estimated_s": round(plan.estimate_s(speed), 1),
+        },
     )
+
+
+def explain_model(model: SegmentationModel) -> list[str]:
+    """Lines on a model, what was taken for granted among them."""
+    return [f"model     {model.name}", *model.remarks, f"task      {meaning_of(model).sentence()}"]
+
+
+def summarise_meaning(model: SegmentationModel) -> dict[str, Any]:
+    """What the network's values mean, as JSON."""
+    meaning = meaning_of(model)
+    return {
+        "task": meaning.task,
+        "activation": meaning.activation,
+        "threshold": meaning.threshold if meaning.task == "binary" else None,
+        "assumed": meaning.assumed or None,
+    }
 
 
 def run_proof(console: Console, options: SegmentOptions) -> bool:
@@ -280,7 +313,8 @@ def _segment(
 ) -> RunSummary:
     began = time.perf_counter()
     raster, model, network = Preparation(options).open([options.source])
-    console.remark(f"model     {model.name}")
+    for line in explain_model(model):
+        console.remark(line)
     listener.model = model.name
     try:
         summary = segment_raster(raster, model, network, out, options, cluster, writing, listener, since=began)

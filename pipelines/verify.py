@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..models.segmentation.model import SegmentationModel
+import torch
+
+from ..models.segmentation.model import SegmentationModel, meaning_of
 from ..tiler.cluster import ClusterOptions
 from ..tiler.engine import Engine, compile_program
 from ..tiler.engine_torch import AUTOCAST, load_reference
@@ -39,6 +41,7 @@ class VerifyOptions:
     repair: bool
     model: str | None
     weights: str | None
+    weights_key: str | None
     trust_model: bool
     sha256: str | None
     memory: str | None
@@ -99,6 +102,7 @@ def run_verify(console: Console, out: Path, options: VerifyOptions, cluster: Clu
             options.samples,
             found.damaged | frozenset(found.failed) | frozenset(found.unfinished),
             header["kind"],
+            _bound_of(maker.model),
         )
         console.remark(f"samples   {sampled.sentence()}")
         _list(console, sampled.wrong)
@@ -116,6 +120,12 @@ def run_verify(console: Console, out: Path, options: VerifyOptions, cluster: Clu
             repair, state = _repair(console, out, header, maker, cluster, bad, mended)
     console.result(_sentence(out, found, sampled, bad, state, repair), _values(found, sampled, bad, state, repair))
     return state
+
+
+def _bound_of(model: SegmentationModel) -> float | None:
+    """What decides between the two classes of a binary task."""
+    meaning = meaning_of(model)
+    return meaning.bound(torch.float32) if meaning.task == "binary" else None
 
 
 def _find_maker(
@@ -140,6 +150,10 @@ def _find_maker(
         region=plan.region,
         mark_nodata_context=plan.receptive is not None,
         weights=options.weights,
+        weights_key=options.weights_key,
+        task=header.get("task"),
+        activation=header.get("activation"),
+        threshold=header.get("threshold"),
         trust_model=options.trust_model,
         sha256=options.sha256,
         halo=None if plan.is_known else plan.halo.top,

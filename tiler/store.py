@@ -18,7 +18,7 @@ from numcodecs import Zstd
 from zarr.codecs import ZstdCodec
 from zarr.errors import BaseZarrError
 
-from .errors import EngineError, OutputError, TilerError
+from .errors import OutputError, TilerError
 from .files import make_folder, read_files, remove_tree
 from .geometry import Grid, Window
 from .georeference import (
@@ -123,16 +123,16 @@ def as_stored(result: npt.NDArray[Any], missing: npt.NDArray[np.bool_] | None) -
     """A result as it is stored, nodata where pixels are missing; where its dtype stays, in the memory that it has.
 
     Raises:
-        EngineError: a class number, or a level of probability, that the stored dtype has no value for.
+        OutputError: a class number, or a level of probability, that the stored dtype has no value for.
     """
     dtype = stored_dtype(result.dtype)
     if dtype != result.dtype:
-        known = result if missing is None else result[:, ~missing]
-        if known.size and not (0 <= int(known.min()) and int(known.max()) < output_nodata(dtype)):
-            raise EngineError(
-                f"the network gives values outside of what was said of it ({int(known.min())}..{int(known.max())} where "
-                f"0..{int(output_nodata(dtype)) - 1} can be stored; -1 stands for any that is no class or probability); "
-                "see --task and --activation, or name all classes in a model file"
+        known, most = result if missing is None else result[:, ~missing], int(output_nodata(dtype)) - 1
+        low, high = (int(known.min()), int(known.max())) if known.size else (0, 0)
+        if low < 0 or high > most:
+            raise OutputError(
+                f"the network's classes or levels must be 0..{most}, got {low}..{high} (-1: what is no class or "
+                "no probability); name all classes in a model file, or see --activation"
             )
         result = result.astype(dtype)
     if missing is not None:

@@ -14,15 +14,59 @@ from torch.utils.weak import WeakTensorKeyDictionary
 EndingKind = Literal["affine", "softmax", "log-softmax", "sigmoid", "log-sigmoid", "classes", "other"]
 
 _CARRYING = frozenset(
-    """view _unsafe_view reshape _reshape_alias unsqueeze squeeze permute transpose t alias detach clone contiguous
-    _to_copy to slice select narrow split split_with_sizes chunk unbind expand pixel_shuffle lift_fresh lift_fresh_copy
-    upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d avg_pool2d""".split()
+    [
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "_reshape_alias",
+        "unsqueeze",
+        "squeeze",
+        "permute",
+        "transpose",
+        "t",
+        "alias",
+        "detach",
+        "clone",
+        "contiguous",
+        "_to_copy",
+        "to",
+        "slice",
+        "select",
+        "narrow",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "expand",
+        "pixel_shuffle",
+        "lift_fresh",
+        "lift_fresh_copy",
+        "upsample_nearest2d",
+        "_upsample_nearest_exact2d",
+        "upsample_bilinear2d",
+        "avg_pool2d",
+    ]
 )
 """Operations after which values are still of the kind that they were: moved, picked, converted, or means of each other."""
 _AFFINE = frozenset(
-    """convolution _convolution conv2d conv_transpose2d mkldnn_convolution addmm mm bmm baddbmm linear matmul
-    native_batch_norm _native_batch_norm_legit_no_training _native_batch_norm_legit cudnn_batch_norm
-    batch_norm""".split()
+    [
+        "convolution",
+        "_convolution",
+        "conv2d",
+        "conv_transpose2d",
+        "mkldnn_convolution",
+        "addmm",
+        "mm",
+        "bmm",
+        "baddbmm",
+        "linear",
+        "matmul",
+        "native_batch_norm",
+        "_native_batch_norm_legit_no_training",
+        "_native_batch_norm_legit",
+        "cudnn_batch_norm",
+        "batch_norm",
+    ]
 )
 _ARGMAX = frozenset(("argmax", "argmin", "max.1", "min.1"))
 _ACTIVATIONS: dict[str, EndingKind] = {
@@ -67,7 +111,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.made: Any = WeakTensorKeyDictionary()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [value for value in _flatten((args, kwargs or {})) if isinstance(value, Tensor)]
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]

@@ -199,7 +199,7 @@ def _recognise(ending: Ending, samples: list[Tensor], channels: int) -> tuple[Ac
         case "softmax" | "log-softmax" if ending.count == 1:
             return (
                 None,
-                f"its softmax is over one channel, which gives the same everywhere; leave it out of the network",
+                "its softmax is over one channel, which gives the same everywhere; leave it out of the network",
             )
         case "softmax" if channels == 1:
             # One channel picked of a softmax: the probability of that one.

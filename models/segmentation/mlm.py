@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...tiler.errors import UsageError
-from .meaning import Statement
+from .meaning import Meaning, Statement
 from .model import SegmentationClass, SegmentationModel, meaning_of
 from .palette import default_colour
 from .scaling import Scaling, ScalingKind
@@ -158,9 +158,7 @@ def describe(
             ],
             "mlm:output": [
                 {
-                    "name": {"none": "logits", "argmax": "classes"}.get(meaning.activation or "", "probabilities")
-                    if not is_regression
-                    else "values",
+                    "name": _name_result(meaning),
                     "tasks": tasks,
                     "result": {
                         "shape": [1, meaning.channels, -1, -1],
@@ -189,6 +187,12 @@ def describe(
             }
         },
     }
+
+
+def _name_result(meaning: Meaning) -> str:
+    if meaning.task == "regression":
+        return "values"
+    return {"none": "logits", "argmax": "classes"}.get(meaning.activation or "none", "probabilities")
 
 
 def _class_fields(model: SegmentationModel) -> dict[str, Any]:

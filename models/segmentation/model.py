@@ -201,9 +201,9 @@ class TileNetwork(nn.Module):
         """Class numbers; whoever writes them refuses what is none, -1 here."""
         most = self.classes or (_BYTE_CLASSES if self.meaning.is_narrow else MOST_CLASSES)
         held = values.to(torch.int16) if values.dtype == torch.bool else values
-        is_class = (held >= 0) & (held < most)
+        is_class = torch.logical_and(held >= 0, held < most)
         if held.is_floating_point():
-            is_class = is_class & (held == held.floor())
+            is_class = torch.logical_and(is_class, held == held.floor())
         numbers = torch.where(is_class, held, -1)
         return numbers.to(torch.int16 if most <= _BYTE_CLASSES else torch.int32)
 
@@ -213,7 +213,7 @@ class TileNetwork(nn.Module):
             share = values.sigmoid() if meaning.task in ("binary", "multilabel") else values.softmax(dim=1)
             return (share * LEVELS).round().to(torch.uint8)
         # Said to be probabilities, by the network's last operation or by its user: what is none must not wrap around.
-        is_share = (values >= -_ROUNDING) & (values <= 1 + _ROUNDING)
+        is_share = torch.logical_and(values >= -_ROUNDING, values <= 1 + _ROUNDING)
         return torch.where(is_share, (values.clamp(0, 1) * LEVELS).round(), -1.0).to(torch.int16)
 
 

@@ -20,8 +20,8 @@ from ...tiler.files import flush_file, sync_folder, use_default_mode
 from ...tiler.graph import first_line
 from .exported import ExportedNetwork, load_exported, load_script
 from .factory import build_network, is_factory
-from .mlm import Artifact, Description, default_bands, default_classes, describe, read_description, spare_path
 from .meaning import Activation, Meaning, Statement, Task
+from .mlm import Artifact, Description, default_bands, default_classes, describe, read_description, spare_path
 from .model import SegmentationClass, SegmentationModel, fit_classes
 from .probe import find_meaning, guess_bands, run_small, same_result
 from .scaling import Scaling
@@ -87,8 +87,8 @@ def load_model(
     code. A factory, "package.module:name", runs because you name it. Everything else that could run code is read only
     with `trust` or `sha256`: descriptions that name a factory or a network that was pickled or exported, .pt2 of
     torch.export, whole networks of torch.save, TorchScript. A network that comes without a description gets its band
-    count from its first convolution or from `bands`, no scaling, fill 0 and numbered classes. What its values mean is told
-    by its number of channels and its last operation, unless the description or the last three arguments say it.
+    count from its first convolution or from `bands`, no scaling, fill 0 and numbered classes. What its values mean
+    is told by its number of channels and its last operation, unless the description or the last three arguments say it.
 
     Args:
         weights: state dict for a factory's network: .safetensors, or what torch.save wrote.

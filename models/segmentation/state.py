@@ -84,7 +84,7 @@ def find_network(value: object, path: Path, key: str | None = None) -> nn.Module
         found = {place: each for place, each in found.items() if place == key} or _refuse_key(path, key, list(found))
     if len({id(each) for each in found.values()}) > 1:
         raise ModelFileError(
-            f"{path} holds several networks, under {_few(list(found))}; choose one with --weights-key {next(iter(found))}"
+            f"{path} holds several networks, under {_few(list(found))}; choose with --weights-key {next(iter(found))}"
         )
     return next(iter(found.values()), None)
 
@@ -202,7 +202,7 @@ def fit_state(
         raise _misfit(path, what, [_count("the network lacks", alien or chosen.others)])
     try:
         network.load_state_dict({name: chosen.names.get(bare, value) for bare, (name, value) in own.items()})
-    except Exception as error:  # noqa: BLE001 - hooks of the user's module
+    except Exception as error:
         raise _misfit(path, what, [first_line(error)]) from error
     left = [*(f"{chosen.prefix}{name}" for name in rest), *chosen.others]
     place = f"the names of {chosen.label} in {path.name}" if chosen.prefix or chosen.key else path.name
