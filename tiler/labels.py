@@ -19,14 +19,16 @@ from .georeference import Georeference
 from .raster import Raster, RasterReader, file_identity, open_raster
 from .vectors import Features, Geometry, bounds_of, is_vector_file, read_features, to_pixels
 
-UNLABELLED = 255
+UNLABELLED = 65535
 """Of pixels whose class is not known: nodata of the labels, or outside of all polygons."""
+_UNSAID = (255, UNLABELLED)
+"""What stands for that in rasters of bytes, and of two, that name no nodata; a class of this number goes before."""
 BLOCK = 512
 """Side of the blocks in which polygons are burnt."""
 _KEPT = 16
 """Burnt blocks that a reader keeps, 4 MB."""
 
-Classes = npt.NDArray[np.uint8]
+Classes = npt.NDArray[np.uint16]
 
 
 class LabelReader(Protocol):
@@ -86,7 +88,7 @@ class _RasterLabelReader:
         self._reader: RasterReader = labels.raster.open_reader()
         order = np.argsort(labels.values)
         self._sorted = np.asarray(labels.values, np.int64)[order]
-        self._class = order.astype(np.uint8)
+        self._class = order.astype(np.uint16)
 
     def read(self, window: Window) -> Classes:
         raster, (top, left) = self._labels.raster, self._labels.origin
@@ -94,8 +96,9 @@ class _RasterLabelReader:
         image = self._reader.read(place)
         missing, stored = self._reader.read_missing(place, image), image[0].astype(np.int64)
         known = np.ones(stored.shape, np.bool_) if missing is None else ~missing
-        if raster.nodata is None and UNLABELLED not in self._labels.values:
-            known &= stored != UNLABELLED
+        for value in unsaid_values(raster):
+            if value not in self._labels.values:
+                known &= stored != value
         at = np.searchsorted(self._sorted, stored).clip(max=len(self._sorted) - 1)
         strange = known & (self._sorted[at] != stored)
         if strange.any():
@@ -103,7 +106,7 @@ class _RasterLabelReader:
                 f"{raster.path}: labels must be {_numbers(self._labels.values)}, got {stored[strange].max()} in "
                 f"window {place}; name its classes' values with --class-values, or what is no class with --label-nodata"
             )
-        return np.where(known, self._class[at], np.uint8(UNLABELLED))
+        return np.where(known, self._class[at], np.uint16(UNLABELLED))
 
     def close(self) -> None:
         self._reader.close()
@@ -138,13 +141,13 @@ class PolygonLabels:
         )
         chosen = np.flatnonzero(touching)
         if not len(chosen):
-            return np.full(window.shape, UNLABELLED, np.uint8)
+            return np.full(window.shape, UNLABELLED, np.uint16)
         return rasterize(
             [(self.geometries[index], int(self.classes[index])) for index in chosen],
             out_shape=window.shape,
             fill=UNLABELLED,
             transform=Affine.translation(window.x, window.y),
-            dtype="uint8",
+            dtype="uint16",
         )
 
 
@@ -164,7 +167,7 @@ class _PolygonLabelReader:
         return self._blocks[at]
 
     def read(self, window: Window) -> Classes:
-        found = np.empty(window.shape, np.uint8)
+        found = np.empty(window.shape, np.uint16)
         for at in self._grid.cells_touching(window):
             block = self._grid.window(*at)
             y, x = max(block.y, window.y), max(block.x, window.x)
@@ -281,9 +284,14 @@ def _open_polygons(
         class_values=values,
         shape_yx=shape_yx,
         geometries=tuple(geometries),
-        classes=np.asarray([number[value] for value in features.values], np.uint8),
+        classes=np.asarray([number[value] for value in features.values], np.uint16),
         bounds=bounds,
     )
+
+
+def unsaid_values(raster: Raster) -> tuple[int, ...]:
+    """Values of a raster of labels that mean "not known" though it names no nodata, unless they are classes."""
+    return _UNSAID[: 2 if raster.dtype == np.uint16 else 1] if raster.nodata is None else ()
 
 
 def identify_labels(src: str) -> str:

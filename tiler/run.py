@@ -210,7 +210,7 @@ def predict(
             dashboard=client is None and options.serves_dashboard,
             memory_of=memory_lookup(network, raster.shape_yx, find_budget(memory), lambda: tell(MemoryProbed())),
         )
-        fingerprint = make_fingerprint(raster, network, description.kind, plan, filling, zarr_format)
+        fingerprint = make_fingerprint(raster, network, description, plan, filling, zarr_format)
         require_apart(raster, out)
         with writing(out):
             if out.is_symlink():

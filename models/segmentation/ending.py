@@ -1,4 +1,4 @@
-"""Endings: the operation that made a network's result, found by watching the network run, and what it says of the values."""
+"""Endings: what made a network's result, found by watching it run, and what that says of the values."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _CARRYING = frozenset(
         "avg_pool2d",
     ]
 )
-"""Operations after which values are still of the kind that they were: moved, picked, converted, or means of each other."""
+"""Operations that leave values of the kind that they were: moved, picked, converted, or means of each other."""
 _AFFINE = frozenset(
     [
         "convolution",
