@@ -113,7 +113,8 @@ class Meaning:
         if dtype == torch.float64:
             return exact
         nearest = np.float32(exact)
-        return float(nearest if nearest <= exact else np.nextafter(nearest, np.float32(-np.inf)))
+        # As Python's numbers: numpy would compare in float32, where the two are always equal.
+        return float(nearest if float(nearest) <= exact else np.nextafter(nearest, np.float32(-np.inf)))
 
 
 def looks_bounded(samples: list[Tensor]) -> str:
