@@ -24,6 +24,8 @@ _HALF = (torch.float16, torch.bfloat16)
 
 def network_dtype(network: nn.Module) -> torch.dtype:
     """Type of the numbers that a network computes in, which its input must have: float32 where it has no weights."""
+    if isinstance(network, ExportedNetwork):
+        return network.dtype
     tensors = [*network.parameters(), *network.buffers()]
     return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
 
