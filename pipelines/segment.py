@@ -327,7 +327,7 @@ def _segment(
     if summary.undeclared_pixels:
         count = count_of(summary.undeclared_pixels, "pixel")
         console.remark(f"nodata    {count} of NaN or infinity, which the raster does not declare as nodata")
-    console.result(_sentence(summary, out), {"model": model.name, **summary.to_json()})
+    console.result(_sentence(summary, out), {"model": model.name, **summarise_meaning(model), **summary.to_json()})
     return summary
 
 

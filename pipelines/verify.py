@@ -6,9 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..models.segmentation.model import SegmentationModel, meaning_of
+from ..models.segmentation.model import SegmentationModel
 from ..tiler.cluster import ClusterOptions
 from ..tiler.engine import Engine, compile_program
 from ..tiler.engine_torch import AUTOCAST, load_reference
@@ -102,7 +100,6 @@ def run_verify(console: Console, out: Path, options: VerifyOptions, cluster: Clu
             options.samples,
             found.damaged | frozenset(found.failed) | frozenset(found.unfinished),
             header["kind"],
-            _bound_of(maker.model),
         )
         console.remark(f"samples   {sampled.sentence()}")
         _list(console, sampled.wrong)
@@ -120,12 +117,6 @@ def run_verify(console: Console, out: Path, options: VerifyOptions, cluster: Clu
             repair, state = _repair(console, out, header, maker, cluster, bad, mended)
     console.result(_sentence(out, found, sampled, bad, state, repair), _values(found, sampled, bad, state, repair))
     return state
-
-
-def _bound_of(model: SegmentationModel) -> float | None:
-    """What decides between the two classes of a binary task."""
-    meaning = meaning_of(model)
-    return meaning.bound(torch.float32) if meaning.task == "binary" else None
 
 
 def _find_maker(

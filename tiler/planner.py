@@ -291,6 +291,9 @@ def plan_tiles(
     output_shape = (network.channels, *wanted.shape)
     output_dtype = str(stored_dtype(network.output_dtype))
     itemsize, output_itemsize = np.dtype(dtype).itemsize, np.dtype(output_dtype).itemsize
+    # Where results are stored in fewer bytes than the network gives, both are held.
+    own = network.output_dtype.itemsize
+    result_itemsize = own if own == output_itemsize else own + output_itemsize
 
     check_near, check_far = _check_margins(network, choose_method(network, None, shape_yx), shape_yx)
     copies = CLIENT_WEIGHTS + (FEWER_BITS_WEIGHTS if choice.precision != "float32" else 0)
@@ -335,7 +338,7 @@ def plan_tiles(
             activation_bytes=_largest_peak(network, by_row, by_column) if by_row else network.count_live_bytes(window),
             window_bytes=pixels * shape[0] * itemsize,
             mask_bytes=pixels * (1 + (8 if mark_nodata_context else 0)),
-            result_bytes=network.channels * output_itemsize * core_pixels,
+            result_bytes=network.channels * result_itemsize * core_pixels,
             output_bytes=_output_bytes(network, window),
             chunk_bytes=2 * chunk[0] * chunk[1] * output_itemsize,
             cache_bytes=store_bytes + (least_held_bytes(rows, columns, source) if source else 0),

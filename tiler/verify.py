@@ -16,6 +16,7 @@ from .check import MOST_TIES, relative_tolerance, sample_patches
 from .errors import OutputError, RasterError
 from .files import sizes_below
 from .geometry import Window
+from .graph import bound_of
 from .machine import cpu_count
 from .nodata import Array
 from .plan import TilePlan
@@ -206,19 +207,17 @@ def recompute_samples(
     samples: int,
     skip: frozenset[tuple[int, int]],
     kind: str,
-    bound: float | None = None,
 ) -> Recomputation:
     """Compare patches at corners of tiles, spread over the output, with the reference.
 
     Args:
         samples: tiles to compare, or all where there are fewer.
         skip: tiles that hold nothing to compare.
-        bound: of the one channel that decides between two classes: what it must be above for the second.
 
     Raises:
         RasterError: the source of no sampled tile can be read.
     """
-    began, plan = time.perf_counter(), reference.plan
+    began, plan, bound = time.perf_counter(), reference.plan, bound_of(reference.network.module)
     array, reader = open_array(out, kind), reference.raster.open_reader()
     seen: dict[tuple[int, int], None] = {}
     wrong: dict[tuple[int, int], str] = {}

@@ -176,6 +176,11 @@ class TileNetwork(nn.Module):
             return ""
         return f"{meaning.task}, {meaning.activation}, {meaning.threshold}, {self.classes}"
 
+    @property
+    def bound(self) -> float | None:
+        """Of a binary task: what its channel must be above for a yes."""
+        return self.meaning.bound(torch.float32) if self.meaning.task == "binary" else None
+
     def logits(self, x: Tensor) -> Tensor:
         return with_channel(self.network((x.to(self.subtract.dtype) - self.subtract) / self.divide))
 

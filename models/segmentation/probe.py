@@ -101,8 +101,8 @@ def find_meaning(network: nn.Module, bands: int, name: str, stated: Statement) -
             "name as many bands as it takes"
         ) from found
     result, ending, image = found
-    if not isinstance(result, Tensor) or result.dim() not in (3, 4):
-        what = f"a tensor of {result.dim()} dimensions" if isinstance(result, Tensor) else type(result).__name__
+    if not isinstance(result, Tensor) or result.dim() not in (3, 4) or result.shape[0] != 1:
+        what = f"a tensor of {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
         raise ModelFileError(
             f"the network of {name} must give one tensor (1, classes, height, width), it gives {what}; "
             "wrap it in a module that picks the tensor"

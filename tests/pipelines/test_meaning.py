@@ -256,6 +256,7 @@ def test_a_map_of_yes_and_no_is_verified_exported_and_scored_as_one(folder: Path
         assert (dataset.count, dataset.nodata, dataset.descriptions) == (1, 255, ("class 1",))
     result_of(outsize_here("--json", "export", "p.zarr", "p.png"))
     result_of(outsize_here("--json", "report", "p.zarr", "p.html"))
+    assert "binary, activation none, yes above 0.5" in (folder / "p.html").read_text()
 
 
 def test_classes_of_two_bytes_reach_every_command(folder: Path) -> None:
