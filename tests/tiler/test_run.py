@@ -316,7 +316,9 @@ def test_wrong_arguments_are_refused(tmp_path: Path, client: Client) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x.long()
 
-    with pytest.raises(UsageError, match=r"class numbers in one channel, .* in 3 channels; end it with \.to\(torch\.uint8\)"):
+    with pytest.raises(
+        UsageError, match=r"class numbers in one channel, .* in 3 channels; end it with \.to\(torch\.uint8\)"
+    ):
         run(source, analyze_network(Whole(), bands=3), tmp_path / "o.zarr", client)
     assert not (tmp_path / "o.zarr").exists()
     assert issubclass(UsageError, TilerError)
