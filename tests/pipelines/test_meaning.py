@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from ..support.rasters import write_geotiff
 
+pytestmark = pytest.mark.system
+
 SHAPE = (150, 131)
 NODATA = 0
 

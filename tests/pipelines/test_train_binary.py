@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from ..support.rasters import write_geotiff
 from ..support.train_commands import done, refusal
 
+pytestmark = pytest.mark.system
+
 SHAPE = (128, 160)
 TINY = ("--widths", "6", "--core", "96", "--step", "tiles:1", "--warm-up", "1", "--memory", "1GB", "--threads", "1",
         "--validation", "0.3", "--block", "16", "--lr", "0.02", "--ema", "0", "--augment", "none")  # fmt: skip
