@@ -215,7 +215,7 @@ def _convert(script: torch.jit.ScriptModule, path: Path) -> ExportedNetwork:
 def _list_tensors(script: torch.jit.ScriptModule) -> list[Tensor]:
     """Weights, also where freezing made constants of them."""
     # Held, since nodes die with their graph.
-    graph = script.inlined_graph
+    graph: Any = script.inlined_graph
     constants = [node.t("value") for node in graph.findAllNodes("prim::Constant") if _is_tensor(node)]
     return [*script.state_dict().values(), *constants]
 
