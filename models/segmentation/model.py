@@ -165,6 +165,8 @@ class TileNetwork(nn.Module):
         self.output: Output = output
         self.meaning = meaning or Meaning(channels=0, task="multiclass", activation="none")
         self.classes = classes
+        # Numbers, which torch.compile takes as they are.
+        self._bounds = (self.meaning.bound(torch.float32), self.meaning.bound(torch.float64))
         dtype = network_dtype(network)
         self.register_buffer("subtract", torch.tensor(scaling.subtract, dtype=dtype)[None, :, None, None])
         self.register_buffer("divide", torch.tensor(scaling.divide, dtype=dtype)[None, :, None, None])
@@ -179,7 +181,7 @@ class TileNetwork(nn.Module):
     @property
     def bound(self) -> float | None:
         """Of a binary task: what its channel must be above for a yes."""
-        return self.meaning.bound(torch.float32) if self.meaning.task == "binary" else None
+        return self._bounds[0] if self.meaning.task == "binary" else None
 
     def logits(self, x: Tensor) -> Tensor:
         return with_channel(self.network((x.to(self.subtract.dtype) - self.subtract) / self.divide))
@@ -199,7 +201,7 @@ class TileNetwork(nn.Module):
         if meaning.activation == "argmax":
             return self._numbers(values)
         if meaning.task == "binary":
-            return (_full(values) > meaning.bound(values.dtype)).to(torch.uint8)
+            return (_full(values) > self._bounds[values.dtype == torch.float64]).to(torch.uint8)
         return values.argmax(dim=1, keepdim=True).to(torch.uint8 if values.shape[1] <= _BYTE_CLASSES else torch.int32)
 
     def _numbers(self, values: Tensor) -> Tensor:
