@@ -68,7 +68,7 @@ def run_dry(console: Console, scenes: list[Scene], options: SegmentOptions, fold
     for scene in scenes:
         said: dict[str, Any] = {"name": scene.name, "source": list(scene.paths), "out": str(_place(folder, scene))}
         try:
-            raster, _, network = preparation.open(scene.paths)
+            raster, _, network = preparation.open(scene.paths, scene.bands)
             plan = make_plan(console, options, raster, network, dashboard=dashboard, to_store=is_remote(folder))
         except TilerError as error:
             rows.append([scene.name, "cannot be planned", "", "", "", "", ""])
@@ -132,7 +132,7 @@ def run_batch(
             out = _place(folder, scene)
             scene_began = time.perf_counter()
             try:
-                raster, model, network = preparation.open(scene.paths)
+                raster, model, network = preparation.open(scene.paths, scene.bands)
                 if model is not told:
                     for line in explain_model(model):
                         console.remark(line)
@@ -187,7 +187,7 @@ def _place(folder: Path, scene: Scene) -> Path:
 def _count_pixels(preparation: Preparation, scene: Scene) -> int:
     """Of one scene, for the display; 0 where it cannot be opened, which its turn tells."""
     try:
-        height, width = preparation.open(scene.paths)[0].shape_yx
+        height, width = preparation.open(scene.paths, scene.bands)[0].shape_yx
     except Exception:  # noqa: BLE001
         return 0
     return height * width

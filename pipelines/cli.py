@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from .. import __version__
+from ..tiler.dask_trouble import find_dask_trouble
 from ..tiler.errors import TilerError
 from ..tiler.process_end import end_with
 from .cli_face import face
@@ -477,12 +478,13 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(EXIT_FAILED) from None
     except Exception as error:  # noqa: BLE001 - the last line of defence
-        from .console import printable
+        from .console import one_line, printable
 
         if debug:
             traceback.print_exc()
+        error = find_dask_trouble(error) or error
         if isinstance(error, TilerError):
-            print(printable(f"outsize: error: {error}"), file=sys.stderr)
+            print(f"outsize: error: {one_line(error)}", file=sys.stderr)
             _end(words, error.exit_code, str(error))
         reason = (str(error).strip().splitlines() or [""])[0]
         print(printable(f"outsize: unexpected {type(error).__name__}: {reason} (--debug shows where)"), file=sys.stderr)

@@ -112,7 +112,24 @@ face_train_options = together(
         show_default=True,
         help="Samples that go through the embedder together; threads and ranks share these.",
     ),
-    option("--steps", type=click.IntRange(1), default=1000, show_default=True),
+    option(
+        "--steps",
+        type=click.IntRange(1),
+        default=1000,
+        show_default=True,
+        help="In all; of a training that is there they can be raised.",
+    ),
+    option(
+        "--init",
+        metavar="FOLDER|FILE",
+        help="Weights to start from: the folder of another training, or one of its generations, with its rows of "
+        "identities of the same names; or a file of an embedder's weights (.safetensors, .pt).",
+    ),
+    option(
+        "--grow",
+        is_flag=True,
+        help="The training that is in OUT goes on with the identities and pictures that the source has by now.",
+    ),
     option("--optimiser", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True),
     option(
         "--lr",
@@ -205,4 +222,6 @@ def make_face_training(out: Path, options: dict[str, Any]) -> Any:
         options["dim"] = 128 if network == "small" else 512
     if options["warm_up"] is None:
         options["warm_up"] = options["steps"] // 20
+    if options["init"] is not None:
+        options["init"] = str(Path(options["init"]).absolute())
     return FaceTraining(out=str(out.absolute()), source=source, synthetic=synthetic, threads=1, **options)

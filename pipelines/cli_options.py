@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .option_types import MaskBand, NodataValue, Numbers, option, together
+from .option_types import Bands, MaskBand, NodataValue, Numbers, option, together
 
 overwrite_option = option("--overwrite", is_flag=True, help="Replace an existing output.")
 model_options = together(
@@ -136,7 +136,13 @@ planning_options = together(
 )
 reading_options = together(
     option("--axes", metavar="ORDER", help="Order of a Zarr array's dimensions, such as yxb."),
-    option("--bands", type=Numbers(int), metavar="N,N,...", help="Bands to read, from 1, in this order."),
+    option(
+        "--bands",
+        type=Bands(),
+        metavar="B,B,...",
+        help="Bands to read, in this order, by number from 1 or by name: 3,2,1,4 or B04,B03,B02,B08. Without it a "
+        "model's bands are found by name where the file names its own.",
+    ),
     option(
         "--nodata",
         type=NodataValue(),
@@ -151,6 +157,11 @@ reading_options = together(
         type=MaskBand(),
         metavar="N=V,V,...",
         help="Band N is a mask; where it holds one of the values, a pixel is nodata.",
+    ),
+    option(
+        "--apply-scale",
+        is_flag=True,
+        help="Read number * scale + offset, as the file's tags say; without it the numbers that are stored.",
     ),
 )
 writing_options = together(
@@ -197,6 +208,7 @@ def make_read_options(options: dict[str, Any]) -> Any:
         alpha=options["alpha"],
         mask_band=mask[0],
         mask_values=mask[1],
+        apply_scale=options["apply_scale"],
     )
 
 

@@ -69,6 +69,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
+def one_line(text: object) -> str:
+    """A name, or what was found in a file, that cannot begin a line of its own."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 def _rate(pixels: int, seconds: float) -> str:
     return f"{pixels / seconds / 1e6:.2f} Mpx/s" if seconds > 0 else ""
 

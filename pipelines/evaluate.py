@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from ..models.segmentation.metrics import Confusion
 from ..tiler.errors import UsageError
 from ..tiler.geometry import Grid
-from ..tiler.labels import UNLABELLED, LabelOptions, Labels, open_labels
+from ..tiler.labels import UNLABELLED, LabelOptions, Labels, describe_ignored, open_labels
 from ..tiler.memory import format_bytes
 from ..tiler.meter import MemoryMeter
 from ..tiler.plan import TilePlan
@@ -45,6 +45,9 @@ class Comparison:
 def run_evaluate(console: Console, pairs: Sequence[tuple[Path, str]], options: LabelOptions) -> None:
     """Count every pixel where both a map and its labels hold a class, block by block."""
     opened = [_open_pair(out, labels, options) for out, labels in pairs]
+    for entry in opened:
+        if entry.labels.note:
+            console.remark(entry.labels.note)
     first = opened[0]
     for other in opened[1:]:
         if other.names != first.names:
@@ -53,10 +56,15 @@ def run_evaluate(console: Console, pairs: Sequence[tuple[Path, str]], options: L
                 f"{other.out} {', '.join(other.names)}"
             )
     done: list[tuple[Comparison, Confusion]] = []
+    left_out: list[str] = []
     pixels = sum(entry.shape[0] * entry.shape[1] for entry in opened)
     with MemoryMeter() as meter, console.step("evaluate", pixels) as step:
         for entry in opened:
-            done.append((entry, _count(entry, step, meter)))
+            confusion, ignored = _count(entry, step, meter)
+            done.append((entry, confusion))
+            left_out += [describe_ignored(entry.labels.path, ignored)] if ignored else []
+    for line in left_out:
+        console.remark(line)
     total = sum((confusion for _, confusion in done[1:]), done[0][1])
     names = [*first.names] or [str(value) for value in range(len(total.counts))]
     text = _describe(total, names, meter.peak_bytes)
@@ -102,7 +110,8 @@ def _open_pair(out: Path, labels: str, options: LabelOptions) -> Comparison:
     return Comparison(out=out, labels=found, names=names, count=count, shape=(height, width))
 
 
-def _count(entry: Comparison, step: Any, meter: MemoryMeter) -> Confusion:
+def _count(entry: Comparison, step: Any, meter: MemoryMeter) -> tuple[Confusion, Mapping[int, int]]:
+    """How map and labels agree, and pixels of each value of the labels that means no class."""
     count = entry.count
     total = Confusion(counts=np.zeros((count, count), np.int64))
     predicted = open_array(entry.out, "class")
@@ -120,12 +129,13 @@ def _count(entry: Comparison, step: Any, meter: MemoryMeter) -> Confusion:
             )
         total += Confusion.count(truth, mapped, count, UNLABELLED)
         step.advance(window.pixels, describe_memory(meter.current_bytes))
+    ignored = dict(reader.ignored)
     reader.close()
     if not total.pixels:
         raise UsageError(
             f"{entry.out} and {entry.labels.path} have no pixel in common that both know; are they of one scene?"
         )
-    return total
+    return total, ignored
 
 
 def score_values(total: Confusion, names: Sequence[str]) -> dict[str, Any]:

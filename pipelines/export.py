@@ -19,6 +19,7 @@ from rasterio.windows import Window as RasterioWindow
 from ..tiler.errors import OutputError, UsageError
 from ..tiler.files import upload
 from ..tiler.geometry import Grid
+from ..tiler.georeference import to_rasterio
 from ..tiler.memory import format_bytes
 from ..tiler.meter import MemoryMeter
 from ..tiler.places import is_remote
@@ -87,8 +88,7 @@ def _write_cog(console: Console, out: Path, header: dict[str, Any], target: Path
                 width=width,
                 count=bands,
                 dtype=raster.dtype,
-                crs=raster.place.crs,
-                transform=raster.place.affine if raster.place.transform else None,
+                **to_rasterio(raster.place),
                 nodata=output_nodata(raster.dtype),
                 tiled=True,
                 blockxsize=_BLOCK,

@@ -62,7 +62,8 @@ def load_face_training(
     found = list_generations(out)
     for place, generation in enumerate(found):
         try:
-            load_checkpoint(head, out, step=generation.step)
+            # Classes that came since are behind those that were saved.
+            load_checkpoint(head, out, step=generation.step, grow=True)
             backbone, moments = generation.read_extra(BACKBONE), generation.read_extra(OPTIMISER)
             cursor = json.loads(generation.read_extra(CURSOR))
         except (HeadError, OSError) as error:

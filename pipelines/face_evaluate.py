@@ -16,7 +16,9 @@ from ..models.faceid.embedder_file import load_embedder
 from ..models.faceid.errors import HeadError
 from ..models.faceid.identification import RANKS, Identification, measure_identification, split_pictures
 from ..models.faceid.images import ImageError, find_people
+from ..models.faceid.name_list import compose
 from ..models.faceid.pair_list import PairList, Shot, read_pairs
+from ..models.faceid.plain_file import open_plain
 from ..models.faceid.top_k import exact_scores, unit_rows
 from ..models.faceid.verification import (
     FoldAccuracy,
@@ -153,17 +155,18 @@ def _load(console: Console, options: EvaluateOptions) -> _Faces:
     if not pictures.paths:
         raise ImageError(f"none of the pictures in {options.images} can be used; what is wrong stands above")
     values = {**pictures.counts(), "embedder": embedder.sha256, "embedder_source": embedder.source}
-    stems = [path.stem for path in pictures.paths]
+    stems = [compose(path.stem) for path in pictures.paths]
     return _Faces(unit=pictures.embeddings, names=pictures.names, stems=stems, values=values)
 
 
 def _read_embeddings(path: Path, labels: Path) -> tuple[npt.NDArray[np.float32], list[str]]:
     vectors = _read_array(path)
     if labels.suffix == ".npy":
-        names = [str(label) for label in np.atleast_1d(_read_array(labels)).tolist()]
+        names = [compose(str(label)) for label in np.atleast_1d(_read_array(labels)).tolist()]
     else:
         try:
-            names = labels.read_text(encoding="utf-8").splitlines()
+            with open_plain(labels) as file:
+                names = compose(file.read().decode()).removesuffix("\n").replace("\r\n", "\n").split("\n")
         except (OSError, ValueError) as error:
             raise UsageError(f"{labels} must be labels, one a line, that can be read: {reason_of(error)}") from error
     if vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
@@ -176,7 +179,7 @@ def _read_embeddings(path: Path, labels: Path) -> tuple[npt.NDArray[np.float32],
 def _read_array(path: Path) -> npt.NDArray[Any]:
     """Of plain values: an array of Python objects is a pickle, which could run code."""
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             if file.read(6) != b"\x93NUMPY":
                 raise UsageError(f"{path} must be an array of numpy.save, got another kind of file")
             file.seek(0)

@@ -18,7 +18,7 @@ from ..models.faceid.search import Tell
 from ..tiler.errors import OutputError, UsageError
 from ..tiler.memory import format_bytes, parse_bytes
 from ..tiler.meter import MemoryMeter
-from .console import Console, count_of, format_table
+from .console import Console, count_of, format_table, one_line
 from .face_pictures import BATCH, Pictures, embed_people, group_by_person
 
 SHOWN = 20
@@ -69,7 +69,7 @@ def run_enroll(console: Console, options: EnrollOptions) -> bool:
         names, templates = group_by_person(pictures, each=options.templates == "each")
         lost = sorted(found.people.keys() - set(names) - {path for path, _ in pictures.failed})
         reason = "not one of its pictures can be used"
-        console.remark_first([f"{name}: {reason}" for name in lost], "without a picture that can be used")
+        console.remark_first([one_line(f"{name}: {reason}") for name in lost], "without a picture that can be used")
         pictures.failed += [(name, reason) for name in lost]
         with nullcontext(gallery) if gallery is not None else _created(options, embedder) as gallery:
             of = gallery.calibration.of if gallery.calibration else "enrolled"
@@ -149,15 +149,14 @@ def _store(
 def run_remove(console: Console, place: Path, names: tuple[str, ...]) -> None:
     """Remove persons; their names and templates are in no file afterwards."""
     gallery = Gallery.open(place)
-    before = gallery.calibration
+    before, count = gallery.calibration, len(gallery.find(names))
     with searching(console) as tell:
         templates = gallery.remove(names, calibrate=before is not None, tell=tell)
     if before is not None:
         _remark_calibration(console, gallery, before.of)
     console.result(
-        f"{place}: {count_of(len(set(names)), 'person')} removed with {count_of(templates, 'template')}; "
-        f"{_sentence(gallery)}",
-        {**describe(gallery), "removed_people": len(set(names)), "removed_templates": templates},
+        f"{place}: {count_of(count, 'person')} removed with {count_of(templates, 'template')}; {_sentence(gallery)}",
+        {**describe(gallery), "removed_people": count, "removed_templates": templates},
     )
 
 

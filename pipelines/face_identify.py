@@ -21,7 +21,7 @@ from ..tiler.machine import cpu_count, torch_threads
 from ..tiler.memory import parse_bytes
 from ..tiler.meter import MemoryMeter
 from ..tiler.process_end import end_with
-from .console import Console, count_of
+from .console import Console, count_of, one_line
 from .face import require_cores
 from .face_gallery import open_gallery, require_memory, searching
 from .face_pictures import BATCH, Pictures, embed_files
@@ -166,11 +166,11 @@ def _describe_answer(gallery: Gallery, path: Path, answer: Answer) -> dict[str, 
 def _answer_sentence(gallery: Gallery, path: Path, answer: Answer) -> str:
     if not answer.matches:
         nearest = f" (nearest {answer.nearest:.4f})" if gallery.people else " (the gallery is empty)"
-        return f"{path}: unknown{nearest}"
+        return f"{one_line(path)}: unknown{nearest}"
     parts = []
     for match in answer.matches:
         parts.append(f"{match.name} {match.score:.4f}{_rate_sentence(gallery, match.score)}")
-    return f"{path}: {', '.join(parts)}"
+    return f"{one_line(path)}: {', '.join(parts)}"
 
 
 def _rate_sentence(gallery: Gallery, score: float) -> str:

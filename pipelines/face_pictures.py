@@ -19,8 +19,9 @@ from ..models.faceid.embedder_file import Embedder
 from ..models.faceid.errors import HeadError
 from ..models.faceid.images import ImageError, PeopleFolder, read_picture
 from ..models.faceid.name_list import require_name
+from ..models.faceid.plain_file import open_plain
 from ..models.faceid.top_k import unit_rows
-from .console import Console, count_of
+from .console import Console, count_of, one_line
 
 BATCH = 32
 """Pictures that are embedded at once."""
@@ -81,7 +82,7 @@ def embed_people(console: Console, embedder: Embedder, found: PeopleFolder, *, r
 def describe_stray(found: PeopleFolder) -> str:
     """Files that are not used, the first by its name."""
     such = "such as " if len(found.stray) > 1 else ""
-    return f"{count_of(len(found.stray), 'file')} left alone ({such}{found.stray[0].name})"
+    return f"{count_of(len(found.stray), 'file')} left alone ({such}{one_line(found.stray[0].name)})"
 
 
 def embed_files(console: Console, embedder: Embedder, paths: Iterable[Path], *, resize: bool) -> Pictures:
@@ -130,7 +131,7 @@ def _read(
     for path, name in pairs:
         try:
             if unique:
-                with path.open("rb") as file:
+                with open_plain(path) as file:
                     content = hashlib.file_digest(file, "sha256").digest()
                 other, owner = seen.setdefault(content, (path, name))
                 if other != path and owner == name:
@@ -152,7 +153,7 @@ def _read(
 
 def _remark(console: Console, result: Pictures) -> None:
     """One line for each kind of thing that a user should know, and for each of the first pictures that failed."""
-    failed = [f"{path}: {reason}" for path, reason in result.failed]
+    failed = [one_line(f"{path}: {reason}") for path, reason in result.failed]
     console.remark_first(failed, "cannot be used; outsize --json names all" if result.paths else "cannot be used")
     if result.doubled:
         console.remark(f"{count_of(result.doubled, 'picture')} left out: the same file comes twice for one person")

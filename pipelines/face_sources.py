@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..models.faceid.face_source import FaceSource, PictureFiles, Read, RecordPictures, Whole, hold_out
+from ..models.faceid.face_source import FaceSource, PictureFiles, Read, RecordPictures, Roll, Whole, hold_out, keep_roll
 from ..models.faceid.image_list import SUFFIXES, read_image_list
 from ..models.faceid.images import find_people
+from ..models.faceid.plain_file import open_plain
 from ..models.faceid.record_io import RecordFile
 from ..sample_data.faces import OUTSIDE_TRAINING
 from ..sample_data.identities import Nuisances, draw_faces
@@ -65,6 +66,11 @@ class SyntheticFaces:
         self._first_identity, self._first_sample = first_identity, first_sample
         self.identities = samples.identities
 
+    @property
+    def names(self) -> Sequence[str]:
+        """Faces of one seed and number are one person's."""
+        return [f"synthetic {self._seed} {self._first_identity + number}" for number in range(self.identities)]
+
     def __len__(self) -> int:
         return len(self._samples)
 
@@ -106,6 +112,7 @@ def open_faces(
     held_out: int | None,
     seed: int,
     synthetic: SyntheticOptions,
+    roll: Roll | None = None,
 ) -> OpenedFaces:
     """Open a source; no picture is decoded but some to learn their size.
 
@@ -114,6 +121,8 @@ def open_faces(
         size: (height, width) of the pictures; None: 32 x 32 of synthetic ones, that of most of others.
         resize: scale pictures of other sizes, of the same shape.
         held_out: identities to measure with; None: 500, or a twentieth of the real ones.
+        roll: of the training that goes on, which tells the classes and whom it is measured with; synthetic ones have
+            their numbers.
 
     Raises:
         UsageError: no such source, too few identities, values out of range.
@@ -126,6 +135,11 @@ def open_faces(
     if path.suffix.lower() == ".rec":
         records = RecordFile(path)
         left_out += records.damaged
+        if records.mixed:
+            remarks.append(
+                f"{records.mixed:,} of {count_of(records.identity_records, 'identity record')} in {path.name} list "
+                "pictures of several labels: the pictures' own labels count"
+            )
         tried = _spread(len(records.keys))
         named = [(records.name_of(int(records.keys[place])), partial(records.read, place)) for place in tried]
         source = RecordPictures(records, _choose_size(named, size, resize=resize), resize=resize)
@@ -159,7 +173,7 @@ def open_faces(
             remarks.append(f"{len(paths):,} pictures: not compared with each other, as up to {MOST_COMPARED:,} are")
         named = [(paths[place], partial(Path, paths[place])) for place in _spread(len(paths))]
         source = PictureFiles(paths, labels, names, _choose_size(named, size, resize=resize), resize=resize)
-    return _part(text, source, held_out, seed, remarks, left_out)
+    return _part(text, source, held_out, seed, roll, remarks, left_out)
 
 
 def _part(
@@ -167,6 +181,7 @@ def _part(
     source: FaceSource,
     held_out: int | None,
     seed: int,
+    roll: Roll | None,
     remarks: list[str],
     left_out: list[tuple[str, str]],
 ) -> OpenedFaces:
@@ -179,6 +194,9 @@ def _part(
         remarks.append(
             f"{single:,} of {source.identities:,} identities have one picture, which does not show how they vary"
         )
+    if roll is not None:
+        training, kept = keep_roll(source, roll)
+        return OpenedFaces(training=training, held_out=kept, remarks=remarks, left_out=left_out)
     several = int((pictures > 1).sum())
     count = min(HELD_OUT, source.identities // 20, several) if held_out is None else held_out
     training, kept = hold_out(source, count, seed)
@@ -232,7 +250,10 @@ def _choose_size(
     for name, give in pictures:
         try:
             picture = give()
-            with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+            with (
+                io.BytesIO(picture) if isinstance(picture, bytes) else open_plain(picture) as file,
+                Image.open(file) as image,
+            ):
                 sizes[image.height, image.width] += 1
         except (TilerError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             reason = reason or f"{name}: {reason_of(error)}"
@@ -256,14 +277,14 @@ def _find_twins(paths: Sequence[str], labels: Whole) -> dict[int, str]:
     for place, path in enumerate(paths):
         try:
             by_size[Path(path).stat().st_size].append(place)
-        except OSError:
+        except (OSError, ValueError):
             continue  # it is named when it is read
     twins: dict[int, str] = {}
     for places in by_size.values():
         seen: dict[bytes, int] = {}
         for place in places if len(places) > 1 else ():
             try:
-                with Path(paths[place]).open("rb") as file:
+                with open_plain(paths[place]) as file:
                     content = hashlib.file_digest(file, "sha256").digest()
             except OSError:
                 continue

@@ -25,16 +25,18 @@ from ..tiler.machine import cpu_count, map_large_blocks
 from ..tiler.memory import format_bytes
 from .console import Console, count_of
 from .face import available_bytes, require_cores
+from .face_init import InitialWeights, open_initial, require_fit
+from .face_roll import describe_growth, find_changes, note_change, read_roll, write_roll
 from .face_sources import SYNTHETIC, OpenedFaces
 from .face_trainer import train_rank
 from .face_training import FaceTraining, write_spec
 from .face_validation import describe_scores
 from .ranks import INTERRUPTED, RankError, RankRefusedError, joined_torchrun, leave_ranks, run_ranks
 from .torchrun import is_started_by_torchrun, require_torchrun_ranks
-from .training_folder import describe_training, owning_folder, require_same_training
+from .training_folder import describe_training, owning_folder, read_training
 
 _STRANGE = "must be a new or empty folder, or hold this training, got {name} there"
-_NOT_THE_TRAJECTORY = ("out", "threads", "save_every", "evaluate_every", "source")
+_NOT_THE_TRAJECTORY = ("out", "threads", "save_every", "evaluate_every", "source", "init", "grow")
 """Of `FaceTraining`: what may differ from call to call."""
 
 
@@ -138,9 +140,24 @@ def _prepare(console: Console, training: FaceTraining, ranks: int, memory: str |
         seed=training.seed,
         ranks=ranks,
     )
-    model = training.describe_embedder(faces.training.size).build(recompute=training.recompute)
+    description, out = training.describe_embedder(faces.training.size), Path(training.out)
+    model = description.build(recompute=training.recompute)
+    generations = list_generations(out)
+    initial = None
+    if training.init is not None and not generations:
+        initial = open_initial(Path(training.init))
+        require_fit(initial, model, description)
     fingerprint = _fingerprint(training, faces)
-    require_same_training(Path(training.out), fingerprint, "choose another folder")
+    began_with = _settle_init(out, training, initial)
+    if began_with is not None:
+        fingerprint["init"] = began_with
+    step = generations[0].step if generations else None
+    said, change = find_changes(out, fingerprint, step, grow=training.grow)
+    before = read_training(out)
+    if before is not None and "faces" in change:
+        said.append(describe_growth(read_roll(out), before["data"], faces.training))
+    for line in said:
+        console.remark(f"{out}: {line}")
     plan = plan_head(
         faces.training.identities,
         training.dim,
@@ -174,8 +191,30 @@ def _prepare(console: Console, training: FaceTraining, ranks: int, memory: str |
         "parameters": sum(p.numel() for p in model.parameters()),
         "predicted_bytes": total,
     }
-    describe_training(Path(training.out), fingerprint, data)
+    describe_training(out, fingerprint, data)
+    if change:
+        note_change(out, fingerprint, change, data)
+    if not training.source.startswith(SYNTHETIC):
+        write_roll(out, faces.training, faces.held_out)
     return faces
+
+
+def _settle_init(out: Path, training: FaceTraining, initial: InitialWeights | None) -> dict[str, str] | None:
+    """What the training begins, or has begun, with, for its fingerprint.
+
+    Args:
+        initial: read, where nothing is saved yet.
+    """
+    if initial is not None:
+        return initial.to_fingerprint()
+    found = read_training(out)
+    began_with = found["fingerprint"].get("init") if found is not None else None
+    if training.init is None:
+        # What is saved goes on without it; what is not has to begin with it again.
+        return began_with if list_generations(out) else None
+    if began_with is not None and began_with["source"] == training.init:
+        return began_with
+    return {"source": training.init, "sha256": "not read"}
 
 
 def plan_embedder_bytes(model: nn.Module, size: tuple[int, int], held: int, computed: int) -> int:

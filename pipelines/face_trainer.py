@@ -30,12 +30,14 @@ from ..tiler.meter import MemoryMeter
 from ..tiler.process_end import end_with
 from .console import Console
 from .face_checkpoint import load_face_training, save_face_training
+from .face_init import InitialWeights, describe_start, load_rows, open_initial, require_fit
 from .face_report import write_face_report
 from .face_sources import OpenedFaces
 from .face_training import FaceTraining
 from .face_validation import Measured, describe_scores, measure_embedder
 from .interrupts import StopAfterStep
 from .ranks import run_as_rank
+from .training_folder import read_training
 from .training_log import TrainingLog
 from .unusable_pictures import UnusablePictures, read_unusable
 
@@ -86,6 +88,8 @@ class _Run:
         self.first = load_face_training(self.head, self.model, self.optimiser, self.out, console)
         self.step = self.saved = self.first
         self.is_first = self.ranks.rank == 0
+        if training.init is not None and not list_generations(self.out):
+            self._start_from(open_initial(Path(training.init)))
         # A finished training is only measured, once more.
         validated = self.first - (self.first == training.steps)
         self.log = TrainingLog(self.out / LOG, self.first, validated) if self.is_first else None
@@ -95,6 +99,17 @@ class _Run:
         self.stop, self.skipped, self.seconds = StopAfterStep(), 0, 0.0
         self.losses: list[float] = []
         self.grey: set[str] = set()
+
+    def _start_from(self, initial: InitialWeights) -> None:
+        """Of another training or a file: the embedder, and rows of identities that have some there."""
+        begun = read_training(self.out)
+        if begun is None or begun["fingerprint"].get("init") != initial.to_fingerprint():
+            raise TrainingError(f"{initial.source} has changed while the training began; give the same command again")
+        require_fit(initial, self.model, self.description)
+        names = list(self.faces.training.names)
+        new = load_rows(self.head, initial, names, self.training.source)
+        if self.is_first:
+            self.console.remark(f"{self.out}: {describe_start(initial, names, new)}")
 
     def train(self) -> None:
         """Step after step; all ranks stop after the same one."""

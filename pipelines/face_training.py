@@ -10,6 +10,7 @@ from typing import Any
 from ..models.faceid.embedder_file import EmbedderDescription
 from ..models.faceid.rate_schedule import RateSchedule
 from ..sample_data.identities import PIXEL_MEAN, PIXEL_SCALE
+from .face_roll import read_roll
 from .face_sources import OpenedFaces, SyntheticOptions, open_faces
 
 
@@ -61,6 +62,10 @@ class FaceTraining:
     save_every: int
     evaluate_every: int
     """Steps; 0: at the end alone."""
+    init: str | None = None
+    """Weights to start from: a training's folder or a file; None: random ones."""
+    grow: bool = False
+    """The training that is there gets the identities and pictures that the source has by now."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> FaceTraining:
@@ -80,6 +85,7 @@ class FaceTraining:
             held_out=self.held_out,
             seed=self.seed,
             synthetic=synthetic,
+            roll=read_roll(Path(self.out)),
         )
 
     def describe_embedder(self, size: tuple[int, int]) -> EmbedderDescription:

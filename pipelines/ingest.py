@@ -12,6 +12,7 @@ from ..tiler.geometry import Window
 from ..tiler.memory import format_bytes
 from ..tiler.plan import format_seconds
 from ..tiler.raster import Raster, ReadOptions, open_with
+from ..tiler.raster_notes import list_notes
 from ..tiler.raster_parts import open_mosaic, open_stack
 from ..tiler.store import ZarrFormat
 from ..tiler.transfer import TransferProgress, TransferSummary, copy_raster
@@ -54,6 +55,8 @@ def run_ingest(console: Console, options: IngestOptions, target: Path, cluster: 
     """Copy rasters, pixel by pixel equal, with their georeference, nodata and band names; tell what cannot be read."""
     refuse_picture_name("ingest", target)
     raster = _open(options)
+    for word, text in list_notes(raster):
+        console.remark(f"{word:<9} {text}")
     with ExitStack() as shown:
         listener = _Listener(console, raster, shown)
         summary = copy_raster(
@@ -78,6 +81,8 @@ def run_ingest(console: Console, options: IngestOptions, target: Path, cluster: 
 def _sentence(raster: Raster, summary: TransferSummary, target: Path) -> str:
     bands, height, width = summary.shape
     place = "georeferenced" if raster.place.crs_wkt else "no CRS"
+    if raster.place.points:
+        place = f"{len(raster.place.points)} ground control points"
     nodata = f", nodata {raster.nodata:g}" if raster.nodata is not None else ""
     mask = ", mask" if summary.masked else ""
     bad = f", {summary.unreadable_pixels} px UNREADABLE and nodata" if summary.unreadable else ""

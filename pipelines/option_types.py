@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ import click
 EXIT_FAILED, EXIT_SOME_FAILED, EXIT_INTERRUPTED = 1, 3, 130
 """Beside click's own 2, of a wrong call. Some: tiles, windows or pictures; the rest is done."""
 
+_NUMBER = re.compile(r"[+-]?[\d.]+(e[+-]?\d+)?", re.IGNORECASE)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -88,6 +90,20 @@ class Numbers(click.ParamType):
         if self.count is not None and len(numbers) != self.count:
             self.fail(f"{self.count} numbers between commas, got {value!r}", param, ctx)
         return numbers
+
+
+class Bands(click.ParamType):
+    """Bands between commas, by number or by name; a list in a TOML file."""
+
+    name = "bands"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
+        texts = [str(part).strip() for part in parts]
+        # A fraction or a sign is a number that was meant for something else.
+        if not all(text and (text.isdecimal() or not _NUMBER.fullmatch(text)) for text in texts):
+            self.fail(f"numbers between commas, from 1, or names, got {value!r}", param, ctx)
+        return tuple(int(text) if text.isdecimal() else text for text in texts)
 
 
 class Size(click.ParamType):

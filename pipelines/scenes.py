@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from ..tiler.band_names import band_name_of
 from ..tiler.errors import UsageError
 from ..tiler.files import find_matching
 from ..tiler.places import OBJECT_STORES, place_of, scheme_of
@@ -28,6 +29,8 @@ class Scene:
     """Its output is DIR/NAME.zarr."""
     paths: tuple[str, ...]
     """One raster, or several that are the bands of one."""
+    bands: tuple[str, ...] = ()
+    """Their names as a STAC item gives them; empty: the files' own."""
 
     @property
     def label(self) -> str:
@@ -129,7 +132,19 @@ def _read_stac(file: Path, assets: Sequence[str]) -> Iterator[Scene]:
         for key in chosen:
             if key not in known or "href" not in known[key]:
                 raise UsageError(f"{item} has no asset {key}, it has: {there}")
-        yield Scene(name=_as_file_name(name), paths=tuple(_resolve(file, known[key]) for key in chosen))
+        named = [_find_band_names(known[key]) for key in chosen]
+        yield Scene(
+            name=_as_file_name(name),
+            paths=tuple(_resolve(file, known[key]) for key in chosen),
+            # What one of them leaves open the files may say.
+            bands=tuple(band for bands in named for band in bands) if all(named) else (),
+        )
+
+
+def _find_band_names(asset: dict[str, Any]) -> list[str]:
+    """Of an asset's bands, as STAC 1.1 (`bands`) or its extension eo before that (`eo:bands`) names them."""
+    entries = asset.get("bands") or asset.get("eo:bands")
+    return [band_name_of(entry) for entry in entries] if isinstance(entries, list) else []
 
 
 def _resolve(file: Path, asset: dict[str, Any]) -> str:

@@ -6,13 +6,14 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..models.segmentation.meaning import Activation, Task
 from ..models.segmentation.model import Output, SegmentationModel, as_tile_network, describe_output, meaning_of
 from ..models.segmentation.sources import load_model
+from ..tiler.bounds import window_of_bounds
 from ..tiler.check import StartCheck
 from ..tiler.cluster import ClusterKeeper, ClusterOptions
 from ..tiler.errors import TilerError, UsageError
@@ -29,7 +30,6 @@ from ..tiler.events import (
     TileFinished,
 )
 from ..tiler.geometry import Window
-from ..tiler.georeference import window_of_bounds
 from ..tiler.machine import has_int8_instructions, measure_flops_per_s
 from ..tiler.memory import find_budget, format_bytes
 from ..tiler.memory_probe import memory_lookup
@@ -40,6 +40,8 @@ from ..tiler.precision_loss import PrecisionLoss
 from ..tiler.proof import prove_network
 from ..tiler.quantise import require_quantiser
 from ..tiler.raster import Raster, ReadOptions, fill_values, open_with
+from ..tiler.raster_bands import BandMatch, match_bands
+from ..tiler.raster_notes import list_notes
 from ..tiler.raster_parts import open_stack
 from ..tiler.run import predict
 from ..tiler.run_summary import RunSummary
@@ -122,45 +124,81 @@ class Preparation:
 
     def __init__(self, options: SegmentOptions) -> None:
         self._options = options
+        self._models: dict[int, SegmentationModel] = {}
+        self.match: BandMatch | None = None
+        """Of the raster that was opened last."""
         self._known: dict[tuple[int, str], tuple[SegmentationModel, Network]] = {}
 
-    def open(self, paths: Sequence[str]) -> tuple[Raster, SegmentationModel, Network]:
-        """The raster of one path, or of several that are its bands.
+    def open(self, paths: Sequence[str], names: Sequence[str] = ()) -> tuple[Raster, SegmentationModel, Network]:
+        """The raster of one path, or of several that are its bands, with the model's bands in the model's order.
+
+        Args:
+            names: of the bands, in place of the files' own; empty: those.
 
         Raises:
             TilerError: it cannot be read, or the model does not take it.
         """
-        reading = self._options.reading
+        reading = replace(self._options.reading, names=tuple(names) or self._options.reading.names)
         raster = open_with(paths[0], reading) if len(paths) == 1 else open_stack(paths, reading)
+        model = self._load(raster)
+        self.match = match_bands(raster, model.bands, f"model {model.name}")
+        raster = self.match.raster
         key = (raster.bands, str(raster.dtype))
         if key not in self._known:
-            self._known[key] = self.analyse(raster, paths[0])
+            self._known[key] = self.analyse(raster)
         model, network = self._known[key]
         fill_values(model.fill, raster)
         return raster, model, network
 
-    def analyse(self, raster: Raster, source: str) -> tuple[SegmentationModel, Network]:
+    def explain(self, model: SegmentationModel) -> list[str]:
+        """Of the raster that was opened last: which of its bands go into which of the model's, and how."""
+        assert self.match is not None
+        return [
+            f"bands     {self.match}",
+            *(f"{word:<9} {text}" for word, text in list_notes(self.match.raster)),
+            f"scaling   {_explain_scaling(model)}",
+        ]
+
+    def bands_json(self, model: SegmentationModel) -> dict[str, Any]:
+        """The same as plain values."""
+        assert self.match is not None
+        raster = self.match.raster
+        return {
+            "matched": self.match.how,
+            "model": list(model.bands),
+            "raster": list(raster.band_names),
+            "numbers": list(raster.chosen_bands),
+        }
+
+    def _load(self, raster: Raster) -> SegmentationModel:
+        """The model; of a network that does not say it by itself, for so many bands as the raster has."""
+        options = self._options
+        if raster.bands not in self._models:
+            self._models[raster.bands] = load_model(
+                options.model,
+                weights=options.weights,
+                bands=raster.bands,
+                trust=options.trust_model,
+                sha256=options.sha256,
+                weights_key=options.weights_key,
+                task=options.task,
+                activation=options.activation,
+                threshold=options.threshold,
+            )
+        return self._models[raster.bands]
+
+    def analyse(self, raster: Raster) -> tuple[SegmentationModel, Network]:
         """The model, and its network on rasters like this one.
 
         Raises:
             TilerError: the model cannot be loaded or tiled, or does not take the raster's bands.
         """
         options = self._options
-        model = load_model(
-            options.model,
-            weights=options.weights,
-            bands=raster.bands,
-            trust=options.trust_model,
-            sha256=options.sha256,
-            weights_key=options.weights_key,
-            task=options.task,
-            activation=options.activation,
-            threshold=options.threshold,
-        )
+        model = self._load(raster)
         if raster.bands != len(model.bands):
             raise UsageError(
-                f"{source} has {count_of(raster.bands, 'band')}, model {model.name} takes "
-                f"{len(model.bands)} ({', '.join(model.bands)}); choose them with --bands, or give a fitting --model"
+                f"{raster.path} has {count_of(raster.bands, 'band')}, model {model.name} takes {len(model.bands)}; "
+                "give the --model that it was segmented with"
             )
         module = as_tile_network(model, options.output)
         if options.halo is not None:
@@ -169,6 +207,17 @@ class Preparation:
         if options.halo_stride is not None:
             raise UsageError("--halo-stride goes with --halo; give both, or neither")
         return model, analyze_network(module, raster.bands, raster.dtype)
+
+
+def _explain_scaling(model: SegmentationModel) -> str:
+    """What the model does to pixels before its network sees them."""
+    scaling = model.scaling
+    if scaling.kind == "none":
+        return "none, the network sees pixels as they are"
+    pairs = list(zip(scaling.kinds, scaling.subtract, scaling.divide, strict=True))
+    shown = [f"(x - {subtract:.5g}) / {divide:.5g}" for _, subtract, divide in pairs[:4]]
+    more = f", ... ({len(pairs)})" if len(pairs) > len(shown) else ""
+    return f"{', '.join(dict.fromkeys(scaling.kinds))}: {', '.join(shown)}{more}"
 
 
 PROBING = "memory    measuring what the engine adds to this network, once on this machine"
@@ -210,17 +259,19 @@ def warn_of_precision(console: Console, plan: TilePlan) -> None:
 
 def run_plan(console: Console, options: SegmentOptions, *, dashboard: bool = True, to_store: bool = False) -> None:
     """Show every decision that `segment` would make, without reading a pixel."""
-    raster, model, network = Preparation(options).open([options.source])
+    preparation = Preparation(options)
+    raster, model, network = preparation.open([options.source])
     plan = make_plan(console, options, raster, network, dashboard=dashboard, to_store=to_store)
     if plan.precision == "int8":
         require_quantiser()
     warn_of_precision(console, plan)
     speed = measure_flops_per_s(device=plan.device)
     console.result(
-        "\n".join([*explain_model(model), plan.explain(speed)]),
+        "\n".join([*explain_model(model), *preparation.explain(model), plan.explain(speed)]),
         {
             "model": model.name,
             **summarise_meaning(model),
+            "bands": preparation.bands_json(model),
             "plan": plan.to_json(),
             "estimated_s": round(plan.estimate_s(speed), 1),
         },
@@ -312,9 +363,9 @@ def _segment(
     listener: RunListener,
 ) -> RunSummary:
     began = time.perf_counter()
-    raster, model, network = Preparation(options).open([options.source])
-    for line in explain_model(model):
-        console.remark(line)
+    preparation = Preparation(options)
+    raster, model, network = preparation.open([options.source])
+    console.remark("\n".join([*explain_model(model), *preparation.explain(model)]))
     listener.model = model.name
     try:
         summary = segment_raster(raster, model, network, out, options, cluster, writing, listener, since=began)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shlex
 import sys
 import time
@@ -28,6 +27,7 @@ from ..models.segmentation.sources import save_model
 from ..models.segmentation.trainer import StepRecord, Trainer
 from ..models.segmentation.unet import Norm, UNet
 from ..models.segmentation.validation import Validation, ValidationTile, validate
+from ..tiler.band_names import is_named
 from ..tiler.errors import OutputError, UsageError
 from ..tiler.fingerprint import fingerprint_raster
 from ..tiler.labels import LabelOptions, identify_labels
@@ -36,8 +36,11 @@ from ..tiler.memory import MB, format_bytes
 from ..tiler.meter import MemoryMeter
 from ..tiler.plan import format_seconds
 from ..tiler.raster import Raster, ReadOptions, open_with
+from ..tiler.raster_bands import BandMatch, match_bands
+from ..tiler.raster_notes import list_notes
 from ..tiler.reading import GDAL_CACHE_BYTES
 from ..tiler.training_cluster import TrainingCluster
+from ..tiler.vectors import is_vector_file
 from .console import Console, Step, count_of, describe_memory, format_table
 from .model import SourceOptions
 from .training_data import TrainingData, prepare_data
@@ -49,8 +52,6 @@ from .training_workers import WorkerOptions, open_training_cluster
 LOG, REPORT = "train.jsonl", "report.html"
 SAVE_EVERY_S = 60.0
 """A kill costs at most this, and a step."""
-_NUMBERED = re.compile(r"band \d+")
-"""Name of a band that has none."""
 _PARTS = 1_000_000
 """Of the progress bar."""
 
@@ -135,13 +136,15 @@ class _Run:
     def start(self) -> None:
         """Open, compare with what is there, survey, load the last state."""
         options = self.options
-        self.rasters = [open_with(scene, options.reading) for scene in options.scenes]
-        _require_fitting(self.rasters, options)
+        opened = [open_with(scene, options.reading) for scene in options.scenes]
         self.start_model = options.model.load() if options.model else None
         is_binary = _is_binary(self.start_model, options)
         if not options.recipe.loss:
             loss = "binary" if is_binary else "cross-entropy"
             self.options = options = replace(options, recipe=replace(options.recipe, loss=loss))
+        matches = _match_bands(opened, self.start_model)
+        self.rasters = [match.raster for match in matches]
+        _require_labels(options)
         self.fingerprint = _fingerprint(self.rasters, options, self.start_model)
         require_same_training(self.out, self.fingerprint, "choose another --out, or --overwrite")
         found = self._find_classes()
@@ -175,6 +178,12 @@ class _Run:
         elif not self.start_model and options.norm == "frozen":
             self.data.calibrate(network)
         self.log = TrainingLog(self.out / LOG, self.trainer.step, self.validated)
+        for raster, match in zip(opened, matches, strict=True):
+            if self.start_model or match.raster.chosen_bands != raster.chosen_bands:
+                self.console.remark(f"{match.raster.path}: bands {match}")
+            for word, text in list_notes(match.raster):
+                if word == "tags":
+                    self.console.remark(f"{match.raster.path}: {text}")
         for line in self.data.remarks:
             self.console.remark(line)
 
@@ -371,43 +380,50 @@ def _step_line(record: StepRecord, meter: MemoryMeter) -> dict[str, Any]:
     return {**asdict(record), "seconds": round(record.seconds, 4), "memory_bytes": meter.current_bytes}
 
 
-def _require_fitting(rasters: Sequence[Raster], options: TrainOptions) -> None:
-    """Before anything is read.
+def _match_bands(rasters: Sequence[Raster], model: SegmentationModel | None) -> list[BandMatch]:
+    """Every scene with the bands of the model, or of the first scene, in their order.
 
     Raises:
-        UsageError: scenes of different bands, or of another order of them, as far as they have names; another number of
-            labels, a held-out scene that is none of them.
+        UsageError: another number of bands; names that disagree, or that differ and say nothing of the order.
     """
+    if model is not None:
+        return [match_bands(raster, model.bands, f"model {model.name}") for raster in rasters]
     first = rasters[0]
-    for raster in rasters[1:]:
+    matches: list[BandMatch] = []
+    for raster in rasters:
         if raster.bands != first.bands:
             raise UsageError(
                 f"scenes must have the same bands, {first.path} has {first.bands} and {raster.path} {raster.bands}; "
                 "choose with --bands"
             )
-        named = list(zip(first.band_names, raster.band_names, strict=True))
-        if any(ours != theirs and not any(map(_NUMBERED.fullmatch, (ours, theirs))) for ours, theirs in named):
+        match = match_bands(raster, first.band_names, f"the first scene, {first.path},")
+        named = zip(first.band_names, match.raster.band_names, strict=True)
+        if match.how == "in order" and any(a != b and is_named(a) and is_named(b) for a, b in named):
             raise UsageError(
-                f"scenes must have the same bands in the same order, {first.path} has {', '.join(first.band_names)} and"
-                f" {raster.path} {', '.join(raster.band_names)}; leave one out, or write it anew in that order"
+                f"scenes must have the same bands, {first.path} has {', '.join(first.band_names)} and {raster.path} "
+                f"{', '.join(raster.band_names)}; leave one out, or choose by number with --bands"
             )
-    if len(options.labels) not in (1, len(rasters)) or (len(rasters) > 1 and len(options.labels) == 1 and not
-                                                        _serves_all(options.labels[0])):  # fmt: skip
+        matches.append(match)
+    return matches
+
+
+def _require_labels(options: TrainOptions) -> None:
+    """Before anything is read.
+
+    Raises:
+        UsageError: another number of labels than of scenes, a held-out scene that is none of them.
+    """
+    scenes, given = len(options.scenes), options.labels
+    if len(given) != scenes and not (len(given) == 1 and is_vector_file(given[0])):
         raise UsageError(
-            f"{count_of(len(rasters), 'scene')} need --labels as often, in the same order, or one vector file; got "
-            f"{len(options.labels)}"
+            f"{count_of(scenes, 'scene')} need --labels as often, in the same order, or one vector file; got "
+            f"{len(given)}"
         )
     for scene in options.validate_on:
         if scene not in options.scenes:
             raise UsageError(f"--validate-on must be one of the scenes, got {scene}; name it among them too")
     if set(options.validate_on) == set(options.scenes):
         raise UsageError("--validate-on leaves no scene to train on; add one")
-
-
-def _serves_all(labels: str) -> bool:
-    from ..tiler.vectors import is_vector_file
-
-    return is_vector_file(labels)
 
 
 def _is_binary(start: SegmentationModel | None, options: TrainOptions) -> bool:

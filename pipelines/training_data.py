@@ -33,7 +33,7 @@ from ..tiler.errors import OutputError, UsageError
 from ..tiler.files import write_durably
 from ..tiler.geometry import Window
 from ..tiler.graph import first_line
-from ..tiler.labels import RasterLabels, open_labels
+from ..tiler.labels import RasterLabels, describe_ignored, open_labels
 from ..tiler.memory import MB, parse_bytes
 from ..tiler.network import Network, analyze_network
 from ..tiler.raster import Raster
@@ -294,6 +294,7 @@ def prepare_data(
         meaning=meaning,
         module=module,
         remarks=(
+            *(scene.labels.note for scene in scenes if scene.labels.note),
             *_remark(survey, names, scenes),
             f"tiles: {plan.explain_tile()}",
             f"memory: {plan.explain_memory()}{', of each process' if options.workers.uses_dask else ''}",
@@ -373,6 +374,7 @@ def _survey(
     moments = Moments.none(scenes[0].raster.bands)
     training: list[Counts] = []
     validation: list[Counts] = []
+    left_out: list[str] = []
     with console.step("survey", pixels) as step:
         for index, scene in enumerate(scenes):
             split: Split | None = None
@@ -382,19 +384,25 @@ def _survey(
                 split = choose_split(counts, share=share, block=block, guard=reach, seed=seed, scene=index)
             splits.append(split)
             scene = replace(scene, split=split)
+            ignored: dict[int, int] = {}
             nothing = np.zeros((*_cells_of(scene, cell), classes), np.int64)
             training.append(
-                count_labels(scene, cell=cell, classes=classes, part="training", advance=step.advance)
+                count_labels(scene, cell=cell, classes=classes, part="training", advance=step.advance, ignored=ignored)
                 if scene.trains
                 else nothing
             )
             validation.append(
-                count_labels(scene, cell=cell, classes=classes, part="validation", advance=step.advance)
+                count_labels(
+                    scene, cell=cell, classes=classes, part="validation", advance=step.advance, ignored=ignored
+                )
                 if scene.validates
                 else nothing
             )
             if scene.trains:
                 moments += measure_bands(scene, step.advance)
+            left_out += [describe_ignored(scene.labels.path, ignored)] if ignored else []
+    for line in dict.fromkeys(left_out):
+        console.remark(line)
     deviations = np.where(moments.deviation > 0, moments.deviation, 1.0)
     scaling = start.scaling if start else Scaling.z_score(mean=moments.mean.tolist(), stddev=deviations.tolist())
     raw = np.asarray(start.fill if start else moments.mean)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .console import MOST_SHOWN, Console
+from .console import MOST_SHOWN, Console, one_line
 
 
 class UnusablePictures:
@@ -23,7 +23,7 @@ class UnusablePictures:
             with self._path.open("a") as file:  # a line at once: ranks do not cut each other's
                 file.write(json.dumps({"path": name, "reason": reason}) + "\n")
             if len(self._seen) <= MOST_SHOWN:
-                self._console.remark(f"{name}: {reason}")
+                self._console.remark(one_line(f"{name}: {reason}"))
             elif len(self._seen) == MOST_SHOWN + 1:
                 self._console.remark(f"more pictures that cannot be used are named in {self._path}")
 

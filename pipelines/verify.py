@@ -152,7 +152,7 @@ def _find_maker(
     )
     try:
         raster = open_reference(reference)
-        model, network = Preparation(known).analyse(raster, known.source)
+        model, network = Preparation(known).analyse(raster)
     except TilerError as error:
         if options.model is not None:
             raise

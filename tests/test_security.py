@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import os
+import socket
+import ssl
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from distributed import LocalCluster
+from dask import config
+from distributed import Client, LocalCluster, default_client
 from distributed.security import Security
-from outsize.tiler.cluster import ClusterError, ClusterOptions
+from outsize.tiler.certificate import make_security
+from outsize.tiler.cluster import ClusterError, ClusterOptions, open_client, worker_environment
 from outsize.tiler.events import Event, TileFinished
 from outsize.tiler.raster import open_raster
 from outsize.tiler.run import predict
@@ -86,36 +95,165 @@ def listening() -> set[tuple[str, int]]:
     }
 
 
-@pytest.mark.parametrize("dashboard", ["127.0.0.1:0", None])
-def test_a_run_listens_on_loopback_only(tmp_path: Path, dashboard: str | None) -> None:
-    before, during = listening(), set[tuple[str, int]]()
+PLANTED = (
+    *(
+        "bokeh",
+        "click",
+        "cloudpickle",
+        "cryptography",
+        "dask",
+        "distributed",
+        "encodings",
+        "jinja2",
+        "locket",
+        "msgpack",
+    ),
+    *(
+        "multiprocessing",
+        "numpy",
+        "openvino",
+        "outsize",
+        "psutil",
+        "rasterio",
+        "runpy",
+        "sitecustomize",
+        "struct",
+        "tblib",
+    ),
+    *("torch", "tornado", "usercustomize", "yaml", "zarr"),
+)
+"""Modules that a worker imports, or Python by itself."""
+
+
+def plant(folder: Path, marks: Path) -> None:
+    """Modules that leave a mark where they are imported."""
+    folder.mkdir(parents=True)
+    for name in PLANTED:
+        (folder / f"{name}.py").write_text(f"open({str(marks / name)!r}, 'a')\nraise ImportError('planted')\n")
+
+
+def talk(port: int, encrypted: bool) -> bytes:
+    """What a stranger gets out of a port, who asks as Dask's clients do, at first with no certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with contextlib.ExitStack() as stack:
+            channel = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
+            if encrypted:
+                channel = stack.enter_context(context.wrap_socket(channel))
+            channel.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            return channel.recv(1000)
+    except (ssl.SSLError, ConnectionError, TimeoutError):
+        return b""
+
+
+@dataclass
+class Watched:
+    """What was seen in the middle of a run."""
+
+    listened: set[tuple[str, int]] = field(default_factory=set)
+    scheduler: str = ""
+    dashboard: int = 0
+    answers: dict[tuple[int, bool], bytes] = field(default_factory=dict)
+    foreign: str = ""
+    """What a client was told that has another certificate."""
+    folders: list[tuple[Path, int]] = field(default_factory=list)
+    """For temporary files, and their modes."""
+    ran: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+
+def look_at(seen: Watched, before: set[tuple[str, int]], temporary: Path) -> None:
+    client = default_client()
+    seen.listened = listening() - before
+    seen.scheduler = client.scheduler_info()["address"]
+    seen.dashboard = client.scheduler_info()["services"]["dashboard"]
+    others = {port for _, port in seen.listened} - {seen.dashboard}
+    seen.answers = {(port, encrypted): talk(port, encrypted) for port in others for encrypted in (True, False)}
+    with pytest.raises(OSError, match=r".") as refused:
+        Client(seen.scheduler, security=make_security(), timeout="2s", set_as_default=False)
+    seen.foreign = str(refused.value)
+    seen.folders = [(folder, folder.stat().st_mode & 0o777) for folder in temporary.glob("outsize-dask-*")]
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """One run, with modules planted in the current folder and where Dask has its temporary files by itself."""
+    folder, seen = tmp_path_factory.mktemp("run"), Watched()
+    temporary, marks = folder / "temporary", folder / "marks"
+    marks.mkdir()
+    plant(temporary / "dask-scratch-space", marks)
+    plant(folder / "current", marks)
+    before, path, variables = listening(), list(sys.path), dict(os.environ)
+    told = config.get("distributed.nanny.pre-spawn-environ")
 
     def look(event: Event) -> None:
         if isinstance(event, TileFinished) and event.finished == 1:
-            during.update(listening() - before)
+            look_at(seen, before, temporary)
 
-    options = ClusterOptions(dashboard_address=dashboard)
-    source = scene(tmp_path, 100, 100)
-    predict(source, class_network(), tmp_path / "o.zarr", cluster=options, workers=2, core=64, listener=look)
-    assert len(during) >= 4  # scheduler, dashboard, each worker
-    assert {address for address, _ in during} == {"127.0.0.1"}
-    assert not listening() - before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder / "current")
+        patch.setenv("TMPDIR", str(temporary))
+        patch.setattr(tempfile, "tempdir", None)
+        options = ClusterOptions(dashboard_address="127.0.0.1:0")
+        source = scene(folder, 100, 100)
+        predict(source, class_network(), folder / "o.zarr", cluster=options, workers=2, core=64, listener=look)
+    seen.ran = [mark.name for mark in marks.iterdir()]
+    seen.left = [str(place) for place in temporary.iterdir() if place.name != "dask-scratch-space"]
+    seen.left += [f"port {port}" for _, port in listening() - before]
+    seen.left += sorted({*sys.path} ^ {*path})
+    ours = {"PYTHONSAFEPATH", "PYTHONHASHSEED", *worker_environment(1)}
+    seen.left += sorted(name for name in ours if os.environ.get(name) != variables.get(name))
+    if config.get("distributed.nanny.pre-spawn-environ") != told or config.get("temporary-directory"):
+        seen.left.append("Dask's settings")
+    return seen
 
 
-@pytest.mark.parametrize("dashboard", ["127.0.0.1:0", None])
-def test_a_copy_listens_on_loopback_only(tmp_path: Path, dashboard: str | None) -> None:
+def test_a_run_listens_on_loopback_only(watched: Watched) -> None:
+    assert len(watched.listened) >= 6  # scheduler, dashboard, each worker and its nanny
+    assert {address for address, _ in watched.listened} == {"127.0.0.1"}
+
+
+def test_only_processes_of_the_run_are_talked_to(watched: Watched) -> None:
+    """The ports but for the dashboard's: of workers' pages there are none, the others speak TLS."""
+    assert watched.scheduler.startswith("tls://127.0.0.1:")
+    assert len(watched.answers) >= 10
+    pages = {answer for answer in watched.answers.values() if answer.startswith(b"HTTP")}
+    assert all(answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 404 ")) for answer in pages)
+    assert {answer for answer in watched.answers.values() if not answer.startswith(b"HTTP")} <= {b""}
+    assert "Timed out" in watched.foreign or "TLS" in watched.foreign.upper()
+
+
+def test_nothing_is_imported_from_where_others_can_write(watched: Watched) -> None:
+    assert watched.ran == []
+    assert [mode for _, mode in watched.folders] == [0o700]
+
+
+def test_a_run_leaves_nothing_behind(watched: Watched) -> None:
+    assert watched.left == []
+
+
+def test_a_copy_listens_on_loopback_only(tmp_path: Path) -> None:
     before, during = listening(), set[tuple[str, int]]()
-    options = ClusterOptions(dashboard_address=dashboard)
     copy_raster(
         open_raster(scene(tmp_path, 600, 600)),
         tmp_path / "o.zarr",
         workers=2,
-        cluster=options,
+        cluster=ClusterOptions(dashboard_address=None),
         listener=lambda progress: during.update(listening() - before) if progress.advanced else None,
     )
-    assert len(during) >= 4  # scheduler, dashboard or health page, each worker
+    assert len(during) >= 4  # scheduler, health page, each worker
     assert {address for address, _ in during} == {"127.0.0.1"}
     assert not listening() - before
+
+
+def test_workers_that_are_threads_listen_on_loopback_only() -> None:
+    before = listening()
+    options = ClusterOptions(dashboard_address=None, processes=False)
+    with open_client(options, workers=1, threads=1, gdal_cache_bytes=1 << 24) as client:
+        assert client.submit(abs, -1).result() == 1
+        during = listening() - before
+    assert {address for address, _ in during} <= {"127.0.0.1"}
 
 
 @pytest.fixture(scope="module")

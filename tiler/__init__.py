@@ -17,6 +17,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "planner": ["plan_tiles"],
         "proof": ["Proof", "prove_network"],
         "raster": ["Raster", "ReadOptions", "open_raster"],
+        "raster_bands": ["BandMatch", "match_bands"],
         "raster_parts": ["open_mosaic", "open_stack"],
         "run": ["predict"],
         "run_summary": ["RunSummary"],

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
+import re
 import socket
-import sys
-import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dask import config
-from distributed import Client, LocalCluster, Nanny
+from distributed import Client, get_worker, rejoin, secede
 from distributed.security import Security
+from distributed.threadpoolexecutor import thread_state
 
+from .cluster_settings import cluster_settings
 from .errors import TilerError, UsageError
+from .local_cluster import ClusterError as ClusterError
+from .local_cluster import require_processes, start_cluster
 from .machine import die_with_parent
-from .records import log
 
-
-class ClusterError(TilerError):
-    """A scheduler that cannot be reached."""
-
-
-WORKER_DEATH_TIMEOUT = "60s"
-"""After which a worker without its scheduler ends."""
+MAX_PORT = 65535
+_ADDRESS = re.compile(r"(?:[^\s:/]*:)?[0-9]{1,5}|[^\s:/]+")
+"""Of a dashboard, as Dask takes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +48,10 @@ class ClusterOptions:
                 "--tls-ca-file, --tls-cert and --tls-key are for a running scheduler: name it with --scheduler or "
                 "--scheduler-file, or leave them out"
             )
+        for address in (self.dashboard_address or "").split(",") if self.dashboard_address is not None else ():
+            port = address.strip().rpartition(":")[2]
+            if not _ADDRESS.fullmatch(address.strip()) or (port.isdecimal() and int(port) > MAX_PORT):
+                raise UsageError(f"--dashboard-address must be HOST:PORT, :PORT, PORT or HOST, got {address!r}")
 
     @property
     def has_certificates(self) -> bool:
@@ -68,6 +67,21 @@ class ClusterOptions:
     def connects(self) -> bool:
         """Whether a running scheduler is named, so that no workers are started here."""
         return bool(self.address or self.scheduler_file)
+
+    @property
+    def dashboard_names(self) -> frozenset[str]:
+        """Of hosts, in the dashboard's address."""
+        hosts = (address.strip().rpartition(":")[0] for address in (self.dashboard_address or "").split(","))
+        return frozenset(host.lower() for host in hosts if host)
+
+    def require_startable(self) -> None:
+        """Raise at once where workers could not be started later.
+
+        Raises:
+            ClusterError: this process may start none.
+        """
+        if self.processes and not self.connects:
+            require_processes()
 
     @property
     def serves_dashboard(self) -> bool:
@@ -103,18 +117,6 @@ def complete_environment(gdal_cache_bytes: int) -> None:
 
 
 _ZARR_CONCURRENCY = "ZARR_ASYNC__CONCURRENCY"
-VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
-
-
-def visible_device(index: int, shown: str | None) -> str:
-    """What a worker's CUDA_VISIBLE_DEVICES says, so that it sees one device only.
-
-    Args:
-        index: of the device, as this process counts.
-        shown: CUDA_VISIBLE_DEVICES of this process: a list of numbers or names, which it counts along; None: all.
-    """
-    names = [name.strip() for name in shown.split(",")] if shown else []
-    return names[index] if index < len(names) else str(index)
 
 
 @contextmanager
@@ -144,31 +146,49 @@ def open_client(
     if options.scheduler_file and not Path(options.scheduler_file).is_file():
         # Dask would wait for the file to appear.
         raise ClusterError(f"no Dask scheduler at {options.scheduler_file}: no such file; start the scheduler first")
-    if (address or "").startswith("tls://") and security is None:
+    if (
+        (address or "").startswith("tls://")
+        and security is None
+        and not config.get("distributed.comm.tls.ca-file", None)
+    ):
         raise ClusterError(f"no Dask scheduler at {address} without TLS: give --tls-ca-file, --tls-cert and --tls-key")
     if address or options.scheduler_file:
         try:
             client = Client(address, scheduler_file=options.scheduler_file, security=security, timeout="20s")
-        except (OSError, TimeoutError, TypeError, ValueError) as error:
+        except (OSError, LookupError, TypeError, ValueError) as error:
             raise ClusterError(f"no Dask scheduler at {address or options.scheduler_file}: {error}") from error
         with _quiet_reconnecting(), client:
             yield client
         return
-    settings = {
-        # A run holds few, small results; Dask must neither spill nor stop workers at a share of its own guess.
-        "distributed.worker.memory.target": False,
-        "distributed.worker.memory.spill": False,
-        "distributed.worker.memory.pause": False,
-        "distributed.worker.memory.terminate": False,
-        "distributed.nanny.pre-spawn-environ": worker_environment(gdal_cache_bytes),
-        # A cell whose worker dies twice is set aside and tried alone; more deaths beside others only cost time.
-        "distributed.scheduler.allowed-failures": 1,
-    }
-    with config.set(settings):
+    environment = worker_environment(gdal_cache_bytes)
+    with cluster_settings(environment) as settings:
         if not options.processes:
-            os.environ.setdefault("GDAL_CACHEMAX", worker_environment(gdal_cache_bytes)["GDAL_CACHEMAX"])
-        with _start_local(options, workers, threads, cuda) as cluster, Client(cluster) as client:
+            os.environ.setdefault("GDAL_CACHEMAX", environment["GDAL_CACHEMAX"])
+        started = start_cluster(
+            workers=workers,
+            threads=threads,
+            processes=options.processes,
+            dashboard_address=options.dashboard_address,
+            dashboard_names=options.dashboard_names,
+            proxies=settings.proxies,
+            environment=settings.environment,
+            cuda=cuda,
+        )
+        with started, Client(started) as client:
             yield client
+
+
+@contextmanager
+def leaving_slot(client: Client) -> Iterator[None]:
+    """A task that waits for tasks of its own scheduler gives them its thread meanwhile: there may be no other."""
+    if not getattr(thread_state, "proceed", False) or get_worker().scheduler.address != client.scheduler.address:
+        yield
+        return
+    secede()
+    try:
+        yield
+    finally:
+        rejoin()
 
 
 class ClusterKeeper:
@@ -204,80 +224,6 @@ class ClusterKeeper:
         self.close()
 
 
-STARTS = 3
-"""Attempts to start workers: one that dies in its first second takes its cluster with it."""
-
-
-class _DeviceNanny(Nanny):
-    """Starts a worker that sees one CUDA device. Workers are numbered, and one that is restarted keeps its number."""
-
-    def __init__(self, *arguments: Any, name: Any = None, cuda: Sequence[int] = (), **settings: Any) -> None:
-        shown = visible_device(cuda[int(name)], os.environ.get(VISIBLE_DEVICES))
-        super().__init__(*arguments, name=name, env={VISIBLE_DEVICES: shown}, **settings)
-
-
-def _start_local(options: ClusterOptions, workers: int, threads: int, cuda: Sequence[int]) -> LocalCluster:
-    """Workers on this machine.
-
-    Raises:
-        ClusterError: they do not stay alive.
-    """
-    # Threads of this process talk by no address at all.
-    of_processes: dict[str, Any] = (
-        {"death_timeout": WORKER_DEATH_TIMEOUT, "host": "127.0.0.1"} if options.processes else {}
-    )
-    if cuda and options.processes:
-        of_processes |= {"worker_class": _DeviceNanny, "cuda": tuple(cuda)}
-    reason = ""
-    for _ in range(STARTS):
-        try:
-            with _quiet_main(), _quiet_tracker(), _quiet_port(), _interrupts_ignored():
-                return LocalCluster(
-                    n_workers=workers if options.processes else 1,
-                    threads_per_worker=threads,
-                    processes=options.processes,
-                    # Dask's health page is served in any case: without a dashboard on whatever port is free.
-                    dashboard_address=options.dashboard_address or "127.0.0.1:0",
-                    scheduler_kwargs={"dashboard": options.dashboard_address is not None},
-                    memory_limit=0,
-                    silence_logs=40,
-                    **of_processes,
-                )
-        except RuntimeError as error:
-            reason = (str(error).strip().splitlines() or [""])[0]
-            log.warning("workers did not start: %s", reason)
-    raise ClusterError(f"workers die as they start, {STARTS} times now ({reason}); is there enough memory?")
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Workers started meanwhile inherit it: Ctrl-C in a terminal reaches them too, and only the client should act."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _quiet_main() -> Iterator[None]:
-    """Hide the main module's file from spawned workers, which would import it: with it comes torch, unused there."""
-    main = sys.modules["__main__"]
-    file, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
-    if file is not None:
-        main.__file__ = None
-    main.__spec__ = None
-    try:
-        yield
-    finally:
-        if file is not None:
-            main.__file__ = file
-        main.__spec__ = spec
-
-
 @contextmanager
 def _quiet_reconnecting() -> Iterator[None]:
     """A client whose scheduler is lost tries to find it again until it is closed, and logs that it gave up after half a
@@ -295,33 +241,24 @@ def _quiet_reconnecting() -> Iterator[None]:
 
 
 def follow(starter: tuple[str, int]) -> None:
-    """In a worker: where `starter`, a host and a process on it, started this process, end with it, and log no traceback
-    of a heartbeat that found its scheduler gone: that ends first."""
+    """In a worker: where `starter`, a host and a process on it, started this process, end with it, and log neither
+    refusals of tasks, which reach it and which it says, nor a heartbeat that found its scheduler gone: that ends first.
+    """
     if (socket.gethostname(), os.getppid()) == starter:
         die_with_parent()
-        logging.getLogger("distributed.worker").addFilter(_is_no_lost_heartbeat)
+        logging.getLogger("distributed.worker").addFilter(_is_not_said_elsewhere)
 
 
-def _is_no_lost_heartbeat(record: logging.LogRecord) -> bool:
+def _is_not_said_elsewhere(record: logging.LogRecord) -> bool:
     # Dask logs exceptions themselves, too, which are no text.
-    return not record.getMessage().startswith("Failed to communicate with scheduler during heartbeat")
+    text = record.getMessage()
+    if text.startswith("Compute Failed"):
+        return not any(f"{kind.__name__}(" in text for kind in _kinds_of(TilerError))
+    return not text.startswith("Failed to communicate with scheduler during heartbeat")
 
 
-@contextmanager
-def _quiet_port() -> Iterator[None]:
-    """A dashboard's port that is taken is nothing to warn of: another is, and its address is shown."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"\s*Port \d+ is already in use", UserWarning)
-        yield
-
-
-@contextmanager
-def _quiet_tracker() -> Iterator[None]:
-    """Python's tracker of semaphores, started meanwhile, removes what a command that ended at once has left; it would
-    say so after the command's last line."""
-    option = "ignore:resource_tracker:UserWarning"
-    sys.warnoptions.append(option)
-    try:
-        yield
-    finally:
-        sys.warnoptions.remove(option)
+def _kinds_of(kind: type[Exception]) -> Iterator[type[Exception]]:
+    """A class of errors and all that are made of it."""
+    yield kind
+    for part in kind.__subclasses__():
+        yield from _kinds_of(part)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .engine import EngineProgram, Precision
 from .errors import EngineError
 from .graph import WithLogits, operation_name
-from .program_cache import compiled_folder
+from .private_folder import why_others_can_write
+from .program_cache import FOLDER_VARIABLE, compiled_folder, keep_compiled_here
 
 if TYPE_CHECKING:
     from .network import Network
@@ -119,10 +120,18 @@ class Forward:
             raise EngineError(f"torch.compile cannot compile this network: {reason}; leave --compile out") from error
 
 
+COMPILED_REMEDY = f"name a folder of your own by {FOLDER_VARIABLE}, or leave --compile out"
+
+
 def prepare_compiler() -> None:
     """What is compiled is kept in the user's cache, and made in this process alone: a pool of compilers has memory that
     no plan knows of."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_folder()))
+    keep_compiled_here()
+    with contextlib.suppress(OSError):
+        # Before it is looked at: in a place such as /tmp others could make it just after.
+        compiled_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+    if why := why_others_can_write(compiled_folder()):
+        raise EngineError(f"torch.compile keeps code in {compiled_folder()}, {why}; {COMPILED_REMEDY}")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     # Each window shape is compiled for itself; the default would give up after eight.
     torch._dynamo.config.recompile_limit = 1024

@@ -77,13 +77,15 @@ def make_fingerprint(
 
 def fingerprint_raster(raster: Raster) -> dict[str, Any]:
     """What tells one raster, read in one way, from another."""
+    stored = raster.parts[0].raster if raster.kind == "scaled" else None
     return {
         "input": raster.identity,
         "input_shape": list(raster.shape),
         "input_dtype": str(raster.dtype),
         "input_bands": list(raster.indexes),
         "input_axes": raster.axes,
-        "input_nodata": str(raster.nodata_rule),
+        "input_nodata": str(raster.nodata_rule if stored is None else stored.nodata_rule),
+        **({} if stored is None else {"input_scale": [list(pair) for pair in stored.scale_tags]}),
         # Before there was a rule for them, NaN and infinity went into the network.
         **({"not_finite": "nodata"} if raster.dtype.kind == "f" else {}),
     }

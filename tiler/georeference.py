@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from affine import Affine
+from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
 from rasterio.errors import CRSError
 
-from .errors import UsageError
-from .geometry import Interval, Window
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlPoint:
+    """A ground control point: a place in the raster, and where on the Earth that is."""
+
+    row: float
+    column: float
+    x: float
+    y: float
+    z: float | None = None
+    name: str = ""
+    info: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Georeference:
-    """CRS and affine transform of a raster; either may be missing."""
+    """CRS and affine transform of a raster, or ground control points in place of a transform; any may be missing."""
 
     crs_wkt: str | None = None
+    """Of the transform, or of the points."""
     transform: tuple[float, float, float, float, float, float] | None = None
     """(a, b, c, d, e, f): x = a*column + b*row + c, y = d*column + e*row + f, of pixel corners."""
+    points: tuple[ControlPoint, ...] = ()
+    """Only where there is no transform."""
 
     @property
     def crs(self) -> CRS | None:
@@ -58,52 +72,48 @@ class Georeference:
 
     def moved(self, rows: int, columns: int) -> Georeference:
         """The georeference of a grid whose first pixel is that many rows and columns further."""
-        if self.transform is None or (rows, columns) == (0, 0):
+        if (rows, columns) == (0, 0):
             return self
+        if self.transform is None:
+            points = (replace(p, row=p.row - rows, column=p.column - columns) for p in self.points)
+            return replace(self, points=tuple(points))
         a, b, _, d, e, _ = self.transform
         x, y = self.position_of(rows, columns)
         return Georeference(crs_wkt=self.crs_wkt, transform=(a, b, x, d, e, y))
 
     def at_scale(self, scale_yx: tuple[Fraction, Fraction]) -> Georeference:
         """The georeference of a grid with `scale_yx` pixels for each pixel of this one, from the same corner."""
-        if self.transform is None:
-            return self
-        a, b, c, d, e, f = self.transform
         sy, sx = float(scale_yx[0]), float(scale_yx[1])
+        if self.transform is None:
+            points = (replace(p, row=p.row * sy, column=p.column * sx) for p in self.points)
+            return replace(self, points=tuple(points))
+        a, b, c, d, e, f = self.transform
         return Georeference(crs_wkt=self.crs_wkt, transform=(a / sx, b / sy, c, d / sx, e / sy, f))
 
 
-def window_of_bounds(
-    place: Georeference, bounds: tuple[float, float, float, float], shape_yx: tuple[int, int]
-) -> Window:
-    """The pixels of a raster that bounds touch.
+OFF_GRID = 0.01
+"""Pixels by which a raster may miss another's grid: writers round their transforms."""
+
+
+def find_offset(place: Georeference, other: Georeference, shape_yx: tuple[int, int]) -> tuple[int, int] | None:
+    """(rows, columns) from one raster's corner to that of another; None where they are not parts of one grid.
 
     Args:
-        bounds: (west, south, east, north) in the raster's CRS; on a rotated grid the rectangle around them counts.
-
-    Raises:
-        UsageError: no transform, empty bounds, or bounds beside the raster, whose own are shown.
+        shape_yx: of the other.
     """
-    if place.transform is None or place.affine.is_degenerate:
-        raise UsageError("--bounds needs a raster with a transform; give --region in pixels")
-    west, south, east, north = bounds
-    if not (west < east and south < north and np.isfinite(bounds).all()):
-        raise UsageError(f"bounds are west,south,east,north with west < east and south < north, got {bounds}")
-    corners = [place.pixel_of(x, y) for x in (west, east) for y in (south, north)]
-    sides: list[Interval] = []
-    for axis in (0, 1):
-        values = [corner[axis] for corner in corners]
-        # A millionth of a pixel is the bounds' own rounding, not a wish for one pixel more.
-        sides.append(Interval(start=int(np.floor(min(values) + 1e-6)), stop=int(np.ceil(max(values) - 1e-6))))
-    window = Window.from_intervals(*sides).clamp(shape_yx)
-    if window.pixels == 0:
-        own = [place.position_of(y, x) for y in (0, shape_yx[0]) for x in (0, shape_yx[1])]
-        x, y = ([position[i] for position in own] for i in (0, 1))
-        raise UsageError(
-            f"bounds must touch the raster's {min(x):.10g},{min(y):.10g},{max(x):.10g},{max(y):.10g}, got "
-            f"{west:.10g},{south:.10g},{east:.10g},{north:.10g}"
-        )
-    return window
+    if place.transform is None or other.transform is None:
+        return (0, 0) if place == other else None
+    if place.crs != other.crs or place.affine.is_degenerate:
+        return None
+    row, column = place.pixel_of(*other.position_of(0, 0))
+    whole = (round(row), round(column))
+    # All corners: pixels of nearly one size drift apart over a large raster, and axes may be turned.
+    height, width = shape_yx
+    for y, x in ((0, 0), (0, width), (height, 0), (height, width)):
+        row, column = place.pixel_of(*other.position_of(y, x))
+        if max(abs(row - whole[0] - y), abs(column - whole[1] - x)) > OFF_GRID:
+            return None
+    return whole
 
 
 EARTH_A, EARTH_F = 6_378_137.0, 1 / 298.257223563
@@ -132,13 +142,47 @@ def pixel_areas(place: Georeference, rows: int) -> npt.NDArray[np.float64] | Non
     return EARTH_A**2 / 2 * np.radians(abs(transform.a)) * np.abs(np.diff(q))
 
 
-def from_rasterio(crs: CRS | None, transform: Affine) -> Georeference:
-    """The georeference of an open rasterio dataset; an identity transform without CRS counts as none."""
+def from_rasterio(
+    crs: CRS | None,
+    transform: Affine,
+    gcps: tuple[Sequence[Any], CRS | None] = ((), None),
+) -> Georeference:
+    """The georeference of an open rasterio dataset; an identity transform without CRS counts as none.
+
+    Args:
+        gcps: the dataset's ground control points, which count where it has no transform.
+    """
+    if gcps[0] and transform.is_identity:
+        points = (
+            ControlPoint(
+                row=float(p.row),
+                column=float(p.col),
+                x=float(p.x),
+                y=float(p.y),
+                z=None if p.z is None else float(p.z),
+                name=str(p.id or ""),
+                info=str(p.info or ""),
+            )
+            for p in gcps[0]
+        )
+        placed = gcps[1] or crs
+        return Georeference(crs_wkt=placed.to_wkt() if placed else None, points=tuple(points))
     known = bool(crs) or not transform.is_identity
     return Georeference(
         crs_wkt=crs.to_wkt() if crs else None,
         transform=(transform.a, transform.b, transform.c, transform.d, transform.e, transform.f) if known else None,
     )
+
+
+def to_rasterio(place: Georeference) -> dict[str, Any]:
+    """Arguments for writing a file that GDAL places there."""
+    if place.points:
+        gcps = [
+            GroundControlPoint(row=p.row, col=p.column, x=p.x, y=p.y, z=p.z, id=p.name or None, info=p.info or None)
+            for p in place.points
+        ]
+        return {"gcps": gcps, "crs": place.crs}
+    return {"crs": place.crs, "transform": place.affine if place.transform else None}
 
 
 def spatial_ref_attributes(place: Georeference) -> dict[str, Any]:
@@ -150,6 +194,17 @@ def spatial_ref_attributes(place: Georeference) -> dict[str, Any]:
     if place.transform:
         a, b, c, d, e, f = place.transform
         attributes["GeoTransform"] = " ".join(repr(v) for v in (c, a, b, f, d, e))
+    if place.points:
+        # As rioxarray has them (`write_gcps`).
+        features = [
+            {
+                "type": "Feature",
+                "properties": {"id": p.name, "info": p.info, "row": p.row, "col": p.column},
+                "geometry": {"type": "Point", "coordinates": [p.x, p.y, *([] if p.z is None else [p.z])]},
+            }
+            for p in place.points
+        ]
+        attributes["gcps"] = json.dumps({"type": "FeatureCollection", "features": features})
     return attributes
 
 
@@ -210,7 +265,28 @@ def from_attributes(attributes: Mapping[str, Any], spatial_ref: Mapping[str, Any
     crs_wkt = next((wkt for value in said if (wkt := _as_wkt(value)) is not None), None)
     if transform is None:
         transform = _numbers(attributes.get("spatial:transform"))
-    return Georeference(crs_wkt=crs_wkt, transform=transform)
+    points = _points((spatial_ref or {}).get("gcps")) if transform is None else ()
+    return Georeference(crs_wkt=crs_wkt, transform=transform, points=points)
+
+
+def _points(value: Any) -> tuple[ControlPoint, ...]:
+    """Ground control points as rioxarray writes them; none where it is anything else."""
+    try:
+        features = json.loads(value)["features"] if isinstance(value, str) else []
+        return tuple(
+            ControlPoint(
+                row=float(feature["properties"]["row"]),
+                column=float(feature["properties"]["col"]),
+                x=float(feature["geometry"]["coordinates"][0]),
+                y=float(feature["geometry"]["coordinates"][1]),
+                z=float(feature["geometry"]["coordinates"][2]) if len(feature["geometry"]["coordinates"]) > 2 else None,
+                name=str(feature["properties"].get("id") or ""),
+                info=str(feature["properties"].get("info") or ""),
+            )
+            for feature in features
+        )
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return ()
 
 
 def _as_wkt(value: Any) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 from .errors import UntileableError, UntraceableError
+from .program_cache import keep_compiled_here
 
 # Two primes, so that no size is special and neither axis can be taken for the other; large enough for strides of 128,
 # since torch.export takes an inner size of 1 for a constant.
@@ -160,6 +161,7 @@ def trace(module: nn.Module, bands: int, dtype: torch.dtype) -> TracedGraph:
     spec = {next(iter(_parameter_names(traced.forward))): free}
     exports_log = logging.getLogger("torch.export")
     level = exports_log.level
+    keep_compiled_here()
     # Not from the start: its import takes as long as torch's, and who does not trace is spared it.
     from torch._dynamo import config as dynamo_config
 

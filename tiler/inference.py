@@ -30,6 +30,7 @@ from .planner import choose_method
 from .process_locks import TRACING, ProcessLock, after_fork, is_forked
 from .program import make_program
 from .raster import Raster, as_raster, read_filled
+from .raster_bands import match_network
 from .store import as_stored, stored_dtype
 from .weights import require_current, weights_version
 from .worker import missing_in_output
@@ -175,7 +176,7 @@ def predict_window(
         UsageError: a window outside the output, or another number of bands than the network takes.
         RasterError: the raster cannot be read there.
     """
-    raster = as_raster(raster)
+    raster = match_network(as_raster(raster), network)
     network = as_network(network, raster.bands, raster.dtype)
     if raster.bands != network.bands:
         raise UsageError(f"the network takes {network.bands} bands, the raster has {raster.bands}")
@@ -210,7 +211,7 @@ def lazy_predict(
     import dask.array
     from dask.delayed import delayed
 
-    raster = as_raster(raster)
+    raster = match_network(as_raster(raster), network)
     network = as_network(network, raster.bands, raster.dtype)
     height, width = network.output_shape(raster.shape_yx)
     dtype = stored_dtype(network.output_dtype)

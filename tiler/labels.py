@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,9 +13,10 @@ import numpy.typing as npt
 from affine import Affine
 from rasterio.features import rasterize
 
+from .bounds import turn_of
 from .errors import RasterError, UsageError
 from .geometry import Grid, Window
-from .georeference import Georeference
+from .georeference import OFF_GRID, Georeference, find_offset
 from .raster import Raster, RasterReader, file_identity, open_raster
 from .vectors import Features, Geometry, bounds_of, is_vector_file, read_features, to_pixels
 
@@ -43,6 +44,11 @@ class LabelReader(Protocol):
         """
         ...
 
+    @property
+    def ignored(self) -> Mapping[int, int]:
+        """Pixels, read so far, of each negative value that is no class."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -57,6 +63,11 @@ class Labels(Protocol):
         """Value of each class in the file, in the order of the class numbers."""
         ...
 
+    @property
+    def note(self) -> str:
+        """What is to be said of them: of what part they tell nothing; empty: nothing."""
+        ...
+
     def open_reader(self) -> LabelReader: ...
 
 
@@ -67,8 +78,10 @@ class RasterLabels:
     raster: Raster
     values: tuple[int, ...]
     """Stored value of each class."""
-    origin: tuple[int, int] = (0, 0)
-    """(y, x) of the grid's first pixel in the raster of labels, which may be that of a larger whole."""
+    origins: tuple[tuple[int, int], ...] = ((0, 0),)
+    """(y, x) of the grid's first pixel in the raster of labels, which may reach less far, or further. More than one
+    where turns around the Earth bring it there again."""
+    note: str = ""
 
     @property
     def path(self) -> str:
@@ -89,18 +102,45 @@ class _RasterLabelReader:
         order = np.argsort(labels.values)
         self._sorted = np.asarray(labels.values, np.int64)[order]
         self._class = order.astype(np.uint16)
+        self._ignored: Counter[int] = Counter()
+
+    @property
+    def ignored(self) -> Mapping[int, int]:
+        return self._ignored
 
     def read(self, window: Window) -> Classes:
-        raster, (top, left) = self._labels.raster, self._labels.origin
-        place = replace(window, y=window.y + top, x=window.x + left)
+        found = np.full(window.shape, UNLABELLED, np.uint16)
+        height, width = self._labels.raster.shape_yx
+        for top, left in self._labels.origins:
+            y, x = window.y + top, window.x + left
+            first, last = max(y, 0), min(y + window.height, height)
+            start, stop = max(x, 0), min(x + window.width, width)
+            if first < last and start < stop:
+                place = Window(y=first, x=start, height=last - first, width=stop - start)
+                found[first - y : last - y, start - x : stop - x] = self._read_stored(place)
+        return found
+
+    def _read_stored(self, place: Window) -> Classes:
+        raster = self._labels.raster
         image = self._reader.read(place)
-        missing, stored = self._reader.read_missing(place, image), image[0].astype(np.int64)
-        known = np.ones(stored.shape, np.bool_) if missing is None else ~missing
+        missing, pixels = self._reader.read_missing(place, image), image[0]
+        known = np.ones(pixels.shape, np.bool_) if missing is None else ~missing
         for value in unsaid_values(raster):
             if value not in self._labels.values:
-                known &= stored != value
+                known &= pixels != value
+        if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 8:
+            # Beyond what int64 has, and no class either.
+            pixels = pixels.clip(max=np.iinfo(np.int64).max)
+        stored = pixels.astype(np.int64)
         at = np.searchsorted(self._sorted, stored).clip(max=len(self._sorted) - 1)
         strange = known & (self._sorted[at] != stored)
+        # Nobody counts classes from below 0: such values say that there is none, as torch's ignore_index of -100 does.
+        negative = strange & (stored < 0)
+        if negative.any():
+            values, counts = np.unique(stored[negative], return_counts=True)
+            self._ignored.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+            known &= ~negative
+            strange &= ~negative
         if strange.any():
             raise UsageError(
                 f"{raster.path}: labels must be {_numbers(self._labels.values)}, got {stored[strange].max()} in "
@@ -129,6 +169,7 @@ class PolygonLabels:
     """Of each polygon."""
     bounds: npt.NDArray[np.float64] = field(repr=False)
     """(polygons, 4): least column and row, greatest column and row."""
+    note: str = ""
 
     def open_reader(self) -> LabelReader:
         return _PolygonLabelReader(self)
@@ -156,6 +197,10 @@ class _PolygonLabelReader:
         self._labels = labels
         self._grid = Grid(shape=labels.shape_yx, cell=(BLOCK, BLOCK))
         self._blocks: OrderedDict[tuple[int, int], Classes] = OrderedDict()
+
+    @property
+    def ignored(self) -> Mapping[int, int]:
+        return {}
 
     def _block(self, row: int, column: int) -> Classes:
         at = (row, column)
@@ -225,7 +270,8 @@ def open_labels(
         place: of the raster, and `shape_yx` its height and width.
         of: the raster's name, for messages.
         names: of the classes; as many as there are.
-        whole: (shape, origin) of a larger grid of which the raster is a part, if labels of all of it will do too.
+        whole: (shape, origin) of a larger grid of which the raster is a part, if labels of all of it will do too; only
+            where it, or they, do not say where they lie.
 
     Raises:
         UsageError: labels on another grid, of several bands, or not of whole numbers; values that do not fit the names.
@@ -236,17 +282,11 @@ def open_labels(
     if is_vector_file(src):
         return _open_polygons(src, place, shape_yx, of, names, options)
     raster = open_raster(src, nodata=options.nodata)
-    origin = (0, 0)
-    if whole is not None and raster.shape_yx == whole[0] and raster.shape_yx != shape_yx:
-        origin = whole[1]
-    elif raster.bands != 1 or raster.shape_yx != shape_yx:
-        raise UsageError(
-            f"labels must be one band on the grid of {of}, {shape_yx[0]} x {shape_yx[1]}, got {raster.bands} "
-            f"band{'s' * (raster.bands != 1)} of {raster.shape_yx[0]} x {raster.shape_yx[1]} in {src}"
-        )
+    if raster.bands != 1:
+        raise UsageError(f"labels must be one band on the grid of {of}, got {raster.bands} bands in {src}")
     if raster.dtype.kind not in "ui":
         raise UsageError(f"labels must be whole numbers, {src} has {raster.dtype}; convert them first")
-    _require_same_place(of, place, src, raster.place.moved(*origin))
+    origins = _find_origins(raster, place, shape_yx, of, whole)
     try:
         values = tuple(int(value) for value in options.values) or tuple(range(len(names)))
     except ValueError:
@@ -255,7 +295,66 @@ def open_labels(
         ) from None
     if len(set(values)) != len(values):
         raise UsageError(f"--class-values must differ from each other, got {_few(options.values)}")
-    return RasterLabels(raster=raster, values=values, origin=origin)
+    return RasterLabels(raster=raster, values=values, origins=origins, note=_say_extent(raster, origins, shape_yx, of))
+
+
+def _find_origins(
+    raster: Raster,
+    place: Georeference,
+    shape_yx: tuple[int, int],
+    of: str,
+    whole: tuple[tuple[int, int], tuple[int, int]] | None,
+) -> tuple[tuple[int, int], ...]:
+    """Where a grid's first pixel lies in a raster of labels of any extent of that grid.
+
+    Raises:
+        UsageError: another grid, or labels that lie beside it.
+    """
+    src = raster.path
+    if place.transform is None or raster.place.transform is None:
+        # Only the sizes tell.
+        if whole is not None and raster.shape_yx == whole[0] and raster.shape_yx != shape_yx:
+            return (whole[1],)
+        if raster.shape_yx == shape_yx:
+            return ((0, 0),)
+        raise UsageError(
+            f"labels must be one band on the grid of {of}, {shape_yx[0]} x {shape_yx[1]}, got one band of "
+            f"{raster.shape_yx[0]} x {raster.shape_yx[1]} in {src}, and not both say where they lie"
+        )
+    offset = find_offset(place, raster.place, raster.shape_yx)
+    if offset is None:
+        raise UsageError(
+            f"labels must lie on the grid of {of}: it is at {_place(place)}, {src} at {_place(raster.place)}"
+        )
+    turn = turn_of(place.crs_wkt)
+    columns = turn / abs(place.affine.a) if turn and place.affine.a and not place.is_rotated else 0.0
+    # Once around the Earth must be whole pixels, or the grids do not meet there.
+    around = round(columns) if columns and abs(columns - round(columns)) < OFF_GRID else 0
+    height, width = raster.shape_yx
+    origins = [
+        (-offset[0], -offset[1] - k * around)
+        for k in ((0, 1, -1) if around else (0,))
+        if -height < offset[0] < shape_yx[0] and -width < offset[1] + k * around < shape_yx[1]
+    ]
+    if not origins:
+        raise UsageError(
+            f"labels must lie over {of}: it is at {_place(place)}, {src} at {_place(raster.place)}, beside it; are "
+            "they of one place?"
+        )
+    return tuple(origins)
+
+
+def _say_extent(raster: Raster, origins: Sequence[tuple[int, int]], shape_yx: tuple[int, int], of: str) -> str:
+    if tuple(origins) == ((0, 0),) and raster.shape_yx == shape_yx:
+        return ""
+    height, width = raster.shape_yx
+    covered = sum(
+        (min(height, shape_yx[0] + top) - max(0, top)) * (min(width, shape_yx[1] + left) - max(0, left))
+        for top, left in origins
+    )
+    share = min(1.0, covered / (shape_yx[0] * shape_yx[1]))
+    rest = "and are cropped to it" if share == 1 else "the rest is unlabelled"
+    return f"{raster.path}: labels of {height} x {width} px on the grid of {of} cover {100 * share:.3g} % of it, {rest}"
 
 
 def _open_polygons(
@@ -269,12 +368,14 @@ def _open_polygons(
     features = read_features(src, options.field, encoding=options.encoding)
     values = polygon_values(features, names, options)
     number = {value: index for index, value in enumerate(values)}
-    strange = sorted(set(features.values) - set(values))
+    ignored = find_ignored(set(features.values) - set(values))
+    number |= dict.fromkeys(ignored, UNLABELLED)
+    strange = sorted(set(features.values) - set(number))
     if strange:
         raise RasterError(
             f"{src}: {features.field} must be one of {_few(values)}, got {_few(strange)}; name all with --classes"
         )
-    geometries = to_pixels(features, place, of)
+    geometries = to_pixels(features, place, of, shape_yx)
     bounds = np.asarray([bounds_of(geometry) for geometry in geometries], np.float64)
     outside = (bounds[:, 2] < 0) | (bounds[:, 3] < 0) | (bounds[:, 0] > shape_yx[1]) | (bounds[:, 1] > shape_yx[0])
     if outside.all():
@@ -286,12 +387,24 @@ def _open_polygons(
         geometries=tuple(geometries),
         classes=np.asarray([number[value] for value in features.values], np.uint16),
         bounds=bounds,
+        note=f"{src}: polygons of {_few(ignored)} are of no class, and unlabelled" if ignored else "",
     )
 
 
 def unsaid_values(raster: Raster) -> tuple[int, ...]:
     """Values of a raster of labels that mean "not known" though it names no nodata, unless they are classes."""
     return _UNSAID[: 2 if raster.dtype == np.uint16 else 1] if raster.nodata is None else ()
+
+
+def find_ignored(values: Collection[str]) -> list[str]:
+    """Of values of polygons that are no class, those that mean that there is none: numbers below 0, such as -100."""
+    return sorted(value for value in values if value.startswith("-") and value[1:].isdecimal())
+
+
+def describe_ignored(path: str, ignored: Mapping[int, int]) -> str:
+    """One line on pixels whose value means no class."""
+    values = ", ".join(f"{count:,} px of {value}" for value, count in sorted(ignored.items())[:8])
+    return f"{path}: labels below 0 are of no class, and left out: {values}"
 
 
 def identify_labels(src: str) -> str:
@@ -314,16 +427,8 @@ def polygon_values(features: Features, names: Sequence[str], options: LabelOptio
     if options.values:
         return options.values
     numbers = tuple(map(str, range(len(names))))
-    return numbers if set(features.values) <= set(numbers) and not set(features.values) & set(names) else tuple(names)
-
-
-def _require_same_place(of: str, ours: Georeference, labels: str, theirs: Georeference) -> None:
-    """Both must lie on one grid, where both say where they lie."""
-    if ours.transform is None or theirs.transform is None:
-        return
-    step = max(abs(ours.affine.a), abs(ours.affine.b), abs(ours.affine.e))
-    if ours.crs != theirs.crs or not np.allclose(ours.transform, theirs.transform, rtol=1e-9, atol=1e-3 * step):
-        raise UsageError(f"labels must lie on the grid of {of}: it is at {_place(ours)}, {labels} at {_place(theirs)}")
+    found = set(features.values) - set(find_ignored(features.values))
+    return numbers if found <= set(numbers) and not set(features.values) & set(names) else tuple(names)
 
 
 def _place(place: Georeference) -> str:

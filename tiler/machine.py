@@ -17,6 +17,8 @@ from pathlib import Path
 
 from dask.system import CPU_COUNT
 
+from .process_locks import has_lost_threads
+
 
 def cpu_count() -> int:
     """Cores that this process may use, as Dask counts them (cgroup limits and affinity included)."""
@@ -58,6 +60,14 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def spare_lost_threads() -> None:
+    """In a process that was forked from one with threads, have torch compute by the one that came along, for good."""
+    if has_lost_threads():
+        import torch
+
+        torch.set_num_threads(1)
 
 
 def one_thread() -> contextlib.AbstractContextManager[None]:

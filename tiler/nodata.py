@@ -14,8 +14,9 @@ from .geometry import Window
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
-MaskSource = Literal["dataset", "alpha", "array", "parts"]
-"""GDAL's mask of the dataset, its alpha band, a Zarr array beside the pixels, the files of a stack or mosaic."""
+MaskSource = Literal["dataset", "bands", "alpha", "array", "parts"]
+"""GDAL's mask of the dataset, those of its bands, its alpha band, a Zarr array beside the pixels, the files of a stack
+or mosaic."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,8 @@ class NodataRule:
     values: tuple[float, ...] = ()
     any_band: bool = False
     mask: MaskSource | None = None
+    masked_bands: tuple[int, ...] = ()
+    """Of mask "bands": stored bands, from 1, whose own mask says where they hold nothing, as `values` does."""
     alpha_band: int = 0
     """Of mask "alpha": the stored band, from 1, that is 0 where a pixel is nodata."""
     mask_band: int = 0
@@ -53,7 +56,7 @@ class NodataRule:
     def __str__(self) -> str:
         parts = [f"{value:g}" for value in self.values] or ["none"]
         parts += ["in any band"] if self.any_band and self.values else []
-        parts += [f"{self.mask} mask"] if self.mask else []
+        parts += [f"{self.mask} mask{f' {self.masked_bands}' if self.masked_bands else ''}"] if self.mask else []
         parts += [f"band {self.mask_band} = {self.mask_values}"] if self.mask_band else []
         return ", ".join(parts)
 

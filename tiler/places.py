@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from .errors import UsageError
+from .errors import RasterError, UsageError
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
@@ -87,6 +88,58 @@ def gdal_name(name: str) -> str:
     scheme = scheme_of(name)
     folder = _GDAL_FOLDERS.get(scheme)
     return name if folder is None else folder + name.split("://", 1)[1]
+
+
+_ARCHIVES = {"zip": "/vsizip/", "tar": "/vsitar/", "gzip": "/vsigzip/"}
+"""GDAL's own file systems for what is packed, by the scheme of rasterio's names."""
+_LISTED = 12
+
+
+def archive_name(name: str) -> str:
+    """GDAL's name for a file in an archive: of zip://A.zip!B.tif and zip+file://A.zip!/B.tif as rasterio has them, of
+    zip://B.tif::A.zip as fsspec has it, and of A.zip itself if it holds one raster; other names as they are.
+
+    Raises:
+        RasterError: no such archive or file in it, or several rasters and none named.
+    """
+    scheme, mark, rest = name.partition("://")
+    kind = scheme.lower().removesuffix("+file")
+    if not mark:
+        if not (name.lower().endswith(".zip") and not name.startswith("/vsi") and Path(name).is_file()):
+            return name
+        kind, rest = "zip", name
+    if kind not in _ARCHIVES:
+        return name
+    inner, chained, archive = rest.partition("::")
+    if not chained:
+        archive, _, inner = rest.partition("!")
+    archive, inner = archive.removeprefix("file://"), inner.strip("/")
+    place = Path(archive)
+    if not place.is_file():
+        raise RasterError(f"no such archive: {archive or name}; write zip://ARCHIVE!FILE, such as zip://a.zip!b.tif")
+    if kind == "zip":
+        inner = _find_packed(place, inner)
+    return f"{_ARCHIVES[kind]}{place.resolve()}{'/' if inner else ''}{inner}"
+
+
+def _find_packed(archive: Path, inner: str) -> str:
+    """The one file of a zip archive that is meant."""
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            names = [name for name in packed.namelist() if not name.endswith("/")]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise RasterError(f"{archive} is no zip archive that can be read: {error}") from error
+    if any(name.rpartition("/")[2] in ("zarr.json", ".zgroup", ".zarray") for name in names) and not inner:
+        raise RasterError(f"{archive} holds a Zarr store, which is not read from archives; unpack it first")
+    if inner in names:
+        return inner
+    shown = ", ".join(names[:_LISTED]) + (f", ... ({len(names)})" if len(names) > _LISTED else "")
+    if inner:
+        raise RasterError(f"{archive} holds no {inner}, it holds {shown or 'nothing'}")
+    if len(names) != 1:
+        such = f"zip://{archive}!{names[0]}" if names else f"zip://{archive}!FILE"
+        raise RasterError(f"{archive} holds {shown or 'nothing'}; name one raster in it, such as {such}")
+    return names[0]
 
 
 def url_of(name: str) -> str:

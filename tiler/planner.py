@@ -337,7 +337,8 @@ def plan_tiles(
             client_bytes=client_bytes + store_bytes + (DASHBOARD_BYTES if dashboard else 0),
             activation_bytes=_largest_peak(network, by_row, by_column) if by_row else network.count_live_bytes(window),
             window_bytes=pixels * shape[0] * itemsize,
-            mask_bytes=pixels * (1 + (8 if mark_nodata_context else 0)),
+            mask_bytes=pixels
+            * (1 + (8 if mark_nodata_context else 0) + (raster.beside_bytes if isinstance(raster, Raster) else 0)),
             result_bytes=network.channels * result_itemsize * core_pixels,
             output_bytes=_output_bytes(network, window),
             chunk_bytes=2 * chunk[0] * chunk[1] * output_itemsize,

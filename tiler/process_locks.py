@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 
 class ProcessLock:
@@ -37,6 +38,8 @@ TRACING = ProcessLock()
 """Held while torch traces or exports, or OpenVINO converts: both keep what they do there for the whole process."""
 
 _forks: list[int] = []
+_threads: list[int] = [1]
+"""Of this process's parent, as it forked."""
 
 
 def is_forked() -> bool:
@@ -44,4 +47,18 @@ def is_forked() -> bool:
     return bool(_forks)
 
 
+def has_lost_threads() -> bool:
+    """Whether this process was forked from one with more threads than the one that forked: whoever counts on one of
+    them, as OpenMP does on those that it has started, waits for ever."""
+    return is_forked() and _threads[0] > 1
+
+
+def _count_threads() -> None:
+    try:
+        _threads[0] = len(list(Path("/proc/self/task").iterdir()))
+    except OSError:  # not Linux
+        _threads[0] = 2
+
+
 after_fork(lambda: _forks.append(os.getppid()))
+os.register_at_fork(before=_count_threads)

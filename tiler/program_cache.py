@@ -15,6 +15,8 @@ from .memory import parse_bytes
 from .program_ir import ModelParts, names_of
 
 FOLDER_VARIABLE, LIMIT_VARIABLE = "OUTSIZE_CACHE_DIR", "OUTSIZE_CACHE_LIMIT"
+COMPILED_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+"""torch's own."""
 LIMIT = "2GB"
 log = logging.getLogger(__name__)
 
@@ -114,6 +116,17 @@ class ProgramCache:
 def compiled_folder() -> Path:
     """Where torch.compile keeps what it has made."""
     return cache_folder() / "compiled"
+
+
+def keep_compiled_here() -> None:
+    """Have torch.compile keep its code in `compiled_folder`, unless the user has named another place.
+
+    By itself it loads code from a folder for temporary files whose name anybody can foresee, and make before it; torch
+    chooses that when its tracer is imported.
+    """
+    named = os.environ.get(COMPILED_VARIABLE)
+    if not named or Path(named).name.startswith("torchinductor_"):
+        os.environ[COMPILED_VARIABLE] = str(compiled_folder())
 
 
 def _size_of(folder: Path) -> int:

@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .band_names import find_named
 from .block_cache import BlockStore
 from .errors import OutputError, RasterError, UsageError
 from .geometry import Window
 from .georeference import Georeference
 from .nodata import Array, Mask, NodataRule, can_hold, find_not_finite, find_undeclared, require_finite
-from .places import gdal_name, is_far, is_remote, place_of, scheme_of, url_of
+from .places import archive_name, gdal_name, is_far, is_remote, place_of, scheme_of, url_of
 
 if TYPE_CHECKING:
     from .raster_memory import KeptArray
+
+_LISTED_BANDS = 16
+"""That a refusal shows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,9 +32,12 @@ class ReadOptions:
     """How a file is to be read where it does not say so itself, or says it wrongly."""
 
     axes: str | None = None
-    """Order of a Zarr array's dimensions, such as "yxb"."""
-    bands: tuple[int, ...] = ()
-    """Bands to read, from 1, in this order; empty: all."""
+    """Order of a Zarr array's dimensions, such as "yxb"; t is one of length 1."""
+    bands: tuple[int | str, ...] = ()
+    """Bands to read, in this order, by their numbers from 1 or their names; empty: all. Of a raster that was opened:
+    numbers."""
+    names: tuple[str, ...] = ()
+    """Of all bands, in place of the file's own, if they are as many; empty: those."""
     nodata: tuple[float, ...] | None = None
     """Nodata values in place of the file's own; empty: none; None: the file's own."""
     any_band: bool = False
@@ -42,6 +49,8 @@ class ReadOptions:
     """A data band that is a mask, from 1; it is no band then, unless `bands` names it."""
     mask_values: tuple[float, ...] = ()
     """Values of the mask band that mean nodata."""
+    apply_scale: bool = False
+    """Pixels are what the file's scale and offset tags make of stored numbers; nodata values are stored numbers."""
 
     def to_json(self) -> dict[str, Any]:
         values = {name: value for name, value in asdict(self).items() if value not in (None, (), False)}
@@ -74,7 +83,7 @@ class Raster:
     """A georeferenced (bands, y, x) array on disk, described; pixels are read through `open_reader`."""
 
     path: str
-    kind: Literal["gdal", "zarr", "stack", "mosaic"]
+    kind: Literal["gdal", "zarr", "stack", "mosaic", "scaled"]
     shape: tuple[int, int, int]
     """(bands, height, width)."""
     dtype: np.dtype[Any]
@@ -88,7 +97,7 @@ class Raster:
     identity: str
     """Changes when the raster's content does, as far as metadata tell: size and times of its files."""
     axes: str = "byx"
-    """Order of the stored dimensions."""
+    """Order of the stored dimensions; 1: one of length 1 that is none of bands, y, x."""
     array_path: str = ""
     """Of the array inside a Zarr group."""
     indexes: tuple[int, ...] = ()
@@ -96,11 +105,15 @@ class Raster:
     mask_path: str = ""
     """Of the mask array inside a Zarr group."""
     parts: tuple[Part, ...] = ()
-    """Of a stack or a mosaic."""
+    """Of a stack or a mosaic; of a scaled raster that of the stored numbers."""
     sources: tuple[str, ...] = ()
     """All files of a stack or a mosaic."""
     files: tuple[str, ...] = ()
     """All files that it is read from, sidecars and a VRT's sources too."""
+    scale_tags: tuple[tuple[float, float], ...] = ()
+    """(scale, offset) of each band, which the file says and nobody has applied; empty: none."""
+    remarks: tuple[str, ...] = ()
+    """What the file holds beside this that is not read, or not kept; a line each."""
     options: ReadOptions = field(default_factory=ReadOptions)
     """As it was opened."""
     kept: KeptArray | None = field(default=None, repr=False, compare=False)
@@ -123,6 +136,13 @@ class Raster:
     def pixel_bytes(self) -> int:
         """Of all bands."""
         return self.bands * self.dtype.itemsize
+
+    @property
+    def beside_bytes(self) -> int:
+        """Of what a reader holds of each pixel beside the pixel itself: stored numbers, masks of bands."""
+        if self.kind == "scaled":
+            return self.parts[0].raster.pixel_bytes + self.parts[0].raster.beside_bytes
+        return len(self.masked)
 
     @property
     def is_far(self) -> bool:
@@ -153,17 +173,46 @@ class Raster:
         return self.indexes or tuple(range(1, self.bands + 1))
 
     @property
+    def chosen_bands(self) -> tuple[int, ...]:
+        """Its bands among all of the file, or of the stack, from 1: as `ReadOptions.bands` counts them."""
+        if self.options.bands:
+            return tuple(band for band in self.options.bands if isinstance(band, int))
+        if self.kind in ("mosaic", "scaled"):
+            return self.parts[0].raster.chosen_bands
+        if self.kind == "stack":
+            masked = self.options.mask_band
+            return tuple(band for band in range(1, len(self.parts) + 1) if band != masked)
+        return self.chosen
+
+    @property
     def decoded(self) -> tuple[int, ...]:
         """Stored bands, from 1, that are decoded together, each once: those that are read, alpha and mask band."""
         rule = self.nodata_rule
         alpha = (rule.alpha_band,) if rule.mask == "alpha" else ()
         return tuple(dict.fromkeys((*self.chosen, *alpha, *((rule.mask_band,) if rule.mask_band else ()))))
 
+    @property
+    def masked(self) -> tuple[int, ...]:
+        """Stored bands, from 1, that are read and have masks of their own; in order, each once."""
+        own = self.nodata_rule.masked_bands
+        return tuple(dict.fromkeys(band for band in self.chosen if band in own))
+
     def find_decoded(self, bands: Sequence[int]) -> slice | list[int]:
         """Where stored bands are among those that are decoded."""
         places = [self.decoded.index(band) for band in bands]
         run = slice(places[0], places[0] + len(places))
         return run if places == list(range(run.start, run.stop)) else places
+
+    def select_bands(self, bands: Sequence[int | str]) -> Raster:
+        """The same raster with only those of its bands, in that order: numbers from 1, or names as `match_bands`
+        understands them.
+
+        Raises:
+            UsageError: no such band, or a name that several may have.
+        """
+        from .raster_bands import select_bands
+
+        return select_bands(self, bands)
 
     def open_reader(self, blocks: BlockStore | None = None) -> RasterReader:
         """A reader for one thread at a time.
@@ -179,6 +228,10 @@ class Raster:
             from .raster_gdal import GdalReader
 
             return GdalReader(self, blocks)
+        if self.kind == "scaled":
+            from .raster_scale import ScaledReader
+
+            return ScaledReader(self, blocks)
         from .raster_parts import PartsReader
 
         return PartsReader(self, blocks)
@@ -210,12 +263,13 @@ def open_raster(
     src: Any,
     axes: str | None = None,
     *,
-    bands: Sequence[int] = (),
+    bands: Sequence[int | str] = (),
     nodata: float | Sequence[float] | None = None,
     any_band: bool = False,
     alpha: bool = False,
     mask_band: int | None = None,
     mask_values: Sequence[float] = (),
+    apply_scale: bool = False,
 ) -> Raster:
     """Describe a raster without reading pixels: whatever GDAL opens, and Zarr v2 and v3 groups and arrays.
 
@@ -225,12 +279,14 @@ def open_raster(
     Args:
         src: a path, or an array. A Zarr group must hold one raster array, or the array is named: `scene.zarr/image`.
         axes: order of a Zarr array's dimensions, such as "yxb"; needed only where the array does not say it.
-        bands: bands to read, from 1, in this order; empty: all.
+        bands: bands to read, in this order, by numbers from 1 or by names ("B04", "red"); empty: all.
         nodata: nodata value or values in place of the file's own; an empty sequence: none.
         any_band: a pixel is nodata where one band holds the value; False: where all do.
         alpha: take the band tagged alpha for a mask, not for a band.
         mask_band: a data band that is a mask, from 1, not to be read as a band.
         mask_values: its values that mean nodata.
+        apply_scale: pixels are number * scale + offset, as the file's tags say; computed in float64, given in float32
+            for numbers of up to 16 bits, else in float64. Nodata values are stored numbers.
 
     Raises:
         RasterError: no such file, not a raster, complex or non-numeric pixels, an ambiguous group or axis order, no
@@ -251,6 +307,7 @@ def open_raster(
         alpha=alpha,
         mask_band=mask_band,
         mask_values=tuple(float(value) for value in mask_values),
+        apply_scale=apply_scale,
     )
     if isinstance(src, str | os.PathLike):
         return open_with(src, options)
@@ -269,6 +326,7 @@ def open_with(src: str | os.PathLike[str], options: ReadOptions) -> Raster:
     """`open_raster` with its options in one object."""
     if (options.mask_band is None) != (not options.mask_values):
         raise UsageError("a mask band needs the values that mean nodata, such as --mask-band 8=2,4; got one without")
+    src = archive_name(str(src))
     path = place_of(src)
     from .raster_zarr import describe_zarr, split_zarr_path
 
@@ -309,15 +367,51 @@ def _apply(src: str, raster: Raster, options: ReadOptions) -> Raster:
     rule = replace(rule, values=values, any_band=options.any_band)
     if options.mask_band is not None:
         rule = replace(rule, mask_band=options.mask_band, mask_values=options.mask_values)
-    for band in (*options.bands, *([options.mask_band] if options.mask_band is not None else [])):
-        if not 1 <= band <= stored:
-            raise UsageError(f"{src} has bands 1 to {stored}, got {band}")
+    if len(options.names) == stored:
+        raster = replace(raster, band_names=options.names)
+    numbers = find_bands(src, raster.band_names, options.bands)
+    options = replace(options, bands=numbers)
+    if options.mask_band is not None:
+        find_bands(src, raster.band_names, (options.mask_band,))
     masks = {rule.alpha_band, rule.mask_band}
-    chosen = options.bands or tuple(band for band in range(1, stored + 1) if band not in masks)
+    chosen = numbers or tuple(band for band in range(1, stored + 1) if band not in masks)
     if not chosen:
         raise RasterError(f"{src} has no band beside its mask")
     raster = replace(raster, nodata_rule=rule, options=options)
-    return raster if chosen == tuple(range(1, stored + 1)) else pick_bands(raster, chosen)
+    if chosen != tuple(range(1, stored + 1)):
+        raster = pick_bands(raster, chosen)
+    if not options.apply_scale:
+        return raster
+    from .raster_scale import apply_tags
+
+    return apply_tags(raster)
+
+
+def find_bands(src: str, names: Sequence[str], bands: Sequence[int | str]) -> tuple[int, ...]:
+    """Numbers, from 1, of bands that are named or numbered.
+
+    Args:
+        names: of all bands that the file has.
+
+    Raises:
+        UsageError: no such band, or a name that several may have.
+    """
+    named = [band for band in bands if isinstance(band, str)]
+    places = dict(zip(named, find_named(named, names), strict=True)) if named else {}
+    found: list[int] = []
+    for band in bands:
+        if isinstance(band, int):
+            if not 1 <= band <= len(names):
+                raise UsageError(f"{src} has bands 1 to {len(names)}, got {band}")
+            found.append(band)
+            continue
+        place = places[band]
+        if place is None:
+            listed = ", ".join(f"{number} {name}" for number, name in enumerate(names[:_LISTED_BANDS], start=1))
+            more = f", ... ({len(names)})" if len(names) > _LISTED_BANDS else ""
+            raise UsageError(f"{src} has no one band {band}, it has {listed}{more}; choose with --bands by number")
+        found.append(place + 1)
+    return tuple(found)
 
 
 def pick_bands(raster: Raster, bands: tuple[int, ...]) -> Raster:
@@ -328,6 +422,7 @@ def pick_bands(raster: Raster, bands: tuple[int, ...]) -> Raster:
         indexes=tuple(stored[band - 1] for band in bands),
         shape=(len(bands), *raster.shape_yx),
         band_names=tuple(raster.band_names[band - 1] for band in bands),
+        scale_tags=tuple(raster.scale_tags[band - 1] for band in bands if raster.scale_tags),
     )
 
 

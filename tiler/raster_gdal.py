@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from .georeference import from_rasterio
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
 from .places import identify, is_far, place_of, set_gdal_options, url_of
 from .raster import Raster, ReadOptions, file_identity
+from .raster_scale import known_tags
 
 # GDAL's warnings and errors reach Python's logging through rasterio, and from there a terminal as soon as nobody else
 # listens. What matters of them stands in the error that is raised.
@@ -122,6 +124,7 @@ def describe_gdal(path: str, options: ReadOptions) -> Raster:
     """
     with _reaching(path), _quiet(), _open(path) as dataset, _reaching(path, *dataset.files):
         try:
+            _require_bands(path, dataset)
             dtypes = set(dataset.dtypes)
             if len(dtypes) != 1:
                 raise RasterError(f"{path}: all bands must have one dtype, got {sorted(dtypes)}; convert them first")
@@ -131,14 +134,7 @@ def describe_gdal(path: str, options: ReadOptions) -> Raster:
                     f"{path}: pixels must be integers or real numbers, got {name}; take magnitude or parts first"
                 )
             dtype = np.dtype(name)
-            rule = NodataRule(
-                values=tuple(value for value in dataset.nodatavals if value is not None),
-                **_find_mask(dataset, alpha=options.alpha),
-            )
-            if len(rule.values) > 1 and options.nodata is None:
-                raise RasterError(
-                    f"{path}: all bands must have one nodata value, got {list(rule.values)}; say which with --nodata"
-                )
+            rule = _find_rule(dataset, options)
             block = dataset.block_shapes[0]
             together = dataset.count if dataset.interleaving == Interleaving.pixel else 1
             return Raster(
@@ -146,25 +142,92 @@ def describe_gdal(path: str, options: ReadOptions) -> Raster:
                 kind="gdal",
                 shape=(dataset.count, dataset.height, dataset.width),
                 dtype=dtype,
-                place=from_rasterio(dataset.crs, dataset.transform),
+                place=from_rasterio(dataset.crs, dataset.transform, dataset.gcps),
                 nodata_rule=rule,
-                band_names=tuple(text or f"band {i}" for i, text in enumerate(dataset.descriptions, start=1)),
+                band_names=_band_names(dataset),
                 block=block,
                 block_bytes=block[0] * block[1] * dtype.itemsize * together,
                 identity=_identity(path, dataset.files),
                 files=tuple(dataset.files[:10_000]),
+                scale_tags=known_tags(dataset.scales, dataset.offsets),
+                remarks=tuple(_list_remarks(dataset)),
             )
         except (RasterioError, TypeError, ValueError, UnicodeDecodeError) as error:
             raise RasterError(f"{path} cannot be described: {_reason(error)}") from error
 
 
-def _find_mask(dataset: rasterio.DatasetReader, *, alpha: bool) -> dict[str, Any]:
-    """A mask of the dataset counts always; an alpha band only when asked for."""
-    if alpha:
+_SHOWN = 8
+"""Rasters of a container that a message names."""
+
+
+def _require_bands(path: str, dataset: rasterio.DatasetReader) -> None:
+    """Refuse what holds other rasters, such as a netCDF file of several variables, and none of its own."""
+    if dataset.count:
+        return
+    names = list(dataset.subdatasets)
+    if not names:
+        raise RasterError(f"{path} has no raster band; does it hold vectors or a table?")
+    more = f", ... ({len(names)})" if len(names) > _SHOWN else ""
+    raise RasterError(
+        f"{path} holds {len(names)} rasters, {', '.join(names[:_SHOWN])}{more}; name one of them in its place, such as "
+        f"'{names[0]}'"
+    )
+
+
+def _list_remarks(dataset: rasterio.DatasetReader) -> Iterator[str]:
+    if dataset.rpcs is not None:
+        yield "rational polynomial coefficients (RPC), which outputs do not keep"
+    if dataset.gcps[0] and not dataset.transform.is_identity:
+        yield f"{len(dataset.gcps[0])} ground control points beside its transform, which outputs do not keep"
+    if dataset.subdatasets:
+        yield f"the first of {len(dataset.subdatasets)} rasters in the file; others are named {dataset.subdatasets[-1]}"
+
+
+_COLOURS = frozenset(
+    (
+        ColorInterp.red,
+        ColorInterp.green,
+        ColorInterp.blue,
+        ColorInterp.coastal,
+        ColorInterp.pan,
+        ColorInterp.rededge,
+        ColorInterp.nir,
+        ColorInterp.swir,
+        ColorInterp.lwir,
+        ColorInterp.tir,
+    )
+)
+"""Of GDAL's colour interpretations those that say what a band is; an alpha tag says nothing."""
+
+
+def _band_names(dataset: rasterio.DatasetReader) -> tuple[str, ...]:
+    """Descriptions; of a file without any, the colours that its bands are tagged with."""
+    texts = [text or "" for text in dataset.descriptions]
+    if not any(texts):
+        texts = [meaning.name if meaning in _COLOURS else "" for meaning in dataset.colorinterp]
+        # A colour that two bands have names neither.
+        texts = [text if texts.count(text) == 1 else "" for text in texts]
+    return tuple(" ".join(text.split()) or f"band {i}" for i, text in enumerate(texts, start=1))
+
+
+def _find_rule(dataset: rasterio.DatasetReader, options: ReadOptions) -> NodataRule:
+    """Nodata as the file says it: by a value, by masks, or both. An alpha band counts only when asked for."""
+    rule = NodataRule(values=tuple(value for value in dataset.nodatavals if value is not None))
+    if options.alpha:
         tagged = [i for i, meaning in enumerate(dataset.colorinterp, start=1) if meaning == ColorInterp.alpha]
-        return {"mask": "alpha", "alpha_band": tagged[0]} if tagged else {}
-    flags = dataset.mask_flag_enums[0]
-    return {"mask": "dataset"} if MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags else {}
+        return replace(rule, mask="alpha", alpha_band=tagged[0]) if tagged else rule
+    flags = dataset.mask_flag_enums
+    # GDAL has no word for a mask of one band's own.
+    own = [band for band, found in enumerate(flags, start=1) if not found]
+    if len(rule.values) > 1 and options.nodata is None:
+        # No one value speaks for all bands, but GDAL's masks know each band's.
+        own += [band for band, value in enumerate(dataset.nodatavals, start=1) if value is not None]
+        rule = NodataRule()
+    if own:
+        return replace(rule, mask="bands", masked_bands=tuple(sorted(set(own))))
+    if MaskFlags.per_dataset in flags[0] and MaskFlags.alpha not in flags[0]:
+        return replace(rule, mask="dataset")
+    return rule
 
 
 def _identity(path: str, files: list[str]) -> str:
@@ -225,7 +288,13 @@ class GdalReader:
                 read=lambda window: self._read_bands(window, raster.decoded),
                 **grid,
             )
-            self._mask_blocks = BlockCache(blocks, (raster.path, "mask"), pixel_bytes=1, read=self._read_valid, **grid)
+            self._mask_blocks = BlockCache(
+                blocks,
+                (raster.path, "mask", raster.masked),
+                pixel_bytes=max(1, len(raster.masked)),
+                read=self._read_valid,
+                **grid,
+            )
 
     def _read_bands(self, window: Window, indexes: tuple[int, ...], *, mask: bool = False) -> Array:
         if self._dataset is None:
@@ -236,7 +305,7 @@ class GdalReader:
             # A VRT opens its files as they are read.
             with _reaching(self._raster.path, *self._far_files):
                 if mask:
-                    return dataset.read_masks(1, window=place)
+                    return dataset.read_masks(list(indexes), window=place)
                 return dataset.read(list(indexes), window=place)
         except (RasterioError, ValueError, MemoryError) as error:
             # An open dataset may answer a later read with zeros after a failed one: never use it again.
@@ -244,8 +313,8 @@ class GdalReader:
             raise RasterError(f"{self._raster.path}: window {window} cannot be read: {_reason(error)}") from error
 
     def _read_valid(self, window: Window) -> Array:
-        """(1, height, width) of the dataset's mask: 0 where there is nothing."""
-        return self._read_bands(window, (), mask=True)[None]
+        """(masks, height, width): 0 where there is nothing; of the dataset, or of each band that has its own."""
+        return self._read_bands(window, self._raster.masked or (1,), mask=True)
 
     def _read(self, window: Window, bands: tuple[int, ...]) -> Array:
         if self._blocks is None:
@@ -258,7 +327,26 @@ class GdalReader:
     def read_missing(self, window: Window, image: Array) -> Mask | None:
         rule = self._raster.nodata_rule
         band = find_missing(self._read(window, (rule.mask_band,)), rule.band_rule) if rule.mask_band else None
+        if self._raster.masked:
+            return join_missing(self._find_in_bands(window, image), band)
         return join_missing(find_missing(image, rule), self._read_mask(window, rule), band)
+
+    def _find_in_bands(self, window: Window, image: Array) -> Mask | None:
+        """Where all bands hold nothing, or one does, each by its value or by its own mask."""
+        raster, rule = self._raster, self._raster.nodata_rule
+        valid = self._mask_blocks.read(window) if self._mask_blocks else self._read_valid(window)
+        holes = [
+            join_missing(
+                find_missing(image[place : place + 1], rule),
+                valid[raster.masked.index(band)] == 0 if band in raster.masked else None,
+            )
+            for place, band in enumerate(raster.chosen)
+        ]
+        found = [hole for hole in holes if hole is not None]
+        if not found or (len(found) < len(holes) and not rule.any_band):
+            return None
+        missing = (np.logical_or if rule.any_band else np.logical_and).reduce(found)
+        return missing if missing.any() else None
 
     def _read_mask(self, window: Window, rule: NodataRule) -> Mask | None:
         if rule.mask == "dataset":

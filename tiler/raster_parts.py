@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from .band_names import is_named
 from .block_cache import BlockStore
 from .errors import RasterError
 from .geometry import Interval, Window
+from .georeference import find_offset
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
-from .raster import Part, Raster, RasterReader, ReadOptions, open_with, pick_bands
+from .raster import Part, Raster, RasterReader, ReadOptions, find_bands, open_with, pick_bands
+from .raster_scale import apply_tags, describe_tags, known_tags
 
-OFF_GRID = 0.01
-"""Pixels by which a piece may miss the common grid: writers round their transforms."""
 OPEN_FILES = 64
 """Files that one reader keeps open, at most."""
 OPEN_BYTES = 64_000_000
@@ -37,25 +38,28 @@ def open_stack(sources: Sequence[str | os.PathLike[str]], options: ReadOptions |
         RasterError: no file, or files of different grids or dtypes; both are shown.
     """
     options = options or ReadOptions()
-    rasters = _open_all(sources, replace(options, bands=(), mask_band=None, mask_values=()))
+    rasters = _open_all(
+        sources, replace(options, bands=(), names=(), mask_band=None, mask_values=(), apply_scale=False)
+    )
     first = rasters[0]
     for raster in rasters[1:]:
         _require_equal(first, raster, "dtype", first.dtype, raster.dtype)
         if raster.shape_yx != first.shape_yx or _offset(first, raster) != (0, 0):
             raise RasterError(f"a stack's files must lie on one grid: {_grid(first)}, but {_grid(raster)}")
     names = [
-        name
-        if name != f"band {i}"
-        else (Path(raster.path).stem if raster.bands == 1 else f"{Path(raster.path).stem} {i}")
+        name if is_named(name) else (_name_of(raster) if raster.bands == 1 else f"{_name_of(raster)} {i}")
         for raster in rasters
         for i, name in enumerate(raster.band_names, start=1)
     ]
+    if len(options.names) == len(names):
+        names = list(options.names)
     stored = [Part(raster=pick_bands(raster, (band,))) for raster in rasters for band in range(1, raster.bands + 1)]
     mask_band = options.mask_band
-    for band in (*options.bands, *([mask_band] if mask_band is not None else [])):
-        if not 1 <= band <= len(stored):
-            raise RasterError(f"the stack has bands 1 to {len(stored)}, got {band}")
-    chosen = options.bands or tuple(band for band in range(1, len(stored) + 1) if band != mask_band)
+    numbers = find_bands("the stack", names, options.bands)
+    options = replace(options, bands=numbers)
+    if mask_band is not None:
+        find_bands("the stack", names, (mask_band,))
+    chosen = numbers or tuple(band for band in range(1, len(stored) + 1) if band != mask_band)
     parts = tuple(stored[band - 1] for band in chosen)
     rules = {part.raster.nodata_rule for part in parts}
     plain = len(rules) == 1 and next(iter(rules)).is_plain
@@ -65,7 +69,8 @@ def open_stack(sources: Sequence[str | os.PathLike[str]], options: ReadOptions |
         # The mask band is one more part, behind those that are bands.
         parts = (*parts, stored[mask_band - 1])
         rule = replace(rule, mask_band=len(parts), mask_values=options.mask_values)
-    return Raster(
+    tags = [tag for raster in rasters for tag in raster.scale_tags or ((1.0, 0.0),) * raster.bands]
+    stack = Raster(
         path=str(sources[0]),
         kind="stack",
         shape=(len(chosen), *first.shape_yx),
@@ -79,8 +84,16 @@ def open_stack(sources: Sequence[str | os.PathLike[str]], options: ReadOptions |
         parts=parts,
         sources=tuple(raster.location for raster in rasters),
         files=tuple(dict.fromkeys(file for raster in rasters for file in raster.files)),
+        scale_tags=known_tags(*zip(*(tags[band - 1] for band in chosen), strict=True)),
+        remarks=tuple(dict.fromkeys(remark for raster in rasters for remark in raster.remarks)),
         options=options,
     )
+    return apply_tags(stack) if options.apply_scale else stack
+
+
+def _name_of(raster: Raster) -> str:
+    """That of the file, or of the array in a store."""
+    return raster.array_path.rpartition("/")[2] or Path(raster.path).stem
 
 
 def open_mosaic(sources: Sequence[str | os.PathLike[str]], options: ReadOptions | None = None) -> Raster:
@@ -103,6 +116,12 @@ def open_mosaic(sources: Sequence[str | os.PathLike[str]], options: ReadOptions 
             raise RasterError(f"{raster.path} does not say where it lies; a mosaic needs pieces with a transform")
         _require_equal(first, raster, "dtype", first.dtype, raster.dtype)
         _require_equal(first, raster, "number of bands", first.bands, raster.bands)
+        if raster.scale_tags != first.scale_tags:
+            raise RasterError(
+                f"a mosaic's pieces must mean the same by their numbers: {first.path} has "
+                f"{describe_tags(first.scale_tags) or 'no scale'}, {raster.path} "
+                f"{describe_tags(raster.scale_tags) or 'no scale'}; join what they mean with --apply-scale"
+            )
         offset = _offset(first, raster)
         if offset is None:
             raise RasterError(f"a mosaic's pieces must lie on one grid: {_grid(first)}, but {_grid(raster)}")
@@ -130,14 +149,17 @@ def open_mosaic(sources: Sequence[str | os.PathLike[str]], options: ReadOptions 
         parts=parts,
         sources=tuple(raster.location for raster in rasters),
         files=tuple(dict.fromkeys(file for raster in rasters for file in raster.files)),
+        scale_tags=first.scale_tags,
+        remarks=tuple(dict.fromkeys(remark for raster in rasters for remark in raster.remarks)),
         options=options,
     )
 
 
 def reference_to(raster: Raster) -> dict[str, Any]:
     """What `open_reference` needs to describe the raster again from any folder, as plain values."""
+    stored = raster.parts[0].raster if raster.kind == "scaled" else raster
     return {
-        "kind": raster.kind if raster.parts else "file",
+        "kind": stored.kind if stored.parts else "file",
         "paths": list(raster.sources) or [raster.location],
         "options": raster.options.to_json(),
     }
@@ -178,19 +200,7 @@ def _require_equal(first: Raster, other: Raster, what: str, wanted: object, got:
 
 def _offset(first: Raster, other: Raster) -> tuple[int, int] | None:
     """(rows, columns) from one raster's corner to the other's; None where they are not pieces of one grid."""
-    if first.place.transform is None or other.place.transform is None:
-        return (0, 0) if first.place == other.place else None
-    if first.place.crs != other.place.crs or first.place.affine.is_degenerate:
-        return None
-    row, column = first.place.pixel_of(*other.place.position_of(0, 0))
-    whole = (round(row), round(column))
-    # All corners: pixels of nearly one size drift apart over a large raster, and axes may be turned.
-    height, width = other.shape_yx
-    for y, x in ((0, 0), (0, width), (height, 0), (height, width)):
-        row, column = first.place.pixel_of(*other.place.position_of(y, x))
-        if max(abs(row - whole[0] - y), abs(column - whole[1] - x)) > OFF_GRID:
-            return None
-    return whole
+    return find_offset(first.place, other.place, other.shape_yx)
 
 
 def _grid(raster: Raster) -> str:
@@ -214,11 +224,13 @@ def _identity(parts: Sequence[Part]) -> str:
 
 def count_pixel_bytes(raster: Raster) -> int:
     """Of all that is decoded for a pixel: bands, and masks beside them. Of a mosaic, where one piece lies."""
+    if raster.kind == "scaled":
+        return count_pixel_bytes(raster.parts[0].raster)
     if raster.kind == "mosaic":
         return max(count_pixel_bytes(part.raster) for part in raster.parts)
     if raster.kind == "stack":
         return sum(count_pixel_bytes(file) for file, _ in _group_files(raster.parts))
-    beside = 1 if raster.nodata_rule.mask in ("dataset", "array") else 0
+    beside = 1 if raster.nodata_rule.mask in ("dataset", "array") else len(raster.masked)
     return len(raster.decoded) * raster.dtype.itemsize + beside
 
 
@@ -260,6 +272,12 @@ class PartsReader:
         """Of a stack: the parts that each file gives."""
         self._file_of = {place: file for file, places in enumerate(self._places) for place in places}
         self._files = [file for file, _ in groups] or [part.raster for part in raster.parts]
+        self._masked: dict[int, int] = {}
+        """Of a stack: places among the files of parts whose band has a mask of its own."""
+        for place, part in enumerate(raster.parts if raster.kind == "stack" else ()):
+            if part.raster.masked:
+                self._masked[place] = len(self._files)
+                self._files.append(part.raster)
         self._readers: dict[int, RasterReader] = {}
         self._most = _count_open(self._files)
         self._last: tuple[Window, Array, Mask | None] | None = None
@@ -312,6 +330,9 @@ class PartsReader:
     def _part_missing(self, index: int, window: Window, image: Array) -> tuple[Mask | None, Mask | None]:
         """(by value, by mask) of one file of a stack."""
         rule = self._raster.parts[index].raster.nodata_rule
+        if index in self._masked:
+            # A band's own mask speaks for the band alone, as its value does.
+            return self._reader(self._masked[index]).read_missing(window, image), None
         by_value = find_missing(image, rule)
         masked = rule.mask is not None or rule.mask_band > 0
         return by_value, self._reader(self._file_of[index]).read_missing(window, image) if masked else None

@@ -15,6 +15,7 @@ import numpy as np
 import zarr
 from zarr.errors import BaseZarrError
 
+from .band_names import band_name_of
 from .block_cache import BlockCache, BlockStore
 from .errors import RasterError, TilerError
 from .geometry import Window
@@ -22,12 +23,9 @@ from .georeference import Georeference, from_attributes, from_centres
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
 from .places import is_remote, place_of, store_at
 from .raster import Raster
+from .raster_scale import tags_of_attributes
+from .zarr_layout import ONE, dimension_names, find_array, mask_name, order_axes, suggest_axes
 
-_AXIS_NAMES = {
-    "b": ("b", "band", "bands", "c", "channel", "channels", "class"),
-    "y": ("y", "lat", "latitude", "northing", "row", "rows", "height"),
-    "x": ("x", "lon", "longitude", "easting", "column", "columns", "col", "width"),
-}
 _MOST_BANDS = 65_535
 _MOST_CENTRES = 1 << 22
 """Coordinates that are compared one by one; of more only the ends are looked at."""
@@ -72,32 +70,20 @@ def _describe(store: Path, inner: str, name: str, axes: str | None) -> Raster:
     except (BaseZarrError, OSError, ValueError, KeyError) as error:
         raise RasterError(f"{name} is not a Zarr raster: {str(error).splitlines()[0]}") from error
     if isinstance(node, zarr.Group):
-        arrays = {key: array for key, array in node.arrays() if array.ndim in (2, 3)}
-        beside = {_mask_name(array, node) for array in arrays.values()}
-        candidates = sorted(key for key in arrays if key not in beside)
-        ours = dict(node.attrs).get("outsize")
-        if isinstance(ours, dict) and ours.get("kind") in candidates:
-            # A result of ours: the arrays beside it tell of tiles and context.
-            candidates = [str(ours["kind"])]
-        if len(candidates) != 1:
-            found = f"it has {', '.join(candidates)}" if candidates else "it has none"
-            raise RasterError(f"{name} must hold one raster array, {found}; name one, such as {name}/NAME")
-        inner = f"{inner}/{candidates[0]}".lstrip("/")
-        array, group = node[candidates[0]], node
-    else:
-        array = node
-        parent = inner.rpartition("/")[0]
-        try:
-            group = zarr.open_group(store_at(store, read_only=True), mode="r", path=parent or None) if inner else None
-        except (BaseZarrError, OSError, ValueError, KeyError):
-            group = None
+        inner = f"{inner}/{find_array(node, name)}".lstrip("/")
+        node = zarr.open(store_at(store, read_only=True), mode="r", path=inner)
+    array, parent = node, inner.rpartition("/")[0]
+    try:
+        group = zarr.open_group(store_at(store, read_only=True), mode="r", path=parent or None) if inner else None
+    except (BaseZarrError, OSError, ValueError, KeyError):
+        group = None
     if not isinstance(array, zarr.Array):
         raise RasterError(f"{name} is not a Zarr array")
-    if array.ndim not in (2, 3):
-        raise RasterError(f"{name}: a raster has 2 or 3 dimensions, got shape {array.shape}")
+    if array.ndim < 2:
+        raise RasterError(f"{name}: a raster has 2 or 3 dimensions beside those of length 1, got shape {array.shape}")
 
     attributes = dict(array.attrs)
-    order = _axis_order(name, array, attributes, axes)
+    order = order_axes(name, array, axes)
     extents = dict(zip(order, array.shape, strict=True))
     chunks = dict(zip(order, array.chunks, strict=True))
     shape = (int(extents.get("b", 1)), int(extents["y"]), int(extents["x"]))
@@ -107,10 +93,11 @@ def _describe(store: Path, inner: str, name: str, axes: str | None) -> Raster:
         raise RasterError(f"{name} has chunks of {array.chunks} pixels; the store is damaged")
     if shape[0] > _MOST_BANDS:
         raise RasterError(
-            f"{name} has {shape[0]} bands, more than {_MOST_BANDS}; is the order another? give --axes yxb"
+            f"{name} has {shape[0]} bands, more than {_MOST_BANDS}; is the order another? give --axes "
+            f"{suggest_axes(array.shape)}"
         )
     group_attributes = dict(group.attrs) if group is not None else {}
-    mask = _mask_name(array, group)
+    mask = mask_name(array, group)
     dtype = np.dtype(array.dtype)
     return Raster(
         path=str(store),
@@ -119,50 +106,16 @@ def _describe(store: Path, inner: str, name: str, axes: str | None) -> Raster:
         dtype=dtype,
         place=_georeference(group, attributes, group_attributes, order, array),
         nodata_rule=NodataRule(values=_nodata(array), mask="array" if mask else None),
-        band_names=_band_names(group, shape[0]),
+        band_names=_band_names(array, group, order, shape[0], attributes),
         block=(int(chunks["y"]), int(chunks["x"])),
         block_bytes=int(np.prod([int(extent) for extent in array.chunks], dtype=object)) * dtype.itemsize,
         identity=_identity(store, inner),
         axes=order,
         array_path=inner,
         files=(str(store),),
+        scale_tags=tags_of_attributes(attributes, shape[0]),
         mask_path=f"{inner.rpartition('/')[0]}/{mask}".lstrip("/") if mask else "",
     )
-
-
-def _mask_name(array: zarr.Array[Any], group: zarr.Group | None) -> str:
-    """Of the array beside this one that says where its pixels are valid, if it is one of ours.
-
-    CF lets any array be called ancillary, so ours is known by its flags: 0 nodata, 255 valid.
-    """
-    named = str(dict(array.attrs).get("ancillary_variables", "")).split()
-    if "mask" not in named or group is None or "mask" not in group:
-        return ""
-    mask = group["mask"]
-    if not isinstance(mask, zarr.Array) or mask.ndim != 2 or mask.dtype != np.uint8:
-        return ""
-    attributes = dict(mask.attrs)
-    ours = attributes.get("flag_values") == [0, 255] and attributes.get("flag_meanings") == "nodata valid"
-    return "mask" if ours else ""
-
-
-def _axis_order(name: str, array: zarr.Array[Any], attributes: Mapping[str, Any], axes: str | None) -> str:
-    if axes is not None:
-        if sorted(axes) not in (sorted("byx"), sorted("yx")) or len(axes) != array.ndim:
-            raise RasterError(f"--axes must order b, y and x for {array.ndim} dimensions, such as yxb; got {axes!r}")
-        return axes
-    names = getattr(array.metadata, "dimension_names", None) or attributes.get("_ARRAY_DIMENSIONS")
-    if names is None or any(entry is None for entry in names):
-        if array.ndim == 2:
-            return "yx"
-        raise RasterError(f"{name} does not say which of its dimensions {array.shape} are bands, y, x; give --axes yxb")
-    letters = [
-        next((letter for letter, known in _AXIS_NAMES.items() if str(entry).lower() in known), "?") for entry in names
-    ]
-    order = "".join(letters)
-    if sorted(order) not in (sorted("byx"), sorted("yx")):
-        raise RasterError(f"{name}: dimensions {list(names)} are not bands, y, x; give --axes yxb")
-    return order
 
 
 def _georeference(
@@ -179,7 +132,7 @@ def _georeference(
     place = from_attributes({**group_attributes, **attributes}, spatial_ref)
     if group is None or place.is_rotated:
         return place
-    names = getattr(array.metadata, "dimension_names", None) or attributes.get("_ARRAY_DIMENSIONS") or ()
+    names = dimension_names(array) or ()
     coordinates = {letter: str(entry) for letter, entry in zip(order, names, strict=False) if entry in group}
     if "y" not in coordinates or "x" not in coordinates:
         return place
@@ -243,15 +196,30 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _band_names(group: zarr.Group | None, count: int) -> tuple[str, ...]:
-    if group is not None and "band" in group:
-        names = group["band"]
-        if isinstance(names, zarr.Array) and names.shape == (count,):
-            return tuple(str(entry) for entry in names[:])  # pyright: ignore[reportGeneralTypeIssues]
-    recorded = (dict(group.attrs) if group is not None else {}).get("band_names")
-    if isinstance(recorded, list) and len(recorded) == count:
-        return tuple(str(entry) for entry in recorded)
-    return tuple(f"band {number}" for number in range(1, count + 1))
+def _band_names(
+    array: zarr.Array[Any], group: zarr.Group | None, order: str, count: int, attributes: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """What a coordinate of the bands says, or a list among the attributes, of STAC's bands too; else numbers."""
+    dimensions = dimension_names(array) or ()
+    coordinate = str(dimensions[order.index("b")]) if "b" in order and len(dimensions) == len(order) else "band"
+    numbers: tuple[str, ...] = ()
+    if group is not None and coordinate in group:
+        stored = group[coordinate]
+        if isinstance(stored, zarr.Array) and stored.shape == (count,):
+            values: Any = np.asarray(stored[:])
+            found = tuple(
+                band_name_of(entry.decode("utf-8", "replace") if isinstance(entry, bytes) else entry)
+                for entry in values
+            )
+            if values.dtype.kind not in "iuf":
+                return found
+            numbers = found
+    for said in (attributes, dict(group.attrs) if group is not None else {}):
+        for key in ("band_names", "bands", "eo:bands", "long_name"):
+            recorded = said.get(key)
+            if isinstance(recorded, list) and len(recorded) == count:
+                return tuple(band_name_of(entry) or f"band {number}" for number, entry in enumerate(recorded, start=1))
+    return numbers or tuple(f"band {number}" for number in range(1, count + 1))
 
 
 _MOST_ENTRIES = 200_000
@@ -332,13 +300,12 @@ class ZarrReader:
     def _read_bands(self, window: Window, indexes: tuple[int, ...]) -> Array:
         rows, columns = window.slices()
         bands = slice(None) if indexes == tuple(range(1, self._stored + 1)) else [index - 1 for index in indexes]
-        pick = {"b": bands, "y": rows, "x": columns}
+        pick = {"b": bands, "y": rows, "x": columns, ONE: 0}
         block = self._take(self._array, window, tuple(pick[letter] for letter in self._raster.axes))
-        if "b" not in self._raster.axes:
+        order = self._raster.axes.replace(ONE, "")
+        if "b" not in order:
             block = np.repeat(block[None], len(indexes), axis=0)
-            order = "b" + self._raster.axes
-        else:
-            order = self._raster.axes
+            order = "b" + order
         return np.ascontiguousarray(block.transpose([order.index(letter) for letter in "byx"]))
 
     @property

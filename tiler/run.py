@@ -41,7 +41,7 @@ from .events import (
 from .files import remove_store
 from .fingerprint import MIXED, make_fingerprint
 from .geometry import Interval, Window
-from .machine import find_versions, release_freed_memory
+from .machine import find_versions, release_freed_memory, spare_lost_threads
 from .memory import CUDA_CONTEXT_BYTES, find_budget
 from .memory_probe import memory_lookup
 from .meter import MemoryMeter
@@ -52,6 +52,7 @@ from .planner import plan_tiles
 from .precision_loss import PrecisionLoss
 from .quantise import QuantisedNetwork, quantise_network, require_quantiser
 from .raster import Raster, as_raster, fill_values, require_apart
+from .raster_bands import match_network
 from .raster_parts import count_pixel_bytes, reference_to
 from .records import RunFolder, is_there, log, writing
 from .reference import ComputedPatch, Reference
@@ -181,10 +182,13 @@ def predict(
     called = time.perf_counter() if since is None else since
     cluster = cluster or ClusterOptions()
     options = cluster.options if isinstance(cluster, ClusterKeeper) else cluster
+    if client is None:
+        options.require_startable()
+    spare_lost_threads()
     tell: Listener = listener or _ignore
     out = place_of(out).absolute()
     with MemoryMeter() as meter:
-        raster = as_raster(raster)
+        raster = match_network(as_raster(raster), network)
         network = as_network(network, raster.bands, raster.dtype)
         filling: tuple[float, ...] = (0.0,) * raster.bands if fill is None else fill
         fill_values(filling, raster)  # refused before anything is begun

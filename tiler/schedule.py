@@ -17,7 +17,7 @@ from distributed.client import ClosedClientError, FutureCancelledError
 from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 
-from .cluster import ClusterError
+from .cluster import ClusterError, leaving_slot
 from .dashboard import Watch, watch_run
 from .errors import WorkerError
 from .jobs import Job, JobPlugin, run_cell
@@ -66,7 +66,7 @@ def job_on(client: Client, job: Job, begin: Message | None = None) -> Iterator[W
         ClusterError: the scheduler is gone, or has no workers.
         WorkerError: one of the workers cannot do the job.
     """
-    with _told_when_lost(client):
+    with leaving_slot(client), _told_when_lost(client):
         try:
             client.wait_for_workers(1, timeout=FIRST_WORKER_S)
         except TimeoutError as error:

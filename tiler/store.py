@@ -169,7 +169,8 @@ def create_raster_group(
     y_axis, x_axis = dims.index("y"), dims.index("x")
     shape_yx = (shape[y_axis], shape[x_axis])
     spatial = geozarr_attributes(place, shape_yx)
-    mapping = {"grid_mapping": "spatial_ref"} if place.crs_wkt or place.transform else {}
+    placed = bool(place.crs_wkt or place.transform or place.points)
+    mapping = {"grid_mapping": "spatial_ref"} if placed else {}
     array = _create_array(
         group,
         name,
@@ -190,7 +191,7 @@ def create_raster_group(
     )
     if masked:
         add_mask(path, name, shape_yx, (chunks[y_axis], chunks[x_axis]))
-    if place.crs_wkt or place.transform:
+    if placed:
         reference = _create_array(
             group, "spatial_ref", shape=(), dtype=np.dtype("int64"), dims=(), attributes=spatial_ref_attributes(place)
         )

@@ -13,7 +13,7 @@ from torch import distributed as dist
 from .errors import LabelError, UntileableError, UsageError
 from .gradient import GradientSum, Precision, Tiles, compute_loss_sums, gradient_of_tiles
 from .loss import Loss
-from .machine import map_large_blocks
+from .machine import map_large_blocks, spare_lost_threads
 from .network import Network
 from .raster import Raster
 from .records import log
@@ -116,6 +116,7 @@ def begin_step(
     cluster: TrainingCluster | None = None,
 ) -> tuple[TiledStep, Tensor | None, list[Tensor]]:
     """(the step, the image where it is a tensor, parameters and buffers that the result depends on)."""
+    spare_lost_threads()
     with opened(raster) as source:
         shape = source.shape
         dtype = source.dtype

@@ -27,7 +27,7 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 from torch import Tensor, nn
 
-from .cluster import ClusterError, complete_environment, follow
+from .cluster import ClusterError, complete_environment, follow, leaving_slot
 from .errors import RasterError, TilerError, UsageError
 from .geometry import Window
 from .gradient import (
@@ -176,9 +176,10 @@ class TrainingCluster:
         digest = hashlib.sha256(packed).digest()
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                self._wait()
-                sent = self._send(packed, digest)
-                total = self._submit(name, sent, groups, weights, with_gradients=with_gradients).result()
+                with leaving_slot(self.client):
+                    self._wait()
+                    sent = self._send(packed, digest)
+                    total = self._submit(name, sent, groups, weights, with_gradients=with_gradients).result()
                 self._sent = None if with_gradients else (digest, sent)
                 return total
             except ClosedClientError as error:

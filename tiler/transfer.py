@@ -21,6 +21,7 @@ from .fingerprint import fingerprint_raster
 from .meter import MemoryMeter
 from .places import is_remote, place_of, store_at
 from .raster import Raster, require_apart
+from .raster_scale import tag_attributes
 from .records import RunFolder, is_there, writing
 from .resume import SourceChangedError, SourceGuard
 from .schedule import Lost, job_on, run_cells
@@ -281,6 +282,7 @@ class _Transfer:
             nodata=self.raster.nodata,
             masked=not rule.is_plain,
             zarr_format=self.zarr_format,
+            array_attributes=tag_attributes(self.raster, self.zarr_format),
             group_attributes={
                 "band_names": list(self.raster.band_names),
                 MARK: {

@@ -51,7 +51,7 @@ def plan_transfer(
     budget = parse_bytes(memory)
     bands, height, width = raster.shape
     chunk = (min(CHUNK, height), min(CHUNK, width))
-    chunk_bytes = raster.pixel_bytes * chunk[0] * chunk[1]
+    chunk_bytes = (raster.pixel_bytes + raster.beside_bytes) * chunk[0] * chunk[1]
     here = raster.pixel_bytes * height * width <= HERE_BYTES and workers is None
     # Row and column centres are written as arrays.
     store = STORE_BYTES if to_store or raster.is_far else 0
@@ -88,7 +88,7 @@ def plan_transfer(
     across = max(1, min(-(-width // CHUNK), fitting))
     down = max(1, min(fitting // across, -(-raster.block[0] // CHUNK), -(-height // CHUNK)))
     grid = Grid(shape=(height, width), cell=(down * CHUNK, across * CHUNK))
-    cell_bytes = raster.pixel_bytes * min(down * CHUNK, height) * min(across * CHUNK, width)
+    cell_bytes = (raster.pixel_bytes + raster.beside_bytes) * min(down * CHUNK, height) * min(across * CHUNK, width)
     process_bytes = max(1, min(wanted, len(grid))) * each
     return TransferPlan(
         grid=grid,

@@ -15,6 +15,7 @@ from rasterio.crs import CRS
 from rasterio.errors import CRSError
 from rasterio.warp import transform_geom
 
+from .bounds import find_turns, turn_of
 from .errors import RasterError, UsageError
 from .georeference import Georeference
 
@@ -140,8 +141,13 @@ def _read_by_gdal(path: str, encoding: str | None) -> _Layer:
     return geometries, attributes, CRS.from_user_input(meta["crs"]) if meta["crs"] else None
 
 
-def to_pixels(features: Features, place: Georeference, raster: str) -> list[Geometry]:
+def to_pixels(
+    features: Features, place: Georeference, raster: str, shape_yx: tuple[int, int] | None = None
+) -> list[Geometry]:
     """The polygons with (column, row) of a raster's pixels in place of coordinates.
+
+    Args:
+        shape_yx: of the raster: polygons are moved by whole turns around the Earth to where it lies; None: they stay.
 
     Raises:
         RasterError: one of the two does not say where it lies, or a polygon cannot be projected.
@@ -156,9 +162,11 @@ def to_pixels(features: Features, place: Georeference, raster: str) -> list[Geom
     geometries = list(features.geometries)
     if features.crs != crs:
         try:
-            geometries = [transform_geom(features.crs, crs, geometry) for geometry in geometries]
+            geometries = [_project(geometry, features.crs, place) for geometry in geometries]
         except Exception as error:  # GDAL's own classes, which rasterio does not export
             raise RasterError(f"{features.path} cannot be projected to the CRS of {raster}: {error}") from error
+    if shape_yx is not None:
+        geometries = [_turn(geometry, place, shape_yx) for geometry in geometries]
     inverse = ~place.affine
 
     def move(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -167,6 +175,52 @@ def to_pixels(features: Features, place: Georeference, raster: str) -> list[Geom
         return np.stack(moved, axis=1)
 
     return [_map_points(geometry, move) for geometry in geometries]
+
+
+def _project(geometry: Geometry, crs: CRS, place: Georeference) -> Geometry:
+    projected = transform_geom(crs, place.crs, geometry)
+    turn = turn_of(place.crs_wkt)
+    if turn is None or not crs.is_geographic or (place.crs and place.crs.is_geographic):
+        return projected
+    # A ring across the projection's seam comes back with points at both ends of the world.
+    degrees = turn_of(crs.to_wkt())
+    rings = zip(_rings_of(geometry), _rings_of(projected), strict=True)
+    if degrees is None or any(len(before) != len(after) for before, after in rings):
+        return projected
+    known = iter(_rings_of(geometry))
+
+    def unwrap(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        before = np.asarray([point[:2] for point in next(known)], np.float64)
+        wanted = (before[:, 0] - before[0, 0]) / degrees * turn
+        turns = np.round((wanted - (points[:, 0] - points[0, 0])) / turn)
+        return points + np.stack([turns * turn, np.zeros(len(points))], axis=1)
+
+    return _map_points(projected, unwrap)
+
+
+def _rings_of(geometry: Geometry) -> list[Any]:
+    parts = geometry["coordinates"]
+    return list(parts) if geometry["type"] == "Polygon" else [ring for polygon in parts for ring in polygon]
+
+
+def _turn(geometry: Geometry, place: Georeference, shape_yx: tuple[int, int]) -> Geometry:
+    """The polygon wherever whole turns around the Earth bring it over the raster: once, or at both of its ends; as it
+    is where none does."""
+    turn = turn_of(place.crs_wkt)
+    if turn is None:
+        return geometry
+    parts = [geometry["coordinates"]] if geometry["type"] == "Polygon" else geometry["coordinates"]
+    found: list[Any] = []
+    for polygon in parts:
+        x = [point[0] for point in polygon[0]] if polygon else []
+        turns = find_turns(place, min(x), max(x), shape_yx) if x else []
+        found += [
+            [[(point[0] + k * turn, point[1]) for point in ring] for ring in polygon] if k else polygon
+            for k in turns or [0]
+        ]
+    if len(found) == 1:
+        return {"type": "Polygon", "coordinates": found[0]}
+    return {"type": "MultiPolygon", "coordinates": found}
 
 
 def _map_points(geometry: Geometry, move: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]) -> Geometry:

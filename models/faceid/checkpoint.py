@@ -68,6 +68,7 @@ def save_checkpoint(
             raise HeadError(f"a file saved with the layer needs a plain name, got {name!r}")
     if step < 0 or keep < 1:
         raise HeadError(f"step must be >= 0 and keep >= 1, got {step} and {keep}")
+    head.require_whole()
     ranks, root = head.ranks, Path(folder)
     generation = root / f"step-{step:09d}"
     exists = torch.tensor([int((generation / MANIFEST).exists())])
@@ -146,9 +147,12 @@ def load_checkpoint(
     for generation in candidates:
         reason = _check_layer(head, generation.manifest, grow=grow)
         if not reason:
+            head.is_torn = True  # what is read is checked when it is there
+            head.count_move()
             reason = _read_all(head, generation)
         bad = head.ranks.add(torch.tensor([int(bool(reason))]))
         if not int(bad):
+            head.is_torn = False
             head.seed, head.step = int(generation.manifest["seed"]), int(generation.manifest["updates"])
             return generation
         reasons.append(reason or f"{generation.folder}: another rank could not read its tablets")
@@ -180,7 +184,7 @@ def _read_all(head: ShardedMarginHead, generation: Generation) -> str:
             if tablet.index < layout.count:
                 there = layout.tablet(tablet.index)
                 read_tablet(generation.folder, there, rows, state, FileSum(**files[file_name(there)]))
-    except (OSError, HeadError, KeyError) as error:
+    except (OSError, HeadError, KeyError, TypeError, ValueError) as error:
         return f"step {generation.step}: {error}"
     return ""
 

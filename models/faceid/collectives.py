@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from .errors import HeadError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
@@ -26,11 +28,17 @@ class Ranks:
 
     def gather_batch(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, slice]:
         """Before: each rank has samples of its own, or none. After: all have all of them in the order of ranks, and
-        know which are theirs."""
+        know which are theirs.
+
+        Raises:
+            HeadError: another rank called `refuse_batch`.
+        """
         if self.size == 1:
             return features, labels, slice(0, len(labels))
         counts = self._gather(torch.tensor([len(labels)], device=labels.device))
         sizes = [int(count) for count in counts]
+        if min(sizes) < 0:
+            raise HeadError(f"rank {sizes.index(-1)} of {self.size} has refused its batch, and says why")
         most = max(sizes)
         if most == 0:
             return features, labels, slice(0, 0)
@@ -44,6 +52,11 @@ class Ranks:
             torch.cat([part[:size] for part, size in zip(all_labels, sizes, strict=True)]),
             slice(first, first + sizes[self.rank]),
         )
+
+    def refuse_batch(self, device: torch.device) -> None:
+        """In place of `gather_batch`, so that the others do not wait for ever."""
+        if self.size > 1:
+            self._gather(torch.tensor([-1], device=device))
 
     def gather_tablets(self, mine: Tensor, counts: list[int]) -> Tensor:
         """Before: each rank has one row for each of its tablets. After: all have the rows of all, in tablet order."""

@@ -92,7 +92,14 @@ class Embedder:
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """(n, height, width, 3) of 0 ... 255 -> (n, dim), not of length 1."""
+        """(n, height, width, 3) of 0 ... 255 -> (n, dim), not of length 1.
+
+        Raises:
+            HeadError: pictures of another size, or in another order of axes.
+        """
+        wanted = (self.description.height, self.description.width, 3)
+        if tuple(images.shape[1:]) != wanted:
+            raise HeadError(f"images must be (n, {', '.join(map(str, wanted))}), got {tuple(images.shape)}")
         scaled = (images.permute(0, 3, 1, 2).float() - self.description.mean) / self.description.scale
         return self.model(scaled)
 

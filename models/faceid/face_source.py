@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,11 @@ class FaceSource(Protocol):
     size: tuple[int, int]
     """(height, width) of every picture."""
 
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the identities, each once, by number; computed where they are asked for."""
+        ...
+
     def __len__(self) -> int:
         """Samples of an epoch."""
         ...
@@ -49,13 +55,13 @@ class PictureFiles:
     """Pictures that are files."""
 
     def __init__(
-        self, paths: Sequence[str], labels: Whole, names: list[str], size: tuple[int, int], *, resize: bool = False
+        self, paths: Sequence[str], labels: Whole, names: Sequence[str], size: tuple[int, int], *, resize: bool = False
     ) -> None:
         """Args:
         labels: of each path, numbers of `names`.
         resize: scale pictures of other sizes, of the same shape.
         """
-        self._paths, self._labels, self.names = list(paths), labels, names
+        self._paths, self._labels, self.names = list(paths), labels, list(names)
         self.identities, self.size, self._resize = len(names), size, resize
 
     def __len__(self) -> int:
@@ -85,8 +91,8 @@ class RecordPictures:
         resize: scale pictures of other sizes, of the same shape.
         """
         self._file, self.size, self._resize = file, size, resize
-        names, self._labels = np.unique(file.labels, return_inverse=True)
-        self.identities = len(names)
+        numbers, self._labels = np.unique(file.labels, return_inverse=True)
+        self.identities, self.names = len(numbers), [str(number) for number in numbers.tolist()]
 
     def __len__(self) -> int:
         return len(self._file.keys)
@@ -125,25 +131,32 @@ def _read_each(names: list[str], reads: Sequence[Callable[[], Picture]]) -> Read
 
 
 class SourcePart:
-    """Some identities of a source, numbered anew in their order."""
+    """Some identities of a source, numbered anew in the order in which they are given."""
 
     def __init__(self, source: FaceSource, identities: Whole) -> None:
         """Args:
         identities: of the source, without repetition. Its labels must be the same in every epoch.
         """
-        self._source, self._chosen = source, np.sort(identities)
+        self._source, self._chosen = source, identities
+        self._numbers = np.full(source.identities, -1, np.int64)
+        self._numbers[identities] = np.arange(len(identities))
         everything = np.arange(len(source))
         labels = source.labels_of(everything, np.zeros_like(everything))
-        self._samples = np.flatnonzero(np.isin(labels, self._chosen))
+        self._samples = np.flatnonzero(self._numbers[labels] >= 0)
         self.identities, self.size = len(identities), source.size
         if not len(self._samples):
             raise HeadError("a part of a source must have pictures, got identities without any")
+
+    @property
+    def names(self) -> Sequence[str]:
+        names = self._source.names
+        return [names[int(identity)] for identity in self._chosen]
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def labels_of(self, samples: Whole, epochs: Whole) -> Whole:
-        return np.searchsorted(self._chosen, self._source.labels_of(self._samples[samples], epochs))
+        return self._numbers[self._source.labels_of(self._samples[samples], epochs)]
 
     def read(self, samples: Whole, epochs: Whole) -> Read:
         return self._source.read(self._samples[samples], epochs)
@@ -173,3 +186,39 @@ def hold_out(source: FaceSource, count: int, seed: int) -> tuple[FaceSource, Fac
     chosen = np.sort(random.permutation(several)[:count])
     rest = np.setdiff1d(np.flatnonzero(pictures), chosen)
     return SourcePart(source, rest), SourcePart(source, chosen)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roll:
+    """Which class each identity of a training is, by name, so that more can come without a number being changed."""
+
+    classes: Sequence[str]
+    """By number."""
+    held_out: Sequence[str]
+    """Identities that are measured with."""
+
+
+def keep_roll(source: FaceSource, roll: Roll) -> tuple[FaceSource, FaceSource | None]:
+    """(training part, part that is measured with) of a source, as a roll has them; identities that are not in it are
+    classes behind its own, in their order.
+
+    Raises:
+        HeadError: classes of the roll are not in the source.
+    """
+    number = {name: place for place, name in enumerate(source.names)}
+    lost = [name for name in roll.classes if name not in number]
+    if lost:
+        more = f" and {len(lost) - 5:,} more" if len(lost) > 5 else ""
+        raise HeadError(
+            f"identities that were trained on must stay in the source, {', '.join(lost[:5])}{more} "
+            f"{'is' if len(lost) == 1 else 'are'} not there any more"
+        )
+    held = [number[name] for name in roll.held_out if name in number]
+    if not held and list(roll.classes) == list(source.names):
+        return source, None
+    everything = np.arange(len(source))
+    pictures = np.bincount(source.labels_of(everything, np.zeros_like(everything)), minlength=source.identities)
+    old = np.array([number[name] for name in roll.classes], np.int64)
+    fresh = np.setdiff1d(np.flatnonzero(pictures), np.concatenate([old, np.array(held, np.int64)]))
+    measured = SourcePart(source, np.sort(np.array(held, np.int64))) if held else None
+    return SourcePart(source, np.concatenate([old, fresh])), measured

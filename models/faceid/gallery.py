@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch import distributed as dist
 
+from ...tiler.errors import reason_of
 from ...tiler.memory import parse_bytes
 from .collectives import Ranks
 from .errors import GalleryError, HeadError
@@ -31,7 +31,6 @@ from .gallery_file import (
     read_names,
     read_newest,
     read_owners,
-    read_rows,
     read_whole,
     remove_all,
     remove_leftovers,
@@ -39,10 +38,11 @@ from .gallery_file import (
     write_names,
     write_rows,
 )
-from .name_list import NameList, require_name
-from .search import RowReader, Tell, count_most, search_rows
+from .gallery_rows import GalleryRows, TabletRows
+from .name_list import NameList, compose, require_name
+from .search import Tell, search_rows
 from .search_plan import SearchPlan, plan_search
-from .tablets import BLOCK_ROWS, ROWS, Tablet, TabletLayout
+from .tablets import BLOCK_ROWS, ROWS, TabletLayout
 from .top_k import NOBODY, Best, unit_rows
 
 ALONE = Ranks(group=None, rank=0, size=1)
@@ -79,16 +79,27 @@ class _State:
     owners: npt.NDArray[np.int32]
     """(rows,): the person's number; -1 where a row's person was removed."""
     names: NameList
+    rows: TabletRows
 
     @classmethod
     def read(cls, folder: Path) -> _State:
         manifest = read_newest(folder)
-        parts = [read_owners(folder, manifest, index).astype(np.int32) for index in range(len(manifest.tablets))]
-        owners = np.concatenate(parts) if parts else np.empty(0, np.int32)
         names = NameList(read_names(folder, manifest, index) for index in range(len(manifest.names)))
-        if len(owners) and int(owners.max()) >= len(names):
-            raise GalleryError(f"{folder} is damaged: rows belong to person {owners.max()}, there are {len(names)}")
-        return cls(manifest=manifest, owners=owners, names=names)
+        parts: list[npt.NDArray[np.int32]] = []
+        for index, entry in enumerate(manifest.tablets):
+            whose = read_owners(folder, manifest, index)
+            if whose.min() < NOBODY or whose.max() >= len(names):
+                raise GalleryError(
+                    f"{folder / entry.name} is damaged: its rows belong to persons {whose.min()} ... {whose.max()}, "
+                    f"there are {len(names)}"
+                )
+            parts.append(whose.astype(np.int32))
+        owners = np.concatenate(parts) if parts else np.empty(0, np.int32)
+        return cls(manifest=manifest, owners=owners, names=names, rows=TabletRows(folder, manifest))
+
+    def with_rows_of(self, before: _State) -> _State:
+        """The same; what was read and checked of the generation before is not read again."""
+        return replace(self, rows=TabletRows(self.rows.folder, self.manifest, before.rows))
 
 
 class Gallery:
@@ -108,10 +119,7 @@ class Gallery:
         self.folder, self._memory = folder, memory
         self._threads = threads or torch.get_num_threads()
         self._ranks = Ranks.of(group)
-        self._kept: dict[int, Tensor] = {}
-        self._keeping = threading.Lock()
         self._state = _State.read(folder)
-        self._most_rows = count_most(self._state.owners)
 
     @classmethod
     def create(
@@ -185,6 +193,8 @@ class Gallery:
                 f"{root} was made by another embedder: {gallery.embedder[:16]} there, {embedder[:16]} now; scores "
                 f"between two embedders mean nothing: take that one, or enroll into a new gallery"
             )
+        if not gallery._state.names.is_composed:
+            gallery._compose_names()
         if find_leftovers(root, gallery._state.manifest):
             try:
                 with gallery._changing():
@@ -206,13 +216,7 @@ class Gallery:
         self._take(_State.read(self.folder))
 
     def _take(self, state: _State) -> None:
-        old = {entry.name: index for index, entry in enumerate(self._state.manifest.tablets)}
-        kept = {
-            index: self._kept[old[entry.name]]
-            for index, entry in enumerate(state.manifest.tablets)
-            if old.get(entry.name) in self._kept
-        }
-        self._state, self._kept, self._most_rows = state, kept, count_most(state.owners)
+        self._state = state.with_rows_of(self._state)
 
     @property
     def dim(self) -> int:
@@ -263,15 +267,15 @@ class Gallery:
         return bool(self._state.names.find([name]))
 
     def find(self, names: Iterable[str]) -> set[str]:
-        """Those of some names that are in the gallery."""
+        """Those of some names that are in the gallery, composed (`name_list.compose`)."""
         return set(self._state.names.find(names))
 
     def find_damage(self) -> list[str]:
         """Read every file against its checksum; what is wrong with each that is damaged."""
         return find_damage(self.folder, self._state.manifest)
 
-    def _layout(self, ranks: int) -> TabletLayout | None:
-        manifest = self._state.manifest
+    def _layout(self, state: _State, ranks: int) -> TabletLayout | None:
+        manifest = state.manifest
         if not manifest.rows:
             return None
         block = min(BLOCK_ROWS, manifest.tablet_rows)
@@ -285,11 +289,11 @@ class Gallery:
         Raises:
             HeadMemoryError: the budget is too small.
         """
-        return self._plan(queries, k, self._ranks.size)
+        return self._plan(self._state, queries, k, self._ranks.size)
 
-    def _plan(self, queries: int, k: int, ranks: int) -> SearchPlan:
+    def _plan(self, state: _State, queries: int, k: int, ranks: int) -> SearchPlan:
         return plan_search(
-            self._layout(ranks),
+            self._layout(state, ranks),
             self.dim,
             storage=self.storage,
             item_bytes=STORAGE[self.storage].itemsize,
@@ -297,7 +301,7 @@ class Gallery:
             k=k,
             threads=self._threads,
             # While they are made, owners are there twice.
-            names_bytes=self._state.names.held_bytes + 4 * self._state.owners.nbytes,
+            names_bytes=state.names.held_bytes + 4 * state.owners.nbytes,
             budget=self._memory,
         )
 
@@ -321,22 +325,25 @@ class Gallery:
             HeadMemoryError: the budget is too small.
             GalleryError: the gallery is damaged, or somebody changed it: open it again.
         """
+        if threshold is not None and np.isnan(threshold):
+            raise HeadError("a threshold must be a number, got nan, beyond which nobody is")
         unit = self._unit(embeddings)
-        self._require_one_generation()
-        best = self._search(unit, k, self._ranks, tell)
+        state = self._state  # another thread may change the gallery meanwhile
+        self._require_one_generation(state.manifest.generation)
+        best = self._search(state, unit, k, self._ranks, tell)
         answers: list[Answer] = []
         for scores, owners in zip(best.scores.tolist(), best.owners.tolist(), strict=True):
             found = tuple(
-                Match(name=self._state.names.name(owner), score=score)
+                Match(name=state.names.name(owner), score=score)
                 for score, owner in zip(scores, owners, strict=True)
                 if owner != NOBODY and (threshold is None or score > threshold)
             )
             answers.append(Answer(matches=found, nearest=scores[0]))
         return answers
 
-    def _require_one_generation(self) -> None:
+    def _require_one_generation(self, generation: int) -> None:
         """Ranks that opened the gallery before and after a change would search the rows of neither."""
-        found = self._ranks.gather_tablets(torch.tensor([self.generation]), [1] * self._ranks.size).unique().tolist()
+        found = self._ranks.gather_tablets(torch.tensor([generation]), [1] * self._ranks.size).unique().tolist()
         if len(found) > 1:
             raise GalleryError(
                 f"{self.folder} was changed while ranks opened it: generations {', '.join(map(str, found))}; open it "
@@ -344,32 +351,25 @@ class Gallery:
             )
 
     def _unit(self, embeddings: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        if isinstance(embeddings, Tensor):
+            given = embeddings.detach().cpu()
+            embeddings = (given.float() if given.dtype == torch.bfloat16 else given).numpy()
         values = np.asarray(embeddings)
         if values.ndim != 2 or values.shape[1] != self.dim:
             raise HeadError(f"embeddings must be (faces, {self.dim}) for this gallery, got {values.shape}")
         return unit_rows(values)
 
-    def _search(self, unit: npt.NDArray[np.float32], k: int, ranks: Ranks, tell: Tell | None) -> Best:
+    def _search(self, state: _State, unit: npt.NDArray[np.float32], k: int, ranks: Ranks, tell: Tell | None) -> Best:
         if k < 1:
             raise HeadError(f"k must be >= 1, got {k}")
-        layout = self._layout(ranks.size)
+        layout = self._layout(state, ranks.size)
         if layout is None:
             return Best.none(len(unit), k)
-        plan = self._plan(len(unit), k, ranks.size)
-        source = _GalleryRows(self, keep=not plan.reads_disk)
+        plan = self._plan(state, len(unit), k, ranks.size)
+        source = GalleryRows(state.rows, state.owners, keep=not plan.reads_disk)
         return search_rows(
             source, unit, k, layout, ranks=ranks, threads=self._threads, query_part=plan.query_part, tell=tell
         )
-
-    def _keep_tablet(self, tablet: Tablet, block_rows: int) -> Tensor:
-        """A tablet's rows in memory, padded to whole blocks, read by the first thread that wants them."""
-        with self._keeping:
-            if tablet.index not in self._kept:
-                padded = -(-tablet.rows // block_rows) * block_rows
-                rows = torch.zeros((padded, self.dim), dtype=STORAGE[self.storage])
-                read_rows(self.folder, self._state.manifest, tablet.index, 0, rows[: tablet.rows])
-                self._kept[tablet.index] = rows
-            return self._kept[tablet.index]
 
     def enroll(
         self,
@@ -395,7 +395,7 @@ class Gallery:
             GalleryError: another process is changing the gallery.
         """
         unit = self._unit(embeddings)
-        self._require_names(names, len(unit))
+        names = self._names(names, len(unit))
         with self._changing():
             state = self._state
             numbers = state.names.find(set(names))
@@ -425,7 +425,7 @@ class Gallery:
             GalleryError: another process is changing the gallery.
         """
         unit = self._unit(embeddings)
-        self._require_names(names, len(unit))
+        names = self._names(names, len(unit))
         with self._changing():
             state = self._state
             numbers = self._numbers(names)
@@ -486,7 +486,7 @@ class Gallery:
             unit, own = self._unit(strangers), None
         else:
             unit, own = self._probes(probes)
-        best = self._search(unit, 1 if own is None else 2, ALONE, tell)
+        best = self._search(self._state, unit, 1 if own is None else 2, ALONE, tell)
         scores = best.scores[:, 0]
         if own is not None:
             scores = np.where(best.owners[:, 0] == own, best.scores[:, 1], scores)
@@ -502,8 +502,7 @@ class Gallery:
         whose, first = whose[whose != NOBODY], first[whose != NOBODY]
         chosen = np.unique(np.linspace(0, len(whose) - 1, min(probes, len(whose))).astype(np.int64))
         order = chosen[np.argsort(first[chosen])]
-        reader = _GalleryRows(self, keep=False)
-        rows = [reader.read_row(int(row)) for row in first[order]]
+        rows = [self._state.rows.read_row(int(row)) for row in first[order]]
         if not rows:
             return np.empty((0, self.dim), np.float32), whose
         return unit_rows(np.stack(rows)), whose[order]
@@ -542,14 +541,17 @@ class Gallery:
         scores = np.array(self.calibration.scores)
         return float(np.count_nonzero(scores >= score) / len(scores))
 
-    def _require_names(self, names: Sequence[str], count: int) -> None:
+    def _names(self, names: Sequence[str], count: int) -> list[str]:
+        """Names of a change, composed."""
         if len(names) != count or not count:
             raise HeadError(f"each embedding needs a name, and there must be one, got {len(names)} and {count}")
-        for name in names:
+        composed = [compose(name) for name in names]
+        for name in composed:
             require_name(name)
+        return composed
 
     def _numbers(self, names: Iterable[str]) -> dict[str, int]:
-        wanted = set(names)
+        wanted = {compose(name) for name in names}
         numbers = self._state.names.find(wanted)
         if missing := wanted - numbers.keys():
             raise HeadError(f"{_list(sorted(missing))} not in the gallery")
@@ -601,7 +603,7 @@ class Gallery:
         manifest = replace(old, generation=old.generation + 1, rows=len(everyone), calibration=None)
         if np.count_nonzero(everyone == NOBODY) > max(size, len(everyone) // 2):
             # Nothing but holes is removed on the way, so that one generation does both.
-            return self._compact(_State(manifest=manifest, owners=everyone, names=names), old, at, unit)
+            return self._compact(replace(state, manifest=manifest, owners=everyone, names=names), old, at, unit)
         tablets = list(old.tablets)
         order = np.argsort(at, kind="stable")
         sorted_at = at[order]
@@ -609,7 +611,7 @@ class Gallery:
             part = order[slice(*np.searchsorted(sorted_at, [index * size, (index + 1) * size]))]
             rows = torch.zeros((manifest.rows_of(index), self.dim), dtype=dtype)
             if index < len(old.tablets):
-                before, _ = read_whole(self.folder, old, index)
+                before = read_whole(self.folder, old, index)
                 rows[: len(before)] = before
             _fill(rows, at[part] - index * size, part, unit)
             whose = everyone[index * size : index * size + len(rows)].astype(np.int64)
@@ -620,7 +622,35 @@ class Gallery:
             entry = write_names(self.folder, manifest.generation, index, names.chunks[index])
             chunks[index : index + 1] = [entry]
         manifest = replace(manifest, tablets=tablets, names=chunks)
-        return _State(manifest=manifest, owners=everyone, names=names)
+        return replace(state, manifest=manifest, owners=everyone, names=names)
+
+    def _compose_names(self) -> None:
+        """Make one person of those whose names differ in nothing but how accents are written, as galleries have them
+        that are older than this rule."""
+        try:
+            with self._changing():
+                state = self._state
+                if state.names.is_composed:  # somebody else was first
+                    return
+                names = [compose(state.names.name(number)) for number in range(len(state.names))]
+                first: dict[str, int] = {}
+                owner = np.array([first.setdefault(name, number) for number, name in enumerate(names)], np.int32)
+                merged = len(first) < len(names) - names.count("") + ("" in first)
+                everyone = np.where(state.owners == NOBODY, NOBODY, owner[state.owners]).astype(np.int32)
+                fresh = NameList()
+                fresh.change([], [name if first[name] == number else "" for number, name in enumerate(names)])
+                old = state.manifest
+                calibration = None if merged else old.calibration
+                manifest = replace(old, generation=old.generation + 1, calibration=calibration)
+                after = replace(state, manifest=manifest, owners=everyone, names=fresh)
+                none = np.empty((0, self.dim), np.float32)
+                published = self._compact(after, old, np.empty(0, np.int64), none)
+                self._publish(published, calibrate=merged and old.calibration is not None)
+        except OSError as error:
+            raise GalleryError(
+                f"{self.folder} has names whose accents are characters of their own, which are to be composed, and "
+                f"cannot be written: {reason_of(error)}; open it once where it can"
+            ) from error
 
     def _compact(
         self, state: _State, old: Manifest, at: npt.NDArray[np.int64], unit: npt.NDArray[np.float32]
@@ -643,7 +673,7 @@ class Gallery:
                 places = np.flatnonzero(chosen // size == index)
                 if index < len(old.tablets):
                     if before[0] != index:
-                        before = (index, read_whole(self.folder, old, index)[0])
+                        before = (index, read_whole(self.folder, old, index))
                     there = chosen[places] - index * size
                     known = there < len(before[1])
                     rows[torch.from_numpy(places[known])] = before[1][torch.from_numpy(there[known])]
@@ -653,7 +683,7 @@ class Gallery:
             tablets.append(write_rows(self.folder, generation, len(tablets), rows, whose, start))
         chunks = [write_names(self.folder, generation, index, names.chunks[index]) for index in sorted(touched)]
         manifest = replace(state.manifest, rows=len(live), tablets=tablets, names=chunks)
-        return _State(manifest=manifest, owners=owners, names=names)
+        return replace(state, manifest=manifest, owners=owners, names=names)
 
     def _calibrated(self, state: _State, tell: Tell | None) -> _State:
         """A generation whose files are there, calibrated by its own persons if it has two."""
@@ -693,60 +723,3 @@ def _list(names: list[str]) -> str:
     shown = ", ".join(names[:5])
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
     return f"{shown}{more} {'is' if len(names) == 1 else 'are'}"
-
-
-class _GalleryRows:
-    """A gallery's rows, from its files, or from memory where they are kept."""
-
-    def __init__(self, gallery: Gallery, *, keep: bool) -> None:
-        self.gallery, self.keep = gallery, keep
-
-    @property
-    def dim(self) -> int:
-        return self.gallery.dim
-
-    @property
-    def owners(self) -> npt.NDArray[np.integer]:
-        return self.gallery._state.owners
-
-    @property
-    def most_rows(self) -> int:
-        return self.gallery._most_rows
-
-    def name_of(self, tablet: Tablet) -> str:
-        return str(self.gallery.folder / self.gallery._state.manifest.tablets[tablet.index].name)
-
-    def open_reader(self, block_rows: int) -> RowReader:
-        return _GalleryReader(self, block_rows)
-
-    def read_row(self, row: int) -> npt.NDArray[np.float32]:
-        """One row."""
-        manifest = self.gallery._state.manifest
-        index, place = divmod(row, manifest.tablet_rows)
-        value = torch.empty((1, self.dim), dtype=STORAGE[manifest.storage])
-        read_rows(self.gallery.folder, manifest, index, place, value)
-        return value[0].float().numpy()
-
-
-class _GalleryReader:
-    """One thread's blocks."""
-
-    def __init__(self, source: _GalleryRows, block_rows: int) -> None:
-        self._gallery, self._keep, self._size = source.gallery, source.keep, block_rows
-        self._storage = STORAGE[self._gallery.storage]
-        self._buffers: dict[torch.dtype, Tensor] = {}
-
-    def _buffer(self, dtype: torch.dtype) -> Tensor:
-        """A block of a type, made when it is first wanted."""
-        if dtype not in self._buffers:
-            self._buffers[dtype] = torch.zeros((self._size, self._gallery.dim), dtype=dtype)
-        return self._buffers[dtype]
-
-    def read(self, tablet: Tablet, start: int) -> Tensor:
-        if self._keep:
-            rows = self._gallery._keep_tablet(tablet, self._size)[start : start + self._size]
-        else:
-            rows = self._buffer(self._storage)
-            there = rows[: min(self._size, tablet.rows - start)]
-            read_rows(self._gallery.folder, self._gallery._state.manifest, tablet.index, start, there)
-        return rows if rows.dtype == torch.float32 else self._buffer(torch.float32).copy_(rows)

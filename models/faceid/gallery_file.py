@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import struct
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,14 @@ from torch import Tensor
 
 from ...tiler.files import sync_folder
 from .errors import GalleryError
+from .plain_file import NoFileError, open_plain
 from .tablet_file import FileSum, as_bytes, write_file
 
-FORMAT = 1
+FORMAT = 2
+KNOWN_FORMATS = (1, 2)
+"""The first had no checksum of owners alone."""
 MAGIC = b"OUTGALL\0"
+TABLET_FORMAT = 1
 HEADER_BYTES = 128
 _HEADER = struct.Struct("<8sIIQQQ")
 STORAGE = {"float32": torch.float32, "float16": torch.float16}
@@ -45,6 +50,12 @@ class NamedSum:
     name: str
     sha256: str
     size: int
+    owners_sha256: str | None = None
+    """Of a tablet's owners alone, which are read without its rows."""
+
+
+Signature = tuple[int, ...]
+"""What tells a file that was looked at from another that stands in its place: device, inode, size, times of change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,17 +141,33 @@ def read_newest(folder: Path) -> Manifest:
 
 
 def _read_manifest(path: Path) -> Manifest:
-    value = json.loads(path.read_text())
-    if value["format"] != FORMAT:
-        raise ValueError(f"format {value['format']}, this version reads {FORMAT}")
+    with open_plain(path) as file:
+        value = json.loads(file.read())
+    if value["format"] not in KNOWN_FORMATS:
+        raise ValueError(f"format {value['format']}, this version reads {' and '.join(map(str, KNOWN_FORMATS))}")
     body = value["gallery"]
     if _digest(body) != value["sha256"]:
         raise ValueError("its checksum is another")
     calibration = body.pop("calibration")
     tablets, names = ([NamedSum(**entry) for entry in body.pop(kind)] for kind in ("tablets", "names"))
-    return Manifest(
+    manifest = Manifest(
         **body, tablets=tablets, names=names, calibration=Calibration(**calibration) if calibration else None
     )
+    _check_manifest(manifest)
+    return manifest
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    """Refuse numbers that do not fit each other, and names that lead out of the folder."""
+    numbers = (manifest.generation, manifest.dim, manifest.rows, manifest.tablet_rows)
+    if not all(type(number) is int for number in numbers) or min(numbers) < 0 or min(numbers[1], numbers[3]) < 1:
+        raise ValueError(f"generation, dim, rows and rows of a tablet are {', '.join(map(str, numbers))}")
+    if manifest.storage not in STORAGE or len(manifest.tablets) != -(-manifest.rows // manifest.tablet_rows):
+        raise ValueError(f"{manifest.rows} rows of {manifest.storage} in {len(manifest.tablets)} tablets")
+    for kind, entries in (("rows-", manifest.tablets), ("names-", manifest.names)):
+        for entry in entries:
+            if not (_OURS.fullmatch(entry.name) and entry.name.startswith(kind)):
+                raise ValueError(f"it names the file {entry.name!r}")
 
 
 def write_rows(
@@ -149,10 +176,11 @@ def write_rows(
     """Write a tablet: header, rows (R, D), owners (R,), flushed to the disk."""
     name = f"rows-{index:06d}-{generation:09d}.tablet"
     header = _HEADER.pack(
-        MAGIC, FORMAT, list(STORAGE.values()).index(rows.dtype), first, rows.shape[0], rows.shape[1]
+        MAGIC, TABLET_FORMAT, list(STORAGE.values()).index(rows.dtype), first, rows.shape[0], rows.shape[1]
     ).ljust(HEADER_BYTES, b"\0")
-    parts = [header, as_bytes(rows), owners.astype("<i8").data.cast("B")]
-    return _named(name, write_file(folder / name, parts))
+    whose = owners.astype("<i8").tobytes()
+    written = _named(name, write_file(folder / name, [header, as_bytes(rows), whose]))
+    return replace(written, owners_sha256=hashlib.sha256(whose).hexdigest())
 
 
 def write_names(folder: Path, generation: int, index: int, chunk: bytes) -> NamedSum:
@@ -165,8 +193,9 @@ def _named(name: str, written: FileSum) -> NamedSum:
     return NamedSum(name=name, sha256=written.sha256, size=written.size)
 
 
-def read_rows(folder: Path, manifest: Manifest, index: int, start: int, out: Tensor) -> None:
-    """Read rows of a tablet from `start` on into `out` (n, D), which is contiguous and of the gallery's type.
+def read_rows(folder: Path, manifest: Manifest, index: int, start: int, out: Tensor) -> Signature:
+    """Read rows of a tablet from `start` on into `out` (n, D), which is contiguous and of the gallery's type; of which
+    file, whose checksum is the caller's to look at.
 
     Raises:
         GalleryError: the file is gone or too short.
@@ -174,57 +203,84 @@ def read_rows(folder: Path, manifest: Manifest, index: int, start: int, out: Ten
     entry = manifest.tablets[index]
     view = as_bytes(out)
     with _open(folder, entry) as file:
+        found = _signature(file)
         file.seek(HEADER_BYTES + start * manifest.row_bytes)
         if file.readinto(view) != view.nbytes:
             raise GalleryError(f"{folder / entry.name} ends too early")
+    return found
 
 
 def read_owners(folder: Path, manifest: Manifest, index: int) -> npt.NDArray[np.int64]:
-    """(R,): of a tablet; its header must be the manifest's.
+    """(R,): of a tablet, against their checksum; its header must be the manifest's.
 
     Raises:
-        GalleryError: the file is another's, gone, or of another size.
+        GalleryError: damaged, another's, or gone.
     """
     entry, rows = manifest.tablets[index], manifest.rows_of(index)
     with _open(folder, entry) as file:
-        magic, version, dtype, first, count, dim = _HEADER.unpack_from(
-            file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0")
-        )
-        wanted = (
-            MAGIC,
-            FORMAT,
-            list(STORAGE).index(manifest.storage),
-            index * manifest.tablet_rows,
-            rows,
-            manifest.dim,
-        )
-        if (magic, version, dtype, first, count, dim) != wanted:
-            raise GalleryError(f"{folder / entry.name} is damaged: its header is not the manifest's")
+        _check_header(folder, manifest, index, file.read(HEADER_BYTES))
+        if entry.owners_sha256 is None:
+            check_tablet(folder, manifest, index)
         file.seek(HEADER_BYTES + rows * manifest.row_bytes)
-        owners = np.frombuffer(file.read(), "<i8")
-    if len(owners) != rows:
-        raise GalleryError(f"{folder / entry.name} must hold {rows} owners, got {len(owners)}")
-    return owners.astype(np.int64)
+        value = file.read(8 * rows + 1)
+    if len(value) != 8 * rows:
+        raise GalleryError(f"{folder / entry.name} must hold {rows} owners, got {len(value) // 8}")
+    if entry.owners_sha256 not in (None, hashlib.sha256(value).hexdigest()):
+        raise _damaged(folder, entry)
+    return np.frombuffer(value, "<i8").astype(np.int64)
 
 
-def read_whole(folder: Path, manifest: Manifest, index: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
-    """(rows, owners) of a tablet, against its checksum.
+def _check_header(folder: Path, manifest: Manifest, index: int, value: bytes) -> None:
+    wanted = (
+        MAGIC,
+        TABLET_FORMAT,
+        list(STORAGE).index(manifest.storage),
+        index * manifest.tablet_rows,
+        manifest.rows_of(index),
+        manifest.dim,
+    )
+    if _HEADER.unpack_from(value.ljust(HEADER_BYTES, b"\0")) != wanted:
+        name = manifest.tablets[index].name
+        raise GalleryError(f"{folder / name} is damaged: its header is not the manifest's")
+
+
+def check_tablet(folder: Path, manifest: Manifest, index: int) -> Signature:
+    """Compare a tablet with its checksum; which file it was.
+
+    Raises:
+        GalleryError: damaged, or gone.
+    """
+    entry, digest = manifest.tablets[index], hashlib.sha256()
+    with _open(folder, entry) as file:
+        found = _signature(file)
+        while part := file.read(1 << 20):
+            digest.update(part)
+    if digest.hexdigest() != entry.sha256:
+        raise _damaged(folder, entry)
+    return found
+
+
+def read_whole(folder: Path, manifest: Manifest, index: int, out: Tensor | None = None) -> Tensor:
+    """The rows of a tablet, against its checksum.
+
+    Args:
+        out: (R, D), contiguous and of the gallery's type, that they are read into; None: a new one.
 
     Raises:
         GalleryError: damaged, or gone.
     """
     entry = manifest.tablets[index]
+    if out is None:
+        out = torch.empty((manifest.rows_of(index), manifest.dim), dtype=STORAGE[manifest.storage])
+    view, digest = as_bytes(out), hashlib.sha256()
     with _open(folder, entry) as file:
-        value = bytearray(entry.size)
-        whole = file.readinto(value) == entry.size and not file.read(1)
-    if not whole or hashlib.sha256(value).hexdigest() != entry.sha256:
-        raise GalleryError(f"{folder / entry.name} is damaged: its checksum is not the manifest's")
-    count = manifest.rows_of(index)
-    rows = torch.frombuffer(
-        value, dtype=STORAGE[manifest.storage], count=count * manifest.dim, offset=HEADER_BYTES
-    ).reshape(count, manifest.dim)
-    owners = np.frombuffer(value, "<i8", offset=HEADER_BYTES + count * manifest.row_bytes).astype(np.int64)
-    return rows, owners
+        digest.update(file.read(HEADER_BYTES))
+        whole = file.readinto(view) == view.nbytes
+        digest.update(view)
+        digest.update(file.read(8 * len(out)))
+        if not whole or file.read(1) or digest.hexdigest() != entry.sha256:
+            raise _damaged(folder, entry)
+    return out
 
 
 def read_names(folder: Path, manifest: Manifest, index: int) -> bytes:
@@ -235,15 +291,26 @@ def read_names(folder: Path, manifest: Manifest, index: int) -> bytes:
     """
     entry = manifest.names[index]
     with _open(folder, entry) as file:
-        chunk = file.read()
+        chunk = file.read(entry.size + 1)
     if hashlib.sha256(chunk).hexdigest() != entry.sha256:
-        raise GalleryError(f"{folder / entry.name} is damaged: its checksum is not the manifest's")
+        raise _damaged(folder, entry)
     return chunk
+
+
+def _damaged(folder: Path, entry: NamedSum) -> GalleryError:
+    return GalleryError(f"{folder / entry.name} is damaged: its checksum is not the manifest's")
+
+
+def _signature(file: BufferedReader) -> Signature:
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _open(folder: Path, entry: NamedSum) -> BufferedReader:
     try:
-        return (folder / entry.name).open("rb")
+        return open_plain(folder / entry.name)
+    except NoFileError as error:
+        raise GalleryError(f"{folder / entry.name} is damaged: {error.strerror}") from None
     except FileNotFoundError:
         raise GalleryError(
             f"{folder / entry.name} is gone: somebody changed the gallery since it was opened, open it again"
@@ -256,7 +323,7 @@ def find_damage(folder: Path, manifest: Manifest) -> list[str]:
     for entry in manifest.files:
         digest = hashlib.sha256()
         try:
-            with (folder / entry.name).open("rb") as file:
+            with open_plain(folder / entry.name) as file:
                 while part := file.read(1 << 22):
                     digest.update(part)
         except OSError as error:

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
-from typing import Any
+import math
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.autograd.function import once_differentiable
 
 from .collectives import Ranks
 from .errors import HeadError
+from .margin_softmax import compute_full_loss, compute_loss
 from .margins import margin_from
-from .rounding import RandomBits, round_stochastic
 from .row_rules import RowRule
 from .sampling import STRIP_ROWS, Sampling
-from .streamed_softmax import Batch, Block, Kept, Seen, Streamer, TabletSums
 from .tablets import BLOCK_ROWS, ROWS, Tablet, TabletLayout
-from .threads import run_tablets
 
 STORAGE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-FIXED_POINT_BITS = 60
-"""Of a gradient's sum in fixed point: whole numbers add to the same in any order, so that no rank waits for another."""
+LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
 
 
 class ShardedMarginHead(nn.Module):
@@ -84,7 +78,7 @@ class ShardedMarginHead(nn.Module):
         strip_rows: int = STRIP_ROWS,
     ) -> None:
         super().__init__()
-        if dim < 1 or not scale > 0:
+        if dim < 1 or not 0 < scale < math.inf:
             raise HeadError(f"dim must be >= 1 and scale > 0, got {dim} and {scale}")
         if storage not in STORAGE:
             raise HeadError(f"storage must be one of {', '.join(map(str, STORAGE))}, got {storage}")
@@ -114,7 +108,10 @@ class ShardedMarginHead(nn.Module):
         self.step = 0
         """Backward passes so far: a part of the seeds of rounding and sampling."""
         self.skipped = False
-        """The last step met something that is not finite, and moved nothing, on any rank."""
+        """The last backward met something that is not finite, and moved nothing, on any rank."""
+        self.is_torn = False
+        """A backward or a load ended early, by an error or Ctrl-C: some rows have become others, and some not."""
+        self._moves = 0
         self.seconds: dict[str, float] = {}
         """Of the last step: "exchange" of batch and sums, "first" and "second" pass, updates included."""
         self._initialise()
@@ -139,7 +136,8 @@ class ShardedMarginHead(nn.Module):
             generator = torch.Generator().manual_seed((self.seed << 32) + tablet.index)
             for start in range(0, tablet.rows, self.layout.block_rows):
                 part = rows[start : min(start + self.layout.block_rows, tablet.rows)]
-                part.copy_(torch.randn(part.shape, generator=generator) / self.dim**0.5)
+                numbers = torch.randn(part.shape, generator=generator, dtype=torch.float32)
+                part.copy_(numbers / self.dim**0.5)
 
     def _starts(self) -> list[int]:
         starts, at = [], 0
@@ -161,6 +159,27 @@ class ShardedMarginHead(nn.Module):
             (tablet, self.state[start : start + self.layout.padded_rows(tablet)])
             for tablet, start in zip(self.tablets, self._starts(), strict=True)
         ]
+
+    def count_move(self) -> None:
+        """Say that rows have become others: the forwards before have no backward any more."""
+        self._moves += 1
+
+    def rows_version(self) -> tuple[int, int, int]:
+        """Another one after each change of the rows, whoever makes it."""
+        version = 0 if self.rows.is_inference() else self.rows._version
+        return self._moves, version, self.rows.data_ptr()
+
+    def require_whole(self) -> None:
+        """Refuse rows some of which are of another step.
+
+        Raises:
+            HeadError: a backward or a load ended early.
+        """
+        if self.is_torn:
+            raise HeadError(
+                f"a backward or a load ended early after step {self.step}, and has changed some rows and not others; "
+                "load a checkpoint, or set is_torn = False to go on with them as they are"
+            )
 
     def dense_weight(self) -> Tensor:
         """(classes, dim) on every rank: for small layers. With rule=None and one rank, part of the graph."""
@@ -185,11 +204,10 @@ class ShardedMarginHead(nn.Module):
         Raises:
             HeadError: wrong shapes or labels.
         """
-        self._check(features, labels)
+        labels = self._check(features, labels)
         if self.rule is not None and torch.is_grad_enabled() and not features.requires_grad:
             features = features.detach().requires_grad_()  # a frozen backbone: rows still learn, inside backward
-        loss: Tensor = _MarginSoftmax.apply(features, self.rows, self, labels)  # pyright: ignore[reportAssignmentType]
-        return loss
+        return compute_loss(self, features, labels)
 
     @torch.no_grad()
     def full_loss(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -200,222 +218,45 @@ class ShardedMarginHead(nn.Module):
         Raises:
             HeadError: wrong shapes or labels.
         """
-        self._check(features, labels)
-        return _Pass(self, features, labels).loss.to(_loss_dtype(features))
+        return compute_full_loss(self, features, self._check(features, labels))
 
-    def _check(self, features: Tensor, labels: Tensor) -> None:
+    def _check(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The labels in 64 bits; what is refused ends the call of the other ranks too."""
+        try:
+            return self._read_labels(features, labels)
+        except HeadError:
+            self.ranks.refuse_batch(self.rows.device)
+            raise
+
+    def _read_labels(self, features: Tensor, labels: Tensor) -> Tensor:
+        self.require_whole()
+        if not isinstance(features, Tensor) or not isinstance(labels, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise HeadError(
+                f"features and labels must be tensors, got {type(features).__name__} and {type(labels).__name__}"
+            )
         if features.ndim != 2 or features.shape[1] != self.dim or labels.shape != features.shape[:1]:
             raise HeadError(
                 f"features must be (samples, {self.dim}) and labels (samples,), got {tuple(features.shape)} and "
                 f"{tuple(labels.shape)}"
             )
-        if labels.is_floating_point():
-            raise HeadError(f"labels must be whole numbers, got {labels.dtype}")
+        if not features.is_floating_point():
+            raise HeadError(f"features must be real numbers in floating point, got {features.dtype}")
+        if labels.dtype not in LABELS:
+            raise HeadError(f"labels must be whole numbers, -1 for padding, got {labels.dtype}")
+        if not features.device == labels.device == self.rows.device:
+            raise HeadError(
+                f"features, labels and rows must be on one device, got {features.device}, {labels.device} and "
+                f"{self.rows.device}"
+            )
+        state = self.rule.state_dtype(self.storage) if self.rule is not None else self.storage
+        if (self.rows.dtype, self.state.dtype) != (self.storage, state):
+            raise HeadError(
+                f"rows and state must stay {self.storage} and {state} as they were made, got {self.rows.dtype} and "
+                f"{self.state.dtype}; leave the layer out of half(), double() and to(dtype), and give storage="
+            )
+        labels = labels.long()
         if len(labels) and (int(labels.max()) >= self.classes or int(labels.min()) < -1):
             raise HeadError(
                 f"labels must be -1 or in 0 ... {self.classes - 1}, got {int(labels.min())} ... {int(labels.max())}"
             )
-
-
-def _loss_dtype(features: Tensor) -> torch.dtype:
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
-
-
-class _Pass:
-    """What the first pass leaves to the second."""
-
-    def __init__(
-        self,
-        head: ShardedMarginHead,
-        features: Tensor,
-        labels: Tensor,
-        *,
-        keep: bool = False,
-        sampling: Sampling | None = None,
-    ) -> None:
-        """`sampling`: None: all rows are seen."""
-        began = time.perf_counter()
-        everything, self.labels, self.mine = head.ranks.gather_batch(features.detach(), labels)
-        head.seconds = {"exchange": time.perf_counter() - began}
-        wide = everything.double()
-        self.length = wide.norm(dim=1, keepdim=True)
-        unit64 = wide / self.length.clamp_min(1e-30)
-        self.batch = Batch(unit=unit64.to(head.compute_dtype), unit64=unit64, labels=self.labels)
-        self.valid = self.labels >= 0
-        self.count = int(self.valid.sum())
-        self.kept = Kept(seen={}, inverses={}, cosines={})
-        # On an accelerator one thread keeps the queue of kernels full.
-        threads = torch.get_num_threads() if everything.device.type == "cpu" else 1
-        self.streamers = [
-            Streamer(self.batch, head.margin, head.scale, head.layout.block_rows, self.kept)
-            for _ in range(max(1, min(threads, len(head.tablets))))
-        ]
-        self.normaliser, self.loss = self._measure(head, keep, sampling)
-
-    def _measure(self, head: ShardedMarginHead, keep: bool, sampling: Sampling | None) -> tuple[Tensor, Tensor]:
-        began = time.perf_counter()
-        classes = self.labels[self.valid].unique().cpu().numpy()
-
-        def measure(streamer: Streamer, item: tuple[Tablet, Tensor]) -> TabletSums:
-            tablet, rows = item
-            if sampling is not None:
-                drawn = sampling.draw(tablet, classes, seed=head.seed, step=head.step)
-                self.kept.seen[tablet.index] = Seen(
-                    places=torch.from_numpy(drawn.places).to(rows.device),
-                    log_weights=torch.from_numpy(drawn.weights).log().to(self.batch.unit),
-                )
-            return streamer.measure(rows, tablet, keep=keep)
-
-        sums = run_tablets(measure, head.own_rows(), self.streamers)
-        shape = (0, 3, len(self.labels))
-        mine = torch.stack([s.stacked() for s in sums]) if sums else self.batch.unit64.new_zeros(shape)
-        measured = time.perf_counter()
-        head.seconds["first"] = measured - began
-        counts = [len(head.layout.owned(rank)) for rank in range(head.ranks.size)]
-        highest, total, target = head.ranks.gather_tablets(mine, counts).unbind(1)
-        head.seconds["exchange"] += time.perf_counter() - measured
-        top = highest.max(dim=0).values
-        # In tablet order, so that every number of ranks adds in the same order.
-        merged = torch.zeros_like(top)
-        for index in range(len(highest)):
-            merged += total[index] * (highest[index] - top).exp()
-        normaliser = merged.log() + top
-        own = target.sum(dim=0)  # all but one are zero
-        per_sample = torch.where(self.valid, normaliser - own, 0.0)
-        return normaliser, per_sample.sum() / max(1, self.count)
-
-    @property
-    def is_finite(self) -> bool:
-        return bool(torch.isfinite(self.normaliser[self.valid]).all() and torch.isfinite(self.loss))
-
-
-class _MarginSoftmax(torch.autograd.Function):
-    """The loss; backward runs the second pass, and the rows' update with it."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, rows: Tensor, head: ShardedMarginHead, labels: Tensor) -> Tensor:
-        keep = head.keep_cosines and any(ctx.needs_input_grad)
-        sampling = head.sampling if head.sampling.share < 1 else None
-        first = _Pass(head, features, labels, keep=keep, sampling=sampling)
-        head.skipped = not first.is_finite
-        ctx.head, ctx.first = head, first
-        ctx.needs_rows = rows.requires_grad
-        ctx.feature_dtype = features.dtype
-        return first.loss.to(_loss_dtype(features))
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - once_differentiable takes ctx by position
-        ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        head: ShardedMarginHead = ctx.head
-        first: _Pass | None = ctx.first
-        if first is None:
-            raise HeadError(
-                "the backward of a head with a rule runs once for each forward; to accumulate gradients, collect the "
-                "features of the micro-batches and call the head once, which is exact"
-            )
-        if head.rule is not None:
-            ctx.first = None  # the rows have moved then: the gradient of the old ones is gone
-        unit = first.batch.unit64
-        local = unit.new_zeros((first.mine.stop - first.mine.start, head.dim))
-        if head.skipped or first.count == 0:
-            rows = torch.zeros_like(head.rows) if ctx.needs_rows else None
-            return local.to(ctx.feature_dtype), rows, None, None
-        incoming = float(grad_outputs[0])
-        hat, gradient = _descend(head, first)
-        if gradient is not None:
-            gradient = gradient.mul_(incoming)
-        along = (hat * unit).sum(dim=1, keepdim=True)
-        projected = (hat - along * unit) / first.length.clamp_min(1e-30) * incoming
-        if head.ddp_scale:
-            projected = projected * head.ranks.size
-        return projected[first.mine].to(ctx.feature_dtype), gradient, None, None
-
-
-def _descend(head: ShardedMarginHead, first: _Pass) -> tuple[Tensor, Tensor | None]:
-    """(gradient for all x^ of the batch in float64, gradient of own rows where there is no rule)."""
-    normaliser = torch.where(first.valid, first.normaliser, torch.inf)
-    weight = 1 / first.count
-    # |sum of P w^| <= 1 for each sample: what is added is at most this.
-    unit_of_sum = 2.0**FIXED_POINT_BITS / (head.scale * weight)
-    gradient = torch.zeros_like(head.rows) if head.rule is None else None
-    began = time.perf_counter()
-    writer = None if head.rule is None else _Writer(head, head.rule)
-    sums = [_GradientSums.like(first.batch.unit64) for _ in first.streamers]
-
-    def descend(workspace: tuple[Streamer, _GradientSums], item: tuple[Tablet, Tensor, Tensor, int]) -> None:
-        (streamer, sums), (tablet, rows, state, at) = workspace, item
-        others = torch.zeros_like(first.batch.unit)
-        for block, pull, coefficient in streamer.descend(rows, tablet, normaliser, weight, others, sums.owns):
-            if gradient is not None:
-                gradient[at:][block.at] = streamer.gradient_of(block, pull, coefficient)
-            elif writer is not None:
-                writer.write(streamer, tablet, block, pull, coefficient, rows, state)
-        sums.fixed += (others.double() * unit_of_sum).round_().long()
-
-    items = [
-        (tablet, rows, state, at)
-        for (tablet, rows), (_, state), at in zip(head.own_rows(), head.own_state(), head._starts(), strict=True)
-    ]
-    run_tablets(descend, items, list(zip(first.streamers, sums, strict=True)))
-    head.step += 1
-    descended = time.perf_counter()
-    head.seconds["second"] = descended - began
-    fixed = head.ranks.add(sum(part.fixed for part in sums[1:]) + sums[0].fixed)
-    total = fixed.double() / unit_of_sum + head.ranks.add(sum(part.owns for part in sums[1:]) + sums[0].owns)
-    head.seconds["exchange"] += time.perf_counter() - descended
-    return total, gradient
-
-
-@dataclass(slots=True, kw_only=True)
-class _GradientSums:
-    """One thread's part of the gradient for x^, (B, D), which adds to the others' in any order."""
-
-    fixed: Tensor
-    """From rows of other classes, in fixed point."""
-    owns: Tensor
-    """From own rows: of each sample, all threads but one have zeros."""
-
-    @classmethod
-    def like(cls, unit64: Tensor) -> _GradientSums:
-        return cls(fixed=torch.zeros_like(unit64, dtype=torch.int64), owns=torch.zeros_like(unit64))
-
-
-class _Writer:
-    """Moves blocks of rows by the rule, rounds them, stores them; any thread's."""
-
-    def __init__(self, head: ShardedMarginHead, rule: RowRule) -> None:
-        self._rule, self._storage = rule, head.storage
-        half = head.storage in (torch.float16, torch.bfloat16)
-        self._bits = RandomBits(head.seed, head.step, head.storage) if half else None
-
-    def write(
-        self,
-        streamer: Streamer,
-        tablet: Tablet,
-        block: Block,
-        pull: Tensor,
-        coefficient: Tensor,
-        rows: Tensor,
-        state: Tensor,
-    ) -> None:
-        wide, kept = block.rows, state[block.at]
-        moments = kept.to(wide.dtype) if state.shape[1] else kept
-        rates = self._rule.rates(lambda: streamer.mean_square_of(block, pull, coefficient), moments)
-        if rates is not None:
-            streamer.move(block, pull, coefficient, rates)
-        else:
-            self._rule.update(wide, streamer.gradient_of(block, pull, coefficient), moments)
-        if self._bits is None:
-            block.stored.copy_(wide)
-            kept.copy_(moments)
-        else:
-            round_stochastic(wide, block.stored, self._bits, tablet.index, block.index, 0)
-            if state.dtype == self._storage and state.shape[1]:
-                round_stochastic(moments, kept, self._bits, tablet.index, block.index, 1)
-            else:
-                kept.copy_(moments)
-        if isinstance(block.at, Tensor):  # both are copies
-            rows.index_copy_(0, block.at, block.stored)
-            state.index_copy_(0, block.at, kept)
+        return labels

@@ -12,6 +12,7 @@ from .errors import HeadMemoryError
 from .rounding import PART, POOL
 from .row_rules import RowRule
 from .sampling import Sampling
+from .streamed_softmax import EXACT_ROWS
 from .tablets import TabletLayout
 
 PROCESS_BYTES = 480 * MB
@@ -147,6 +148,7 @@ def plan_head(
     thread += batch * dim * (2 * wide + 3 * 8)  # the tablet's sums, in float64 and in fixed point
     thread += batch * batch * wide  # products of samples
     thread += layout.block_rows * width * wide
+    thread += EXACT_ROWS * (batch + 3 * dim) * 8  # gradients that are made where their terms cancel
     buffers = threads * thread
     buffers += batch * dim * (2 * wide + 6 * 8)  # the batch, and the sums of all
     buffers += 3 * 8 * batch * (layout.count + max(1, layout.count // ranks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...tiler.errors import UsageError, reason_of
+from .name_list import compose
+from .plain_file import open_plain
 
 SUFFIXES = (".csv", ".parquet")
 _COLUMNS = ("path", "label")
@@ -24,7 +27,7 @@ class ImageList:
     labels: npt.NDArray[np.int64]
     """Numbers of `names`."""
     names: list[str]
-    """Labels as they stand in the list, sorted as texts."""
+    """Labels as they stand in the list, without spaces around them, composed (`name_list.compose`), sorted as texts."""
     repeated: int
     """Lines left out, since the same picture of the same identity came before."""
 
@@ -52,9 +55,10 @@ def _gather(path: Path, what: str, rows: Iterable[tuple[int, str | None, str | N
     """
     seen: dict[str, tuple[str, int]] = {}
     repeated = 0
-    for number, name, label in rows:
+    for number, name, given in rows:
+        label = compose((given or "").strip())
         if not name or not label:
-            raise UsageError(f"{what} {number} of {path} must have a path and a label, got {name!r}, {label!r}")
+            raise UsageError(f"{what} {number} of {path} must have a path and a label, got {name!r}, {given!r}")
         other, first = seen.setdefault(str(path.parent / name), (label, number))
         if other != label:
             raise UsageError(
@@ -89,7 +93,7 @@ def _require_one_kind(path: Path, what: str, lines: list[tuple[str, int]]) -> No
 
 def _read_csv(path: Path) -> Iterator[tuple[int, str | None, str | None]]:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with open_plain(path) as binary, io.TextIOWrapper(binary, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             if not set(_COLUMNS) <= set(rows.fieldnames or ()):
                 raise UsageError(f"{path} must begin with the line path,label, got {','.join(rows.fieldnames or ())!r}")
@@ -120,7 +124,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, str | None, str | None]]:
 
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with open_plain(path) as binary, parquet.ParquetFile(binary) as file:
             schema = file.schema_arrow
             if not set(_COLUMNS) <= set(schema.names):
                 raise UsageError(

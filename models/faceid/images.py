@@ -13,6 +13,8 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from ...tiler.errors import TilerError, UsageError
+from .name_list import compose
+from .plain_file import open_plain
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
 SHAPE_TOLERANCE = 0.02
@@ -29,7 +31,8 @@ class PeopleFolder:
     """Pictures by person."""
 
     people: dict[str, list[Path]]
-    """In the order of names; pictures too."""
+    """In the order of names, which are composed (`name_list.compose`): folders that differ in nothing else are one
+    person's; pictures too."""
     empty: list[str]
     """Folders without a picture."""
     stray: list[Path]
@@ -50,25 +53,26 @@ def find_people(folder: Path) -> PeopleFolder:
     if not folder.is_dir():
         raise UsageError(f"{folder} must be a folder with one folder for each person, got none there")
     people: dict[str, list[Path]] = {}
-    empty: list[str] = []
+    empty: set[str] = set()
     stray: list[Path] = []
     for entry in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
         if not entry.is_dir():
             stray.append(entry)
             continue
+        name = compose(entry.name)
         files = sorted(path for path in entry.iterdir() if not path.name.startswith("."))
         pictures = [path for path in files if is_picture(path) and not path.is_dir()]
         stray += sorted({*files} - {*pictures})
         if pictures:
-            people[entry.name] = pictures
+            people.setdefault(name, []).extend(pictures)
         else:
-            empty.append(entry.name)
+            empty.add(name)
     if not people:
         raise UsageError(
             f"{folder} must hold a folder for each person with pictures ({', '.join(FORMATS)}), got {len(empty)} empty "
             f"folders and {len(stray)} other files"
         )
-    return PeopleFolder(people=people, empty=empty, stray=stray)
+    return PeopleFolder(people=dict(sorted(people.items())), empty=sorted(empty - people.keys()), stray=stray)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +98,10 @@ def read_picture(source: Path | bytes, height: int, width: int, *, resize: bool 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(_open(source), formats=tuple(sorted(set(FORMATS.values())))) as image:
+            with (
+                io.BytesIO(source) if isinstance(source, bytes) else open_plain(source) as file,
+                Image.open(file, formats=tuple(sorted(set(FORMATS.values())))) as image,
+            ):
                 if image.mode not in (*_GREY, *_COLOUR):
                     raise ImageError(f"pictures must have 8 bits a channel, this one is {image.mode}")
                 _require_size((image.height, image.width), (height, width), resize=resize, turned=True)
@@ -113,12 +120,9 @@ def read_picture(source: Path | bytes, height: int, width: int, *, resize: bool 
         raise ImageError("it is not there") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
-        reason = reason.replace(str(source), source.name) if isinstance(source, Path) else reason.split(" <_io")[0]
-        raise ImageError(f"it cannot be read: {reason}") from error
-
-
-def _open(source: Path | bytes) -> Path | io.BytesIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else source
+        said, cut, _ = reason.partition(" <_io")  # how PIL calls a file that is open
+        name = f" {source.name!r}" if cut and isinstance(source, Path) else ""
+        raise ImageError(f"it cannot be read: {said}{name}") from error
 
 
 def _require_size(found: tuple[int, int], wanted: tuple[int, int], *, resize: bool, turned: bool) -> None:

@@ -31,7 +31,7 @@ class Margin:
     """False: phi' is taken as 1, as InsightFace does since 2022: not the gradient of the loss that is shown."""
 
     def __post_init__(self) -> None:
-        if not (self.m1 >= 1 and 0 <= self.m2 < math.pi and self.m3 >= 0):
+        if not (1 <= self.m1 < math.inf and 0 <= self.m2 < math.pi and 0 <= self.m3 < math.inf):
             raise HeadError(f"margins must be m1 >= 1, 0 <= m2 < pi, m3 >= 0, got {self.m1}, {self.m2}, {self.m3}")
 
     def apply(self, cosine: Tensor) -> tuple[Tensor, Tensor]:

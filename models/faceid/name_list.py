@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -15,6 +16,12 @@ LONGEST = 255
 """Of a name, in bytes of UTF-8."""
 _FEW = 16
 """Names up to which each is looked for by itself."""
+
+
+def compose(name: str) -> str:
+    """A name in Unicode's normal form C: an accent that follows its letter, as in names of folders on macOS, becomes
+    one character with it, so that what looks the same is the same."""
+    return unicodedata.normalize("NFC", name)
 
 
 def require_name(name: str) -> None:
@@ -39,7 +46,10 @@ class NameList:
     def __init__(self, chunks: Iterable[bytes] = ()) -> None:
         self._chunks: list[bytes] = []
         self._ends: list[npt.NDArray[np.int32]] = []
+        self.is_composed = True
+        """False: some were not composed, as those of galleries that are older than this rule."""
         for chunk in chunks:
+            self.is_composed &= chunk.isascii() or unicodedata.is_normalized("NFC", chunk.decode())
             self._append_chunk(chunk)
 
     def _append_chunk(self, chunk: bytes) -> None:
@@ -71,8 +81,8 @@ class NameList:
             yield from filter(None, chunk.decode().split("\n"))
 
     def find(self, names: Iterable[str]) -> dict[str, int]:
-        """Numbers of those that are there."""
-        wanted = {name.encode(): name for name in names}
+        """Numbers of those that are there; names are composed, and so are their keys."""
+        wanted = {name.encode(errors="surrogatepass"): name for name in map(compose, names)}
         found: dict[str, int] = {}
         for at, (chunk, ends) in enumerate(zip(self._chunks, self._ends, strict=True)):
             if len(wanted) <= _FEW:
@@ -98,7 +108,7 @@ class NameList:
                 lines[place] = b""
             self._set_chunk(at, b"\n".join(lines))
         touched = set(by_chunk)
-        lines = [name.encode() for name in added]
+        lines = [compose(name).encode() for name in added]
         while lines:
             if not self._chunks or len(self._ends[-1]) == NAMES:
                 self._append_chunk(b"")
@@ -115,7 +125,7 @@ class NameList:
     def copy(self) -> NameList:
         """To be changed without changing this one."""
         other = NameList()
-        other._chunks, other._ends = list(self._chunks), list(self._ends)
+        other._chunks, other._ends, other.is_composed = list(self._chunks), list(self._ends), self.is_composed
         return other
 
 

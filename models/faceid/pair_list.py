@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...tiler.errors import UsageError, reason_of
+from .name_list import compose
+from .plain_file import open_plain
 
 Shot = tuple[str, int]
 """A person's name and the number of her picture, from 1 on."""
@@ -42,7 +44,8 @@ def read_pairs(path: Path) -> PairList:
         UsageError: it cannot be read, or breaks the format; says where.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with open_plain(path) as file:
+            lines = compose(file.read().decode()).replace("\r\n", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} must be a list of pairs as text: {reason_of(error)}") from error
     numbered = [(number, _fields(line)) for number, line in enumerate(lines, 1) if line.strip()]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .margins import EPSILON, Margin
+from .streamed_softmax import SHORTEST
 
 
 def compute_dense_loss(
@@ -22,16 +23,17 @@ def compute_dense_loss(
     """Mean over valid labels of cross-entropy(scale * cosines with the margin at the target).
 
     Args:
-        features: (batch, dim).
-        labels: (batch,); -1 is padding.
+        features: (batch, dim). What is shorter than 1e-12, of features or of rows, has no direction: its cosines are 0,
+            and it has no gradient.
+        labels: (batch,); -1 is padding, whose features may hold anything.
         weight: (classes, dim).
         class_weights: (classes,): what each class's exponential is multiplied by; None: 1.
     """
-    cosines = F.normalize(features, dim=1) @ F.normalize(weight, dim=1).T
     valid = labels >= 0
-    logits, targets = cosines[valid], labels[valid]
+    features, targets = features[valid], labels[valid]
     if not len(targets):
         return features.sum() * 0
+    logits = _unit(features) @ _unit(weight).T
     rows = torch.arange(len(targets))
     own = _phi(logits[rows, targets], margin)
     logits = logits.index_put((rows, targets), own)
@@ -39,6 +41,12 @@ def compute_dense_loss(
     if class_weights is not None:
         logits = logits + class_weights.log()
     return F.cross_entropy(logits, targets)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    short = vectors.detach().norm(dim=1, keepdim=True) < SHORTEST
+    # Chosen before the division: what is left out of a product by a mask alone gives NaN to its gradient.
+    return F.normalize(torch.where(short, 1.0, vectors), dim=1).masked_fill(short, 0)
 
 
 def _phi(t: Tensor, margin: Margin) -> Tensor:

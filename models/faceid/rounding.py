@@ -53,7 +53,7 @@ class RandomBits:
 def round_stochastic(values: Tensor, out: Tensor, bits: RandomBits, *place: int) -> None:
     """Write values rounded to one of the two neighbours in out's type, the nearer with the higher probability, so that
     the expectation is the value itself; among float16's subnormals to one of the nearest three. What the type can hold
-    is kept.
+    is kept; what is beyond its range becomes its largest number.
 
     Random bits are added to those of the fraction that the type has not, which are then cut off: they carry into the
     kept ones with the right probability. Subnormal numbers are further apart than that. They are shifted by up to half
@@ -67,10 +67,11 @@ def round_stochastic(values: Tensor, out: Tensor, bits: RandomBits, *place: int)
     """
     values, out = values.view(-1), out.view(-1)
     whole = values.view(torch.int32)
-    kept = -(1 << _DROPPED[out.dtype])
+    kept, largest = -(1 << _DROPPED[out.dtype]), torch.finfo(out.dtype).max
     for number, start in enumerate(range(0, values.numel(), PART)):
         part = slice(start, start + PART)
         words, shift = bits.draw(*place, number)
+        values[part].clamp_(-largest, largest)
         whole[part].add_(words[: values.numel() - start]).bitwise_and_(kept)
         if shift:
             values[part].add_(shift)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -41,7 +42,7 @@ class RowRule(Protocol):
 
 
 def _check(lr: float, weight_decay: float) -> None:
-    if not (lr >= 0 and weight_decay >= 0):
+    if not (0 <= lr < math.inf and 0 <= weight_decay < math.inf):
         raise HeadError(f"lr and weight_decay must be >= 0, got {lr} and {weight_decay}")
 
 

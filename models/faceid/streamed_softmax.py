@@ -20,9 +20,14 @@ from .tablets import Tablet
 
 LARGEST_PLAIN_SCALE = 72
 """Up to which exp(z) of float32 cannot overflow in a block, so that no maximum is needed."""
-TINY = 1e-15
-"""Of a row's length, whose inverse square float32 can still hold: rows of zeros, as those that pad a block, have cosine
-0 with everything and stay zero."""
+SHORTEST = 1e-12
+"""Length of a row or a feature that has a direction. What is shorter, as the zeros that pad a block, has cosine 0 with
+everything, and no gradient."""
+CANCELLED = 1024
+"""Units in the last place of the sum of its terms, below which a row's squared gradient is made of rounding, and is
+computed anew from the gradient itself."""
+EXACT_ROWS = 256
+"""Whose gradient is made at once then, in float64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +147,7 @@ class Streamer:
             wide = self._rows[: len(stored)].copy_(stored)
             inverse = inverses[part]
             if is_first:
-                torch.linalg.vector_norm(wide, dim=1, out=inverse)
-                inverse.clamp_min_(TINY).reciprocal_()
+                _invert(torch.linalg.vector_norm(wide, dim=1, out=inverse))
             cosines = self._kept.cosines.get((tablet.index, index))
             if cosines is None:
                 cosines = torch.mm(wide, self._columns, out=self._cosines[: len(wide)]).mul_(inverse[:, None])
@@ -180,8 +184,7 @@ class Streamer:
         own = self._batch.labels[samples] - tablet.first
         own = own - at.start if isinstance(at, slice) else torch.searchsorted(at, own)
         row64 = wide[own].double()
-        row64 /= row64.norm(dim=1, keepdim=True).clamp_min(TINY)
-        cosine = (self._batch.unit64[samples] * row64).sum(dim=1)
+        cosine = (self._batch.unit64[samples] * row64).sum(dim=1) * _invert(row64.norm(dim=1))
         phi, slope = self._margin.apply(cosine)
         return Targets(samples=samples, own=own, cosine=cosine, slope=slope, logit=self._scale * phi)
 
@@ -259,18 +262,45 @@ class Streamer:
         scaled = (own_pull * inverse64).to(pull.dtype)
         pull.index_put_((targets.own, targets.samples), scaled, accumulate=True)
 
-    def mean_square_of(self, block: Block, pull: Tensor, coefficient: Tensor) -> Tensor:
-        """(R, 1): the mean of the rows' squared gradients, without making them: a row's gradient is orthogonal to the
-        row, so that |g|^2 = |sum_b pull x^_b|^2 - |coefficient w|^2, and the first is a form of pull with x^ x^T."""
-        mixed = torch.mm(pull, self._gram, out=self._weighted[: len(pull)]).mul_(pull).sum(dim=1)
-        along = (coefficient / block.inverse).square_()
-        return (mixed - along).clamp_min_(0).div_(self._rows.shape[1])[:, None]
+    def mean_square_of(self, block: Block, pull: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
+        """(the mean of the rows' squared gradients (R, 1), rows whose gradient was made for that (n,)), to be given to
+        `move`.
 
-    def move(self, block: Block, pull: Tensor, coefficient: Tensor, rates: float | Tensor) -> None:
+        A row's gradient is orthogonal to the row, so that |g|^2 = |sum_b pull x^_b|^2 - |coefficient w|^2, and the
+        first is a form of pull with x^ x^T: no gradient is made. Where the terms cancel, nothing but their rounding
+        would be left, and a step divides by it: there the gradient itself is made, to be the one that moves the row.
+        """
+        dim = self._rows.shape[1]
+        terms = torch.linalg.vector_norm(pull, ord=1, dim=1).square_()
+        square = torch.mm(pull, self._gram, out=self._weighted[: len(pull)]).mul_(pull).sum(dim=1)
+        square.sub_((coefficient * _invert(block.inverse.clone())).square_())
+        unsure = (square < terms * (CANCELLED * torch.finfo(pull.dtype).eps)).nonzero()[:, 0]
+        square.clamp_min_(0)
+        for start in range(0, len(unsure), EXACT_ROWS):
+            part = unsure[start : start + EXACT_ROWS]
+            row64 = block.rows[part].double()
+            row64 *= _invert(row64.norm(dim=1, keepdim=True))
+            exact = pull[part].double() @ self._batch.unit64
+            exact -= (exact * row64).sum(dim=1, keepdim=True) * row64
+            square[part] = exact.square().sum(dim=1).to(square.dtype)
+            self._gradient[start : start + len(part)] = exact
+        return square.div_(dim)[:, None], unsure
+
+    def move(
+        self, block: Block, pull: Tensor, coefficient: Tensor, rates: float | Tensor, made: Tensor | None = None
+    ) -> None:
         """Move the block's rows against their gradient by `rates`, one number or (R, 1); pull is used up.
 
         w - r g at once: w (1 + r c) - r G^T x^. Most blocks have all r c below 1e-7: their factors round to 1.
+
+        Args:
+            made: rows whose gradient `mean_square_of` has made.
         """
+        moved = self._gradient[: 0 if made is None else len(made)]
+        if made is not None and len(made) and isinstance(rates, Tensor):
+            for start in range(0, len(made), EXACT_ROWS):
+                part, into = made[start : start + EXACT_ROWS], moved[start : start + EXACT_ROWS]
+                into.mul_(rates[part].neg()).add_(block.rows[part])
         factors = 1 + rates * coefficient[:, None]
         if not (factors == 1).all():
             block.rows.mul_(factors)
@@ -278,8 +308,17 @@ class Streamer:
             block.rows.addmm_(pull.mul_(rates), self._batch.unit, alpha=-1)
         else:
             block.rows.addmm_(pull, self._batch.unit, alpha=-rates)
+        if made is not None and len(made):
+            block.rows.index_copy_(0, made, moved)
 
     def gradient_of(self, block: Block, pull: Tensor, coefficient: Tensor) -> Tensor:
         """(R, D): the rows' gradient, from what `descend` yields; valid until the next block."""
         gradient = torch.mul(block.rows, -coefficient[:, None], out=self._gradient[: len(pull)])
         return gradient.addmm_(pull, self._batch.unit)
+
+
+def _invert(lengths: Tensor) -> Tensor:
+    """1 / length in place: 0 of what has no direction; NaN of what is not finite, or too long to be squared."""
+    short = lengths < SHORTEST
+    lengths.reciprocal_().masked_fill_(lengths == 0, torch.nan)
+    return lengths.masked_fill_(short, 0)

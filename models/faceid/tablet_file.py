@@ -99,6 +99,8 @@ def read_tablet(folder: Path, tablet: Tablet, rows: Tensor, state: Tensor, expec
         )
         if magic != MAGIC or version != VERSION:
             raise HeadError(f"{path} must be a tablet of version {VERSION}, got {magic!r} {version}")
+        if max(dtype, state_dtype) >= len(DTYPES):
+            raise HeadError(f"{path} is damaged: it names types {dtype} and {state_dtype}, of {len(DTYPES)}")
         found = (index, first, count, dim, width)
         wanted = (tablet.index, tablet.first, tablet.rows, rows.shape[1], state.shape[1])
         if found != wanted or DTYPES[dtype] != rows.dtype or (width and DTYPES[state_dtype] != state.dtype):

@@ -7,23 +7,47 @@ it would if one product were cut among them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
 from ...tiler.machine import one_thread
+from ...tiler.process_locks import ProcessLock
+
+_ALONE = ProcessLock()
+"""Held while tablets are worked on: torch's number of threads and its precision belong to the whole process."""
 
 Workspace = TypeVar("Workspace")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of float32 matrices in float32, whatever autocast, torch.set_float32_matmul_precision or torch.backends
+    say; one caller of a process at a time."""
+    # On the CPU "medium" means bfloat16 where there are instructions for it.
+    kinds = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # pyright: ignore[reportAttributeAccessIssue] - set when it is imported
+    with _ALONE:
+        before = [kind.fp32_precision for kind in kinds]
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        try:
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                yield
+        finally:
+            for kind, value in zip(kinds, before, strict=True):
+                kind.fp32_precision = value
+
+
 def run_tablets(
     work: Callable[[Workspace, Item], Result], items: list[Item], workspaces: list[Workspace]
 ) -> list[Result]:
-    """work(workspace, item) for each item, in a thread for each workspace; the results in the order of items.
+    """work(workspace, item) for each item, in a thread for each workspace; the results in the order of items. Callers
+    from several threads take turns.
 
     Raises:
         whatever `work` raised first, when all threads have stopped.
@@ -46,7 +70,7 @@ def run_tablets(
                     raise
 
     crew = workspaces[: len(items)]
-    with one_thread():
+    with exact_products(), one_thread():
         if len(crew) == 1:
             run(crew[0])
         elif crew:

@@ -56,6 +56,8 @@ def unit_rows(values: npt.ArrayLike) -> Floats:
     given = np.asarray(values)
     if given.ndim != 2 or not given.shape[1]:
         raise HeadError(f"embeddings must be (number, numbers of each), got {given.shape}")
+    if given.dtype.kind not in "fiu":  # complex numbers would lose a part, texts be read
+        raise HeadError(f"embeddings must be real numbers, got {given.dtype}")
     unit = np.empty(given.shape, np.float32)
     for start in range(0, len(given), SCORED):  # so that little is held in float64
         part = given[start : start + SCORED].astype(np.float64)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...tiler.errors import UsageError
 from ...tiler.geometry import Grid
-from ...tiler.labels import LabelOptions, flag_meanings, unsaid_values
+from ...tiler.labels import LabelOptions, find_ignored, flag_meanings, unsaid_values
 from ...tiler.raster import open_raster
 from ...tiler.vectors import is_vector_file, read_features
 from .mlm import parse_colour
@@ -62,7 +62,9 @@ def find_classes(
     meanings: dict[int, str] = {}
     for path in paths:
         if is_vector_file(path):
-            names |= dict.fromkeys(read_features(path, options.field, encoding=options.encoding).values)
+            values = read_features(path, options.field, encoding=options.encoding).values
+            none = find_ignored(values)
+            names |= dict.fromkeys(value for value in values if value not in none)
             continue
         raster = open_raster(path, nodata=options.nodata)
         meanings |= flag_meanings(raster)
@@ -88,7 +90,7 @@ def find_classes(
 
 
 def _find_values(path: str, options: LabelOptions, advance: Callable[[int], None] | None) -> set[int]:
-    """Values of a raster of labels, from one pass over it."""
+    """Values of a raster of labels, from one pass over it; those below 0 mean that there is no class."""
     raster = open_raster(path, nodata=options.nodata)
     if raster.dtype.kind not in "ui" or raster.bands != 1:
         raise UsageError(f"labels must be one band of whole numbers, {path} has {raster.bands} of {raster.dtype}")
@@ -105,5 +107,6 @@ def _find_values(path: str, options: LabelOptions, advance: Callable[[int], None
         if advance is not None:
             advance(window.pixels)
     reader.close()
+    found = {value for value in found if value >= 0}
     # Among more classes than bytes can tell, 255 is one of them.
     return found - {value for value in unsaid_values(raster) if len(found) <= value}

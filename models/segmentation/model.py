@@ -158,11 +158,19 @@ class TileNetwork(nn.Module):
     divide: Tensor
 
     def __init__(
-        self, network: nn.Module, scaling: Scaling, output: Output, meaning: Meaning | None = None, classes: int = 0
+        self,
+        network: nn.Module,
+        scaling: Scaling,
+        output: Output,
+        band_names: tuple[str, ...] = (),
+        meaning: Meaning | None = None,
+        classes: int = 0,
     ) -> None:
         super().__init__()
         self.network = network
         self.output: Output = output
+        self.band_names = band_names
+        """Of the model: a raster that names its own is read in this order."""
         self.meaning = meaning or Meaning(channels=0, task="multiclass", activation="none")
         self.classes = classes
         # Numbers, which torch.compile takes as they are.
@@ -248,7 +256,7 @@ def as_tile_network(model: SegmentationModel, output: Output | None = None) -> T
     meaning = meaning_of(model)
     require_output(meaning, output, model.name)
     classes = len(fit_classes(model.classes, meaning, model.name)) if meaning.activation == "argmax" else 0
-    return TileNetwork(fold_norms(model.network), model.scaling, output, meaning, classes).eval()
+    return TileNetwork(fold_norms(model.network), model.scaling, output, model.bands, meaning, classes).eval()
 
 
 def require_output(meaning: Meaning, output: Output, name: str) -> None:

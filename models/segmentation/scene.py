@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeAlias
 
@@ -135,6 +136,10 @@ class SceneLabelReader:
         rule = view.scene.raster.nodata_rule
         may_miss = bool(rule.values) or rule.mask is not None or bool(rule.mask_band)
         self._pixels = pixels if may_miss else None
+
+    @property
+    def ignored(self) -> Mapping[int, int]:
+        return self._reader.ignored
 
     def read(self, window: Window) -> Classes:
         turn, scene = self._view.turn, self._view.scene

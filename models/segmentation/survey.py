@@ -40,13 +40,20 @@ def _place(counts: Counts, window: Window, cell: int, part: Counts) -> None:
 
 
 def count_labels(
-    scene: TrainingScene, *, cell: int, classes: int, part: LabelPart = "all", advance: Advance | None = None
+    scene: TrainingScene,
+    *,
+    cell: int,
+    classes: int,
+    part: LabelPart = "all",
+    advance: Advance | None = None,
+    ignored: dict[int, int] | None = None,
 ) -> Counts:
     """(rows, columns, classes): labelled pixels of each cell of a scene, from one pass over the labels.
 
     Args:
         part: "all", "training" or "validation".
         advance: called with the number of pixels just read.
+        ignored: where pixels of each value that means no class are told.
     """
     shape = scene.raster.shape_yx
     counts = np.zeros((*Grid(shape=shape, cell=(cell, cell)).counts, classes), np.int64)
@@ -57,6 +64,8 @@ def count_labels(
         _place(counts, window, cell, _cells(window, reader.read(window), cell, classes))
         if advance is not None:
             advance(window.pixels)
+    if ignored is not None:
+        ignored |= reader.ignored
     reader.close()
     return counts
 

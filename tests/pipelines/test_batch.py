@@ -100,6 +100,19 @@ def test_stac_items_give_their_assets(tmp_path: Path) -> None:
         find_scenes([str(file)])
 
 
+def test_stac_items_name_the_bands_of_their_assets(tmp_path: Path) -> None:
+    older = {
+        "href": "a.tif",
+        "eo:bands": [{"name": "B04", "common_name": "red"}, {"name": "B08", "common_name": "nir"}],
+    }
+    newer = {"href": "b.tif", "bands": [{"name": "B02", "eo:common_name": "blue"}]}
+    file = tmp_path / "items.json"
+    file.write_text(json.dumps(stac({"a": older, "b": newer, "c": {"href": "c.tif"}})))
+    assert find_scenes([str(file)], assets=["a", "b"])[0].bands == ("B04 (red)", "B08 (nir)", "B02 (blue)")
+    # What one of them leaves open, the files may say.
+    assert find_scenes([str(file)], assets=["a", "c"])[0].bands == ()
+
+
 def test_stac_items_of_any_content_are_read_or_refused_in_one_line(tmp_path: Path) -> None:
     file = tmp_path / "items.json"
 

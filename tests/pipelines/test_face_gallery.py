@@ -19,25 +19,21 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import safetensors.torch
 import torch
-from outsize.models.faceid.checkpoint import save_checkpoint
 from outsize.models.faceid.collectives import Ranks
-from outsize.models.faceid.embedder import SmallEmbedder
-from outsize.models.faceid.embedder_file import BACKBONE, DESCRIPTION, EmbedderDescription, load_embedder
+from outsize.models.faceid.embedder_file import load_embedder
 from outsize.models.faceid.errors import GalleryError
 from outsize.models.faceid.gallery import Gallery
-from outsize.models.faceid.head import ShardedMarginHead
 from outsize.models.faceid.images import read_picture
-from outsize.models.faceid.row_rules import SGD
 from outsize.models.faceid.top_k import unit_rows
-from outsize.sample_data.identities import PIXEL_MEAN, PIXEL_SCALE, SIZE
+from outsize.sample_data.identities import SIZE
 from outsize.tests.support import commands
+from outsize.tests.support.embedders import DIM, make_embedder
 from PIL import Image
 
 pytestmark = pytest.mark.system
 
-PEOPLE, PICTURES, DIM = 24, 3, 32
+PEOPLE, PICTURES = 24, 3
 
 
 def outsize(*words: str | Path, code: int = 0) -> tuple[dict[str, Any], str]:
@@ -45,17 +41,6 @@ def outsize(*words: str | Path, code: int = 0) -> tuple[dict[str, Any], str]:
     done = commands.outsize_here("--json", "face", *words)
     assert done.returncode == code, done.stderr
     return (json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else {}), done.stderr
-
-
-def make_embedder(folder: Path, seed: int) -> None:
-    """An embedder that nothing has trained, as `face train` saves it."""
-    torch.manual_seed(seed)
-    described = EmbedderDescription(
-        architecture="small", dim=DIM, height=SIZE, width=SIZE, mean=PIXEL_MEAN, scale=PIXEL_SCALE
-    )
-    weights = safetensors.torch.save(SmallEmbedder(DIM).state_dict())
-    head = ShardedMarginHead(5, DIM, rule=SGD(lr=1), tablet_rows=8, block_rows=8)
-    save_checkpoint(head, folder, 1, extra={DESCRIPTION: described.to_bytes(), BACKBONE: weights})
 
 
 @pytest.fixture(scope="module")

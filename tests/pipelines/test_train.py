@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+from affine import Affine
 from outsize.models import load_model
 from outsize.models.segmentation.metrics import Confusion
 from outsize.models.segmentation.scaling import Scaling
@@ -398,13 +399,13 @@ def test_what_cannot_be_trained_is_refused_in_one_line(scene: tuple[Path, Path],
     def say(*words: str | Path, labels: Path = labels) -> str:
         return refusal("train", image, "--labels", labels, "--out", out, "--steps", "1", *TINY, *words)
 
-    small = write_geotiff(tmp_path / "small.tif", np.zeros((1, 20, 20), np.uint8))
+    small = write_geotiff(tmp_path / "small.tif", np.zeros((2, 20, 20), np.uint8), photometric="minisblack")
     assert "one band on the grid" in say("--classes", "a,b", labels=small)
     stored = np.zeros((1, *SHAPE), np.uint8)
     beyond = write_geotiff(tmp_path / "beyond.tif", stored + 7)
     assert "is a file, not a folder" in say("--classes", "a,b", "--out", small)
     assert "labels must be 0..1, got 7" in say("--classes", "a,b", labels=beyond)
-    moved = write_geotiff(tmp_path / "moved.tif", stored, transform=raster.place.moved(3, 0).affine)
+    moved = write_geotiff(tmp_path / "moved.tif", stored, transform=raster.place.affine @ Affine.translation(0.5, 0))
     assert "must lie on the grid of" in say("--classes", "a,b", labels=moved)
     empty = write_geotiff(tmp_path / "empty.tif", stored + 255)
     assert "no labelled pixel is left to train on" in say("--classes", "a,b", labels=empty)
@@ -418,10 +419,10 @@ def test_what_cannot_be_trained_is_refused_in_one_line(scene: tuple[Path, Path],
     assert "a loss must be" in say("--loss", "hinge")
     assert "mse is a loss of numbers, and labels are classes here" in say("--loss", "mse")
     other = _described(image, tmp_path, ("red", "green", "nir"))
-    last = _described(image, tmp_path, ("red", "nir", "green"))
+    last = _described(image, tmp_path, ("red", "swir16", "green"))
     again = ["--labels", labels, "--out", out, "--steps", "1", *TINY]
     assert re.search(
-        r"same bands in the same order, .*red-green-nir.tif has red, green, nir and .*tif red, nir, green; leave one",
+        r"has bands red, swir16, green: .* the first scene, .*red-green-nir.tif, takes 3 \(red, green, nir\); choose",
         refusal("train", other, last, "--labels", labels, *again),
     )
     assert "scenes must have the same bands, " in refusal("train", other, small, "--labels", labels, *again)

@@ -17,7 +17,7 @@ import torch
 from distributed import Client
 from outsize.models.segmentation.unet import UNet
 from outsize.tiler import resume
-from outsize.tiler.cluster import ClusterOptions, open_client, visible_device
+from outsize.tiler.cluster import ClusterOptions, open_client
 from outsize.tiler.devices import CudaDevice, MachineFacts
 from outsize.tiler.engine import CUDA_MEMORY
 from outsize.tiler.engine_torch import Forward
@@ -25,6 +25,7 @@ from outsize.tiler.errors import BudgetError, ExactnessError, OutputError, Usage
 from outsize.tiler.fingerprint import find_differences, make_fingerprint
 from outsize.tiler.geometry import Window
 from outsize.tiler.inference import predict_window
+from outsize.tiler.local_cluster import visible_device
 from outsize.tiler.memory import CUDA_HOST_BYTES, EngineMemory, find_budget, parse_bytes, predict_pinned
 from outsize.tiler.memory_probe import MARGIN, ProbedCore, fit_memory
 from outsize.tiler.network import Network, analyze_network

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import pickle
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +24,7 @@ from outsize.tiler.network import Network, analyze_network
 from outsize.tiler.raster import Raster, open_raster
 from torch import nn
 
+from ..support.forks import in_a_fork
 from ..support.runs import class_network, logit_network, run, scene, stored, whole
 
 pytestmark = pytest.mark.system
@@ -198,29 +197,6 @@ def test_a_module_that_is_no_longer_what_was_analysed_is_refused(tmp_path: Path)
         _tile(raster, network, "openvino")
 
 
-def _in_a_fork(work: Callable[[], Any]) -> Any:
-    """What that gives in a process forked from this one; an error where it does not end."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if not pid:
-        try:
-            signal.alarm(60)
-            try:
-                answer: Any = work()
-            except EngineError as error:
-                answer = error
-            with os.fdopen(writer, "wb") as pipe:
-                pipe.write(cloudpickle.dumps(answer))
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        data = pipe.read()
-    os.waitpid(pid, 0)
-    assert data, "the forked process hung or died"
-    return pickle.loads(data)
-
-
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_process_computes_too_or_says_why_not(tmp_path: Path) -> None:
     """Threads of OpenVINO and OpenMP do not come along, and whoever waits for them waits for ever."""
@@ -232,14 +208,12 @@ def test_a_forked_process_computes_too_or_says_why_not(tmp_path: Path) -> None:
     holder = threading.Thread(target=lambda: inference._ENGINES._looking.__enter__() or seen.wait(60), daemon=True)
     holder.start()
     try:
-        found = _in_a_fork(lambda: predict_window(raster, network, Window(y=0, x=0, height=197, width=131)))
+        found = in_a_fork(lambda: predict_window(raster, network, Window(y=0, x=0, height=197, width=131)))
     finally:
         seen.set()
         holder.join()
         inference._ENGINES._looking._renew()
     assert np.array_equal(found, expected)
-    refused = _in_a_fork(
-        lambda: predict_window(raster, network, Window(y=0, x=0, height=9, width=9), engine="openvino")
-    )
+    refused = in_a_fork(lambda: predict_window(raster, network, Window(y=0, x=0, height=9, width=9), engine="openvino"))
     assert isinstance(refused, EngineError)
     assert "was forked from one that had computed by OpenVINO" in str(refused)

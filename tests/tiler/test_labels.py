@@ -20,6 +20,8 @@ from rasterio.crs import CRS
 from rasterio.features import rasterize
 from rasterio.warp import transform_geom
 
+from ..support.rasters import write_geotiff
+
 SHAPE = (1301, 1117)
 UTM = from_rasterio(CRS.from_epsg(32618), Affine(10, 0, 346_000, 0, -10, 3_842_000))
 NAMES = ("water", "sand", "forest")
@@ -188,11 +190,17 @@ def test_labels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     labels = open_labels(path, UTM, (41, 53), of="scene", names=NAMES, options=LabelOptions())
     with pytest.raises(UsageError, match=r"labels must be 0\.\.2, got 3 in window"):
         labels.open_reader().read(Window(y=0, x=0, height=41, width=53))
-    with pytest.raises(UsageError, match="one band on the grid of scene, 41 x 52, got 1 band of 41 x 53"):
-        open_labels(path, UTM, (41, 52), of="scene", names=NAMES, options=LabelOptions())
-    moved = UTM.moved(1, 0)
-    with pytest.raises(UsageError, match="must lie on the grid of scene"):
-        open_labels(path, moved, (41, 53), of="scene", names=NAMES, options=LabelOptions())
+    with pytest.raises(UsageError, match=r"on the grid of scene, 41 x 52, got one band of 41 x 53 .*where they lie"):
+        open_labels(path, Georeference(), (41, 52), of="scene", names=NAMES, options=LabelOptions())
+    between = Georeference(crs_wkt=UTM.crs_wkt, transform=(10, 0, 346_005, 0, -10, 3_842_000))
+    for grid in (between, Georeference(crs_wkt=UTM.crs_wkt, transform=(20, 0, 346_000, 0, -20, 3_842_000))):
+        with pytest.raises(UsageError, match="must lie on the grid of scene"):
+            open_labels(path, grid, (41, 53), of="scene", names=NAMES, options=LabelOptions())
+    with pytest.raises(UsageError, match=r"must lie over scene: .*, beside it"):
+        open_labels(path, UTM.moved(41, 0), (41, 53), of="scene", names=NAMES, options=LabelOptions())
+    two = write_geotiff(tmp_path / "two.tif", np.stack([stored, stored]))
+    with pytest.raises(UsageError, match="must be one band on the grid of scene, got 2 bands"):
+        open_labels(str(two), UTM, (41, 53), of="scene", names=NAMES, options=LabelOptions())
     with pytest.raises(UsageError, match="as many as the 3 classes"):
         open_labels(path, UTM, (41, 53), of="scene", names=NAMES, options=LabelOptions(values=("1", "2")))
     with pytest.raises(UsageError, match="must differ"):

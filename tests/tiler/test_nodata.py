@@ -117,7 +117,7 @@ def test_naip_keeps_its_near_infrared(shared_dir: Path) -> None:
     assert not np.any(missing_of(raster))
 
 
-def test_bands_with_other_nodata_values_are_refused_until_one_is_named(tmp_path: Path) -> None:
+def test_bands_with_other_nodata_values_have_each_its_own_until_one_is_named(tmp_path: Path) -> None:
     (tmp_path / "two.vrt").write_text(
         '<VRTDataset rasterXSize="4" rasterYSize="1">'
         + "".join(
@@ -129,6 +129,9 @@ def test_bands_with_other_nodata_values_are_refused_until_one_is_named(tmp_path:
         + "</VRTDataset>"
     )
     write_geotiff(tmp_path / "a.tif", IMAGE)
-    with pytest.raises(RasterError, match=r"one nodata value, got .*--nodata"):
-        open_raster(tmp_path / "two.vrt")
+    # IMAGE holds 0 0 5 9 and 0 1 0 9: band 1's value is 0, band 2's is 9.
+    assert missing_of(open_raster(tmp_path / "two.vrt")) == [[False, False, False, False]]
+    assert missing_of(open_raster(tmp_path / "two.vrt", any_band=True)) == [[True, True, False, True]]
+    assert missing_of(open_raster(tmp_path / "two.vrt", bands=(2,))) == [[False, False, False, True]]
     assert missing_of(open_raster(tmp_path / "two.vrt", nodata=9)) == [[False, False, False, True]]
+    assert missing_of(open_raster(tmp_path / "two.vrt", nodata=())) == [[False] * 4]

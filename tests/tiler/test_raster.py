@@ -98,7 +98,7 @@ def test_what_is_no_raster_is_refused_in_one_line(tmp_path: Path) -> None:
         "text.tif": "not a raster that GDAL can open",
         "empty.zarr": "must hold one raster array, it has none",
         "several.zarr": "it has green, red; name one",
-        "nameless.zarr": "give --axes yxb",
+        "nameless.zarr": "give --axes byx",
         "line.zarr": "2 or 3 dimensions",
         "complex.tif": "integers or real numbers",
         "": "not a raster",

@@ -10,9 +10,10 @@ import pytest
 import torch
 from affine import Affine
 from distributed import Client
+from outsize.tiler.bounds import window_of_bounds
 from outsize.tiler.errors import OutputError, UsageError
 from outsize.tiler.geometry import Window
-from outsize.tiler.georeference import Georeference, window_of_bounds
+from outsize.tiler.georeference import Georeference
 from outsize.tiler.network import Network, analyze_network
 from outsize.tiler.plan import TilePlan
 from outsize.tiler.planner import plan_tiles

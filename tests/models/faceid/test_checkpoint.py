@@ -180,3 +180,54 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_generation(tmp_path: Path
                 jobs.stdin.flush()
         finally:
             os.killpg(jobs.pid, signal.SIGKILL)
+
+
+def test_a_layer_into_which_damage_was_read_is_not_used(tmp_path: Path) -> None:
+    """What is read is checked when it is there: rows of a damaged file must teach nobody."""
+    head = make_head()
+    save_checkpoint(head, tmp_path, 1)
+    path = tmp_path / "step-000000001" / "tablet-000003.rows"
+    value = bytearray(path.read_bytes())
+    value[140] ^= 4
+    path.write_bytes(value)
+    other = make_head()
+    with pytest.raises(HeadError, match="tablet-000003"):
+        load_checkpoint(other, tmp_path)
+    for use in (lambda: step(other), lambda: save_checkpoint(other, tmp_path, 2)):
+        with pytest.raises(HeadError, match=r"a backward or a load ended early after step 0, .* load a checkpoint"):
+            use()
+    save_checkpoint(head, tmp_path, 3)
+    load_checkpoint(other, tmp_path)
+    assert torch.equal(other.rows, head.rows)
+    step(other)
+
+
+def test_a_checkpoint_of_another_layer_leaves_the_rows_as_they_are(tmp_path: Path) -> None:
+    save_checkpoint(make_head(), tmp_path, 1)
+    other = make_head(60)
+    before = other.rows.clone()
+    with pytest.raises(HeadError, match="61 classes, the layer 60"):
+        load_checkpoint(other, tmp_path)
+    assert torch.equal(other.rows, before)
+    step(other)
+
+
+def test_a_forward_before_a_load_has_no_backward_after_it(tmp_path: Path) -> None:
+    head = make_head()
+    save_checkpoint(head, tmp_path, 1)
+    features = torch.randn(4, head.dim, dtype=torch.float32).requires_grad_()
+    loss = head(features, torch.tensor([0, 1, 2, 3]))
+    load_checkpoint(head, tmp_path)
+    with pytest.raises(HeadError, match="the rows have moved since this forward"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("place", [12, 52])
+def test_a_header_of_an_unknown_type_is_damage(tmp_path: Path, place: int) -> None:
+    save_checkpoint(make_head(), tmp_path, 1)
+    save_checkpoint(make_head(), tmp_path, 2)
+    path = tmp_path / "step-000000002" / "tablet-000000.rows"
+    value = bytearray(path.read_bytes())
+    value[place] = 200
+    path.write_bytes(value)
+    assert load_checkpoint(make_head(), tmp_path).step == 1

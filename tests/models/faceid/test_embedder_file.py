@@ -64,3 +64,11 @@ def test_what_is_no_embedder_is_refused(tmp_path: Path) -> None:
             EmbedderDescription.from_bytes(json.dumps(wrong).encode())
     with pytest.raises(HeadError, match="above 0"):
         EmbedderDescription(architecture="small", dim=0, height=20, width=16, mean=0, scale=1)
+
+
+def test_pictures_of_another_size_than_it_was_trained_with_are_refused(tmp_path: Path) -> None:
+    save(tmp_path / "run", 1, SmallEmbedder(8))
+    embedder = load_embedder(tmp_path / "run")
+    for shape in ((2, 16, 20, 3), (2, 40, 32, 3), (2, 3, 20, 16), (20, 16, 3)):
+        with pytest.raises(HeadError, match=r"images must be \(n, 20, 16, 3\), got"):
+            embedder.embed(torch.zeros(shape, dtype=torch.uint8))

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from outsize.models.faceid.errors import HeadError
-from outsize.models.faceid.head import ShardedMarginHead, _Pass
+from outsize.models.faceid.head import ShardedMarginHead
 from outsize.models.faceid.head_plan import plan_head
+from outsize.models.faceid.margin_softmax import FirstPass
 from outsize.models.faceid.reference import compute_dense_loss
 from outsize.models.faceid.row_rules import SGD, Momentum, RowRMS, RowRule
 from outsize.models.faceid.sampling import DENOMINATORS, Sampling
@@ -151,7 +152,7 @@ def test_the_corrected_sum_of_exponentials_is_right_on_average_and_that_of_pfc_i
     """Five standard errors, which are known: strips are drawn without replacement. The seed is fixed."""
     head, (features, labels) = make_head(None, margin="cosface", scale=4.0), make_batch()
     times, valid = 1500, labels >= 0
-    exact = _Pass(head, features, labels).normaliser.exp()
+    exact = FirstPass(head, features, labels).normaliser.exp()
     own = labels[valid].unique()
     cosines = torch.nn.functional.normalize(features) @ torch.nn.functional.normalize(head.dense_weight().detach()).T
     terms = (4 * cosines).exp()
@@ -170,7 +171,7 @@ def test_the_corrected_sum_of_exponentials_is_right_on_average_and_that_of_pfc_i
             sampling = Sampling(share=0.25, denominator=denominator, strip_rows=STRIP)
             sums = []
             for head.step in range(times):
-                sums.append(_Pass(head, features, labels, sampling=sampling).normaliser.exp())
+                sums.append(FirstPass(head, features, labels, sampling=sampling).normaliser.exp())
             drawn_sums = torch.stack(sums)[:, valid]
             spread = variance[valid] if denominator == "corrected" else drawn_sums.var(dim=0)
             bound = 5 * (spread / times).sqrt()
