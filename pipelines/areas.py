@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..tiler.geometry import Grid
 from ..tiler.georeference import pixel_areas
 from ..tiler.raster import open_raster
-from ..tiler.store import NODATA, open_array
+from ..tiler.store import open_array, output_nodata
 from .console import Console
 
 _BLOCK = 2048
+_BYTE_VALUES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,21 +49,20 @@ def count_areas(console: Console, out: Path, header: dict[str, Any]) -> Areas:
     array, place = open_array(out, "class"), open_raster(out / "class").place
     height, width = array.shape
     metres = pixel_areas(place, height)
-    counts, ground = np.zeros(256, np.int64), np.zeros(256)
+    nodata = int(output_nodata(array.dtype))
+    counts, ground = np.zeros(nodata + 1, np.int64), np.zeros(nodata + 1)
     grid = Grid(shape=(height, width), cell=(_BLOCK, _BLOCK))
     with console.step("areas", height * width) as step:
         for at in grid:
             window = grid.window(*at)
             rows, columns = window.slices()
-            # A histogram for each row: in degrees the rows' pixels differ in area.
-            keyed = np.asarray(array[rows, columns]).astype(np.int64) + 256 * np.arange(window.height)[:, None]
-            found = np.bincount(keyed.ravel(), minlength=256 * window.height).reshape(window.height, 256)
-            counts += found.sum(0)
+            row, value, found = _count_rows(np.asarray(array[rows, columns]), nodata + 1)
+            np.add.at(counts, value, found)
             if metres is not None:
-                ground += metres[rows] @ found
+                np.add.at(ground, value, metres[rows][row] * found)
             step.advance(window.pixels)
     named = {entry["value"]: entry for entry in header["classes"]}
-    total = max(1, int(counts[:NODATA].sum()))
+    total = max(1, int(counts[:nodata].sum()))
     crs = place.crs
     return Areas(
         classes=tuple(
@@ -72,9 +73,25 @@ def count_areas(console: Console, out: Path, header: dict[str, Any]) -> Areas:
                 share=float(counts[value] / total),
                 hectares=float(ground[value] / 1e4) if metres is not None else None,
             )
-            for value in map(int, np.flatnonzero(counts[:NODATA]))
+            for value in map(int, np.flatnonzero(counts[:nodata]))
         ),
-        nodata_pixels=int(counts[NODATA]),
-        hectares=float(ground[:NODATA].sum() / 1e4) if metres is not None else None,
+        nodata_pixels=int(counts[nodata]),
+        hectares=float(ground[:nodata].sum() / 1e4) if metres is not None else None,
         on_ellipsoid=metres is not None and crs is not None and crs.is_geographic,
     )
+
+
+def _count_rows(block: npt.NDArray[Any], most: int) -> tuple[npt.NDArray[np.int64], ...]:
+    """(row, value, pixels) of each value in each row: in degrees the rows' pixels differ in area.
+
+    Args:
+        most: above every value.
+    """
+    keyed = block.astype(np.int64) + most * np.arange(len(block))[:, None]
+    if most <= _BYTE_VALUES:
+        counts = np.bincount(keyed.ravel(), minlength=most * len(block))
+        keys = np.flatnonzero(counts)
+        return keys // most, keys % most, counts[keys]
+    # A histogram of all values in each row would be a hundred times the block.
+    keys, counts = np.unique(keyed, return_counts=True)
+    return keys // most, keys % most, counts

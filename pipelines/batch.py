@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..models.segmentation.model import SegmentationModel
 from ..tiler.cluster import ClusterError, ClusterKeeper, ClusterOptions
 from ..tiler.errors import OutputError, TilerError
 from ..tiler.events import ClusterReady, Event, MemoryProbed, RunPlanned, TileFinished
@@ -22,7 +23,15 @@ from ..tiler.records import writing
 from ..tiler.run_summary import RunSummary
 from .console import Console, Step, count_of, format_table
 from .scenes import Scene
-from .segment import PROBING, Preparation, SegmentOptions, WriteOptions, make_plan, segment_raster
+from .segment import (
+    PROBING,
+    Preparation,
+    SegmentOptions,
+    WriteOptions,
+    explain_model,
+    make_plan,
+    segment_raster,
+)
 
 SUMMARY = "batch.jsonl"
 """In the output folder: one line for each scene of each call."""
@@ -116,6 +125,7 @@ def run_batch(
     preparation = Preparation(options, console)
     sizes = [_count_pixels(preparation, scene) for scene in scenes]
     dashboard = cluster.dashboard_address is not None
+    told: SegmentationModel | None = None
     with ClusterKeeper(cluster) as keeper, console.step("batch", sum(sizes)) as step:
         for number, (scene, pixels) in enumerate(zip(scenes, sizes, strict=True), 1):
             listener = _SceneListener(console, step, f"scene {number}/{len(scenes)} {scene.name}", own_page=dashboard)
@@ -123,6 +133,10 @@ def run_batch(
             scene_began = time.perf_counter()
             try:
                 raster, model, network = preparation.open(scene.paths, scene.bands)
+                if model is not told:
+                    for line in explain_model(model):
+                        console.remark(line)
+                    told = model
                 summary = segment_raster(
                     raster, model, network, out, options, keeper, writing, listener, since=scene_began
                 )

@@ -341,6 +341,7 @@ def verify(console: Any, out: Path, **options: Any) -> None:
         "repair",
         "model",
         "weights",
+        "weights_key",
         "trust_model",
         "sha256",
         "memory",

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .cli_options import model_options, overwrite_option
+from .cli_options import meaning_options, model_options, overwrite_option
 from .option_types import Folder, OrderedGroup
 
 
@@ -27,6 +27,7 @@ def _source_options(source: str | None, options: dict[str, Any]) -> Any:
     return SourceOptions(
         source=source,
         weights=options["weights"],
+        weights_key=options["weights_key"],
         hyperparameters=parse_hyperparameters(options["hyperparameter"]),
         trust_model=options["trust_model"],
         sha256=options["sha256"],
@@ -59,8 +60,13 @@ _hyperparameter = click.option(
 @click.option("--scale", metavar="V,V,..", help="Of offset-scale.")
 @click.option("--fill", metavar="V,V,..", help="Raw value of each band that stands in for nodata.")
 @click.option(
-    "--class", "classes", multiple=True, metavar="NAME=#RRGGBB", help="A class and its colour; once for each channel."
+    "--class",
+    "classes",
+    multiple=True,
+    metavar="NAME=#RRGGBB",
+    help="A class and its colour; once for each channel, and of a binary task for no and yes, or for yes alone.",
 )
+@meaning_options
 @overwrite_option
 @click.pass_obj
 def pack(
@@ -82,12 +88,22 @@ def pack(
     outsize model pack mynet:build mynet.json --weights mynet.safetensors --hyperparameter width=16
     outsize model pack mynet:build mynet.json --weights mynet.pt --band red --band nir
         --scaling z-score --mean 98.5,120 --stddev 40,35.5 --class water=#1F78B4 --class land=#B2DF8A
+    outsize model pack clouds:build clouds.json --weights clouds.ckpt --task binary --threshold 0.4 --class cloud
     outsize model pack mynet.pt2 mynet.json --trust-model --scaling min-max --minimum 0 --maximum 255
     """
+    from ..models.segmentation.meaning import Statement
     from .model import PackOptions, run_pack
 
     constants = {key: options[key] for key in ("mean", "stddev", "minimum", "maximum", "offset", "scale")}
-    packing = PackOptions(name=name, bands=bands, scaling=scaling, constants=constants, fill=fill, classes=classes)
+    packing = PackOptions(
+        name=name,
+        bands=bands,
+        scaling=scaling,
+        constants=constants,
+        fill=fill,
+        classes=classes,
+        stated=Statement(task=options["task"], activation=options["activation"], threshold=options["threshold"]),
+    )
     run_pack(console, _source_options(source, options), out, packing, overwrite=overwrite)
 
 

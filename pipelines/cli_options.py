@@ -22,9 +22,32 @@ unchanged_option = option(
     "they held. Size and time of change must be as before.",
 )
 model_options = together(
-    option("--weights", type=click.Path(), help="A factory's weights: .safetensors, or a state dict (.pt)."),
+    option("--weights", type=click.Path(), help="A factory's weights: .safetensors, or a state dict (.pt, .ckpt)."),
+    option(
+        "--weights-key",
+        metavar="KEY",
+        help="Of a checkpoint that holds them several times: the key of those that are meant, such as state_dict_ema.",
+    ),
     option("--trust-model", is_flag=True, help="Load model files that could run code."),
     option("--sha256", metavar="HEX", help="Load the one file of this hash that could run code."),
+)
+meaning_options = together(
+    option(
+        "--task",
+        type=click.Choice(["multiclass", "binary", "multilabel", "regression"]),
+        help="What the network's channels answer; without it what the model file says, or else its result shows.",
+    ),
+    option(
+        "--activation",
+        type=click.Choice(["none", "sigmoid", "softmax", "argmax"]),
+        help="What the network has applied to its result already; none: it gives logits. Without it as with --task.",
+    ),
+    option(
+        "--threshold",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        metavar="P",
+        help="Of a binary task: yes where the probability is above this; without it what the model file says, or 0.5.",
+    ),
 )
 planning_options = together(
     option(
@@ -34,12 +57,12 @@ planning_options = together(
         "without it the shipped one.",
     ),
     model_options,
+    meaning_options,
     option(
         "--output",
-        type=click.Choice(["class", "probability", "logits"]),
-        default="class",
-        show_default=True,
-        help="What to write for each pixel.",
+        type=click.Choice(["class", "probability", "logits", "values"]),
+        show_default="class; of a regression values",
+        help="What to write for each pixel; values: what the network gives, as it is.",
     ),
     option(
         "--memory",
@@ -234,6 +257,10 @@ def make_segment_options(source: str, options: dict[str, Any]) -> Any:
         "threads",
         "core",
         "weights",
+        "weights_key",
+        "task",
+        "activation",
+        "threshold",
         "trust_model",
         "sha256",
         "halo",

@@ -78,11 +78,16 @@ train_options = together(
     option("--minutes", type=click.FloatRange(0, min_open=True), help="Train so long, in place of --steps."),
     option(
         "--loss",
-        default="cross-entropy",
-        show_default=True,
+        show_default="cross-entropy; of one channel binary",
         metavar="NAME",
-        help="cross-entropy; dice; binary, cross-entropy of each class against all others; or a sum: "
-        "cross-entropy+0.5*dice.",
+        help="cross-entropy; dice; binary, cross-entropy of each class against all others, or of one channel's yes and "
+        "no; or a sum: cross-entropy+0.5*dice.",
+    ),
+    option(
+        "--task",
+        type=click.Choice(["multiclass", "binary"]),
+        show_default="multiclass",
+        help="Of a new U-Net: a channel for each class, or one channel for two classes, no and yes.",
     ),
     option(
         "--class-weights",
@@ -169,7 +174,7 @@ def run_train_command(
     recipe = make_recipe(
         options["step"],
         options["augment"],
-        loss=options["loss"],
+        loss=options["loss"] or "",
         class_weights=weights if isinstance(weights, tuple) else (),
         optimiser=options["optimiser"],
         rate=options["lr"],
@@ -186,6 +191,7 @@ def run_train_command(
         model = SourceOptions(
             source=options["model"],
             weights=options["weights"],
+            weights_key=options["weights_key"],
             trust_model=options["trust_model"],
             sha256=options["sha256"],
         )
@@ -201,6 +207,7 @@ def run_train_command(
             reading=reading,
             label_options=make_label_options(options, options["labels"]),
             classes=options["classes"] or (),
+            task=options["task"],
             balanced=weights == "balanced",
             validation=options["validation"],
             validate_on=options["validate_on"],

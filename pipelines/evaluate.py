@@ -17,10 +17,12 @@ from ..tiler.labels import UNLABELLED, LabelOptions, Labels, describe_ignored, o
 from ..tiler.memory import format_bytes
 from ..tiler.meter import MemoryMeter
 from ..tiler.raster import open_raster
-from ..tiler.store import NODATA, open_array, plan_of, read_header
+from ..tiler.store import open_array, output_nodata, plan_of, read_header
 from .console import Console, count_of, describe_memory, format_table
 
 _BLOCK = 2048
+_MOST_COUNTED = 4096
+"""Classes of a map that does not name them; the table has their square."""
 _MOST_SHOWN = 20
 """Classes up to which the confusion matrix is printed."""
 
@@ -33,6 +35,8 @@ class Comparison:
     labels: Labels
     names: tuple[str, ...]
     """Of the classes; empty: the map does not say them."""
+    count: int
+    """Of classes that are counted."""
     shape: tuple[int, int]
     confusion: Confusion | None = field(default=None, repr=False)
 
@@ -88,6 +92,9 @@ def _open_pair(out: Path, labels: str, options: LabelOptions) -> Comparison:
     height, width = open_array(out, "class").shape
     plan = plan_of(out, header)
     names = tuple(entry["name"] for entry in header["classes"])
+    count = len(names) or min(_MOST_COUNTED, int(output_nodata(open_array(out, "class").dtype)))
+    if count > _MOST_COUNTED:
+        raise UsageError(f"evaluate counts up to {_MOST_COUNTED} classes, {out} has {count}; group them first")
     # Labels of the whole raster serve a map of a part of it too.
     part = plan.scale == ("1", "1")
     found = open_labels(
@@ -95,25 +102,31 @@ def _open_pair(out: Path, labels: str, options: LabelOptions) -> Comparison:
         open_raster(out / "class").place,
         (height, width),
         of=str(out),
-        names=names or [str(value) for value in range(255)],
+        names=names or [str(value) for value in range(count)],
         options=options,
         whole=(plan.raster_shape[1:], plan.output_origin) if part else None,
     )
-    return Comparison(out=out, labels=found, names=names, shape=(height, width))
+    return Comparison(out=out, labels=found, names=names, count=count, shape=(height, width))
 
 
 def _count(entry: Comparison, step: Any, meter: MemoryMeter) -> tuple[Confusion, Mapping[int, int]]:
     """How map and labels agree, and pixels of each value of the labels that means no class."""
-    count = len(entry.names) or 255
+    count = entry.count
     total = Confusion(counts=np.zeros((count, count), np.int64))
     predicted = open_array(entry.out, "class")
+    nodata = output_nodata(predicted.dtype)
     grid = Grid(shape=entry.shape, cell=(_BLOCK, _BLOCK))
     reader = entry.labels.open_reader()
     for at in grid:
         window = grid.window(*at)
         found = np.asarray(predicted[window.slices()])
         truth = reader.read(window)
-        total += Confusion.count(truth, np.where(found == NODATA, np.uint8(UNLABELLED), found), count, UNLABELLED)
+        mapped = np.where(found == nodata, np.uint16(UNLABELLED), found)
+        if (strange := mapped[(mapped != UNLABELLED) & (mapped >= count)]).size:
+            raise UsageError(
+                f"{entry.out} holds class {strange.max()}, and {count} classes are counted; name them in a model file"
+            )
+        total += Confusion.count(truth, mapped, count, UNLABELLED)
         step.advance(window.pixels, describe_memory(meter.current_bytes))
     ignored = dict(reader.ignored)
     reader.close()

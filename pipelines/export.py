@@ -25,7 +25,7 @@ from ..tiler.meter import MemoryMeter
 from ..tiler.places import is_remote, require_lasting
 from ..tiler.raster import open_raster
 from ..tiler.records import writing
-from ..tiler.store import LEVELS, NODATA, open_array, read_header
+from ..tiler.store import LEVELS, channel_numbers, open_array, output_nodata, read_header
 from .console import Console
 from .quicklook import save_quicklook
 
@@ -90,7 +90,7 @@ def _write_cog(console: Console, out: Path, header: dict[str, Any], target: Path
                 count=bands,
                 dtype=raster.dtype,
                 **to_rasterio(raster.place),
-                nodata=NODATA if raster.dtype.kind == "u" else float("nan"),
+                nodata=output_nodata(raster.dtype),
                 tiled=True,
                 blockxsize=_BLOCK,
                 blockysize=_BLOCK,
@@ -138,11 +138,11 @@ def _describe(dataset: Any, header: dict[str, Any], bands: int, is_class: bool) 
         if classes:
             dataset.colorinterp = [ColorInterp.palette]
             colours = {entry["value"]: (*entry["colour"], 255) for entry in classes}
-            dataset.write_colormap(1, {**colours, NODATA: (0, 0, 0, 0)})
+            dataset.write_colormap(1, {**colours, int(dataset.nodata): (0, 0, 0, 0)})
             dataset.update_tags(1, CLASS_NAMES=json.dumps({str(e["value"]): e["name"] for e in classes}))
     else:
-        for band in range(1, bands + 1):
-            dataset.set_band_description(band, classes[band - 1]["name"] if classes else f"channel {band}")
+        for band, number in enumerate(channel_numbers(header, bands), 1):
+            dataset.set_band_description(band, classes[number]["name"] if classes else f"channel {band}")
         if header["kind"] == "probability":
             # GDAL, rasterio and QGIS show value * scale; 255 stays nodata.
             dataset.scales = [1 / LEVELS] * bands

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import nn
 
 from ..models.segmentation.exported import ExportedNetwork, export_network
 from ..models.segmentation.factory import is_factory
-from ..models.segmentation.mlm import Description, parse_colour, read_description, scaling_objects
-from ..models.segmentation.model import SegmentationClass, SegmentationModel
+from ..models.segmentation.meaning import Meaning, Statement
+from ..models.segmentation.mlm import Description, default_classes, parse_colour, read_description, scaling_objects
+from ..models.segmentation.model import SegmentationClass, SegmentationModel, fit_classes, meaning_of
 from ..models.segmentation.palette import default_colour
 from ..models.segmentation.scaling import Scaling
 from ..models.segmentation.sources import (
@@ -42,12 +43,18 @@ class SourceOptions:
 
     source: str | None
     weights: str | None = None
+    weights_key: str | None = None
     hyperparameters: Mapping[str, Any] | None = None
     trust_model: bool = False
     sha256: str | None = None
 
-    def load(self, bands: int | Sequence[str] | None = None) -> SegmentationModel:
-        """The model."""
+    def load(self, bands: int | Sequence[str] | None = None, stated: Statement | None = None) -> SegmentationModel:
+        """The model.
+
+        Args:
+            stated: what its values mean, before what it says itself.
+        """
+        stated = stated or Statement()
         return load_model(
             self.source,
             weights=self.weights,
@@ -55,6 +62,10 @@ class SourceOptions:
             bands=bands,
             trust=self.trust_model,
             sha256=self.sha256,
+            weights_key=self.weights_key,
+            task=stated.task,
+            activation=stated.activation,
+            threshold=stated.threshold,
         )
 
 
@@ -70,6 +81,8 @@ class PackOptions:
     fill: str | None
     classes: tuple[str, ...]
     """NAME or NAME=#RRGGBB."""
+    stated: Statement = field(default_factory=Statement)
+    """What the network's values mean."""
 
 
 def parse_hyperparameters(pairs: Sequence[str]) -> dict[str, Any]:
@@ -130,13 +143,14 @@ def run_pack(console: Console, source: SourceOptions, out: Path, options: PackOp
     target = description_path(out)
     if target.exists() and not overwrite:
         raise OutputError(f"{target} exists; choose another path, or --overwrite")
-    model = source.load(options.bands or None)
+    model = source.load(options.bands or None, options.stated)
     if options.bands and len(options.bands) != len(model.bands):
         raise UsageError(
             f"model {model.name} takes {count_of(len(model.bands), 'band')}, got {len(options.bands)}: "
             f"{', '.join(options.bands)}"
         )
-    if options.classes and len(options.classes) != len(model.classes):
+    meaning = meaning_of(model)
+    if options.classes and meaning.class_count is not None and len(options.classes) not in _class_counts(meaning):
         raise UsageError(
             f"the network of {model.name} gives {count_of(len(model.classes), 'channel')}, one for each class; "
             f"got {len(options.classes)}: {', '.join(options.classes)}"
@@ -148,7 +162,11 @@ def run_pack(console: Console, source: SourceOptions, out: Path, options: PackOp
         bands=options.bands or model.bands,
         scaling=_parse_scaling(options, bands) or model.scaling,
         fill=model.fill if options.fill is None else _parse_numbers(options.fill, bands, "--fill"),
-        classes=tuple(_parse_class(text, index) for index, text in enumerate(options.classes)) or model.classes,
+        classes=fit_classes(
+            tuple(_parse_class(text, index) for index, text in enumerate(options.classes)) or model.classes,
+            meaning,
+            model.name,
+        ),
     )
     if not (isinstance(model.network, UNet | ExportedNetwork) or is_factory(model.architecture)):
         model = replace(model, network=export_network(model.network, bands, model.name))
@@ -159,9 +177,16 @@ def run_pack(console: Console, source: SourceOptions, out: Path, options: PackOp
     note = f"\nto load it: --trust-model, or --sha256 {hash_file(trusted)} (of {trusted.name})" if runs_code else ""
     console.result(
         f"{target} and {said.artifact.name}: {count_of(bands, 'band')}, "
-        f"{count_of(len(model.classes), 'class')}, {model.parameters:,} parameters{note}",
+        f"{count_of(len(model.classes), 'class')}, {model.parameters:,} parameters\n"
+        + "\n".join([*model.remarks, f"task      {meaning.sentence()}"])
+        + note,
         {"out": str(target), "weights": str(said.artifact), **_values(said, target)},
     )
+
+
+def _class_counts(meaning: Meaning) -> set[int | None]:
+    """How many classes may be named: of a question of yes and no the yes will do."""
+    return {meaning.class_count, *([1] if meaning.task == "binary" else [])}
 
 
 def _values(said: Description, path: Path) -> dict[str, Any]:
@@ -174,7 +199,8 @@ def _values(said: Description, path: Path) -> dict[str, Any]:
         "bands": list(said.bands),
         "scaling": scaling_objects(said.scaling),
         "fill": list(said.fill),
-        "classes": [asdict(entry) for entry in said.classes],
+        "classes": [asdict(entry) for entry in said.classes or default_classes(said.channels)],
+        **asdict(said.stated),
         "runs_code": said.architecture != UNET_ARCHITECTURE,
         "sha256": {file.name: hash_file(file) for file in (path, said.artifact) if file.is_file()},
     }
@@ -198,6 +224,9 @@ def _loaded_values(model: SegmentationModel, source: SourceOptions) -> dict[str,
         "scaling": scaling_objects(model.scaling),
         "fill": list(model.fill),
         "classes": [asdict(entry) for entry in model.classes],
+        "task": model.task,
+        "activation": model.activation,
+        "threshold": model.threshold,
         "runs_code": True,
         "sha256": {Path(str(file)).name: model.sha256} if model.sha256 else {},
     }
@@ -214,6 +243,7 @@ def _explain(values: Mapping[str, Any]) -> str:
         f"model         {values['model']}",
         f"architecture  {values['architecture']}{f'({options})' if options else ''}",
         f"parameters    {parameters}",
+        f"task          {_explain_task(values)}",
         f"runs code     {'yes, so --trust-model or --sha256 are asked for' if values['runs_code'] else 'no'}",
         *(f"sha256        {digest}  {name}" for name, digest in values["sha256"].items()),
     ]
@@ -228,6 +258,14 @@ def _explain(values: Mapping[str, Any]) -> str:
     ]
     tables = [format_table(("band", "scaling", "fill"), bands), format_table(("class", "value", "colour"), classes)]
     return "\n".join(lines) + "\n\n" + "\n\n".join(tables)
+
+
+def _explain_task(values: Mapping[str, Any]) -> str:
+    """What a description says of the values; what it leaves open, a run prints."""
+    said = [values["task"] or "task not said"]
+    said += [f"activation {values['activation'] or 'not said'}"] if values["task"] != "regression" else []
+    said += [f"yes above {values['threshold']:g}"] if values["threshold"] is not None else []
+    return ", ".join(said)
 
 
 def _explain_scaling(entry: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import log, log1p
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..tiler.errors import RasterError
 from ..tiler.geometry import Grid, Window, halve
 from ..tiler.raster import Raster, open_raster
 from ..tiler.raster_parts import open_reference
-from ..tiler.store import NODATA
+from ..tiler.store import LEVELS, output_nodata
 from .console import Console, Step
 
 SIDE = 900
@@ -23,6 +24,9 @@ SIDE = 900
 PATIENCE = 64
 """Windows that cannot be read and are tried by halves: a source that is gone altogether must not take hours."""
 _ROWS, _COLUMNS = 512, 2048
+_NO_CLASS = -1
+_MOST_NAMED = 255
+"""Classes in the legend."""
 _INK, _PAPER, _GREY = (30, 32, 36), (255, 255, 255), (225, 227, 230)
 
 Rgb = npt.NDArray[np.uint8]
@@ -105,12 +109,41 @@ def _stretch(values: npt.NDArray[Any]) -> Rgb:
     return np.moveaxis(grey if grey.shape[0] == 3 else np.repeat(grey[:1], 3, axis=0), 0, -1)
 
 
-def _colour_classes(classes: npt.NDArray[Any], header: dict[str, Any]) -> Rgb:
-    palette = np.array([default_colour(value) for value in range(256)], np.uint8)
+def _colour_classes(classes: npt.NDArray[np.int64], header: dict[str, Any]) -> Rgb:
+    """Of class numbers, _NO_CLASS where there is none."""
+    count = max(len(header["classes"]), int(classes.max(initial=0)) + 1)
+    palette = np.array([*(default_colour(value) for value in range(count)), _GREY], np.uint8)
     for entry in header["classes"]:
         palette[entry["value"]] = entry["colour"]
-    palette[NODATA] = _GREY
     return palette[classes]
+
+
+def _find_classes(values: npt.NDArray[Any], kind: str, header: dict[str, Any]) -> npt.NDArray[np.int64] | None:
+    """Class numbers of the small result, _NO_CLASS where there is none; None: its values are no classes.
+
+    Args:
+        values: (channels, h, w); of floats means, else stored values.
+    """
+    missing = ~np.isfinite(values).all(0) if values.dtype.kind == "f" else values[0] == output_nodata(values.dtype)
+    if kind == "class":
+        found = values[0].astype(np.int64)
+    elif kind == "values" or header.get("task") == "multilabel":
+        return None
+    elif header.get("task") == "binary" and len(values) == 1:
+        share = header["threshold"]
+        found = (values[0] > (LEVELS * share if kind == "probability" else log(share) - log1p(-share))).astype(np.int64)
+    elif len(values) == 1:
+        return None
+    else:
+        found = np.argmax(np.where(missing, 0, values), 0)
+    return np.where(missing, _NO_CLASS, found)
+
+
+def _paint_values(values: npt.NDArray[Any]) -> Rgb:
+    """The first three channels as red, green and blue, or the only one in grey."""
+    nodata = output_nodata(values.dtype)
+    shown = values[:3] if len(values) >= 3 else values[:1]
+    return _stretch(np.where(shown == nodata, np.nan, shown) if values.dtype.kind != "f" else shown)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,25 +181,33 @@ def make_quicklook(console: Console, out: Path, header: dict[str, Any]) -> Quick
                 picture = _enlarge(Image.fromarray(_stretch(small)))
             except RasterError as error:
                 console.remark(f"quicklook without the input: {error}")
-        if kind == "logits":
-            values = _read_small(result, list(range(result.bands)), factor, whole, average=True, step=step)
-            classes = np.where(np.isfinite(values).all(0), np.argmax(values, 0), NODATA)
-        else:
-            values = _read_small(result, list(range(result.bands)), factor, whole, average=False, step=step)
-            classes = values[0] if kind == "class" else np.where(values[0] == NODATA, NODATA, np.argmax(values, 0))
-    shares = np.bincount(classes.astype(np.uint8).ravel(), minlength=256)
-    valid = max(1, int(shares[:NODATA].sum()))
-    known = header["classes"] or [
-        {"value": int(value), "name": f"class {value}", "colour": default_colour(int(value))}
-        for value in np.flatnonzero(shares[:NODATA])
-    ]
+        bands = list(range(result.bands))
+        values = _read_small(result, bands, factor, whole, average=result.dtype.kind == "f", step=step)
+    classes = _find_classes(values, kind, header)
+    painted = _paint_values(values) if classes is None else _colour_classes(classes, header)
     return Quicklook(
         source=picture,
         source_name=Path(source.path).name if source else "",
-        result=_enlarge(Image.fromarray(_colour_classes(classes.astype(np.uint8), header))),
+        result=_enlarge(Image.fromarray(painted)),
         result_name=header["model"] or kind,
-        legend=[(e["name"], tuple(e["colour"]), float(shares[e["value"]] / valid)) for e in known],
+        legend=[] if classes is None else _make_legend(classes, header),
     )
+
+
+def _make_legend(
+    classes: npt.NDArray[np.int64], header: dict[str, Any]
+) -> list[tuple[str, tuple[int, int, int], float]]:
+    """Name, colour and share of each class; of very many those that cover most."""
+    shares = np.bincount(classes[classes != _NO_CLASS], minlength=len(header["classes"]))
+    valid = max(1, int(shares.sum()))
+    known = header["classes"] or [
+        {"value": int(value), "name": f"class {value}", "colour": default_colour(int(value))}
+        for value in np.flatnonzero(shares)
+    ]
+    if len(known) > _MOST_NAMED:
+        largest = set(np.argsort(-shares, kind="stable")[:_MOST_NAMED].tolist())
+        known = [entry for entry in known if entry["value"] in largest and shares[entry["value"]]]
+    return [(e["name"], tuple(e["colour"]), float(shares[e["value"]] / valid)) for e in known]
 
 
 def save_quicklook(console: Console, out: Path, header: dict[str, Any], target: Path) -> None:

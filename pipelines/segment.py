@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..models.segmentation.model import Output, SegmentationModel, as_tile_network, describe_output
+from ..models.segmentation.meaning import Activation, Task
+from ..models.segmentation.model import Output, SegmentationModel, as_tile_network, describe_output, meaning_of
 from ..models.segmentation.sources import load_model
 from ..tiler.bounds import window_of_bounds
 from ..tiler.check import StartCheck
@@ -56,7 +57,8 @@ class SegmentOptions:
     source: str
     reading: ReadOptions
     model: str | None
-    output: Output
+    output: Output | None
+    """None: as the model has it."""
     memory: str | None
     """Of all processes; None: what `find_budget` says."""
     engine: str | None
@@ -75,6 +77,11 @@ class SegmentOptions:
     batch: int | None = None
     compiles: bool = False
     weights: str | None = None
+    weights_key: str | None = None
+    task: Task | None = None
+    """This and the next two go before what the model says."""
+    activation: Activation | None = None
+    threshold: float | None = None
     trust_model: bool = False
     sha256: str | None = None
     halo: int | None = None
@@ -175,6 +182,10 @@ class Preparation:
                 bands=raster.bands,
                 trust=options.trust_model,
                 sha256=options.sha256,
+                weights_key=options.weights_key,
+                task=options.task,
+                activation=options.activation,
+                threshold=options.threshold,
             )
         return self._models[raster.bands]
 
@@ -259,14 +270,31 @@ def run_plan(console: Console, options: SegmentOptions, *, dashboard: bool = Tru
     warn_of_precision(console, plan)
     speed = measure_flops_per_s(device=plan.device)
     console.result(
-        "\n".join([f"model     {model.name}", *preparation.explain(model), plan.explain(speed)]),
+        "\n".join([*explain_model(model), *preparation.explain(model), plan.explain(speed)]),
         {
             "model": model.name,
+            **summarise_meaning(model),
             "bands": preparation.bands_json(model),
             "plan": plan.to_json(),
             "estimated_s": round(plan.estimate_s(speed), 1),
         },
     )
+
+
+def explain_model(model: SegmentationModel) -> list[str]:
+    """Lines on a model, what was taken for granted among them."""
+    return [f"model     {model.name}", *model.remarks, f"task      {meaning_of(model).sentence()}"]
+
+
+def summarise_meaning(model: SegmentationModel) -> dict[str, Any]:
+    """What the network's values mean, as JSON."""
+    meaning = meaning_of(model)
+    return {
+        "task": meaning.task,
+        "activation": meaning.activation,
+        "threshold": meaning.threshold if meaning.task == "binary" else None,
+        "assumed": meaning.assumed or None,
+    }
 
 
 def run_proof(console: Console, options: SegmentOptions) -> bool:
@@ -340,7 +368,7 @@ def _segment(
     began = time.perf_counter()
     preparation = Preparation(options, console)
     raster, model, network = preparation.open([options.source])
-    console.remark("\n".join([f"model     {model.name}", *preparation.explain(model)]))
+    console.remark("\n".join([*explain_model(model), *preparation.explain(model)]))
     listener.model = model.name
     try:
         summary = segment_raster(raster, model, network, out, options, cluster, writing, listener, since=began)
@@ -353,7 +381,7 @@ def _segment(
     if summary.undeclared_pixels:
         count = count_of(summary.undeclared_pixels, "pixel")
         console.remark(f"nodata    {count} of NaN or infinity, which the raster does not declare as nodata")
-    console.result(_sentence(summary, out), {"model": model.name, **summary.to_json()})
+    console.result(_sentence(summary, out), {"model": model.name, **summarise_meaning(model), **summary.to_json()})
     return summary
 
 

@@ -18,8 +18,9 @@ import torch
 from ..models.segmentation.augmentation import Augmentation
 from ..models.segmentation.checkpoint import load_state, save_state
 from ..models.segmentation.classes import LabelClasses, find_classes, parse_classes
+from ..models.segmentation.meaning import Task
 from ..models.segmentation.metrics import Confusion
-from ..models.segmentation.model import SegmentationModel, TileNetwork
+from ..models.segmentation.model import SegmentationModel, TileNetwork, meaning_of
 from ..models.segmentation.recipe import Recipe, parse_step
 from ..models.segmentation.scaling import Scaling
 from ..models.segmentation.sources import save_model
@@ -68,6 +69,8 @@ class TrainOptions:
     label_options: LabelOptions = field(default_factory=LabelOptions)
     classes: tuple[str, ...] = ()
     """NAME or NAME=#RRGGBB; empty: those of the model, or of the labels."""
+    task: Task | None = None
+    """Of a new network; None: multiclass."""
     balanced: bool = False
     """Weights of classes follow from their number of pixels."""
     validation: float = 0.2
@@ -135,17 +138,26 @@ class _Run:
         options = self.options
         opened = [open_with(scene, options.reading) for scene in options.scenes]
         self.start_model = options.model.load() if options.model else None
+        is_binary = _is_binary(self.start_model, options)
+        if not options.recipe.loss:
+            loss = "binary" if is_binary else "cross-entropy"
+            self.options = options = replace(options, recipe=replace(options.recipe, loss=loss))
         matches = _match_bands(opened, self.start_model)
         self.rasters = [match.raster for match in matches]
         _require_labels(options)
         self.fingerprint = _fingerprint(self.rasters, options, self.start_model)
         require_same_training(self.out, self.fingerprint, "choose another --out, or --overwrite")
         found = self._find_classes()
+        if is_binary and len(found.classes) != 2:
+            raise UsageError(
+                f"task binary has two classes, no and yes, got {len(found.classes)}; name two with --classes, or leave "
+                "--task out"
+            )
         torch.manual_seed(options.recipe.seed)
         network = (
             self.start_model.network
             if self.start_model
-            else UNet(self.rasters[0].bands, len(found.classes), options.widths, options.norm)
+            else UNet(self.rasters[0].bands, 1 if is_binary else len(found.classes), options.widths, options.norm)
         )
         scaling = self.start_model.scaling if self.start_model else Scaling.none(self.rasters[0].bands)
         self.module = TileNetwork(network, scaling, "logits").eval()
@@ -414,6 +426,25 @@ def _require_labels(options: TrainOptions) -> None:
         raise UsageError("--validate-on leaves no scene to train on; add one")
 
 
+def _is_binary(start: SegmentationModel | None, options: TrainOptions) -> bool:
+    """Whether one channel is trained that decides between two classes.
+
+    Raises:
+        UsageError: a model whose values are no logits of classes.
+    """
+    if start is None:
+        return options.task == "binary"
+    if options.task is not None:
+        raise UsageError("--task is for a new U-Net; --model says by itself what its channels answer")
+    meaning = meaning_of(start)
+    if meaning.task not in ("multiclass", "binary") or meaning.activation != "none":
+        raise UsageError(
+            f"a training starts from a network that gives logits of classes, and {start.name} does not "
+            f"({meaning.sentence()}); leave the last operation out of it, or say otherwise in its model file"
+        )
+    return meaning.task == "binary"
+
+
 def _fingerprint(rasters: Sequence[Raster], options: TrainOptions, model: SegmentationModel | None) -> dict[str, Any]:
     """What the trajectory depends on, as plain values."""
     values = asdict(
@@ -422,6 +453,9 @@ def _fingerprint(rasters: Sequence[Raster], options: TrainOptions, model: Segmen
     for name in ("out", "model", "reading", "recipe", "overwrite", "scenes", "memory", "labels", "workers"):
         del values[name]
     del values["label_options"]["trust"]  # another leave makes no other training
+    if options.task is None:
+        # As in trainings that were begun before there was a choice.
+        del values["task"]
     recipe = asdict(options.recipe)
     found: dict[str, Any] = {
         **{f"scene {index + 1}": _describe_scene(raster) for index, raster in enumerate(rasters)},

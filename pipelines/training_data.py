@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from ..models.segmentation.classes import LabelClasses
 from ..models.segmentation.loss_text import parse_loss
-from ..models.segmentation.model import SegmentationClass, SegmentationModel, TileNetwork
+from ..models.segmentation.losses import CrossEntropy, SumOfLosses
+from ..models.segmentation.meaning import Meaning
+from ..models.segmentation.model import SegmentationClass, SegmentationModel, TileNetwork, meaning_of
 from ..models.segmentation.moments import Moments
 from ..models.segmentation.norm import calibrating
 from ..models.segmentation.recipe import Recipe
@@ -139,6 +141,7 @@ class TrainingData:
     survey: Survey
     reach: int
     start: SegmentationModel | None
+    meaning: Meaning
     module: TileNetwork
     remarks: tuple[str, ...]
     plan: TrainPlan
@@ -190,6 +193,9 @@ class TrainingData:
             scaling=self.survey.scaling,
             fill=self.survey.fill,
             classes=self.classes,
+            task=self.meaning.task,
+            activation=self.meaning.activation,
+            threshold=self.meaning.threshold if self.meaning.task == "binary" else None,
             architecture=self.start.architecture if self.start else "",
             hyperparameters=self.start.hyperparameters if self.start else {},
         )
@@ -215,7 +221,20 @@ def prepare_data(
         UsageError: no labelled pixel to train on, or to validate on; classes without pixels.
     """
     bands = rasters[0].bands
-    _require_loss(options, len(found.classes))
+    if start is not None and len(start.bands) != bands:
+        raise UsageError(
+            f"the model takes {count_of(len(start.bands), 'band')}, the scenes have {bands}; choose with --bands"
+        )
+    meaning = (
+        meaning_of(start)
+        if start is not None
+        else Meaning(
+            channels=1 if options.task == "binary" else len(found.classes),
+            task=options.task or "multiclass",
+            activation="none",
+        )
+    )
+    _require_loss(options, len(found.classes), meaning)
     label_options = replace(options.label_options, values=found.values or options.label_options.values)
     names = [entry.name for entry in found.classes]
     scenes = tuple(
@@ -252,7 +271,8 @@ def prepare_data(
         module.divide.copy_(torch.tensor(survey.scaling.divide)[None, :, None, None])
     recipe = _weigh(options, survey, len(names))
     loss = parse_loss(recipe.loss, recipe.class_weights)
-    engine = StepEngine(trainable, scenes, loss, survey.fill, plan.cuts, cache)
+    bound = meaning.bound(torch.float32)
+    engine = StepEngine(trainable, scenes, loss, survey.fill, plan.cuts, cache, bound)
     shapes = tuple(scene.raster.shape_yx for scene in scenes)
     return TrainingData(
         scenes=scenes,
@@ -272,6 +292,7 @@ def prepare_data(
         survey=survey,
         reach=reach,
         start=start,
+        meaning=meaning,
         module=module,
         remarks=(
             *(scene.labels.note for scene in scenes if scene.labels.note),
@@ -411,7 +432,7 @@ def _cells_of(scene: TrainingScene, cell: int) -> tuple[int, int]:
     return (-(-height // cell), -(-width // cell))
 
 
-def _require_loss(options: TrainOptions, classes: int) -> None:
+def _require_loss(options: TrainOptions, classes: int, meaning: Meaning) -> None:
     """Before anything that takes time.
 
     Raises:
@@ -420,7 +441,13 @@ def _require_loss(options: TrainOptions, classes: int) -> None:
     weights = options.recipe.class_weights
     if weights and len(weights) != classes:
         raise UsageError(f"--class-weights must be one for each of {count_of(classes, 'class')}, got {len(weights)}")
-    parse_loss(options.recipe.loss, weights or (1.0,) * classes * options.balanced)
+    loss = parse_loss(options.recipe.loss, weights or (1.0,) * classes * options.balanced)
+    parts = loss.losses if isinstance(loss, SumOfLosses) else (loss,)
+    if meaning.task == "binary" and any(isinstance(part, CrossEntropy) for part in parts):
+        raise UsageError(
+            f"a cross-entropy needs a channel for each class, and the network has one; take --loss binary or dice, got "
+            f"{options.recipe.loss}"
+        )
 
 
 def _require_labels(options: TrainOptions, survey: Survey, names: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from ..models.segmentation.sources import load_model
 from ..tiler.files import write_durably
 from ..tiler.geometry import Window
-from ..tiler.labels import UNLABELLED
+from ..tiler.labels import UNLABELLED, Classes
 from .charts import Chart, draw_series
 from .page import describe_choice, render_page
 from .training_data import TrainingData
@@ -133,13 +133,13 @@ def _stretch(image: npt.NDArray[Any], data: TrainingData) -> npt.NDArray[np.uint
     return np.moveaxis((grey.clip(0, 1) * 255).astype(np.uint8), 0, 2)
 
 
-def _paint(classes: npt.NDArray[np.uint8], colours: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def _paint(classes: Classes, colours: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     painted = colours[np.minimum(classes, len(colours) - 1)]
     painted[classes == UNLABELLED] = _NODATA
     return painted
 
 
-def _mark(truth: npt.NDArray[np.uint8], result: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def _mark(truth: Classes, result: Classes) -> npt.NDArray[np.uint8]:
     """Wrong pixels red, right ones pale, others grey."""
     painted = np.full((*truth.shape, 3), (214, 238, 224), np.uint8)
     painted[truth != result] = (179, 38, 30)

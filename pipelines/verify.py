@@ -39,6 +39,7 @@ class VerifyOptions:
     repair: bool
     model: str | None
     weights: str | None
+    weights_key: str | None
     trust_model: bool
     sha256: str | None
     memory: str | None
@@ -144,6 +145,10 @@ def _find_maker(
         region=plan.region,
         mark_nodata_context=plan.receptive is not None,
         weights=options.weights,
+        weights_key=options.weights_key,
+        task=header.get("task"),
+        activation=header.get("activation"),
+        threshold=header.get("threshold"),
         trust_model=options.trust_model,
         sha256=options.sha256,
         halo=None if plan.is_known else plan.halo.top,

@@ -24,6 +24,10 @@ FEWER_BITS = {"bfloat16": 4 * 2.0**-8, "float16": 4 * 2.0**-11, "tf32": 8 * 2.0*
 every layer."""
 
 
+MOST_TIES = 1e-3
+"""Share of pixels that rounding may give another class, where a network gives class numbers and shows no logits."""
+
+
 def relative_tolerance(precision: str) -> float:
     """Of the largest logit, by which tiles and larger windows of one precision may differ."""
     return FEWER_BITS.get(precision, RELATIVE_TOLERANCE)
@@ -46,9 +50,9 @@ class StartCheck:
     tiles: int
     pixels: int
     compared: str
-    """"logits", or "output" for a network that shows no logits."""
+    """"logits", "output" for a network that shows no logits, or "classes" for one that gives their numbers."""
     max_abs: float
-    """Largest absolute difference, tile against larger window."""
+    """Largest absolute difference, tile against larger window; of class numbers the share that differs."""
     largest: float
     """Largest absolute reference value."""
     flipped: int
@@ -66,6 +70,11 @@ class StartCheck:
 
     def sentence(self) -> str:
         tiles = f"{self.tiles} tile{'s' * (self.tiles != 1)}"
+        if self.compared == "classes":
+            return (
+                f"{tiles}, {self.pixels} px recomputed in larger windows by {self.by}: {self.flipped} of another class "
+                f"(at most {self.tolerance:.2%}, as ties that rounding decides)"
+            )
         return (
             f"{tiles}, {self.pixels} px recomputed in larger windows by {self.by}: largest difference of "
             f"{self.compared} {self.max_abs:.2g} (tolerance {self.tolerance:.2g}), {self.flipped} flipped pixels"
@@ -138,6 +147,18 @@ def compare_patches(
         differs = (finished != expected_finished) & ~((finished != finished) & (expected_finished != expected_finished))
         flipped += int(differs.any(axis=0).sum()) if finished.dtype.kind != "f" else 0
         pixels += finished.shape[-2] * finished.shape[-1]
+    if has_logits and all(pair[3].dtype.kind in "bui" for pair in pairs):
+        # Class numbers have no distance.
+        return StartCheck(
+            tiles=tiles,
+            pixels=pixels,
+            compared="classes",
+            max_abs=flipped / pixels if pixels else 0.0,
+            largest=1.0,
+            flipped=flipped,
+            tolerance=MOST_TIES,
+            by=by,
+        )
     return StartCheck(
         tiles=tiles,
         pixels=pixels,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .network import Network
     from .plan import TilePlan
     from .raster import Raster
+    from .store import OutputDescription
 
 
 MIXED = "changed while it was read"
@@ -44,16 +45,24 @@ def hash_network(network: Network) -> str:
 
 
 def make_fingerprint(
-    raster: Raster, network: Network, kind: str, plan: TilePlan, fill: tuple[float, ...], zarr_format: int
+    raster: Raster,
+    network: Network,
+    description: OutputDescription,
+    plan: TilePlan,
+    fill: tuple[float, ...],
+    zarr_format: int,
 ) -> dict[str, Any]:
     """What a run's result depends on, as plain values."""
+    # The network's hash holds it too; this one can be read.
+    threshold = {} if description.threshold is None else {"threshold": description.threshold}
     return {
         **fingerprint_raster(raster),
         "region": list(plan.region),
         "nodata_context": plan.receptive is not None,
         "zarr_format": zarr_format,
         "network": hash_network(network),
-        "kind": kind,
+        "kind": description.kind,
+        **threshold,
         "engine": plan.engine,
         # Another version may round otherwise: tiles of two do not belong into one output.
         "engine_version": version(plan.engine),

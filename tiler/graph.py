@@ -42,6 +42,21 @@ class HasLogits(Protocol):
     def finish(self, logits: Tensor) -> Tensor: ...
 
 
+@runtime_checkable
+class HasBound(Protocol):
+    """A module that may decide between two classes by one channel of logits."""
+
+    @property
+    def bound(self) -> float | None:
+        """The second class is where the logit is greater; None: it decides otherwise."""
+        ...
+
+
+def bound_of(module: nn.Module) -> float | None:
+    """As `HasBound` has it; None for other modules."""
+    return module.bound if isinstance(module, HasBound) else None
+
+
 class WithLogits(nn.Module):
     """(finished, logits) of a HasLogits module."""
 

@@ -31,7 +31,7 @@ from .process_locks import TRACING, ProcessLock, after_fork, is_forked
 from .program import make_program
 from .raster import Raster, as_raster, read_filled
 from .raster_bands import match_network
-from .store import output_nodata
+from .store import as_stored, stored_dtype
 from .weights import require_current, weights_version
 from .worker import missing_in_output
 
@@ -191,9 +191,8 @@ def predict_window(
     finally:
         reader.close()
     result = _compute(filled.image, tile, network, choice, method, raster.shape_yx)
-    if filled.missing is not None:
-        result[:, missing_in_output(filled.missing, source, window, network.scale)] = output_nodata(result.dtype)
-    return result
+    missing = filled.missing
+    return as_stored(result, missing if missing is None else missing_in_output(missing, source, window, network.scale))
 
 
 def lazy_predict(
@@ -215,7 +214,7 @@ def lazy_predict(
     raster = match_network(as_raster(raster), network)
     network = as_network(network, raster.bands, raster.dtype)
     height, width = network.output_shape(raster.shape_yx)
-    dtype = np.dtype(str(network.output_dtype).removeprefix("torch."))
+    dtype = stored_dtype(network.output_dtype)
     # Absolute, for workers in other folders.
     windows = _Windows(raster=raster.made_absolute(), network=network, fill=fill, engine=engine, device=device)
     # One object for all blocks: each worker gets it, and what is made for it, once.

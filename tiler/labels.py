@@ -20,14 +20,16 @@ from .label_extent import describe_extent, find_origins
 from .raster import Raster, RasterReader, file_identity, open_raster
 from .vectors import Features, Geometry, bounds_of, is_vector_file, read_features, to_pixels
 
-UNLABELLED = 255
+UNLABELLED = 65535
 """Of pixels whose class is not known: nodata of the labels, or outside of all polygons."""
+_UNSAID = (255, UNLABELLED)
+"""What stands for that in rasters of bytes, and of two, that name no nodata; a class of this number goes before."""
 BLOCK = 512
 """Side of the blocks in which polygons are burnt."""
 _KEPT = 16
 """Burnt blocks that a reader keeps, 4 MB."""
 
-Classes = npt.NDArray[np.uint8]
+Classes = npt.NDArray[np.uint16]
 
 
 class LabelReader(Protocol):
@@ -99,7 +101,7 @@ class _RasterLabelReader:
         self._reader: RasterReader = labels.raster.open_reader()
         order = np.argsort(labels.values)
         self._sorted = np.asarray(labels.values, np.int64)[order]
-        self._class = order.astype(np.uint8)
+        self._class = order.astype(np.uint16)
         self._ignored: Counter[int] = Counter()
 
     @property
@@ -107,7 +109,7 @@ class _RasterLabelReader:
         return self._ignored
 
     def read(self, window: Window) -> Classes:
-        found = np.full(window.shape, UNLABELLED, np.uint8)
+        found = np.full(window.shape, UNLABELLED, np.uint16)
         height, width = self._labels.raster.shape_yx
         for top, left in self._labels.origins:
             y, x = window.y + top, window.x + left
@@ -123,8 +125,9 @@ class _RasterLabelReader:
         image = self._reader.read(place)
         missing, pixels = self._reader.read_missing(place, image), image[0]
         known = np.ones(pixels.shape, np.bool_) if missing is None else ~missing
-        if raster.nodata is None and UNLABELLED not in self._labels.values:
-            known &= pixels != UNLABELLED
+        for value in unsaid_values(raster):
+            if value not in self._labels.values:
+                known &= pixels != value
         if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 8:
             # Beyond what int64 has, and no class either.
             pixels = pixels.clip(max=np.iinfo(np.int64).max)
@@ -143,7 +146,7 @@ class _RasterLabelReader:
                 f"{raster.path}: labels must be {_numbers(self._labels.values)}, got {stored[strange].max()} in "
                 f"window {place}; name its classes' values with --class-values, or what is no class with --label-nodata"
             )
-        return np.where(known, self._class[at], np.uint8(UNLABELLED))
+        return np.where(known, self._class[at], np.uint16(UNLABELLED))
 
     def close(self) -> None:
         self._reader.close()
@@ -179,13 +182,13 @@ class PolygonLabels:
         )
         chosen = np.flatnonzero(touching)
         if not len(chosen):
-            return np.full(window.shape, UNLABELLED, np.uint8)
+            return np.full(window.shape, UNLABELLED, np.uint16)
         return rasterize(
             [(self.geometries[index], int(self.classes[index])) for index in chosen],
             out_shape=window.shape,
             fill=UNLABELLED,
             transform=Affine.translation(window.x, window.y),
-            dtype="uint8",
+            dtype="uint16",
         )
 
 
@@ -209,7 +212,7 @@ class _PolygonLabelReader:
         return self._blocks[at]
 
     def read(self, window: Window) -> Classes:
-        found = np.empty(window.shape, np.uint8)
+        found = np.empty(window.shape, np.uint16)
         for at in self._grid.cells_touching(window):
             block = self._grid.window(*at)
             y, x = max(block.y, window.y), max(block.x, window.x)
@@ -327,10 +330,15 @@ def _open_polygons(
         class_values=values,
         shape_yx=shape_yx,
         geometries=tuple(geometries),
-        classes=np.asarray([number[value] for value in features.values], np.uint8),
+        classes=np.asarray([number[value] for value in features.values], np.uint16),
         bounds=bounds,
         note=f"{src}: polygons of {_few(ignored)} are of no class, and unlabelled" if ignored else "",
     )
+
+
+def unsaid_values(raster: Raster) -> tuple[int, ...]:
+    """Values of a raster of labels that mean "not known" though it names no nodata, unless they are classes."""
+    return _UNSAID[: 2 if raster.dtype == np.uint16 else 1] if raster.nodata is None else ()
 
 
 def find_ignored(values: Collection[str]) -> list[str]:

@@ -58,7 +58,8 @@ register_refusal(
 # Pointwise operations and joins ------------------------------------------------------------------------------------
 
 _POINTWISE = _aten(
-    """abs acos acosh add addcdiv addcmul alias asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or
+    """__and__ __or__ __xor__
+    abs acos acosh add addcdiv addcmul alias asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or
     bitwise_xor ceil celu clamp clamp_max clamp_min clip clone contiguous copysign cos cosh deg2rad detach div
     elu eq erf erfc exp exp2 expm1 fix float_power floor floor_divide fmax fmin fmod frac full_like ge gelu gt
     hardshrink hardsigmoid hardswish hardtanh heaviside hypot isfinite isinf isnan le leaky_relu lerp

@@ -40,6 +40,7 @@ from .plan import STORE_BYTES, Span, Tile, TilePlan, largest_window
 from .raster import Raster, as_raster
 from .raster_parts import count_pixel_bytes, has_gdal
 from .reading import MUCH_READ, Source, least_held_bytes, plan_reading
+from .store import stored_dtype
 
 CORES = (4096, 3072, 2048, 1024, 512, 256, 128, 64)
 """Sides of a core that a plan may choose, in output pixels."""
@@ -289,8 +290,11 @@ def plan_tiles(
         raise UsageError(f"a region must lie inside the raster of {shape[1]} x {shape[2]} px, got {region}")
     wanted = _scaled(network, region, shape_yx)
     output_shape = (network.channels, *wanted.shape)
-    output_dtype = str(network.output_dtype).removeprefix("torch.")
+    output_dtype = str(stored_dtype(network.output_dtype))
     itemsize, output_itemsize = np.dtype(dtype).itemsize, np.dtype(output_dtype).itemsize
+    # Where results are stored in fewer bytes than the network gives, both are held.
+    own = network.output_dtype.itemsize
+    result_itemsize = own if own == output_itemsize else own + output_itemsize
 
     check_near, check_far = _check_margins(network, choose_method(network, None, shape_yx), shape_yx)
     copies = CLIENT_WEIGHTS + (FEWER_BITS_WEIGHTS if choice.precision != "float32" else 0)
@@ -336,7 +340,7 @@ def plan_tiles(
             window_bytes=pixels * shape[0] * itemsize,
             mask_bytes=pixels
             * (1 + (8 if mark_nodata_context else 0) + (raster.beside_bytes if isinstance(raster, Raster) else 0)),
-            result_bytes=network.channels * output_itemsize * core_pixels,
+            result_bytes=network.channels * result_itemsize * core_pixels,
             output_bytes=_output_bytes(network, window),
             chunk_bytes=2 * chunk[0] * chunk[1] * output_itemsize,
             cache_bytes=store_bytes + (least_held_bytes(rows, columns, source) if source else 0),

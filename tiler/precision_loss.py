@@ -19,7 +19,7 @@ class PrecisionLoss:
     pixels: int
     """Valid ones that were compared."""
     flipped: int
-    """Whose class is another: the largest logit's channel, or the finished value where there is one channel."""
+    """Whose class is another: the largest logit's channel, or of one channel the side of its bound or the value."""
     compared: str
     """"logits", or "output" for a network that shows no logits."""
     max_abs: float
@@ -54,11 +54,19 @@ Pair = tuple[Array, Array, Array, Array, Array]
 """(finished, logits, finished in float32, logits in float32), each (channels, h, w); valid pixels (h, w)."""
 
 
-def compare_with_float32(pairs: Iterable[Pair], *, precision: str, has_logits: bool, held_out: int) -> PrecisionLoss:
-    """Compare pixel by pixel what valid pixels became in few bits and in float32."""
+def compare_with_float32(
+    pairs: Iterable[Pair], *, precision: str, has_logits: bool, held_out: int, bound: float | None = None
+) -> PrecisionLoss:
+    """Compare pixel by pixel what valid pixels became in few bits and in float32.
+
+    Args:
+        bound: of the one channel that decides between two classes.
+    """
     pixels, flipped, max_abs, total, values, largest = 0, 0, 0.0, 0.0, 0, 0.0
     for finished, logits, expected_finished, expected, valid in pairs:
-        if len(expected) > 1 and has_logits:
+        if len(expected) == 1 and bound is not None:
+            other = (logits[0] > bound) != (expected[0] > bound)
+        elif len(expected) > 1 and has_logits:
             other = logits.argmax(0) != expected.argmax(0)
         elif finished.dtype.kind == "f":
             other = np.zeros(valid.shape, bool)

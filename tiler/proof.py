@@ -85,6 +85,10 @@ def prove_network(network: Network, method: str | None = None) -> Proof:
         )
     module = copy.deepcopy(network.module).double()
     exact = analyze_network(_Logits(module) if network.has_logits else module, network.bands, torch.float64)
+    if not exact.output_dtype.is_floating_point:
+        raise UntileableError(
+            "whole numbers show no NaN, and of class numbers an argmax hides most; prove the network without it"
+        )
     multiple = exact.size_multiple
     reach = exact.program_halo
     widest = max(reach.top, reach.bottom, reach.left, reach.right)

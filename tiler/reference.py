@@ -15,6 +15,7 @@ from .engine import Engine
 from .engine_torch import TorchEngine
 from .errors import RasterError
 from .geometry import Window
+from .graph import bound_of
 from .machine import one_thread
 from .network import Network
 from .nodata import Array, Mask
@@ -84,14 +85,22 @@ class Reference:
         windows, each as an image of its own."""
         pairs = itertools.chain(self._patch_pairs(), map(self._compare_sample, held_out))
         return compare_with_float32(
-            pairs, precision=self.plan.precision, has_logits=self.network.has_logits, held_out=len(held_out)
+            pairs,
+            precision=self.plan.precision,
+            has_logits=self.network.has_logits,
+            held_out=len(held_out),
+            bound=bound_of(self.network.module),
         )
 
     def measure_tiles(self, patches: Sequence[ComputedPatch]) -> PrecisionLoss:
         """What tiles cost against the module in float32: of what the workers made of the start check's patches."""
         pairs = self._pairs([patch for patch, _ in patches], [computed for _, computed in patches])
         return compare_with_float32(
-            pairs, precision=self.plan.precision, has_logits=self.network.has_logits, held_out=0
+            pairs,
+            precision=self.plan.precision,
+            has_logits=self.network.has_logits,
+            held_out=0,
+            bound=bound_of(self.network.module),
         )
 
     def _patch_pairs(self) -> Iterator[Pair]:

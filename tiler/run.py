@@ -80,6 +80,7 @@ from .store import (
     output_nodata,
     read_header,
     require_space,
+    stored_dtype,
     update_header,
     write_core,
     write_status,
@@ -93,12 +94,17 @@ Array = npt.NDArray[Any]
 
 
 def _default_description(network: Network) -> OutputDescription:
-    dtype = np.dtype(str(network.output_dtype).removeprefix("torch."))
+    dtype = stored_dtype(network.output_dtype)
     if dtype.kind == "f":
         return OutputDescription(kind="logits")
-    if dtype != np.uint8:
-        raise UsageError(f"the network's output must be uint8 or floating, got {dtype}; end it with .to(torch.uint8)")
-    return OutputDescription(kind="class" if network.channels == 1 else "probability")
+    if network.channels == 1:
+        return OutputDescription(kind="class")
+    if str(network.output_dtype) != "torch.uint8":
+        raise UsageError(
+            f"the network's output must be class numbers in one channel, uint8 or floating, got {dtype} in "
+            f"{network.channels} channels; end it with .to(torch.uint8)"
+        )
+    return OutputDescription(kind="probability")
 
 
 def predict(
@@ -212,7 +218,7 @@ def predict(
             dashboard=client is None and options.serves_dashboard,
             memory_of=memory_lookup(network, raster.shape_yx, find_budget(memory), lambda: tell(MemoryProbed())),
         )
-        fingerprint = make_fingerprint(raster, network, description.kind, plan, filling, zarr_format)
+        fingerprint = make_fingerprint(raster, network, description, plan, filling, zarr_format)
         require_apart(raster, out)
         with writing(out):
             if out.is_symlink():

@@ -10,7 +10,9 @@ from distributed import Client
 
 from .check import StartCheck, compare_patches, relative_tolerance, sample_patches
 from .errors import RasterError
+from .geometry import Window
 from .reference import ComputedPatch, Reference
+from .store import as_stored, stored_dtype
 from .worker import RunSpec, check_tiles
 
 Array = npt.NDArray[Any]
@@ -58,6 +60,7 @@ def run_start_check(
             if ours is not None and theirs is not None
         ]
         if both:
+            _require_storable(reference, [(patch.window, pair[0]) for patch, pair in both])
             tiles = len({(patch.row, patch.column) for patch, _ in both})
             if computed_by_tiles is not None:
                 computed_by_tiles([(patch.window, pair[:2]) for patch, pair in both])
@@ -69,3 +72,21 @@ def run_start_check(
                 relative=relative_tolerance(spec.plan.precision),
             )
     raise RasterError(f"no tile of {CHECK_ATTEMPTS} sets can be read for the start check; {failure}")
+
+
+def _require_storable(reference: Reference, finished: list[tuple[Window, Array]]) -> None:
+    """See that class numbers can be stored, before anything is written.
+
+    Raises:
+        OutputError: one that cannot.
+    """
+    if all(stored_dtype(result.dtype) == result.dtype for _, result in finished):
+        return
+    reader = reference.raster.open_reader()
+    try:
+        for window, result in finished:
+            as_stored(result.copy(), reference.find_missing(reader, window))
+    except RasterError:
+        return  # each tile is looked at again when it is written
+    finally:
+        reader.close()

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 NODATA = 255
-"""Of class and probability; logits are NaN there."""
+"""Of class and probability in bytes; of class numbers in uint16 it is 65535, and floats are NaN there."""
 LEVELS = 254
 """A probability p is written as round(254 p)."""
 MISSING, DONE, FAILED = 0, 1, 2
@@ -53,7 +53,10 @@ VALID = 255
 _MOST_CENTRES = 1 << 20
 """Coordinates in one chunk."""
 
-OutputKind = Literal["class", "probability", "logits"]
+_STORED = {"bool": "uint8", "int16": "uint8", "int32": "uint16", "int64": "uint16"}
+"""Whole numbers that a network gives, and what they are stored as once none of them was found outside."""
+
+OutputKind = Literal["class", "probability", "logits", "values"]
 ZarrFormat = Literal[2, 3]
 
 
@@ -67,11 +70,20 @@ class OutputDescription:
     classes: tuple[str, ...] = ()
     colours: tuple[tuple[int, int, int], ...] = ()
     """RGB of each class, 0..255."""
+    task: str = ""
+    """"multiclass", "binary", "multilabel" or "regression"; empty: nobody said."""
+    activation: str = ""
+    """What the network had applied to its values by itself: "none", "sigmoid", "softmax" or "argmax"."""
+    threshold: float | None = None
+    """Of a binary task: class 1 is where the probability is greater."""
 
     def to_json(self) -> dict[str, Any]:
         return {
             "model": self.model,
             "model_sha256": self.model_sha256,
+            **({"task": self.task} if self.task else {}),
+            **({"activation": self.activation} if self.activation else {}),
+            **({"threshold": self.threshold} if self.threshold is not None else {}),
             "classes": [
                 {"value": value, "name": name, "colour": list(colour)}
                 for value, (name, colour) in enumerate(zip(self.classes, self.colours, strict=True))
@@ -88,12 +100,48 @@ class OutputDescription:
             model_sha256=header["model_sha256"],
             classes=tuple(entry["name"] for entry in classes),
             colours=tuple((entry["colour"][0], entry["colour"][1], entry["colour"][2]) for entry in classes),
+            task=header.get("task", ""),
+            activation=header.get("activation", ""),
+            threshold=header.get("threshold"),
         )
+
+
+def channel_numbers(header: dict[str, Any], channels: int) -> list[int]:
+    """Number of the class that each channel of an output is about: its own, but 1 of a binary task's only one."""
+    return [1] if header.get("task") == "binary" and channels == 1 else list(range(channels))
 
 
 def output_nodata(dtype: np.dtype[Any]) -> float:
     """The value of nodata pixels in an output of that dtype."""
-    return float("nan") if dtype.kind == "f" else NODATA
+    return float("nan") if dtype.kind == "f" else int(np.iinfo(dtype).max)
+
+
+def stored_dtype(dtype: Any) -> np.dtype[Any]:
+    """What results of a network's dtype, torch's or numpy's, are stored as: bytes for class numbers that fit, else
+    uint16, and floats as they are."""
+    name = str(dtype).removeprefix("torch.")
+    return np.dtype(_STORED.get(name, name))
+
+
+def as_stored(result: npt.NDArray[Any], missing: npt.NDArray[np.bool_] | None) -> npt.NDArray[Any]:
+    """A result as it is stored, nodata where pixels are missing; where its dtype stays, in the memory that it has.
+
+    Raises:
+        OutputError: a class number, or a level of probability, that the stored dtype has no value for.
+    """
+    dtype = stored_dtype(result.dtype)
+    if dtype != result.dtype:
+        known, most = result if missing is None else result[:, ~missing], int(output_nodata(dtype)) - 1
+        low, high = (int(known.min()), int(known.max())) if known.size else (0, 0)
+        if low < 0 or high > most:
+            raise OutputError(
+                f"the network's classes or levels must be 0..{most}, got {low}..{high} (-1: what is no class or "
+                "no probability); name all classes in a model file, or see --activation"
+            )
+        result = result.astype(dtype)
+    if missing is not None:
+        result[:, missing] = output_nodata(dtype)
+    return result
 
 
 def create_raster_group(
@@ -310,6 +358,7 @@ def create_placed_output(
     dtype = np.dtype(plan.output_dtype)
     channels, height, width = plan.output_shape
     is_class = description.kind == "class"
+    axis = "channel" if description.task == "regression" else "class"
     make_folder(path.parent)
     unfinished = path if is_remote(path) else path.with_name(path.name + ".creating")
     remove_tree(unfinished)
@@ -317,7 +366,7 @@ def create_placed_output(
         unfinished,
         name=description.kind,
         shape=(height, width) if is_class else (channels, height, width),
-        dims=("y", "x") if is_class else ("class", "y", "x"),
+        dims=("y", "x") if is_class else (axis, "y", "x"),
         dtype=dtype,
         chunks=plan.chunk if is_class else (1, *plan.chunk),
         place=place,
@@ -355,9 +404,9 @@ def create_placed_output(
         )
     if not is_class:
         coordinate = _create_array(
-            group, "class", shape=(channels,), dtype=np.dtype(np.int64), dims=("class",), attributes=_flags(description)
+            group, axis, shape=(channels,), dtype=np.dtype(np.int64), dims=(axis,), attributes=_flags(description)
         )
-        coordinate[:] = np.arange(channels)
+        coordinate[:] = channel_numbers({"task": description.task}, channels)
     finish_metadata(unfinished)
     if unfinished != path:
         unfinished.rename(path)

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import zarr
 
-from .check import relative_tolerance, sample_patches
+from .check import MOST_TIES, relative_tolerance, sample_patches
 from .errors import OutputError, RasterError
 from .files import sizes_below
 from .geometry import Window
+from .graph import bound_of
 from .machine import cpu_count
 from .nodata import Array
 from .plan import TilePlan
@@ -26,11 +27,11 @@ from .store import (
     CONTEXT,
     FAILED,
     STATUS,
+    as_stored,
     chunk_window,
     chunks_of,
     find_chunk_fault,
     open_array,
-    output_nodata,
     plan_of,
     read_header,
 )
@@ -201,7 +202,11 @@ class Recomputation:
 
 
 def recompute_samples(
-    out: Path, reference: Reference, samples: int, skip: frozenset[tuple[int, int]], kind: str
+    out: Path,
+    reference: Reference,
+    samples: int,
+    skip: frozenset[tuple[int, int]],
+    kind: str,
 ) -> Recomputation:
     """Compare patches at corners of tiles, spread over the output, with the reference.
 
@@ -212,7 +217,7 @@ def recompute_samples(
     Raises:
         RasterError: the source of no sampled tile can be read.
     """
-    began, plan = time.perf_counter(), reference.plan
+    began, plan, bound = time.perf_counter(), reference.plan, bound_of(reference.network.module)
     array, reader = open_array(out, kind), reference.raster.open_reader()
     seen: dict[tuple[int, int], None] = {}
     wrong: dict[tuple[int, int], str] = {}
@@ -235,10 +240,9 @@ def recompute_samples(
                 failure, reader = error, reference.raster.open_reader()
                 continue
             seen[at] = None
-            if missing is not None:
-                finished = np.where(missing, np.asarray(output_nodata(finished.dtype), finished.dtype), finished)
+            finished = as_stored(finished.copy(), missing)
             differs, tied = _compare(
-                _stored(array, plan, patch.window), finished, logits, kind, relative_tolerance(plan.precision)
+                _stored(array, plan, patch.window), finished, logits, kind, relative_tolerance(plan.precision), bound
             )
             pixels, ties = pixels + differs.size, ties + int(tied.sum())
             if differs.any():
@@ -263,12 +267,14 @@ def _stored(array: Any, plan: TilePlan, window: Window) -> Array:
     return np.asarray(array[rows, columns])[None] if array.ndim == 2 else np.asarray(array[:, rows, columns])
 
 
-def _compare(stored: Array, finished: Array, logits: Array, kind: str, relative: float) -> tuple[Array, Array]:
+def _compare(
+    stored: Array, finished: Array, logits: Array, kind: str, relative: float, bound: float | None
+) -> tuple[Array, Array]:
     """(differs, tied), each (height, width), beyond and within rounding."""
     finite = np.abs(logits[np.isfinite(logits)].astype(np.float64))
     tolerance = relative * float(finite.max(initial=0.0))
     with np.errstate(invalid="ignore"):
-        if kind == "logits":
+        if kind in ("logits", "values"):
             near = np.abs(stored.astype(np.float64) - finished) <= tolerance
             same = near | (stored == finished) | (np.isnan(stored) & np.isnan(finished))
             return np.logical_not(np.all(same, axis=0)), np.zeros(stored.shape[1:], bool)
@@ -278,8 +284,13 @@ def _compare(stored: Array, finished: Array, logits: Array, kind: str, relative:
             near = np.abs(stored.astype(np.int16) - finished.astype(np.int16)) <= levels
             return np.logical_not(np.all(near, axis=0)), np.zeros(stored.shape[1:], bool)
     other: Array = np.any(stored != finished, axis=0)
-    if len(logits) < 2:
-        return other, np.zeros_like(other)
-    best = np.sort(logits.astype(np.float64), axis=0)
-    tied: Array = np.logical_and(other, best[-1] - best[-2] <= 2 * tolerance)
+    if logits.dtype.kind in "bui":
+        # Class numbers tell nothing of how near the next class was.
+        tied: Array = other & bool(other.mean() <= MOST_TIES)
+    elif len(logits) < 2:
+        near_bound = np.abs(logits[0].astype(np.float64) - bound) <= tolerance if bound is not None else False
+        tied = np.logical_and(other, near_bound)
+    else:
+        best = np.sort(logits.astype(np.float64), axis=0)
+        tied = np.logical_and(other, best[-1] - best[-2] <= 2 * tolerance)
     return np.logical_and(other, ~tied), tied

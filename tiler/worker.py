@@ -28,7 +28,17 @@ from .raster import FilledWindow, Raster, RasterReader, read_filled
 from .reading import GDAL_CACHE_BYTES
 from .records import require_owner, writing
 from .resume import require_source
-from .store import CONTEXT, NODATA, ZarrFormat, chunks_of, open_array, output_nodata, seal_chunks, write_core
+from .store import (
+    CONTEXT,
+    NODATA,
+    ZarrFormat,
+    as_stored,
+    chunks_of,
+    open_array,
+    output_nodata,
+    seal_chunks,
+    write_core,
+)
 from .tile_map import make_sketch
 
 if TYPE_CHECKING:
@@ -243,8 +253,7 @@ class TileRunner:
                 ready = self._checked.pop((tile.row, tile.column), None)
                 result = ready if ready is not None else self._loaded().run_tile(filled.image, tile).copy()
                 computed = time.perf_counter()
-            if missing is not None:
-                result[:, missing] = output_nodata(result.dtype)
+            result = as_stored(result, missing)
         context = None
         if self.spec.plan.receptive is not None:
             context = touches_nodata(filled.missing, tile, self.spec.plan)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...tiler.errors import UsageError
 from ...tiler.geometry import Grid
-from ...tiler.labels import UNLABELLED, LabelOptions, find_ignored, flag_meanings
+from ...tiler.labels import LabelOptions, find_ignored, flag_meanings, unsaid_values
 from ...tiler.raster import open_raster
 from ...tiler.vectors import is_vector_file, read_features
 from .mlm import parse_colour
@@ -17,7 +17,8 @@ from .model import SegmentationClass
 from .palette import default_colour
 
 _BLOCK = 2048
-_MOST = 255
+_MOST = 4096
+"""Classes, of which tables have the square."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,7 @@ def find_classes(
     """What the labels themselves say: the values of polygons; of rasters the names they carry, else the values in them.
 
     Raises:
-        UsageError: fewer than two classes, or more than 255.
+        UsageError: fewer than two classes, or more than 4096.
     """
     names: dict[str, None] = {}
     numbers: set[int] = set()
@@ -107,4 +108,5 @@ def _find_values(path: str, options: LabelOptions, advance: Callable[[int], None
             advance(window.pixels)
     reader.close()
     found = {value for value in found if value >= 0}
-    return found - {UNLABELLED} if raster.nodata is None else found
+    # Among more classes than bytes can tell, 255 is one of them.
+    return found - {value for value in unsaid_values(raster) if len(found) <= value}

@@ -54,6 +54,11 @@ class ExportedNetwork(nn.Module):
         """Input channels."""
         return int(_input_shape(self.program)[1])
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its input."""
+        return _input_value(self.program).dtype
+
     def train(self, mode: bool = True) -> ExportedNetwork:
         """Nothing: what dropout and norms do was decided at the export."""
         self.training = mode
@@ -79,9 +84,14 @@ def _restore(data: bytes) -> ExportedNetwork:
         return ExportedNetwork(torch.export.load(io.BytesIO(data)))
 
 
-def _input_shape(program: ExportedProgram) -> torch.Size:
+def _input_value(program: ExportedProgram) -> Tensor:
+    """What stands for the image in the trace."""
     inputs = set(program.graph_signature.user_inputs)
-    return next(node.meta["val"].shape for node in program.graph.nodes if node.name in inputs)
+    return next(node.meta["val"] for node in program.graph.nodes if node.name in inputs)
+
+
+def _input_shape(program: ExportedProgram) -> torch.Size:
+    return _input_value(program).shape
 
 
 @contextmanager
@@ -171,6 +181,7 @@ def load_script(file: ModelFile, trust: Trust) -> ExportedNetwork:
         _require_image_input(converted.program, path)
         for size in _COMPARED_SIZES:
             image = torch.rand((1, converted.bands, *size), generator=torch.Generator().manual_seed(0))
+            image = image.to(converted.dtype)
             if not _agree(script, converted, image):
                 raise ModelFileError(
                     f"{path} is TorchScript and differs from its own torch.export form at {size[0]} x {size[1]}; "
@@ -181,9 +192,15 @@ def load_script(file: ModelFile, trust: Trust) -> ExportedNetwork:
 
 def _convert(script: torch.jit.ScriptModule, path: Path) -> ExportedNetwork:
     reason = "it takes no image of as many bands as one of its convolutions"
-    counts = dict.fromkeys(value.shape[1] for value in script.state_dict().values() if value.dim() == 4)
-    for bands, size in product(counts, _EXAMPLE_SIZES):
-        example = torch.zeros((1, bands, *size))
+    kernels = [tensor for tensor in _list_tensors(script) if tensor.dim() == 4 and tensor.is_floating_point()]
+    dtype = kernels[0].dtype if kernels else torch.float32
+    if dtype in (torch.float16, torch.bfloat16):
+        raise ModelFileError(
+            f"{path} is TorchScript in {str(dtype).removeprefix('torch.')}, and scaled pixels are float32; call "
+            ".float() on the network before it is traced"
+        )
+    for bands, size in product(dict.fromkeys(kernel.shape[1] for kernel in kernels), _EXAMPLE_SIZES):
+        example = torch.zeros((1, bands, *size), dtype=dtype)
         try:
             script(example)
         except Exception:  # noqa: BLE001 - another number of bands, or another size
@@ -196,6 +213,18 @@ def _convert(script: torch.jit.ScriptModule, path: Path) -> ExportedNetwork:
         except Exception as error:  # noqa: BLE001 - whatever it stumbles over is the answer
             reason = first_line(error)
     raise ModelFileError(f"{path} is TorchScript, which torch.export cannot convert ({reason}); {_REMEDY}")
+
+
+def _list_tensors(script: torch.jit.ScriptModule) -> list[Tensor]:
+    """Weights, also where freezing made constants of them."""
+    # Held, since nodes die with their graph.
+    graph: Any = script.inlined_graph
+    constants = [node.t("value") for node in graph.findAllNodes("prim::Constant") if _is_tensor(node)]
+    return [*script.state_dict().values(), *constants]
+
+
+def _is_tensor(constant: Any) -> bool:
+    return constant.hasAttribute("value") and constant.kindOf("value") == "t"
 
 
 def _agree(script: nn.Module, converted: nn.Module, image: Tensor) -> bool:

@@ -18,7 +18,7 @@ class CrossEntropy:
     """-sum w_y log softmax(z)_y / sum w_y over the pixels that count: torch's cross_entropy of the whole image.
 
     With label smoothing e the true class has 1 - e + e/C and every other e/C of a pixel's weight.
-    Labels: one band of class numbers.
+    Labels: one band of class numbers. A channel for each of two classes or more.
     """
 
     ignore_index: int | None = None
@@ -38,6 +38,11 @@ class CrossEntropy:
         return _select_classes(labels, valid, self.ignore_index)
 
     def sums(self, logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+        if logits.shape[0] == 1:
+            raise UsageError(
+                "a cross-entropy needs a channel for each class, and of one channel it is 0; take the binary loss, "
+                "OneAgainstAll or BinaryCrossEntropy"
+            )
         classes = _true_classes(labels, counted, logits.shape[0])
         weight = None
         if self.weight is not None:
@@ -98,9 +103,9 @@ class BinaryCrossEntropy:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OneAgainstAll:
     """BinaryCrossEntropy of every class against all others: the mean over pixels and classes c of that of z_c with
-    y = 1 where the pixel is of c, else 0.
+    y = 1 where the pixel is of c, else 0. Of one channel: of class 1 against class 0.
 
-    Labels: one band of class numbers.
+    Labels: one band of class numbers (0 and 1 for one channel).
     """
 
     ignore_index: int | None = None
@@ -111,8 +116,10 @@ class OneAgainstAll:
         return _select_classes(labels, valid, self.ignore_index)
 
     def sums(self, logits: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
-        classes = _true_classes(labels, counted, logits.shape[0])
-        truth = classes[None] == torch.arange(len(logits), device=logits.device)[:, None, None]
+        is_binary = logits.shape[0] == 1
+        classes = _true_classes(labels, counted, 2 if is_binary else logits.shape[0])
+        number = torch.arange(1, 2) if is_binary else torch.arange(len(logits))
+        truth = classes[None] == number.to(logits.device)[:, None, None]
         return BinaryCrossEntropy().sums(logits, truth, counted)
 
     def value(self, sums: Tensor) -> Tensor:

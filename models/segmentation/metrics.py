@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,11 @@ class Confusion:
 
     @classmethod
     def count(
-        cls, truth: npt.NDArray[np.uint8], predicted: npt.NDArray[np.uint8], classes: int, ignore: int = 255
+        cls,
+        truth: npt.NDArray[np.unsignedinteger[Any]],
+        predicted: npt.NDArray[np.unsignedinteger[Any]],
+        classes: int,
+        ignore: int = 255,
     ) -> Confusion:
         """Counts over the pixels where neither array holds `ignore`."""
         valid = (truth != ignore) & (predicted != ignore)

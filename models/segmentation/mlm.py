@@ -11,7 +11,8 @@ from typing import Any
 
 from ...tiler.errors import UsageError, reason_of
 from ...tiler.files import MOST_TEXT, read_regular
-from .model import SegmentationClass, SegmentationModel
+from .meaning import Meaning, Statement
+from .model import SegmentationClass, SegmentationModel, meaning_of
 from .palette import default_colour
 from .scaling import Scaling, ScalingKind
 from .trust import ModelFileError
@@ -47,6 +48,10 @@ class Description:
     scaling: Scaling
     fill: tuple[float, ...]
     classes: tuple[SegmentationClass, ...]
+    channels: int
+    """Of the network's result, as far as it is said; 0: it is not."""
+    stated: Statement
+    """What the network's values mean, as far as it is said."""
     parameters: int | None
     artifact: Path
     """The file that holds the weights, or the whole network."""
@@ -121,6 +126,10 @@ def describe(
     """The STAC MLM item of a model whose `artifact` lies beside it."""
     bands = [{"name": band} for band in model.bands]
     scaling = scaling_objects(model.scaling)
+    meaning = meaning_of(model)
+    is_regression = meaning.task == "regression"
+    tasks = ["regression" if is_regression else "semantic-segmentation"]
+    names = _channel_fields(model) if is_regression else _class_fields(model)
     return {
         "type": "Feature",
         "stac_version": "1.1.0",
@@ -133,7 +142,7 @@ def describe(
             "end_datetime": "9999-12-31T23:59:59Z",
             "mlm:name": model.name,
             "mlm:architecture": architecture,
-            "mlm:tasks": ["semantic-segmentation"],
+            "mlm:tasks": tasks,
             "mlm:framework": "pytorch",
             "mlm:pretrained": False,
             "mlm:total_parameters": model.parameters,
@@ -153,23 +162,19 @@ def describe(
             ],
             "mlm:output": [
                 {
-                    "name": "logits",
-                    "tasks": ["semantic-segmentation"],
+                    "name": _name_result(meaning),
+                    "tasks": tasks,
                     "result": {
-                        "shape": [1, len(model.classes), -1, -1],
+                        "shape": [1, meaning.channels, -1, -1],
                         "dim_order": ["batch", "channel", "height", "width"],
                         "data_type": "float32",
                     },
-                    "classification:classes": [
-                        {
-                            "value": value,
-                            "name": entry.name,
-                            "color_hint": "{:02X}{:02X}{:02X}".format(*entry.colour),
-                        }
-                        for value, entry in enumerate(model.classes)
-                    ],
+                    **names,
                 }
             ],
+            **({"outsize:task": meaning.task} if meaning.task else {}),
+            **({"outsize:activation": meaning.activation} if meaning.activation else {}),
+            **({"outsize:threshold": meaning.threshold} if meaning.task == "binary" else {}),
             "outsize:fill": list(model.fill),
             **({"outsize:card": card} if card else {}),
         },
@@ -186,6 +191,28 @@ def describe(
             }
         },
     }
+
+
+def _name_result(meaning: Meaning) -> str:
+    if meaning.task == "regression":
+        return "values"
+    return {"none": "logits", "argmax": "classes"}.get(meaning.activation or "none", "probabilities")
+
+
+def _class_fields(model: SegmentationModel) -> dict[str, Any]:
+    if not model.classes:
+        return {}
+    return {
+        "classification:classes": [
+            {"value": value, "name": entry.name, "color_hint": "{:02X}{:02X}{:02X}".format(*entry.colour)}
+            for value, entry in enumerate(model.classes)
+        ]
+    }
+
+
+def _channel_fields(model: SegmentationModel) -> dict[str, Any]:
+    """Names of what is no class, for which MLM has no field."""
+    return {"outsize:channels": [entry.name for entry in model.classes]}
 
 
 def _only(entries: Sequence[Mapping[str, Any]], what: str) -> Mapping[str, Any]:
@@ -233,9 +260,9 @@ def default_bands(count: int) -> tuple[str, ...]:
     return tuple(f"band {number}" for number in range(1, count + 1))
 
 
-def default_classes(count: int) -> tuple[SegmentationClass, ...]:
+def default_classes(count: int, kind: str = "class") -> tuple[SegmentationClass, ...]:
     """Classes that nobody named."""
-    return tuple(SegmentationClass(name=f"class {value}", colour=default_colour(value)) for value in range(count))
+    return tuple(SegmentationClass(name=f"{kind} {value}", colour=default_colour(value)) for value in range(count))
 
 
 def parse_colour(text: str) -> tuple[int, int, int]:
@@ -257,14 +284,30 @@ def _read_classes(result: Mapping[str, Any]) -> tuple[SegmentationClass, ...]:
             "give channels without a class a name too"
         )
     if not entries:
-        shape = result.get("result", {}).get("shape", [])
-        return default_classes(max(0, _count(shape[1], "classes")) if len(shape) == 4 else 0)
+        names = result.get("outsize:channels") or []
+        return tuple(SegmentationClass(name=str(name), colour=default_colour(at)) for at, name in enumerate(names))
     return tuple(
         SegmentationClass(
             name=str(entry.get("name") or entry.get("description") or f"class {value}"),
             colour=parse_colour(entry["color_hint"]) if entry.get("color_hint") else default_colour(value),
         )
         for value, entry in enumerate(entries)
+    )
+
+
+def _count_channels(result: Mapping[str, Any], classes: int) -> int:
+    shape = result.get("result", {}).get("shape", [])
+    said = _count(shape[1], "classes") if len(shape) == 4 else 0
+    return said if said > 0 else classes
+
+
+def _read_statement(properties: Mapping[str, Any], output: Mapping[str, Any]) -> Statement:
+    tasks = output.get("tasks") or properties.get("mlm:tasks") or []
+    threshold = properties.get("outsize:threshold")
+    return Statement(
+        task=properties.get("outsize:task") or ("regression" if tasks == ["regression"] else None),
+        activation=properties.get("outsize:activation"),
+        threshold=None if threshold is None else float(threshold),
     )
 
 
@@ -300,6 +343,7 @@ def read_description(path: Path) -> Description:
         properties = item["properties"]
         source, output = _only(properties["mlm:input"], "mlm:input"), _only(properties["mlm:output"], "mlm:output")
         bands = _read_bands(source)
+        classes = _read_classes(output)
         asset = _find_asset(item["assets"])
         checksum = str(asset.get("file:checksum", ""))
         artifact = path.parent / asset["href"]
@@ -314,7 +358,9 @@ def read_description(path: Path) -> Description:
             bands=bands,
             scaling=scaling_from_objects(source.get("value_scaling"), len(bands)),
             fill=tuple(float(value) for value in properties.get("outsize:fill", [0.0] * len(bands))),
-            classes=_read_classes(output),
+            classes=classes,
+            channels=_count_channels(output, len(classes)),
+            stated=_read_statement(properties, output),
             parameters=properties.get("mlm:total_parameters"),
             artifact=artifact,
             artifact_sha256=sha256,

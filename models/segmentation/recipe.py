@@ -21,7 +21,7 @@ class Recipe:
     tiles: int = 8
     """Cores of a step of tiles."""
     loss: str = "cross-entropy"
-    """As `parse_loss` reads it."""
+    """As `parse_loss` reads it; empty: what goes with the network's channels."""
     class_weights: tuple[float, ...] = ()
     """Of the classes in the loss; empty: all 1."""
     optimiser: OptimiserName = "adamw"

@@ -151,11 +151,11 @@ class SceneLabelReader:
         elif self._view.part == "validation":
             keep = scene.find_validation(place)
         if keep is not None:
-            found = np.where(keep, found, np.uint8(UNLABELLED))
+            found = np.where(keep, found, np.uint16(UNLABELLED))
         if self._pixels is not None and (found != UNLABELLED).any():
             missing = self._pixels.read_missing(place, self._pixels.read(place))
             if missing is not None:
-                found = np.where(missing, np.uint8(UNLABELLED), found)
+                found = np.where(missing, np.uint16(UNLABELLED), found)
         return np.ascontiguousarray(turn.apply(found))
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from ...tiler.files import flush_file, sync_folder, use_default_mode
 from ...tiler.graph import first_line
 from .exported import ExportedNetwork, load_exported, load_script
 from .factory import build_network, is_factory
+from .meaning import Activation, Meaning, Statement, Task
 from .mlm import Artifact, Description, default_bands, default_classes, describe, read_description, spare_path
-from .model import SegmentationModel
-from .probe import count_channels, guess_bands, run_small, same_result
+from .model import SegmentationClass, SegmentationModel, fit_classes
+from .probe import find_meaning, guess_bands, run_small, same_result
 from .scaling import Scaling
-from .state import find_network, find_state, fit_state, read_pickle, read_state, require_fit
+from .state import States, find_network, find_states, fit_state, read_pickle, read_states, require_fit
 from .trust import ModelFile, ModelFileError, Trust, hash_file, read_model_file
 from .unet import UNet
 
@@ -76,6 +77,10 @@ def load_model(
     bands: int | Sequence[str] | None = None,
     trust: bool = False,
     sha256: str | None = None,
+    weights_key: str | None = None,
+    task: Task | None = None,
+    activation: Activation | None = None,
+    threshold: float | None = None,
 ) -> SegmentationModel:
     """The model of a description, of a factory, or of a file that holds a whole network; None: the shipped one.
 
@@ -83,7 +88,8 @@ def load_model(
     code. A factory, "package.module:name", runs because you name it. Everything else that could run code is read only
     with `trust` or `sha256`: descriptions that name a factory or a network that was pickled or exported, .pt2 of
     torch.export, whole networks of torch.save, TorchScript. A network that comes without a description gets its band
-    count from its first convolution or from `bands`, no scaling, fill 0 and numbered classes.
+    count from its first convolution or from `bands`, no scaling, fill 0 and numbered classes. What its values mean
+    is told by its number of channels and its last operation, unless the description or the last three arguments say it.
 
     Args:
         weights: state dict for a factory's network: .safetensors, or what torch.save wrote.
@@ -91,14 +97,23 @@ def load_model(
         bands: names of the bands, or how many, for a network that comes without a description.
         trust: files that could run code may be read.
         sha256: the one file that may be read, by its hash; of a model that cannot run code, its weights.
+        weights_key: which of several state dicts or networks in a checkpoint: the keys that lead there and the prefix
+            of its names, joined by dots.
+        task: "multiclass", "binary", "multilabel" or "regression".
+        activation: what the network has applied to its result: "none", "sigmoid", "softmax" or "argmax".
+        threshold: of a binary task: yes where the probability is greater.
 
     Raises:
         ModelFileError: a file that is missing, damaged, of another kind, or that could run code without leave to.
         UsageError: options that do not go together.
     """
     allowed = Trust(everything=trust, sha256=sha256)
+    stated = Statement(task=task, activation=activation, threshold=threshold)
     if source is not None and is_factory(str(source)):
-        return _load_factory(str(source), weights, hyperparameters or {}, bands, allowed)
+        given = None if weights is None else Weights(path=Path(weights), key=weights_key)
+        if weights is None and weights_key is not None:
+            raise UsageError("a weights key goes with weights; give their file too")
+        return _load_factory(str(source), given, hyperparameters or {}, bands, allowed, stated)
     if weights is not None or hyperparameters:
         raise UsageError(
             f"weights and hyperparameters go with a factory, package.module:name, got {source or 'the shipped model'}; "
@@ -106,54 +121,97 @@ def load_model(
         )
     description = find_description(source)
     if description is not None:
-        return _load_described(description, allowed)
+        if weights_key is not None:
+            raise UsageError(
+                f"a weights key is for a checkpoint, and {description} says by itself which weights it has"
+            )
+        return _load_described(description, allowed, stated)
     file = read_model_file(Path(str(source)))
-    return _complete(_load_network(file, allowed), file.path.stem, bands, sha256=file.sha256)
+    network = _load_network(file, allowed, weights_key)
+    return _complete(network, file.path.stem, bands, stated, sha256=file.sha256)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """A file of weights, and where in it they are."""
+
+    path: Path
+    key: str | None
 
 
 def _load_factory(
     factory: str,
-    weights: str | Path | None,
+    weights: Weights | None,
     hyperparameters: Mapping[str, Any],
     bands: int | Sequence[str] | None,
     trust: Trust,
+    stated: Statement,
 ) -> SegmentationModel:
     if weights is None and trust.sha256 is not None:
         raise UsageError(f"sha256 is a file's, and {factory} is none; give the file of its weights too")
-    digest, state = "", None
+    digest, states = "", None
     if weights is not None:
         # Before the factory's code runs: what is refused anyway is refused at once.
-        file = read_model_file(Path(weights))
-        state, digest = read_state(file, trust), file.sha256
+        file = read_model_file(weights.path)
+        states, digest = read_states(file, trust), file.sha256
         trust.require_hash(file.path, digest)
     built = build_network(factory, hyperparameters)
     network = built.network if isinstance(built, SegmentationModel) else built
-    if state is not None:
-        fit_state(network, state, Path(str(weights)), factory)
+    remark = ""
+    if weights is not None and states is not None:
+        remark = fit_state(network, states, weights.path, factory, key=weights.key)
     network.eval()
+    known = {
+        "sha256": digest,
+        "architecture": factory,
+        "hyperparameters": hyperparameters,
+        "remarks": (f"weights   {remark}",) if remark else (),
+    }
     if isinstance(built, SegmentationModel):
-        return replace(built, sha256=digest, architecture=factory, hyperparameters=hyperparameters)
-    return _complete(network, factory, bands, sha256=digest, architecture=factory, hyperparameters=hyperparameters)
+        return _settle(replace(built, **known), stated)
+    return _complete(network, factory, bands, stated, **known)
 
 
-def _load_network(file: ModelFile, trust: Trust) -> nn.Module:
-    """A network from a file that holds all of it."""
+def _settle(model: SegmentationModel, stated: Statement) -> SegmentationModel:
+    """The model, with what its values mean.
+
+    Args:
+        stated: goes before what the model says.
+    """
+    own = Statement(task=model.task, activation=model.activation, threshold=model.threshold)
+    meaning = find_meaning(model.network, len(model.bands), model.name, stated.over(own))
+    return replace(
+        model,
+        classes=fit_classes(model.classes, meaning, model.name),
+        task=meaning.task,
+        activation=meaning.activation,
+        threshold=meaning.threshold if meaning.task == "binary" else None,
+        meaning=meaning,
+    )
+
+
+def _load_network(file: ModelFile, trust: Trust, key: str | None = None) -> nn.Module:
+    """A network from a file that holds all of it.
+
+    Args:
+        key: of one of several in a checkpoint.
+    """
     if file.content == "torch.export":
         return load_exported(file, trust)
     if file.content == "TorchScript":
         return load_script(file, trust)
     value = read_pickle(file, trust) if file.content == "pickle" else None
-    network = find_network(value)
+    network = find_network(value, file.path, key)
     if network is not None:
         return network.eval()
-    if file.content == "pickle" and find_state(value) is None:
+    if file.content == "pickle" and not find_states(value):
         raise ModelFileError(f"{file} holds no network, but {type(value).__name__}; save one with torch.save")
     raise ModelFileError(
         f"{file} holds weights only; name what builds the network too: --model package.module:factory --weights {file}"
     )
 
 
-def _load_described(path: Path, trust: Trust) -> SegmentationModel:
+def _load_described(path: Path, trust: Trust, stated: Statement) -> SegmentationModel:
     said = read_description(path)
     if not said.artifact.is_file():
         raise ModelFileError(f"{said.artifact} is missing, where {path} says that the weights are")
@@ -164,19 +222,19 @@ def _load_described(path: Path, trust: Trust) -> SegmentationModel:
             f"not {said.artifact_sha256}"
         )
     network = _build_described(said, path, trust, file).eval()
-    if said.architecture != UNET_ARCHITECTURE:
-        channels = count_channels(network, len(said.bands), path.name)
-        if said.classes and channels != len(said.classes):
-            raise ModelFileError(f"{path} names {len(said.classes)} classes, its network gives {channels} channels")
-        said = said if said.classes else replace(said, classes=default_classes(channels))
     is_built = said.architecture == UNET_ARCHITECTURE or is_factory(said.architecture)
+    meaning = find_meaning(network, len(said.bands), path.name, stated.over(said.stated))
     return SegmentationModel(
         name=said.name,
         network=network,
         bands=said.bands,
         scaling=said.scaling,
         fill=said.fill,
-        classes=said.classes,
+        classes=fit_classes(said.classes or name_classes(meaning), meaning, str(path)),
+        task=meaning.task,
+        activation=meaning.activation,
+        threshold=meaning.threshold if meaning.task == "binary" else None,
+        meaning=meaning,
         sha256=file.sha256,
         architecture=said.architecture if is_built else "",
         hyperparameters=said.hyperparameters if is_built else {},
@@ -187,13 +245,13 @@ def _build_described(said: Description, path: Path, trust: Trust, file: ModelFil
     """The network that a description means, with its weights."""
     if said.architecture == UNET_ARCHITECTURE:
         trust.require_hash(file.path, file.sha256)
-        state = read_state(file, trust)
-        options = {"bands": len(said.bands), "classes": len(said.classes), **said.hyperparameters}
-        network: nn.Module = _build_unet(options, path, file, state)
+        states = read_states(file, trust)
+        options = {"bands": len(said.bands), "classes": said.channels, **said.hyperparameters}
+        network: nn.Module = _build_unet(options, path, file, states)
     elif is_factory(said.architecture):
         reason = f"it names the factory {said.architecture}, which would be imported and called"
         trust.require(path, said.sha256, reason)
-        state = read_state(file, trust)
+        states = read_states(file, trust)
         built = build_network(said.architecture, said.hyperparameters)
         network = built.network if isinstance(built, SegmentationModel) else built
     elif file.content == "safetensors":
@@ -204,26 +262,29 @@ def _build_described(said: Description, path: Path, trust: Trust, file: ModelFil
         )
     else:
         return _load_network(file, trust)
-    fit_state(network, state, file.path, path.name)
+    fit_state(network, states, file.path, path.name, exact=True)
     return network
 
 
-def _build_unet(options: Mapping[str, Any], path: Path, file: ModelFile, state: Mapping[str, Tensor]) -> UNet:
+def _build_unet(options: Mapping[str, Any], path: Path, file: ModelFile, states: States) -> UNet:
     """The U-Net of these hyperparameters, its memory not yet filled: it is taken once it is known to be no more than
     what its weights take."""
     widths = options.get("widths")
-    if isinstance(widths, Sequence) and len(widths) > len(state):
-        raise ModelFileError(f"{path} describes {len(widths)} levels, {file} holds {len(state)} tensors")
+    tensors = max(map(len, states.values()))
+    if isinstance(widths, Sequence) and len(widths) > tensors:
+        raise ModelFileError(f"{path} describes {len(widths)} levels, {file} holds {tensors} tensors")
     try:
         with torch.device("meta"):
             network = UNet(**options)
     except (UsageError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ModelFileError(f"{path}: no UNet has these hyperparameters: {first_line(error)}") from error
-    require_fit(network, state, file.path, path.name)
+    require_fit(network, states, file.path, path.name, exact=True)
     return network.to_empty(device="cpu")
 
 
-def _complete(network: nn.Module, name: str, bands: int | Sequence[str] | None, **known: Any) -> SegmentationModel:
+def _complete(
+    network: nn.Module, name: str, bands: int | Sequence[str] | None, stated: Statement, **known: Any
+) -> SegmentationModel:
     """A model of a network that says nothing of its bands, scaling, fill and classes."""
     if isinstance(bands, str):
         raise UsageError(f"bands must be a number or a list of names, got {bands!r}")
@@ -236,16 +297,25 @@ def _complete(network: nn.Module, name: str, bands: int | Sequence[str] | None, 
             f"the network of {name} runs on no image of as many bands as one of its convolutions takes; "
             "name its bands: outsize model pack with --band NAME for each (from Python: bands=)"
         )
-    channels = count_channels(network, count, name)
+    meaning = find_meaning(network, count, name, stated)
     return SegmentationModel(
         name=name,
         network=network,
         bands=named or default_bands(count),
         scaling=Scaling.none(count),
         fill=(0.0,) * count,
-        classes=default_classes(channels),
+        classes=name_classes(meaning),
+        task=meaning.task,
+        activation=meaning.activation,
+        threshold=meaning.threshold if meaning.task == "binary" else None,
+        meaning=meaning,
         **known,
     )
+
+
+def name_classes(meaning: Meaning) -> tuple[SegmentationClass, ...]:
+    """Classes that nobody named: as many as there are; of class numbers of which nobody knows how many, none."""
+    return default_classes(meaning.class_count or 0, "channel" if meaning.task == "regression" else "class")
 
 
 def _how_built(model: SegmentationModel) -> tuple[str, dict[str, Any]]:
@@ -264,7 +334,7 @@ def _how_built(model: SegmentationModel) -> tuple[str, dict[str, Any]]:
         raise ModelFileError(f"hyperparameters must be plain JSON values: {error}") from error
     built = build_network(model.architecture, hyperparameters)
     again = built.network if isinstance(built, SegmentationModel) else built
-    fit_state(again, network.state_dict(), Path(f"the network of {model.name}"), model.architecture)
+    fit_state(again, {"": network.state_dict()}, Path(f"the network of {model.name}"), model.architecture, exact=True)
     expected, found = (run_small(each, len(model.bands)) for each in (copy.deepcopy(network).eval(), again.eval()))
     if isinstance(expected, Tensor) and not (isinstance(found, Tensor) and same_result(expected, found)):
         raise ModelFileError(
@@ -299,6 +369,7 @@ def save_model(model: SegmentationModel, path: str | Path, card: dict[str, Any] 
         architecture, hyperparameters = _how_built(model)
         target = item_path.with_suffix(".safetensors")
         kind, media_type = "safetensors.torch.save_file", "application/vnd.safetensors"
+    model = _settle(model, Statement())
     fresh, item = (path.with_name(f".{path.stem}.new{path.suffix}") for path in (target, item_path))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -18,10 +19,16 @@ from .trust import ModelFile, ModelFileError, Trust
 
 PICKLE_REASON = "it holds pickled Python objects"
 
-_NESTED = ("state_dict", "model_state_dict", "model")
-"""Where training programs keep the weights in a checkpoint."""
-_PREFIXES = ("module.", "model.", "_orig_mod.")
-"""What DistributedDataParallel, trainers and torch.compile put before every name."""
+_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+"""What torch.compile, FSDP and checkpointing put into names, wherever the module lies that they wrap."""
+_UNUSED = ".num_batches_tracked"
+"""Of a batch norm: a count that only training without momentum looks at, and that old files lack."""
+_DEPTH = 3
+"""Mappings in mappings in which weights are looked for."""
+_SHOWN = 5
+
+States = Mapping[str, Mapping[str, Tensor]]
+"""State dicts by the keys that lead to them in a file, joined by dots; "" for the file itself."""
 
 
 def read_pickle(file: ModelFile, trust: Trust) -> Any:
@@ -49,32 +56,51 @@ def read_pickle(file: ModelFile, trust: Trust) -> Any:
             ) from error
 
 
-def is_state_dict(value: object) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and bool(value)
-        and all(isinstance(name, str) and isinstance(entry, Tensor) for name, entry in value.items())
-    )
+def _find(value: object, depth: int = 0) -> Iterator[tuple[str, nn.Module | Mapping[str, Any]]]:
+    """Networks, and mappings that hold tensors, by the keys that lead to them."""
+    if isinstance(value, nn.Module):
+        yield "", value
+    elif isinstance(value, Mapping):
+        if any(isinstance(name, str) and isinstance(entry, Tensor) for name, entry in value.items()):
+            yield "", value
+        for key, entry in value.items() if depth < _DEPTH else ():
+            if isinstance(key, str):
+                yield from ((f"{key}.{rest}".rstrip("."), found) for rest, found in _find(entry, depth + 1))
 
 
-def find_network(value: object) -> nn.Module | None:
-    """A network that was saved whole, by itself or in a checkpoint."""
-    if isinstance(value, Mapping):
-        value = value.get("model")
-    return value if isinstance(value, nn.Module) else None
+def find_network(value: object, path: Path, key: str | None = None) -> nn.Module | None:
+    """A network that was saved whole, by itself or in a checkpoint; None where there is none.
+
+    Args:
+        key: of the one that is meant, where a checkpoint holds several.
+
+    Raises:
+        ModelFileError: several, and it is not said which; or none of that key.
+    """
+    found = {place: entry for place, entry in _find(value) if isinstance(entry, nn.Module)}
+    # Losses are modules too.
+    found = {place: each for place, each in found.items() if any(True for _ in each.parameters())} or found
+    if key is not None and found:
+        found = {place: each for place, each in found.items() if place == key} or _refuse_key(path, key, list(found))
+    if len({id(each) for each in found.values()}) > 1:
+        raise ModelFileError(
+            f"{path} holds several networks, under {_few(list(found))}; choose with --weights-key {next(iter(found))}"
+        )
+    return next(iter(found.values()), None)
 
 
-def find_state(value: object) -> Mapping[str, Tensor] | None:
-    """The state dict in what a file held: by itself, in a checkpoint, or of a network that was saved whole."""
-    network = find_network(value)
-    if network is not None:
-        return network.state_dict()
-    candidates = [value, *(value.get(key) for key in _NESTED)] if isinstance(value, Mapping) else []
-    return next((candidate for candidate in candidates if is_state_dict(candidate)), None)
+def find_states(value: object) -> States:
+    """The state dicts in what a file held: by itself, in a checkpoint, or of networks that were saved whole."""
+    return {
+        place: entry.state_dict()
+        if isinstance(entry, nn.Module)
+        else {name: tensor for name, tensor in entry.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+        for place, entry in _find(value)
+    }
 
 
-def read_state(file: ModelFile, trust: Trust) -> Mapping[str, Tensor]:
-    """The state dict of a .safetensors file or of what torch.save wrote; it holds one tensor at least.
+def read_states(file: ModelFile, trust: Trust) -> States:
+    """The state dicts of a .safetensors file or of what torch.save wrote; one at least, of one tensor at least.
 
     Raises:
         ModelFileError: a file without one, a damaged one, or one that could run code.
@@ -86,64 +112,170 @@ def read_state(file: ModelFile, trust: Trust) -> Mapping[str, Tensor]:
             raise ModelFileError(f"{file} is damaged: {first_line(error)}") from error
         if not state:
             raise ModelFileError(f"{file} holds no tensors; give the weights of a network")
-        return state
+        return {"": state}
     if file.content != "pickle":
         raise ModelFileError(f"{file} holds a whole network ({file.content}), not weights; give it as the model itself")
-    state = find_state(read_pickle(file, trust))
-    if state is None:
+    states = find_states(read_pickle(file, trust))
+    if not states:
         raise ModelFileError(
             f"{file} holds no state dict; write one: torch.save(network.state_dict(), {file.path.name!r})"
         )
-    return state
+    return states
 
 
-def _without_prefixes(state: Mapping[str, Tensor], wanted: set[str]) -> Mapping[str, Tensor]:
-    """The state dict, its keys without a common prefix if only so they are the wanted ones."""
-    bare = state
-    while bare and set(bare) != wanted:
-        prefix = next((p for p in _PREFIXES if all(key.startswith(p) for key in bare)), None)
-        if prefix is None:
-            return state
-        bare = {key.removeprefix(prefix): value for key, value in bare.items()}
-    return bare
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Names of a state dict that begin alike."""
+
+    key: str
+    """That leads to the state dict in the file."""
+    prefix: str
+    """Before every name, with the dot at its end."""
+    names: Mapping[str, Tensor] = field(repr=False)
+    """Tensors under the prefix, by the rest of their names."""
+    others: tuple[str, ...]
+    """Names of the state dict that do not begin so."""
+
+    @property
+    def label(self) -> str:
+        return ".".join(part for part in (self.key, self.prefix.rstrip(".")) if part) or "the file itself"
+
+    def is_called(self, key: str) -> bool:
+        return key.rstrip(".") in (self.key, self.label, self.prefix.rstrip("."))
 
 
-def require_fit(network: nn.Module, state: Mapping[str, Tensor], path: Path, what: str) -> Mapping[str, Tensor]:
-    """The state dict under the network's own names; of a network on torch's meta device nothing is allocated.
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _list_places(key: str, state: Mapping[str, Tensor], wanted: set[str]) -> Iterator[_Place]:
+    """Where in a state dict names of the network are found, whatever stands before them."""
+    plain = {_plain(name): tensor for name, tensor in state.items()}
+    if len(plain) < len(state):
+        plain = dict(state)
+    # Of names of which many others are the end, such as "weight", the longest tells most.
+    sought = sorted(wanted, key=len)[-1:] + sorted(wanted)[:1]
+    prefixes = {name.removesuffix(end) for end in sought for name in plain if name == end or name.endswith(f".{end}")}
+    for prefix in sorted(prefixes or {""}):
+        names = {name.removeprefix(prefix): tensor for name, tensor in plain.items() if name.startswith(prefix)}
+        others = tuple(name for name in plain if not name.startswith(prefix))
+        yield _Place(key=key, prefix=prefix, names=names, others=others)
+
+
+def require_fit(
+    network: nn.Module, states: States, path: Path, what: str, *, key: str | None = None, exact: bool = False
+) -> _Place:
+    """The one place of a file under which all names of a network are found, each with its shape.
+
+    Of a network on torch's meta device nothing is allocated.
 
     Args:
-        path: where it comes from.
-        what: what the network comes from, for the message.
+        path: where the states come from.
+        what: what the network comes from, for messages.
+        key: of the place that is meant, where there are several.
+        exact: the file must hold nothing else.
 
     Raises:
-        ModelFileError: keys or shapes that do not fit.
+        ModelFileError: no such place or several, or one that holds more of the network's own parts than it has.
     """
-    own = network.state_dict()
-    state = _without_prefixes(state, set(own))
-    complaints = [
-        f"{verb} {len(names)} tensor{'s' * (len(names) > 1)} such as {min(names)}"
-        for verb, names in (("it lacks", set(own) - set(state)), ("the network lacks", set(state) - set(own)))
-        if names
-    ]
-    complaints += [
-        f"{name} is {' x '.join(map(str, state[name].shape)) or 'a number'} there and "
-        f"{' x '.join(map(str, value.shape)) or 'a number'} in the network"
-        for name, value in own.items()
-        if name in state and isinstance(value, Tensor) and value.shape != state[name].shape
-    ][:1]
-    if complaints:
-        raise _misfit(path, what, "; ".join(complaints))
-    return state
+    own = _names_of(network)
+    wanted = {name for name, (_, value) in own.items() if isinstance(value, Tensor) and not name.endswith(_UNUSED)}
+    places = [place for at, state in states.items() for place in _list_places(at, state, wanted)]
+    if key is not None:
+        places = [place for place in places if place.is_called(key)] or _refuse_key(
+            path, key, [place.label for place in places]
+        )
+    if not wanted:
+        raise _misfit(path, what, ["the network has no weights"])
+    whole = [place for place in places if wanted <= set(place.names)]
+    fitting = [place for place in whole if not _find_wrong_shapes(own, place)]
+    if not fitting:
+        best = max(whole or places, key=lambda place: len(wanted & set(place.names)))
+        raise _misfit(path, what, _list_complaints(own, wanted, best))
+    chosen = fitting[0]
+    if any(not _same_weights(chosen, other, wanted) for other in fitting[1:]):
+        labels = [place.label for place in fitting]
+        raise ModelFileError(
+            f"{path} holds all weights of {what} {len(fitting)} times, under {_few(labels)}, and they differ; choose "
+            f"with --weights-key {labels[0]}"
+        )
+    rest = [name for name in chosen.names if name not in own]
+    alien = rest if exact else [name for name in rest if _belongs(name, wanted)]
+    if alien or (exact and chosen.others):
+        raise _misfit(path, what, [_count("the network lacks", alien or chosen.others)])
+    return chosen
 
 
-def _misfit(path: Path, what: str, complaint: str) -> ModelFileError:
-    return ModelFileError(f"{path} does not hold the weights that {what} describes: {complaint}")
-
-
-def fit_state(network: nn.Module, state: Mapping[str, Tensor], path: Path, what: str) -> None:
-    """Load a state dict into a network, key for key, as `require_fit` has it."""
-    state = require_fit(network, state, path, what)
+def fit_state(
+    network: nn.Module, states: States, path: Path, what: str, *, key: str | None = None, exact: bool = False
+) -> str:
+    """Load weights into a network: those that `require_fit` finds. Returns a line on what was left over; empty: nothing
+    was."""
+    chosen, own = require_fit(network, states, path, what, key=key, exact=exact), _names_of(network)
     try:
-        network.load_state_dict(state)
-    except Exception as error:  # hooks of the user's module
-        raise _misfit(path, what, first_line(error)) from error
+        network.load_state_dict({name: chosen.names.get(bare, value) for bare, (name, value) in own.items()})
+    except Exception as error:
+        raise _misfit(path, what, [first_line(error)]) from error
+    rest = [name for name in chosen.names if name not in own]
+    left = [*(f"{chosen.prefix}{name}" for name in rest), *chosen.others]
+    place = f"the names of {chosen.label} in {path.name}" if chosen.prefix or chosen.key else path.name
+    return f"{place} are the network's; left over: {_few(left)}" if left else ""
+
+
+def _names_of(network: nn.Module) -> dict[str, tuple[str, Any]]:
+    """(name, tensor) by the names without wrappers."""
+    return {_plain(name): (name, value) for name, value in network.state_dict().items()}
+
+
+def _refuse_key(path: Path, key: str, labels: Sequence[str]) -> NoReturn:
+    raise ModelFileError(f"{path} holds no weights under {key!r}, but under {_few([*dict.fromkeys(labels)])}")
+
+
+def _misfit(path: Path, what: str, complaints: Sequence[str]) -> ModelFileError:
+    return ModelFileError(f"{path} does not hold the weights that {what} describes: {'; '.join(complaints)}")
+
+
+def _belongs(name: str, wanted: set[str]) -> bool:
+    """Whether a tensor is of a part that the network has too, which then has fewer layers than what was saved; parts
+    that it has not at all, such as a loss, are another matter."""
+    part = name.partition(".")[0]
+    parts = {other.partition(".")[0] for other in wanted}
+    return part in parts or (part.isdigit() and any(other.isdigit() for other in parts))
+
+
+def _same_weights(one: _Place, other: _Place, wanted: set[str]) -> bool:
+    return all(torch.equal(one.names[name], other.names[name]) for name in wanted)
+
+
+def _find_wrong_shapes(own: Mapping[str, tuple[str, Any]], place: _Place) -> list[str]:
+    return [
+        name
+        for name, (_, value) in own.items()
+        if name in place.names and isinstance(value, Tensor) and value.shape != place.names[name].shape
+    ]
+
+
+def _list_complaints(own: Mapping[str, tuple[str, Any]], wanted: set[str], place: _Place) -> list[str]:
+    lacking, foreign = wanted - set(place.names), set(place.names) - set(own)
+    complaints = [
+        _count(verb, names) for verb, names in (("it lacks", lacking), ("the network lacks", foreign)) if names
+    ]
+    wrong = _find_wrong_shapes(own, place)
+    complaints += [
+        f"{name} is {_shape(place.names[name])} there and {_shape(own[name][1])} in the network"
+        for name in wrong[:_SHOWN]
+    ]
+    return complaints + ([f"and {len(wrong) - _SHOWN} more of other shapes"] if len(wrong) > _SHOWN else [])
+
+
+def _count(verb: str, names: Collection[str]) -> str:
+    return f"{verb} {len(names)} tensor{'s' * (len(names) > 1)} such as {min(names)}"
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "a number"
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"

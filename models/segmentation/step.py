@@ -82,11 +82,12 @@ class LabelSource:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.uint8
+        return torch.int32
 
     def read(self, window: Window) -> tuple[Tensor, Mask | None]:
         found = self._reader.read(window)
-        return torch.from_numpy(found)[None], found == UNLABELLED
+        # torch compares no unsigned numbers of two bytes.
+        return torch.from_numpy(found.astype(np.int32))[None], found == UNLABELLED
 
     def close(self) -> None:
         """The reader is the engine's."""
@@ -155,6 +156,7 @@ class StepEngine:
         fill: raw value of each band that stands in for nodata.
         cuts: where a tile's graph is cut so that its parts are computed again in backward.
         cache_bytes: of decoded blocks of all scenes.
+        bound: of a network of one channel: its logit must be greater for class 1.
     """
 
     def __init__(
@@ -165,8 +167,10 @@ class StepEngine:
         fill: tuple[float, ...],
         cuts: tuple[int, ...] = (),
         cache_bytes: int = 64 * MB,
+        bound: float = 0.0,
     ) -> None:
         self.network, self.scenes, self.fill, self.cuts = network, scenes, fill, cuts
+        self._bound = bound
         self.loss = CountingLoss(loss)
         self._cache_bytes = cache_bytes
         self._cluster: TrainingCluster | None = None
@@ -267,7 +271,12 @@ class StepEngine:
         if tensors is not None:
             live = {traced: tensors.get(name, live[traced]) for traced, name in self.network.names.items()}
         ((_, logits),) = compute_outputs(self._tiles(scene, UNTURNED, [core]), live)
-        return logits.argmax(0).to(torch.uint8).numpy()
+        return self._decide(logits)
+
+    def _decide(self, logits: Tensor) -> Classes:
+        """(height, width) classes of logits (channels, height, width)."""
+        found = logits[0] > self._bound if len(logits) == 1 else logits.argmax(0)
+        return found.numpy().astype(np.uint16)
 
     def read_validation(self, scene: int, core: Window) -> Classes:
         """(height, width) labels of a window, UNLABELLED where a pixel does not validate or is nodata."""

@@ -410,7 +410,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(scene: tuple[Path, Path],
     empty = write_geotiff(tmp_path / "empty.tif", stored + 255)
     assert "no labelled pixel is left to train on" in say("--classes", "a,b", labels=empty)
     assert "no training pixel has the class c" in say("--classes", "a,b,c")
-    assert "needs 2 to 255 classes, the labels have 0" in say(labels=empty)
+    assert "needs 2 to 4096 classes, the labels have 0" in say(labels=empty)
     assert "no labelled pixel is left to train on" in say("--block", "300", "--validation", "0.9")
     assert "--label-field is for polygons, but all labels are rasters" in say("--label-field", "cover")
     polygons = tmp_path / "labels.geojson"

@@ -64,7 +64,7 @@ def write_geojson(path: Path, geometries: list[dict[str, Any]], values: list[Any
 
 
 def read_by_windows(labels: Labels, cell: tuple[int, int]) -> np.ndarray:
-    found = np.empty(SHAPE, np.uint8)
+    found = np.empty(SHAPE, np.uint16)
     reader = labels.open_reader()
     grid = Grid(shape=SHAPE, cell=cell)
     for at in grid:
@@ -84,7 +84,7 @@ def test_polygons_read_by_any_windows_equal_the_whole_raster_burnt_at_once(tmp_p
         out_shape=SHAPE,
         fill=UNLABELLED,
         transform=UTM.affine,
-        dtype="uint8",
+        dtype="uint16",
     )
     assert len(np.unique(whole)) == 4
     for cell in ((211, 97), (512, 512), (1301, 1117)):

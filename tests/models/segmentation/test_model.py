@@ -203,7 +203,7 @@ def test_models_that_contradict_themselves_are_refused() -> None:
     for change, words in (
         ({"fill": (1.0,)}, "as many fill values, got 1"),
         ({"bands": ("red",)}, "as many scaling constants, got 2"),
-        ({"classes": ()}, "1..255 classes"),
+        ({"classes": ()}, "1..65535 classes"),
     ):
         with pytest.raises(UsageError, match=words):
             SegmentationModel(**{**good, **change})

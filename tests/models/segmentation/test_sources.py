@@ -184,7 +184,7 @@ def test_a_factory_takes_safetensors_and_hyperparameters(network: Small, folder:
     with pytest.raises(ModelFileError, match=r"head.weight is 5 x 9 x 1 x 1 there and 5 x 6 x 1 x 1 in the network"):
         load_model(f"{name}:Small", weights="w.safetensors")
     save_file({"head.weight": wide.head.weight.detach()}, "part.safetensors")
-    with pytest.raises(ModelFileError, match=r"it lacks 8 tensors such as head.bias"):
+    with pytest.raises(ModelFileError, match=r"it lacks 7 tensors such as head.bias"):
         load_model(f"{name}:Small", weights="part.safetensors")
 
 
@@ -358,11 +358,13 @@ def whole_networks(folder: Path, network: Small) -> dict[str, Path]:
     example = torch.zeros(1, 3, 32, 32)
     quietly(lambda: torch.jit.trace(network, example).save(str(folder / "traced.pt")))
     quietly(lambda: torch.jit.script(network).save(str(folder / "scripted.pt")))
+    quietly(lambda: torch.jit.freeze(torch.jit.trace(network, example)).save(str(folder / "frozen.pt")))
     return {
         "torch.export": export(network, folder / "exported.pt2", 3),
         "pickle": folder / "pickled.pt",
         "traced": folder / "traced.pt",
         "scripted": folder / "scripted.pt",
+        "frozen": folder / "frozen.pt",
     }
 
 
@@ -451,6 +453,17 @@ def test_exports_and_scripts_that_cannot_be_tiled_are_refused_with_the_remedy(ne
         load_model("cut.pt", trust=True)
 
 
+def test_networks_in_half_precision_are_refused_with_what_helps(folder: Path) -> None:
+    del folder
+    half = Small().eval().half()
+    image = torch.zeros(1, 3, 32, 32).half()
+    torch.save(half, "half.pt")
+    quietly(lambda: torch.jit.trace(half, image).save("traced.pt"))
+    for path in ("half.pt", "traced.pt"):
+        with pytest.raises(ModelFileError, match=r"float16.* call \.float\(\) on"):
+            load_model(path, trust=True)
+
+
 def test_a_script_whose_converted_form_differs_is_refused(
     network: Small, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -468,6 +481,7 @@ def test_contents_are_told_by_what_stands_in_a_file(network: Small, folder: Path
         "pickle": "pickle",
         "traced": "TorchScript",
         "scripted": "TorchScript",
+        "frozen": "TorchScript",
     }
     # Another suffix hides nothing.
     (folder / "exported.pt2").rename(folder / "harmless.pt")

@@ -59,7 +59,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[TrainingScene]:
         image = rng.integers(1, 120, (2, *shape)).astype(np.uint8)
         image[:, 30:37, 20:41] = 0
         labels = rng.integers(0, CLASSES, shape).astype(np.uint8)
-        labels[rng.random(shape) < 0.2] = UNLABELLED
+        labels[rng.random(shape) < 0.2] = 255
         raster = open_raster(write_geotiff(folder / f"{index}.tif", image, nodata=0))
         path = write_geotiff(folder / f"{index}-labels.tif", labels[None])
         names = ("a", "b", "c")
@@ -81,7 +81,7 @@ def whole_variant(scene: TrainingScene, tile: TrainingTile) -> tuple[Tensor, Ten
     labels = scene.labels.open_reader().read(Window.whole(shape))
     assert scene.split is not None
     counted = np.where(scene.split.find_training(Window.whole(shape)) & ~missing, labels, UNLABELLED)
-    turned = [np.ascontiguousarray(variant.turn.apply(array)) for array in (image, counted)]
+    turned = [np.ascontiguousarray(variant.turn.apply(array)) for array in (image, counted.astype(np.int32))]
     return torch.from_numpy(turned[0])[None], torch.from_numpy(turned[1])
 
 
