@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,11 @@ from ..models.faceid.checkpoint import Generation, list_generations
 from ..models.faceid.embedder_file import EmbedderDescription, load_embedder
 from ..models.faceid.errors import HeadError
 from ..models.faceid.head import ShardedMarginHead
-from ..models.faceid.plain_file import open_plain
 from ..models.faceid.tablet_file import FileSum, file_name, read_tablet
 from ..models.faceid.tablets import TabletLayout
-from ..models.segmentation.state import fit_state, read_state
-from ..models.segmentation.trust import Trust
-from ..tiler.errors import UsageError, reason_of
+from ..models.segmentation.state import States, fit_state, read_states
+from ..models.segmentation.trust import Trust, read_model_file
+from ..tiler.errors import UsageError
 from .console import count_of, one_line
 from .face_roll import read_roll
 from .face_sources import SYNTHETIC
@@ -36,7 +33,7 @@ class InitialWeights:
     """Where they were found."""
     sha256: str
     """Of the embedder's weights, as they are saved."""
-    state: Mapping[str, Tensor]
+    states: States
     description: EmbedderDescription | None
     """None: of a file, which does not say."""
     generation: Generation | None
@@ -63,21 +60,25 @@ def open_initial(path: Path) -> InitialWeights:
             path=path,
             source=embedder.source,
             sha256=embedder.sha256,
-            state=embedder.model.state_dict(),
+            states={"": embedder.model.state_dict()},
             description=embedder.description,
             generation=generation,
             names=_names_of(folder.parent, int(generation.manifest["classes"])),
         )
-    try:
-        with open_plain(path) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
+    if not path.is_file():
         raise UsageError(
-            f"--init must be the folder of a training of faces, or a file of weights, got {path}: {reason_of(error)}"
-        ) from error
-    state = read_state(path, Trust())
+            f"--init must be the folder of a training of faces, or a file of weights, got {path}: "
+            f"{'no file' if path.exists() else 'no such file or folder'}"
+        )
+    file = read_model_file(path)
     return InitialWeights(
-        path=path, source=str(path), sha256=digest, state=state, description=None, generation=None, names=None
+        path=path,
+        source=str(path),
+        sha256=file.sha256,
+        states=read_states(file, Trust()),
+        description=None,
+        generation=None,
+        names=None,
     )
 
 
@@ -108,10 +109,12 @@ def require_fit(initial: InitialWeights, model: nn.Module, description: Embedder
                     f"--init {initial.path} has {name} {getattr(theirs, name)}, this training "
                     f"{getattr(description, name)}; give {option} {getattr(theirs, name)}"
                 )
-    bad = [name for name, value in initial.state.items() if not bool(value.isfinite().all())]
+    tensors = {name: value for state in initial.states.values() for name, value in state.items()}
+    bad = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
     if bad:
         raise UsageError(f"--init {initial.path} must hold finite weights, {bad[0]} has others")
-    fit_state(model, initial.state, Path(initial.source), f"--network {description.architecture}")
+    place = Path(initial.source)
+    fit_state(model, initial.states, place, f"--network {description.architecture}", exact=True)
 
 
 def load_rows(head: ShardedMarginHead, initial: InitialWeights, names: list[str], source: str) -> list[str]:
