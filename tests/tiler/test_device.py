@@ -175,6 +175,7 @@ def test_workers_are_shown_one_device_each_by_the_name_that_this_process_has_for
     assert visible_device(1, "GPU-aa,GPU-bb") == "GPU-bb"
 
 
+@pytest.mark.system
 def test_each_worker_sees_its_device_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,6")
     options = ClusterOptions(dashboard_address=None)
@@ -228,6 +229,7 @@ def run_here(source: Path, out: Path, **options: Any) -> RunSummary:
     return predict(source, class_network(), out, **{**settings, **options})
 
 
+@pytest.mark.system
 def test_a_run_in_batches_equals_the_whole_image(tmp_path: Path) -> None:
     source = scene(tmp_path, 331, 203, nodata=True)
     summary = run_here(source, tmp_path / "o.zarr", batch=3)
@@ -238,6 +240,7 @@ def test_a_run_in_batches_equals_the_whole_image(tmp_path: Path) -> None:
     assert (plan["batch"], plan["in_flight"]) == (3, 6)
 
 
+@pytest.mark.system
 def test_a_device_without_memory_stops_the_run_and_fails_no_tile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
