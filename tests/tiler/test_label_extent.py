@@ -26,7 +26,7 @@ def place_at(epsg: int, west: float, north: float, step: float) -> Georeference:
 
 
 def read_all(labels: Labels, shape: tuple[int, int], cell: tuple[int, int] = (13, 17)) -> np.ndarray:
-    found = np.empty(shape, np.uint8)
+    found = np.empty(shape, np.uint16)
     reader = labels.open_reader()
     grid = Grid(shape=shape, cell=cell)
     for at in grid:
@@ -57,7 +57,7 @@ def test_labels_of_any_extent_of_the_grid_are_aligned(
     values = np.random.default_rng(0).integers(0, 3, size).astype(np.uint8)
     path = write_labels(tmp_path / "labels.tif", values, UTM.moved(*offset))
     labels = open_labels(path, UTM, shape, of="scene", names=NAMES, options=LabelOptions())
-    canvas = np.full((300, 300), UNLABELLED, np.uint8)
+    canvas = np.full((300, 300), UNLABELLED, np.uint16)
     canvas[100 + offset[0] : 100 + offset[0] + size[0], 100 + offset[1] : 100 + offset[1] + size[1]] = values
     assert np.array_equal(read_all(labels, shape), canvas[100:141, 100:153])
     assert words in labels.note
@@ -117,7 +117,7 @@ def burn(place: Georeference, shape: tuple[int, int], *shapes: tuple[int, list[o
         out_shape=shape,
         fill=UNLABELLED,
         transform=place.affine,
-        dtype="uint8",
+        dtype="uint16",
     )
 
 
