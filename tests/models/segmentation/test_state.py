@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from outsize.models.segmentation.state import find_network, find_states, fit_state, read_states
-from outsize.models.segmentation.trust import ModelFileError, Trust
+from outsize.models.segmentation.trust import ModelFileError, Trust, read_model_file
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
@@ -60,7 +60,8 @@ SAVED: dict[str, tuple[Callable[[State], Any], str]] = {
 def test_weights_are_found_under_any_prefix(tmp_path: Path, save: Callable[[State], Any], left: str) -> None:
     source, network = make_network(1), make_network(2)
     torch.save(save(dict(source.state_dict())), tmp_path / "w.ckpt")
-    remark = fit_state(network, read_states(tmp_path / "w.ckpt", Trust()), tmp_path / "w.ckpt", "net")
+    states = read_states(read_model_file(tmp_path / "w.ckpt"), Trust())
+    remark = fit_state(network, states, tmp_path / "w.ckpt", "net")
     for name, value in source.state_dict().items():
         assert torch.allclose(network.state_dict()[name].float(), value.float(), atol=2e-3), name
     assert (left in remark) if left else (remark == "")
