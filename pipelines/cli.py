@@ -10,6 +10,7 @@ import sys
 import threading
 import tomllib
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -551,6 +552,10 @@ def _system_reason(error: Exception) -> str:
 
 def run() -> NoReturn:
     """The command as a process of its own."""
+    # What libraries say to each other's authors. Where they are called warnings are off anyway, but Python switches
+    # them for the whole process, and a thread that converts may end after the one that switched them off.
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(copyreg|torch|torch\..*|xarray|xarray\..*)$")
     end_with(main)
 
 

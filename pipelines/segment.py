@@ -368,7 +368,7 @@ def _segment(
     began = time.perf_counter()
     preparation = Preparation(options, console)
     raster, model, network = preparation.open([options.source])
-    console.remark("\n".join([*explain_model(model), *preparation.explain(model)]))
+    console.remark_lines([*explain_model(model), *preparation.explain(model)])
     listener.model = model.name
     try:
         summary = segment_raster(raster, model, network, out, options, cluster, writing, listener, since=began)
