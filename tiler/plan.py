@@ -269,7 +269,11 @@ class TilePlan:
         memory = self.memory
         done = "work" if self.method == "program" else "pixels computed"
         lines = [
-            ("raster", f"{height} x {width} px, {bands} bands {self.raster_dtype}, {height * width / 1e6:.1f} Mpx"),
+            (
+                "raster",
+                f"{height} x {width} px, {bands} band{'s' if bands != 1 else ''} {self.raster_dtype}, "
+                f"{height * width / 1e6:.1f} Mpx",
+            ),
             (
                 "output",
                 " x ".join(map(str, self.output_shape[1:]))
