@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .errors import EngineError
+from .errors import EngineError, UsageError
 from .graph import operation_name
 
 if TYPE_CHECKING:
@@ -91,15 +91,15 @@ def fit_engine(network: Network, engine: str | None, shape_yx: tuple[int, int], 
 
     Raises:
         EngineError: OpenVINO is asked for, and cannot.
+        UsageError: for a network of which nobody knows what it computes.
     """
     if engine == "torch":
         return engine
     refusal = find_refusal(network)
     only = "openvino" if precision == "int8" else engine
     if refusal and only == "openvino":
-        raise EngineError(
-            f"{refusal}; use --engine torch" + (" and --precision float32" if precision == "int8" else "")
-        )
+        kind = EngineError if network.is_known else UsageError
+        raise kind(f"{refusal}; use --engine torch{' and --precision float32' if precision == 'int8' else ''}")
     is_free = engine in (None, "auto") and precision != "int8"
     return "torch" if is_free and (refusal or min(shape_yx) < SMALLEST_SIDE) else engine
 
