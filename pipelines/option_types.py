@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
+from ..tiler.exact_numbers import parse_number
+
 EXIT_FAILED, EXIT_SOME_FAILED, EXIT_INTERRUPTED = 1, 3, 130
 """Beside click's own 2, of a wrong call. Some: tiles, windows or pictures; the rest is done."""
 
@@ -143,7 +145,7 @@ class NodataValue(click.ParamType):
         if value is None or str(value).lower() == "none":
             return "none"
         try:
-            return float(value)
+            return value if isinstance(value, float) else parse_number(str(value))
         except ValueError:
             self.fail(f"a number, nan or none, got {value!r}", param, ctx)
 
@@ -158,7 +160,7 @@ class MaskBand(click.ParamType):
             return value
         band, _, values = str(value).partition("=")
         try:
-            return int(band), tuple(float(part) for part in values.split(","))
+            return int(band), tuple(parse_number(part) for part in values.split(","))
         except ValueError:
             self.fail(f"a band and its values that mean nodata, such as 8=2,4; got {value!r}", param, ctx)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -75,8 +76,19 @@ def make_fingerprint(
     }
 
 
+def _describe_reading(raster: Raster) -> list[Any]:
+    """How the files of a raster are read, which its own rule does not tell."""
+    return [
+        str(raster.nodata_rule),
+        [list(pair) for pair in raster.scale_tags],
+        raster.kind == "scaled",
+        [_describe_reading(part.raster) for part in raster.parts],
+    ]
+
+
 def fingerprint_raster(raster: Raster) -> dict[str, Any]:
     """What tells one raster, read in one way, from another."""
+    parts = json.dumps(_describe_reading(raster)) if raster.parts and raster.kind != "scaled" else ""
     stored = raster.parts[0].raster if raster.kind == "scaled" else None
     return {
         "input": raster.identity,
@@ -87,6 +99,7 @@ def fingerprint_raster(raster: Raster) -> dict[str, Any]:
         "input_axes": raster.axes,
         "input_nodata": str(raster.nodata_rule if stored is None else stored.nodata_rule),
         **({} if stored is None else {"input_scale": [list(pair) for pair in stored.scale_tags]}),
+        **({"input_parts": hashlib.sha256(parts.encode()).hexdigest()[:16]} if parts else {}),
         # Before there was a rule for them, NaN and infinity went into the network.
         **({"not_finite": "nodata"} if raster.dtype.kind == "f" else {}),
     }

@@ -213,6 +213,8 @@ def lazy_predict(
 
     raster = match_network(as_raster(raster), network)
     network = as_network(network, raster.bands, raster.dtype)
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise UsageError(f"chunk must be a whole number of pixels >= 1, got {chunk!r}")
     height, width = network.output_shape(raster.shape_yx)
     dtype = stored_dtype(network.output_dtype)
     # Absolute, for workers in other folders.

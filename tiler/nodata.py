@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import NotFiniteError
+from .exact_numbers import exact_number
 from .geometry import Window
 
 Array = npt.NDArray[Any]
@@ -40,7 +41,7 @@ class NodataRule:
 
     def __post_init__(self) -> None:
         # NaN differs from every NaN but itself: one object for all, so that rules that say the same are equal.
-        once = dict.fromkeys(math.nan if math.isnan(value) else float(value) for value in self.values)
+        once = dict.fromkeys(math.nan if math.isnan(value) else exact_number(value) for value in self.values)
         object.__setattr__(self, "values", tuple(once))
 
     @property
@@ -54,17 +55,24 @@ class NodataRule:
         return NodataRule(values=self.mask_values)
 
     def __str__(self) -> str:
-        parts = [f"{value:g}" for value in self.values] or ["none"]
-        parts += ["in any band"] if self.any_band and self.values else []
+        parts = [_digits(value) for value in self.values] or ["none"]
+        parts += ["in any band"] if self.any_band and (self.values or self.mask in ("bands", "parts")) else []
         parts += [f"{self.mask} mask{f' {self.masked_bands}' if self.masked_bands else ''}"] if self.mask else []
         parts += [f"band {self.mask_band} = {self.mask_values}"] if self.mask_band else []
         return ", ".join(parts)
 
 
+def _digits(value: float) -> str:
+    """In six digits where they say all."""
+    short = f"{value:g}"
+    return short if math.isnan(value) or float(short) == value else repr(value)
+
+
 def can_hold(dtype: np.dtype[Any], value: float) -> bool:
     """Whether a pixel of that type can have the value."""
     if dtype.kind == "f":
-        return not math.isfinite(value) or abs(value) <= float(np.finfo(dtype).max)
+        with np.errstate(over="ignore"):  # as written in 15 digits the largest number is a little larger
+            return not math.isfinite(value) or bool(np.isfinite(dtype.type(value)))
     limits = np.iinfo(dtype)
     return math.isfinite(value) and limits.min <= value <= limits.max and value == int(value)
 

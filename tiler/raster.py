@@ -6,6 +6,8 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -15,9 +17,18 @@ import numpy.typing as npt
 from .band_names import find_named
 from .block_cache import BlockStore
 from .errors import OutputError, RasterError, UsageError
+from .exact_numbers import exact_number, parse_number
 from .geometry import Window
 from .georeference import Georeference
-from .nodata import Array, Mask, NodataRule, can_hold, find_not_finite, find_undeclared, require_finite
+from .nodata import (
+    Array,
+    Mask,
+    NodataRule,
+    can_hold,
+    find_not_finite,
+    find_undeclared,
+    require_finite,
+)
 from .places import archive_name, gdal_name, is_far, is_remote, place_of, scheme_of, url_of
 from .typed import find_misfit
 
@@ -72,7 +83,7 @@ class ReadOptions:
         }
         try:
             if "nodata" in fields:
-                fields["nodata"] = tuple(float(value) for value in fields["nodata"])
+                fields["nodata"] = tuple(parse_number(value) for value in fields["nodata"])
             options = cls(**fields)
             misfit = find_misfit(options)
         except (TypeError, ValueError) as error:
@@ -311,16 +322,17 @@ def open_raster(
         RasterError: no such file, not a raster, complex or non-numeric pixels, an ambiguous group or axis order, no
             such band.
     """
-    values: tuple[float, ...] | None
-    if nodata is None:
-        values = None
-    elif isinstance(nodata, (int, float)):
-        values = (float(nodata),)
-    else:
-        values = tuple(float(value) for value in nodata)
+    values: tuple[float, ...] | None = None
+    if nodata is not None:
+        given = (nodata,) if isinstance(nodata, Real) else nodata
+        if isinstance(given, str) or not all(isinstance(value, Real) for value in given):
+            raise UsageError(f"nodata must be a number or several, got {nodata!r}")
+        values = tuple(exact_number(value) for value in given)
+    if isinstance(bands, str):
+        raise UsageError(f"bands must be a list of numbers or names, got {bands!r}; give ({bands!r},)")
     options = ReadOptions(
         axes=axes,
-        bands=tuple(bands),
+        bands=tuple(band if isinstance(band, str) else index(band) for band in bands),
         nodata=values,
         any_band=any_band,
         alpha=alpha,
@@ -479,7 +491,9 @@ def read_filled(
     missing = reader.read_missing(inside, image)
     strange = find_not_finite(image)
     require_finite(image, missing, strange, raster.path, inside)
-    undeclared = find_undeclared(image, strange, raster.nodata_rule)
+    # Where masks speak too, or files of their own rules, nobody knows what is declared.
+    is_plain = raster.nodata_rule.mask is None and not raster.nodata_rule.mask_band
+    undeclared = find_undeclared(image, strange, raster.nodata_rule) if is_plain else None
     if missing is not None:
         image = np.where(missing[None], values, image)
     if inside != window:
@@ -505,6 +519,8 @@ def fill_values(fill: tuple[float, ...] | None, raster: Raster) -> Array:
         UsageError: another number of values than bands, or one that pixels of that type cannot have.
     """
     values = fill if fill is not None else (0.0,) * raster.bands
+    if not isinstance(values, Sequence) or not all(isinstance(value, Real) for value in values):
+        raise UsageError(f"fill must be a number a band, got {fill!r}; give a tuple of {raster.bands}")
     if len(values) != raster.bands:
         raise UsageError(f"fill must have one value a band, {raster.bands} bands, got {len(values)} values")
     dtype = raster.dtype

@@ -70,7 +70,7 @@ def select_bands(raster: Raster, bands: Sequence[int | str]) -> Raster:
     if numbers == tuple(range(1, raster.bands + 1)):
         return selected
     # Opened anew: what its bands are among the stored ones, with masks between them, is decided in one place.
-    return replace(open_reference(reference_to(selected)), kept=raster.kept)
+    return replace(open_reference(reference_to(selected), trust=raster.options.trust), kept=raster.kept)
 
 
 def match_bands(raster: Raster, names: tuple[str, ...], model: str = "the model") -> BandMatch:

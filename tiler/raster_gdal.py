@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -31,6 +30,7 @@ from .geometry import Window
 from .georeference import from_rasterio
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
 from .places import identify, is_far, place_of, set_gdal_options, url_of
+from .process_locks import ProcessLock
 from .raster import Raster, ReadOptions, file_identity
 from .raster_scale import known_tags
 
@@ -75,7 +75,7 @@ def warn_of_overlooking(value: str) -> None:
     )
 
 
-_IN_TURN = threading.RLock()
+_IN_TURN = ProcessLock()
 """GDAL holds locks of its own while it tells of a request that failed, and rasterio wants Python's lock to pass that
 on; another thread may hold that one while it waits for GDAL's: both would wait for ever. So what goes through a network
 is asked for by one thread of a process at a time."""
@@ -243,6 +243,10 @@ def _find_rule(dataset: rasterio.DatasetReader, options: ReadOptions) -> NodataR
     flags = dataset.mask_flag_enums
     # GDAL has no word for a mask of one band's own.
     own = [band for band, found in enumerate(flags, start=1) if not found]
+    if options.nodata is None and dataset.dtypes[0] in ("int64", "uint64"):
+        # rasterio has no name for values of 64 bits, which GDAL's masks know.
+        flagged = [band for band, found in enumerate(flags, start=1) if MaskFlags.nodata in found]
+        own += [band for band in flagged if dataset.nodatavals[band - 1] is None]
     if len(rule.values) > 1 and options.nodata is None:
         # No one value speaks for all bands, but GDAL's masks know each band's.
         own += [band for band, value in enumerate(dataset.nodatavals, start=1) if value is not None]

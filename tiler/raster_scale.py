@@ -14,7 +14,7 @@ import numpy as np
 from .block_cache import BlockStore
 from .errors import RasterError
 from .geometry import Window
-from .nodata import Array, Mask, NodataRule
+from .nodata import Array, Mask, NodataRule, find_missing, join_missing
 from .raster import Part, Raster
 
 ScaleTags = tuple[tuple[float, float], ...]
@@ -149,11 +149,13 @@ class ScaledReader:
                     image[band, row : row + rows] = part * scale + offset
         return image
 
-    def read_missing(self, window: Window, image: Array) -> Mask | None:  # noqa: ARG002 - the protocol's
+    def read_missing(self, window: Window, image: Array) -> Mask | None:
         if self._last is None or self._last[0] != window:
             self.read(window)
         assert self._last is not None
-        return self._reader.read_missing(window, self._last[1])
+        # A number that the type of what it means cannot hold means nothing.
+        beyond = find_missing(image, NodataRule(any_band=self._stored.nodata_rule.any_band))
+        return join_missing(self._reader.read_missing(window, self._last[1]), beyond)
 
     def close(self) -> None:
         self._reader.close()

@@ -18,6 +18,7 @@ from zarr.errors import BaseZarrError
 from .band_names import band_name_of
 from .block_cache import BlockCache, BlockStore
 from .errors import RasterError, TilerError
+from .exact_numbers import exact_number, parse_number
 from .file_state import keeps_numbers, state_of
 from .geometry import Window
 from .georeference import Georeference, from_attributes, from_centres
@@ -201,7 +202,7 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
-        return float(value)
+        return parse_number(value) if isinstance(value, str) else exact_number(value)
     except OverflowError:
         return None
     except ValueError:

@@ -11,7 +11,6 @@ import itertools
 import os
 import pickle
 import socket
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
@@ -41,6 +40,7 @@ from .graph import first_line
 from .loss import Loss
 from .machine import find_versions, map_large_blocks, torch_threads
 from .network import analyze_network
+from .process_locks import ProcessLock
 from .reading import GDAL_CACHE_BYTES
 from .records import log
 from .schedule import LOST, forget_plugin
@@ -360,7 +360,7 @@ _PLUGINS: dict[str, TrainingPlugin] = {}
 _WORKS: dict[str, Work] = {}
 _USERS: dict[str, int] = {}
 """Dask workers of this process that know a training: more than one where workers are threads."""
-_COMPUTING = threading.Lock()
+_COMPUTING = ProcessLock()
 """Of a process: one group at a time, as many tiles as were counted on."""
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
+import zarr
 from outsize.tiler.errors import RasterError, UsageError
+from outsize.tiler.fingerprint import fingerprint_raster
 from outsize.tiler.geometry import Window
 from outsize.tiler.nodata import NodataRule, find_missing, join_missing
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster import ReadOptions, fill_values, open_raster, open_with
+from outsize.tiler.raster_parts import open_mosaic, open_stack
 from rasterio.enums import ColorInterp
 
 from ..support.rasters import missing_of, unique_pixels, write_geotiff
@@ -135,3 +139,74 @@ def test_bands_with_other_nodata_values_have_each_its_own_until_one_is_named(tmp
     assert missing_of(open_raster(tmp_path / "two.vrt", bands=(2,))) == [[False, False, False, True]]
     assert missing_of(open_raster(tmp_path / "two.vrt", nodata=9)) == [[False, False, False, True]]
     assert missing_of(open_raster(tmp_path / "two.vrt", nodata=())) == [[False] * 4]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "near"),
+    [
+        ("uint64", 2**64 - 1, 2**64 - 2),
+        ("int64", 2**63 - 1, 2**63 - 2),
+        ("int64", -(2**63) + 1, -(2**63)),
+        ("uint32", 2**32 - 1, 2**32 - 2),
+    ],
+)
+@pytest.mark.parametrize("by", ["attribute", "option"])
+def test_whole_numbers_of_64_bits_are_exact(tmp_path: Path, dtype: str, value: int, near: int, by: str) -> None:
+    array = zarr.create_array(tmp_path / "s.zarr", shape=(1, 2, 3), dtype=dtype, dimension_names=("band", "y", "x"))
+    array[:] = np.array([[[value, near, 1], [2, 3, value]]], dtype)
+    if by == "attribute":
+        array.attrs["_FillValue"] = value
+    raster = open_raster(tmp_path / "s.zarr", nodata=value if by == "option" else None)
+    assert missing_of(raster) == [[True, False, False], [False, False, True]]
+    again = ReadOptions.from_json(raster.options.to_json())
+    assert again == raster.options
+    assert str(NodataRule(values=(value,))) != str(NodataRule(values=(near,)))
+
+
+def test_the_largest_float_in_15_digits_is_the_largest_float(tmp_path: Path) -> None:
+    array = zarr.create_array(tmp_path / "s.zarr", shape=(1, 1, 2), dtype="float32", dimension_names=("band", "y", "x"))
+    array[:] = np.array([[[np.finfo(np.float32).min, 1]]], np.float32)
+    array.attrs["_FillValue"] = -3.40282346638529e38
+    assert missing_of(open_raster(tmp_path / "s.zarr")) == [[True, False]]
+
+
+def test_every_option_of_reading_is_in_the_fingerprint(tmp_path: Path) -> None:
+    """Of a file, a stack, a mosaic, and what their tags mean: pixels of two ways of reading make no map."""
+    image = np.arange(1, 61, dtype=np.int16).reshape(1, 6, 10)
+    files = []
+    for number in range(2):
+        path = write_geotiff(tmp_path / f"{number}.tif", np.concatenate([image, image]))
+        with rasterio.open(path, "r+") as dataset:
+            dataset.scales, dataset.offsets = (0.5, 0.25), (1, 2)
+        files.append(path)
+    ways = {
+        "plain": ReadOptions(),
+        "nodata 5": ReadOptions(nodata=(5,)),
+        "nodata 6": ReadOptions(nodata=(6,)),
+        "nodata 5, 6": ReadOptions(nodata=(5, 6)),
+        "nodata 5, 8": ReadOptions(nodata=(5, 8)),
+        "any": ReadOptions(nodata=(5,), any_band=True),
+        "any 6": ReadOptions(nodata=(6,), any_band=True),
+        "mask 1": ReadOptions(mask_band=2, mask_values=(1,)),
+        "mask 2": ReadOptions(mask_band=2, mask_values=(2,)),
+        "scaled": ReadOptions(apply_scale=True),
+        "scaled 5": ReadOptions(apply_scale=True, nodata=(5,)),
+    }
+    for opened in (lambda o: open_with(files[0], o), lambda o: open_stack(files, o), lambda o: open_mosaic(files, o)):
+        found = {
+            name: json.dumps(fingerprint_raster(opened(options)), sort_keys=True) for name, options in ways.items()
+        }
+        same = [(a, b) for a in found for b in found if a < b and found[a] == found[b]]
+        assert not same
+
+
+def test_what_no_list_of_numbers_is_is_refused(tmp_path: Path) -> None:
+    path = write_geotiff(tmp_path / "s.tif", unique_pixels(3, 5, 6))
+    assert open_raster(path, bands=np.array([3, 1]), nodata=np.int64(7)).bands == 2
+    with pytest.raises(UsageError, match="bands must be a list of numbers or names, got 'B04'"):
+        open_raster(path, bands="B04")
+    with pytest.raises(UsageError, match="nodata must be a number or several, got 'x'"):
+        open_raster(path, nodata="x")  # type: ignore[arg-type]
+    for fill in (0, ("a", "b", "c")):
+        with pytest.raises(UsageError, match="fill must be a number a band"):
+            fill_values(fill, open_raster(path))  # type: ignore[arg-type]
