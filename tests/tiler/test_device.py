@@ -35,7 +35,7 @@ from outsize.tiler.raster import open_raster
 from outsize.tiler.run import predict
 from outsize.tiler.run_summary import RunSummary
 from outsize.tiler.stated import state_network
-from outsize.tiler.store import read_header
+from outsize.tiler.store import OutputDescription, read_header
 from torch import Tensor, nn
 
 from ..support.runs import class_network, scene, stored, whole
@@ -87,7 +87,8 @@ def test_activations_count_on_the_device_and_not_on_the_host() -> None:
         live = default_network().count_live_bytes(plan.largest_window)
         # With the context, and the tensors at least once.
         assert plan.device_bytes > plan.batch * live
-        assert plan.memory.program_bytes == CUDA_HOST_BYTES
+        # And the weights, as they are sent.
+        assert plan.memory.program_bytes == CUDA_HOST_BYTES + default_network().weight_bytes
 
 
 def test_small_windows_come_in_batches_and_large_ones_alone() -> None:
@@ -209,7 +210,7 @@ def test_tiles_of_two_kinds_of_device_do_not_go_into_one_output(tmp_path: Path) 
     raster = open_raster(scene(tmp_path, 65, 67))
 
     def print_of(plan: TilePlan) -> dict[str, Any]:
-        return make_fingerprint(raster, class_network(), "class", plan, (0, 0, 0), 3)
+        return make_fingerprint(raster, class_network(), OutputDescription(kind="class"), plan, (0, 0, 0), 3)
 
     here = plan_tiles(raster, class_network(), engine="torch", device="cpu")
     there = plan_tiles(raster, class_network(), facts=GPUS)
