@@ -222,3 +222,17 @@ def test_tags_that_mean_nothing_are_refused_where_they_are_to_be_applied(
     open_raster(tmp_path / "a.zarr")
     with pytest.raises(RasterError, match=r"scale must be a number other than 0 .*leave --apply-scale out"):
         open_with(tmp_path / "a.zarr", ReadOptions(apply_scale=True))
+
+
+@pytest.mark.parametrize("any_band", [False, True])
+def test_a_number_that_means_more_than_its_type_holds_means_nothing(tmp_path: Path, any_band: bool) -> None:
+    """2 * 3e38 is no float32: in all bands, or in any, the pixel is nodata."""
+    image = np.ones((2, 3, 4), np.float32)
+    image[:, 1, 2], image[0, 2, 3] = 3e38, 3e38 if any_band else 1
+    path = write_tagged(tmp_path / "s.tif", image, ((2.0, 0.0), (2.0, 0.0)))
+    raster = open_raster(path, apply_scale=True, any_band=any_band)
+    window = Window.whole(raster.shape_yx)
+    filled = read_filled(raster.open_reader(), raster, window)
+    assert filled.missing is not None
+    assert np.argwhere(filled.missing).tolist() == [[1, 2], [2, 3]][: 1 + any_band]
+    assert np.isfinite(filled.image).all()
