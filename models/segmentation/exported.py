@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from ...tiler.errors import UntileableError
 from ...tiler.graph import first_line
 from ...tiler.network import analyze_network
+from .finite import require_finite_weights
 from .trust import ModelFile, ModelFileError, Trust
 
 _EXPORT_REASON = "torch.export.load unpickles and evaluates parts of it"
@@ -179,6 +180,8 @@ def load_script(file: ModelFile, trust: Trust) -> ExportedNetwork:
             raise ModelFileError(f"{path} cannot be loaded by torch.jit.load: {first_line(error)}") from error
         converted = _convert(script, path)
         _require_image_input(converted.program, path)
+        # NaN never agrees with itself.
+        require_finite_weights(converted, str(path))
         for size in _COMPARED_SIZES:
             image = torch.rand((1, converted.bands, *size), generator=torch.Generator().manual_seed(0))
             image = image.to(converted.dtype)

@@ -19,7 +19,9 @@ from outsize.tiler.geometry import Window
 from outsize.tiler.labels import LabelOptions, open_labels
 from outsize.tiler.raster import Raster, open_raster
 from outsize.tiler.raster_parts import open_reference, open_stack, reference_to
+from outsize.tiler.run import predict
 from outsize.tiler.vectors import read_features
+from torch import nn
 
 from ..support.rasters import missing_of, unique_pixels, write_geotiff
 
@@ -178,6 +180,15 @@ def test_a_raw_band_is_read_with_leave(folder: Path, monkeypatch: pytest.MonkeyP
     assert outsize_here("ingest", "m.vrt", "o.zarr", "--trust-sources").returncode == 0
     monkeypatch.setenv("OUTSIZE_TRUST_SOURCES", "1")
     assert outsize_here("ingest", "m.vrt", "o.zarr", "--overwrite").returncode == 0
+
+
+def test_pictures_of_what_was_read_with_leave_need_it_too(folder: Path) -> None:
+    (folder / "m.vrt").write_text(vrt(RAW, RAW_BAND))
+    predict(open_raster("m.vrt", trust=True), nn.Conv2d(1, 2, 1), "o.zarr", workers=1)
+    for words in (("export", "o.zarr", "o.png"), ("report", "o.zarr", "o.html")):
+        shown = outsize_here(*words)
+        assert (shown.returncode, "quicklook without the input: m.vrt is not opened" in shown.stderr) == (0, True)
+        assert "quicklook without" not in outsize_here(*words, "--overwrite", "--trust-sources").stderr
 
 
 def tag(folder: Path, listener: Listener) -> None:
