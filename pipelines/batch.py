@@ -148,7 +148,7 @@ def run_batch(
             step.advance(max(0, pixels - listener.pixels))
             results.append(result)
             _note(folder, result)
-            console.remark(f"[{number}/{len(scenes)}] {_describe(result)}")
+            console.remark(f"[{number}/{len(scenes)}] {describe_result(result)}")
     console.result(
         _sentence(results, folder, time.monotonic() - began),
         {
@@ -201,7 +201,8 @@ def _count_pixels(preparation: Preparation, scene: Scene) -> int:
     return height * width
 
 
-def _describe(result: SceneResult) -> str:
+def describe_result(result: SceneResult) -> str:
+    """In one line."""
     summary = result.summary
     if summary is None:
         return f"{result.scene.name}: FAILED: {result.error}"

@@ -118,7 +118,7 @@ def _colour_classes(classes: npt.NDArray[np.int64], header: dict[str, Any]) -> R
     return palette[classes]
 
 
-def _find_classes(values: npt.NDArray[Any], kind: str, header: dict[str, Any]) -> npt.NDArray[np.int64] | None:
+def find_classes(values: npt.NDArray[Any], kind: str, header: dict[str, Any]) -> npt.NDArray[np.int64] | None:
     """Class numbers of the small result, _NO_CLASS where there is none; None: its values are no classes.
 
     Args:
@@ -187,7 +187,7 @@ def make_quicklook(console: Console, out: Path, header: dict[str, Any], *, trust
                 console.remark(f"quicklook without the input: {error}")
         bands = list(range(result.bands))
         values = _read_small(result, bands, factor, whole, average=result.dtype.kind == "f", step=step)
-    classes = _find_classes(values, kind, header)
+    classes = find_classes(values, kind, header)
     painted = _paint_values(values) if classes is None else _colour_classes(classes, header)
     return Quicklook(
         source=picture,

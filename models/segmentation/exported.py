@@ -178,10 +178,10 @@ def load_script(file: ModelFile, trust: Trust) -> ExportedNetwork:
             script = torch.jit.load(file.open(), map_location="cpu")
         except RuntimeError as error:
             raise ModelFileError(f"{path} cannot be loaded by torch.jit.load: {first_line(error)}") from error
+        # The converted form has parameters as buffers, and NaN never agrees with itself.
+        require_finite_weights(script, str(path))
         converted = _convert(script, path)
         _require_image_input(converted.program, path)
-        # NaN never agrees with itself.
-        require_finite_weights(converted, str(path))
         for size in _COMPARED_SIZES:
             image = torch.rand((1, converted.bands, *size), generator=torch.Generator().manual_seed(0))
             image = image.to(converted.dtype)
