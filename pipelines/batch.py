@@ -64,11 +64,12 @@ def run_dry(console: Console, scenes: list[Scene], options: SegmentOptions, fold
     preparation, speed_on = Preparation(options, console), cache(lambda device: measure_flops_per_s(device=device))
     rows: list[list[str]] = []
     values: list[dict[str, Any]] = []
-    total_s, total_bytes = 0.0, 0
+    total_s, total_bytes, told = 0.0, 0, list[str]()
     for scene in scenes:
         said: dict[str, Any] = {"name": scene.name, "source": list(scene.paths), "out": str(_place(folder, scene))}
         try:
-            raster, _, network = preparation.open(scene.paths, scene.bands)
+            raster, model, network = preparation.open(scene.paths, scene.bands)
+            told = _explain(console, preparation, model, told)
             plan = make_plan(console, options, raster, network, dashboard=dashboard, to_store=is_remote(folder))
         except TilerError as error:
             rows.append([scene.name, "cannot be planned", "", "", "", "", ""])
@@ -125,7 +126,7 @@ def run_batch(
     preparation = Preparation(options, console)
     sizes = [_count_pixels(preparation, scene) for scene in scenes]
     dashboard = cluster.dashboard_address is not None
-    told: SegmentationModel | None = None
+    told: list[str] = []
     with ClusterKeeper(cluster) as keeper, console.step("batch", sum(sizes)) as step:
         for number, (scene, pixels) in enumerate(zip(scenes, sizes, strict=True), 1):
             listener = _SceneListener(console, step, f"scene {number}/{len(scenes)} {scene.name}", own_page=dashboard)
@@ -133,10 +134,7 @@ def run_batch(
             scene_began = time.perf_counter()
             try:
                 raster, model, network = preparation.open(scene.paths, scene.bands)
-                if model is not told:
-                    for line in explain_model(model):
-                        console.remark(line)
-                    told = model
+                told = _explain(console, preparation, model, told)
                 summary = segment_raster(
                     raster, model, network, out, options, keeper, writing, listener, since=scene_began
                 )
@@ -150,7 +148,7 @@ def run_batch(
             step.advance(max(0, pixels - listener.pixels))
             results.append(result)
             _note(folder, result)
-            console.remark(f"[{number}/{len(scenes)}] {_describe(result)}")
+            console.remark(f"[{number}/{len(scenes)}] {describe_result(result)}")
     console.result(
         _sentence(results, folder, time.monotonic() - began),
         {
@@ -161,6 +159,15 @@ def run_batch(
         },
     )
     return results
+
+
+def _explain(console: Console, preparation: Preparation, model: SegmentationModel, told: list[str]) -> list[str]:
+    """Say what a model is and which bands go into it, where that is not what was told of the scene before; what is
+    told now."""
+    lines = [*explain_model(model), *preparation.explain(model)]
+    if lines != told:
+        console.remark_lines(lines)
+    return lines
 
 
 def _require_writable(folder: Path) -> None:
@@ -194,7 +201,8 @@ def _count_pixels(preparation: Preparation, scene: Scene) -> int:
     return height * width
 
 
-def _describe(result: SceneResult) -> str:
+def describe_result(result: SceneResult) -> str:
+    """In one line."""
     summary = result.summary
     if summary is None:
         return f"{result.scene.name}: FAILED: {result.error}"
@@ -203,7 +211,9 @@ def _describe(result: SceneResult) -> str:
     else:
         done = f"{summary.pixels / 1e6:.1f} Mpx in {format_seconds(summary.seconds)} ({summary.mpx_per_s:.2f} Mpx/s)"
     failed = f", {count_of(len(summary.failed_tiles), 'tile')} FAILED" if summary.failed_tiles else ""
-    return f"{result.out}: {done}{failed}"
+    undeclared = summary.undeclared_pixels
+    strange = f", {count_of(undeclared, 'pixel')} of undeclared NaN or infinity" if undeclared else ""
+    return f"{result.out}: {done}{failed}{strange}"
 
 
 def _sentence(results: list[SceneResult], folder: Path, seconds: float) -> str:

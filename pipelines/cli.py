@@ -412,8 +412,9 @@ def evaluate(console: Any, pairs: tuple[str, ...], **options: Any) -> None:
 @click.argument("out", type=Place())
 @click.argument("file", type=Place(), required=False)
 @overwrite_option
+@trust_option
 @click.pass_obj
-def report(console: Any, out: Path, file: Path | None, overwrite: bool) -> None:
+def report(console: Any, out: Path, file: Path | None, overwrite: bool, trust_sources: bool) -> None:
     """Write a page on an output, OUT.html where no FILE is named: pictures before and after, class areas, plan, start
     check, throughput, memory, failed tiles, provenance. One file, which opens anywhere.
 
@@ -423,15 +424,16 @@ def report(console: Any, out: Path, file: Path | None, overwrite: bool) -> None:
     """
     from .report import run_report
 
-    run_report(console, out, file, overwrite=overwrite)
+    run_report(console, out, file, overwrite=overwrite, trust=trust_sources)
 
 
 @cli.command()
 @click.argument("out", type=Place())
 @click.argument("file", type=Place())
 @overwrite_option
+@trust_option
 @click.pass_obj
-def export(console: Any, out: Path, file: Path, overwrite: bool) -> None:
+def export(console: Any, out: Path, file: Path, overwrite: bool, trust_sources: bool) -> None:
     """Write an output as FILE: .tif a cloud-optimised GeoTIFF with overviews, .png a quicklook of input and result.
 
     \b
@@ -440,7 +442,7 @@ def export(console: Any, out: Path, file: Path, overwrite: bool) -> None:
     """
     from .export import run_export
 
-    run_export(console, out, file, overwrite=overwrite)
+    run_export(console, out, file, overwrite=overwrite, trust=trust_sources)
 
 
 @cli.command()

@@ -40,6 +40,11 @@ class Comparison:
     shape: tuple[int, int]
     confusion: Confusion | None = field(default=None, repr=False)
 
+    @property
+    def classes(self) -> str:
+        """In words."""
+        return ", ".join(self.names) or f"numbers below {self.count} without names"
+
 
 def run_evaluate(console: Console, pairs: Sequence[tuple[Path, str]], options: LabelOptions) -> None:
     """Count every pixel where both a map and its labels hold a class, block by block."""
@@ -49,10 +54,10 @@ def run_evaluate(console: Console, pairs: Sequence[tuple[Path, str]], options: L
             console.remark(entry.labels.note)
     first = opened[0]
     for other in opened[1:]:
-        if other.names != first.names:
+        if (other.names, other.count) != (first.names, first.count):
             raise UsageError(
-                f"maps must have the same classes to be scored together: {first.out} has {', '.join(first.names)}; "
-                f"{other.out} {', '.join(other.names)}"
+                f"maps must have the same classes to be scored together: {first.out} has {first.classes}; "
+                f"{other.out} {other.classes}; score them one by one"
             )
     done: list[tuple[Comparison, Confusion]] = []
     left_out: list[str] = []

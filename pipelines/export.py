@@ -34,8 +34,12 @@ _STRIP = 4096
 """Width of the windows written at once."""
 
 
-def run_export(console: Console, out: Path, target: Path, *, overwrite: bool) -> None:
-    """Write TARGET by its suffix: .tif a COG, .png a quicklook of input and result."""
+def run_export(console: Console, out: Path, target: Path, *, overwrite: bool, trust: bool = False) -> None:
+    """Write TARGET by its suffix: .tif a COG, .png a quicklook of input and result.
+
+    Args:
+        trust: of the input, as in `open_raster`.
+    """
     require_lasting(target)
     header = read_header(out)
     if target.is_dir():
@@ -56,7 +60,7 @@ def run_export(console: Console, out: Path, target: Path, *, overwrite: bool) ->
             stack.callback(unfinished.unlink, missing_ok=True)
         with MemoryMeter() as meter:
             if suffix == ".png":
-                save_quicklook(console, out, header, unfinished)
+                save_quicklook(console, out, header, unfinished, trust=trust)
             else:
                 _write_cog(console, out, header, unfinished)
         size = unfinished.stat().st_size

@@ -118,7 +118,7 @@ def _colour_classes(classes: npt.NDArray[np.int64], header: dict[str, Any]) -> R
     return palette[classes]
 
 
-def _find_classes(values: npt.NDArray[Any], kind: str, header: dict[str, Any]) -> npt.NDArray[np.int64] | None:
+def find_classes(values: npt.NDArray[Any], kind: str, header: dict[str, Any]) -> npt.NDArray[np.int64] | None:
     """Class numbers of the small result, _NO_CLASS where there is none; None: its values are no classes.
 
     Args:
@@ -130,7 +130,7 @@ def _find_classes(values: npt.NDArray[Any], kind: str, header: dict[str, Any]) -
     elif kind == "values" or header.get("task") == "multilabel":
         return None
     elif header.get("task") == "binary" and len(values) == 1:
-        share = header["threshold"]
+        share = header.get("threshold") or 0.5
         found = (values[0] > (LEVELS * share if kind == "probability" else log(share) - log1p(-share))).astype(np.int64)
     elif len(values) == 1:
         return None
@@ -159,14 +159,18 @@ class Quicklook:
     """Name, colour and share of each class; shares of what the small picture shows."""
 
 
-def make_quicklook(console: Console, out: Path, header: dict[str, Any]) -> Quicklook:
-    """Shrink the input (where it is still at its place) and the result."""
+def make_quicklook(console: Console, out: Path, header: dict[str, Any], *, trust: bool = False) -> Quicklook:
+    """Shrink the input (where it is still at its place) and the result.
+
+    Args:
+        trust: of the input, as in `open_raster`.
+    """
     kind = header["kind"]
     result = open_raster(out / kind)
     factor = _shrink_factor(result.shape_yx)
     source: Raster | None = None
     try:
-        source = open_reference(header["source"])
+        source = open_reference(header["source"], trust=trust)
     except RasterError as error:
         console.remark(f"quicklook without the input: {error}")
     picture = None
@@ -183,7 +187,7 @@ def make_quicklook(console: Console, out: Path, header: dict[str, Any]) -> Quick
                 console.remark(f"quicklook without the input: {error}")
         bands = list(range(result.bands))
         values = _read_small(result, bands, factor, whole, average=result.dtype.kind == "f", step=step)
-    classes = _find_classes(values, kind, header)
+    classes = find_classes(values, kind, header)
     painted = _paint_values(values) if classes is None else _colour_classes(classes, header)
     return Quicklook(
         source=picture,
@@ -210,9 +214,9 @@ def _make_legend(
     return [(e["name"], tuple(e["colour"]), float(shares[e["value"]] / valid)) for e in known]
 
 
-def save_quicklook(console: Console, out: Path, header: dict[str, Any], target: Path) -> None:
+def save_quicklook(console: Console, out: Path, header: dict[str, Any], target: Path, *, trust: bool = False) -> None:
     """Draw input and result side by side, with captions and the classes' shares."""
-    _compose(make_quicklook(console, out, header)).save(target, optimize=True)
+    _compose(make_quicklook(console, out, header, trust=trust)).save(target, optimize=True)
 
 
 def _enlarge(picture: Image.Image) -> Image.Image:

@@ -63,12 +63,16 @@ class Throughput:
     """Where a pause was cut out, in seconds."""
 
 
-def run_report(console: Console, out: Path, target: Path | None, *, overwrite: bool) -> None:
-    """Write the page on an output; beside it, OUT.html, where no other place is named."""
+def run_report(console: Console, out: Path, target: Path | None, *, overwrite: bool, trust: bool = False) -> None:
+    """Write the page on an output; beside it, OUT.html, where no other place is named.
+
+    Args:
+        trust: of the input, as in `open_raster`.
+    """
     target = target if target is not None else out.with_name(f"{out.name.removesuffix('.zarr')}.html")
     require_report_target(target, overwrite=overwrite)
     read_header(out)
-    size = write_report(console, out, target)
+    size = write_report(console, out, target, trust=trust)
     console.result(f"{target}: {format_bytes(size)}", {"out": str(target), "bytes": size})
 
 
@@ -88,15 +92,17 @@ def require_report_target(target: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{target} exists; choose another path, or --overwrite")
 
 
-def write_report(console: Console, out: Path, target: Path, stop: StoppedRun | None = None) -> int:
+def write_report(
+    console: Console, out: Path, target: Path, stop: StoppedRun | None = None, *, trust: bool = False
+) -> int:
     """Write the page, also on a run that stopped; returns its bytes."""
-    page = render_report(console, out, stop).encode()
+    page = render_report(console, out, stop, trust=trust).encode()
     with writing(target):
         upload_bytes(target, page)
     return len(page)
 
 
-def render_report(console: Console, out: Path, stop: StoppedRun | None = None) -> str:
+def render_report(console: Console, out: Path, stop: StoppedRun | None = None, *, trust: bool = False) -> str:
     """The page's text."""
     runs = read_runs(run_folder(out))
     values: dict[str, Any] = {
@@ -116,7 +122,8 @@ def render_report(console: Console, out: Path, stop: StoppedRun | None = None) -
     except OutputError:
         header = None  # somebody else's, which is why the run stopped
     if header is not None:
-        values.update(_describe_output(console, out, header, pictures=not (stop and stop.is_brief)))
+        pictures = not (stop and stop.is_brief)
+        values.update(_describe_output(console, out, header, pictures=pictures, trust=trust))
     return render_page("report.html", "report", values, moment=_format_moment)
 
 
@@ -138,7 +145,9 @@ def _read_checks(out: Path, header: dict[str, Any]) -> tuple[StartCheck | None, 
     raise OutputError(f"{out} has damaged metadata: its checks: {misfit}; segment --overwrite makes it anew")
 
 
-def _describe_output(console: Console, out: Path, header: dict[str, Any], *, pictures: bool) -> dict[str, Any]:
+def _describe_output(
+    console: Console, out: Path, header: dict[str, Any], *, pictures: bool, trust: bool
+) -> dict[str, Any]:
     plan = plan_of(out, header)
     records = read_records(out)
     failed = sorted((at, str(r.get("error", ""))) for at, r in records.items() if r.get("state") == "failed")
@@ -147,7 +156,7 @@ def _describe_output(console: Console, out: Path, header: dict[str, Any], *, pic
     if run is not None and not records:
         done = len(plan.grid) - run["failed_tiles"]
         failed = [((tile["row"], tile["column"]), tile["error"]) for tile in run["failures"]]
-    quicklook = make_quicklook(console, out, header) if pictures else None
+    quicklook = make_quicklook(console, out, header, trust=trust) if pictures else None
     areas = count_areas(console, out, header) if pictures and header["kind"] == "class" else None
     check, loss = _read_checks(out, header)
     return {

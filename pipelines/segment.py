@@ -147,7 +147,7 @@ class Preparation:
         raster = self.match.raster
         key = (raster.bands, str(raster.dtype))
         if key not in self._known:
-            self._known[key] = self.analyse(raster)
+            self._known[key] = self.analyse(raster, model)
         model, network = self._known[key]
         fill_values(model.fill, raster)
         return raster, model, network
@@ -189,14 +189,17 @@ class Preparation:
             )
         return self._models[raster.bands]
 
-    def analyse(self, raster: Raster) -> tuple[SegmentationModel, Network]:
+    def analyse(self, raster: Raster, model: SegmentationModel | None = None) -> tuple[SegmentationModel, Network]:
         """The model, and its network on rasters like this one.
+
+        Args:
+            model: as it was loaded for the raster that this one was chosen from; None: it is loaded.
 
         Raises:
             TilerError: the model cannot be loaded or tiled, or does not take the raster's bands.
         """
         options = self._options
-        model = self._load(raster)
+        model = model or self._load(raster)
         if raster.bands != len(model.bands):
             raise UsageError(
                 f"{raster.path} has {count_of(raster.bands, 'band')}, model {model.name} takes {len(model.bands)}; "
@@ -351,7 +354,7 @@ def run_segment(
         stop.loss = listener.loss
         stop.model = listener.model or stop.model
         try:
-            write_report(console, out, writing.report, stop if stop.error else None)
+            write_report(console, out, writing.report, stop if stop.error else None, trust=options.reading.trust)
             console.remark(f"report    {writing.report}")
         except Exception as error:  # noqa: BLE001 - what became of the run is what is to be told
             console.remark(f"report    cannot be written: {error}")

@@ -61,6 +61,10 @@ class NodataRule:
         parts += [f"band {self.mask_band} = {self.mask_values}"] if self.mask_band else []
         return ", ".join(parts)
 
+    def may_miss(self, dtype: np.dtype[Any]) -> bool:
+        """Whether a raster of that dtype can have nodata pixels; one of floats always can."""
+        return dtype.kind == "f" or bool(self.values) or self.mask is not None or bool(self.mask_band)
+
 
 def _digits(value: float) -> str:
     """In six digits where they say all."""

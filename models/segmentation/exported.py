@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from ...tiler.errors import UntileableError
 from ...tiler.graph import first_line
 from ...tiler.network import analyze_network
+from .finite import require_finite_weights
 from .trust import ModelFile, ModelFileError, Trust
 
 _EXPORT_REASON = "torch.export.load unpickles and evaluates parts of it"
@@ -177,6 +178,8 @@ def load_script(file: ModelFile, trust: Trust) -> ExportedNetwork:
             script = torch.jit.load(file.open(), map_location="cpu")
         except RuntimeError as error:
             raise ModelFileError(f"{path} cannot be loaded by torch.jit.load: {first_line(error)}") from error
+        # The converted form has parameters as buffers, and NaN never agrees with itself.
+        require_finite_weights(script, str(path))
         converted = _convert(script, path)
         _require_image_input(converted.program, path)
         for size in _COMPARED_SIZES:

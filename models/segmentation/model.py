@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...tiler.errors import UsageError
 from ...tiler.store import LEVELS, OutputDescription
+from .finite import require_finite_weights
 from .meaning import Activation, Meaning, Statement, Task
 from .norm import fold_norms
 from .palette import default_colour
@@ -248,8 +249,9 @@ def as_tile_network(model: SegmentationModel, output: Output | None = None) -> T
         output: None: `default_output`.
 
     Raises:
-        UsageError: an output that there is not, or that the network's values do not give.
+        UsageError: an output that there is not, or that the network's values do not give; weights that are not finite.
     """
+    require_finite_weights(model.network, model.name)
     output = output or default_output(model)
     if output not in OUTPUTS:
         raise UsageError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")

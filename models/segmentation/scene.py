@@ -133,9 +133,8 @@ class SceneLabelReader:
 
     def __init__(self, view: SceneLabels, labels: LabelReader, pixels: RasterReader | None) -> None:
         self._view, self._reader = view, labels
-        rule = view.scene.raster.nodata_rule
-        may_miss = bool(rule.values) or rule.mask is not None or bool(rule.mask_band)
-        self._pixels = pixels if may_miss else None
+        raster = view.scene.raster
+        self._pixels = pixels if raster.nodata_rule.may_miss(raster.dtype) else None
 
     @property
     def ignored(self) -> Mapping[int, int]:

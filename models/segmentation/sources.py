@@ -21,6 +21,7 @@ from ...tiler.files import flush_file, sync_folder, use_default_mode
 from ...tiler.graph import first_line
 from .exported import ExportedNetwork, load_exported, load_script
 from .factory import build_network, is_factory
+from .finite import require_finite_weights
 from .meaning import Activation, Meaning, Statement, Task
 from .mlm import Artifact, Description, default_bands, default_classes, describe, read_description, spare_path
 from .model import SegmentationClass, SegmentationModel, fit_classes
@@ -104,7 +105,8 @@ def load_model(
         threshold: of a binary task: yes where the probability is greater.
 
     Raises:
-        ModelFileError: a file that is missing, damaged, of another kind, or that could run code without leave to.
+        ModelFileError: a file that is missing, damaged, of another kind, or that could run code without leave to;
+            weights that are not finite.
         UsageError: options that do not go together.
     """
     allowed = Trust(everything=trust, sha256=sha256)
@@ -128,6 +130,7 @@ def load_model(
         return _load_described(description, allowed, stated)
     file = read_model_file(Path(str(source)))
     network = _load_network(file, allowed, weights_key)
+    require_finite_weights(network, str(file))
     return _complete(network, file.path.stem, bands, stated, sha256=file.sha256)
 
 
@@ -160,16 +163,22 @@ def _load_factory(
     remark = ""
     if weights is not None and states is not None:
         remark = fit_state(network, states, weights.path, factory, key=weights.key)
+    require_finite_weights(network, factory if weights is None else str(weights.path))
     network.eval()
     known = {
         "sha256": digest,
         "architecture": factory,
         "hyperparameters": hyperparameters,
-        "remarks": (f"weights   {remark}",) if remark else (),
+        "remarks": _remarks(remark),
     }
     if isinstance(built, SegmentationModel):
         return _settle(replace(built, **known), stated)
     return _complete(network, factory, bands, stated, **known)
+
+
+def _remarks(text: str) -> tuple[str, ...]:
+    """Of what `fit_state` said."""
+    return (f"weights   {text}",) if text else ()
 
 
 def _settle(model: SegmentationModel, stated: Statement) -> SegmentationModel:
@@ -221,7 +230,8 @@ def _load_described(path: Path, trust: Trust, stated: Statement) -> Segmentation
             f"{file} does not hold the weights that {path.name} describes: its sha256 is {file.sha256}, "
             f"not {said.artifact_sha256}"
         )
-    network = _build_described(said, path, trust, file).eval()
+    network, remark = _build_described(said, path, trust, file)
+    require_finite_weights(network.eval(), str(file))
     is_built = said.architecture == UNET_ARCHITECTURE or is_factory(said.architecture)
     meaning = find_meaning(network, len(said.bands), path.name, stated.over(said.stated))
     return SegmentationModel(
@@ -238,11 +248,12 @@ def _load_described(path: Path, trust: Trust, stated: Statement) -> Segmentation
         sha256=file.sha256,
         architecture=said.architecture if is_built else "",
         hyperparameters=said.hyperparameters if is_built else {},
+        remarks=_remarks(remark),
     )
 
 
-def _build_described(said: Description, path: Path, trust: Trust, file: ModelFile) -> nn.Module:
-    """The network that a description means, with its weights."""
+def _build_described(said: Description, path: Path, trust: Trust, file: ModelFile) -> tuple[nn.Module, str]:
+    """The network that a description means, with its weights, and what `fit_state` said."""
     if said.architecture == UNET_ARCHITECTURE:
         trust.require_hash(file.path, file.sha256)
         states = read_states(file, trust)
@@ -261,9 +272,8 @@ def _build_described(said: Description, path: Path, trust: Trust, file: ModelFil
             f"outsize model pack package.module:factory OUT.json --weights {said.artifact}"
         )
     else:
-        return _load_network(file, trust)
-    fit_state(network, states, file.path, path.name, exact=True)
-    return network
+        return _load_network(file, trust), ""
+    return network, fit_state(network, states, file.path, path.name, exact=True)
 
 
 def _build_unet(options: Mapping[str, Any], path: Path, file: ModelFile, states: States) -> UNet:

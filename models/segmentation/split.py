@@ -151,11 +151,6 @@ def choose_block(shapes: list[tuple[int, int]], guard: int) -> int:
     return int(min(1024, max(32, 2 * guard, side)))
 
 
-def block_grid(shape_yx: tuple[int, int], block: int) -> Grid:
-    """The blocks of a scene."""
-    return Grid(shape=shape_yx, cell=(block, block))
-
-
 def count_blocks(grid: Grid, split: Split) -> int:
     """Blocks of a scene that validate."""
     return sum(split.validates(row, column) for row, column in chain(grid))

@@ -199,6 +199,9 @@ def require_fit(
             f"{path} holds all weights of {what} {len(fitting)} times, under {_few(labels)}, and they differ; choose "
             f"with --weights-key {labels[0]}"
         )
+    other_kinds = _list_other_kinds(own, chosen)
+    if other_kinds:
+        raise _misfit(path, what, other_kinds)
     rest = [name for name in chosen.names if name not in own]
     alien = rest if exact else [name for name in rest if _belongs(name, wanted)]
     if alien or (exact and chosen.others):
@@ -209,8 +212,8 @@ def require_fit(
 def fit_state(
     network: nn.Module, states: States, path: Path, what: str, *, key: str | None = None, exact: bool = False
 ) -> str:
-    """Load weights into a network: those that `require_fit` finds. Returns a line on what was left over; empty: nothing
-    was."""
+    """Load weights into a network: those that `require_fit` finds. Returns a line on what was left over or lost digits;
+    empty: nothing did."""
     chosen, own = require_fit(network, states, path, what, key=key, exact=exact), _names_of(network)
     try:
         network.load_state_dict({name: chosen.names.get(bare, value) for bare, (name, value) in own.items()})
@@ -219,7 +222,52 @@ def fit_state(
     rest = [name for name in chosen.names if name not in own]
     left = [*(f"{chosen.prefix}{name}" for name in rest), *chosen.others]
     place = f"the names of {chosen.label} in {path.name}" if chosen.prefix or chosen.key else path.name
-    return f"{place} are the network's; left over: {_few(left)}" if left else ""
+    remarks = [f"{place} are the network's; left over: {_few(left)}"] if left else []
+    rounded = [
+        (chosen.names[bare].dtype, value.dtype) for bare, (_, value) in own.items() if _is_rounded(chosen, bare, value)
+    ]
+    if rounded:
+        (theirs, ours), count = rounded[0], f"{len(rounded)} tensor{'s' * (len(rounded) > 1)}"
+        remarks.append(f"{count} of {path.name} rounded, {_type(theirs)} to the network's {_type(ours)}")
+    return "; ".join(remarks)
+
+
+def _is_rounded(place: _Place, name: str, value: object) -> bool:
+    """Whether the network's tensor of that name holds fewer digits than the file's."""
+    theirs = place.names.get(name)
+    if theirs is None or not isinstance(value, Tensor) or name.endswith(_UNUSED):
+        return False
+    return torch.promote_types(theirs.dtype, value.dtype) != value.dtype
+
+
+def _kind(dtype: torch.dtype) -> str:
+    """Numbers of one kind are copied as what they mean; those of 8 bits mean nothing without scales."""
+    if dtype == torch.bool:
+        return "truth values"
+    if dtype.is_complex:
+        return "complex numbers"
+    if dtype.is_floating_point:
+        return "numbers" if dtype.itemsize > 1 else "numbers of 8 bits"
+    return "quantised numbers" if _type(dtype).startswith("q") else "whole numbers"
+
+
+def _type(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _list_other_kinds(own: Mapping[str, tuple[str, Any]], place: _Place) -> list[str]:
+    """Tensors whose numbers are of another kind than the network's: int8 for float32."""
+    wrong: list[str] = []
+    for name, (_, value) in own.items():
+        theirs = place.names.get(name)
+        if theirs is None or not isinstance(value, Tensor) or name.endswith(_UNUSED):
+            continue
+        if _kind(theirs.dtype) != _kind(value.dtype):
+            wrong.append(
+                f"{name} holds {_kind(theirs.dtype)} ({_type(theirs.dtype)}) there and {_kind(value.dtype)} "
+                f"({_type(value.dtype)}) in the network"
+            )
+    return wrong[:_SHOWN] + ([f"and {len(wrong) - _SHOWN} more of other kinds"] if len(wrong) > _SHOWN else [])
 
 
 def _names_of(network: nn.Module) -> dict[str, tuple[str, Any]]:

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import rasterio
+from outsize.models import SegmentationModel, load_model
+from outsize.pipelines import segment
 from outsize.tiler.geometry import Window
 from outsize.tiler.raster import open_raster
 
@@ -77,3 +80,29 @@ def test_scenes_of_a_training_are_read_in_the_order_of_the_first(tmp_path: Path)
     strange = write_named(tmp_path / "strange.tif", PIXELS, ("B02", "B03", "B04", "B05"))
     refused = outsize_here("train", first, strange, "--out", tmp_path / "no", *words)
     assert (refused.returncode, "B05 in the place of B08" in refused.stderr) == (2, True)
+
+
+def test_a_model_is_loaded_once_though_a_raster_has_more_bands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_small_model(tmp_path / "model.json", S2)
+    scene = write_named(tmp_path / "scene.tif", PIXELS[[3, 3, 2, 1, 0]], ("B11", *S2[::-1]))
+    loaded: list[SegmentationModel] = []
+    monkeypatch.setattr(segment, "load_model", lambda *a, **k: loaded.append(load_model(*a, **k)) or loaded[-1])
+    shown = outsize_here("plan", scene, "--model", model)
+    assert "by name: B02 = 5 (B02)" in shown.stdout
+    assert len(loaded) == 1
+
+
+def test_a_batch_says_which_bands_go_into_the_model_where_that_changes(tmp_path: Path) -> None:
+    model = save_small_model(tmp_path / "model.json", S2)
+    for name, order in (("a", S2), ("b", S2), ("c", S2[::-1])):
+        write_named(tmp_path / f"{name}.tif", PIXELS, order)
+    scenes = [tmp_path / f"{name}.tif" for name in "abc"]
+    shown = outsize_here("segment", *scenes, "--out-dir", tmp_path / "maps", "--model", model, "--dry-run")
+    assert shown.returncode == 0, shown.stderr
+    lines = [line for line in shown.stderr.splitlines() if line.startswith("bands ")]
+    assert [line.split(", ")[0] for line in lines] == [
+        "bands     by name: B02 = 1 (B02)",
+        "bands     by name: B02 = 4 (B02)",
+    ]
+    assert shown.stderr.count("scaling   min-max: (x - 0) / 255") == 2
+    assert shown.stderr.count("task      multiclass") == 2

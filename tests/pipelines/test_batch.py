@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import rasterio
+from outsize.pipelines.batch import SceneResult, describe_result
 from outsize.pipelines.scenes import find_scenes
 from outsize.tests.support.commands import outsize, result_of
 from outsize.tiler.errors import UsageError
 from outsize.tiler.records import run_folder
+from outsize.tiler.run_summary import RunSummary
 from outsize.tiler.store import open_array
 
 from ..support.small_model import save_small_model
@@ -166,6 +169,20 @@ def test_a_terminal_gets_no_sequences_from_names(tmp_path: Path) -> None:
     assert "\x1b" not in done.stderr
 
 
+def test_a_scenes_line_counts_undeclared_nan() -> None:
+    summary = RunSummary(
+        out="a.zarr", pixels=2_000_000, startup_s=1, seconds=2, mpx_per_s=1, peak_bytes=1, predicted_peak_bytes=1,
+        tiles=4, resumed_tiles=0, failed_tiles=(), start_check=None, read_amplification=None,
+        check_read_amplification=0, predicted_read_amplification=1, engine="torch", precision="float32", device="cpu",
+        device_peak_bytes=0, predicted_device_peak_bytes=0, undeclared_pixels=1_234,
+    )  # fmt: skip
+    scene = find_scenes(["elsewhere/a.tif"])[0]
+    result = SceneResult(scene=scene, out=Path("a.zarr"), state="done", summary=summary)
+    assert describe_result(result).endswith("(1.00 Mpx/s), 1234 pixels of undeclared NaN or infinity")
+    quiet = replace(result, summary=replace(summary, undeclared_pixels=0))
+    assert describe_result(quiet).endswith("(1.00 Mpx/s)")
+
+
 def test_a_batch_goes_past_what_fails_and_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
     (folder / "broken.tif").write_bytes((folder / "plain.tif").read_bytes()[:100])
     write_tiff(folder / "three bands.tif", bands=3)
@@ -189,6 +206,12 @@ def test_a_batch_goes_past_what_fails_and_on_where_it_stopped(folder: Path, tmp_
     assert done.returncode == 1
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["scenes"], result["done"], result["partial"], result["failed"]) == (8, 6, 0, 2)
+    # What goes into the model is told once, since it is the same for all.
+    assert [line.split()[0] for line in done.stderr.splitlines() if line.startswith(("task", "bands", "scaling"))] == [
+        "task",
+        "bands",
+        "scaling",
+    ]
     # One display over all.
     shown = [line for line in done.stderr.splitlines() if re.match(r"\w+: \d+ %", line)]
     assert {line.split(":")[0] for line in shown} == {"batch"}

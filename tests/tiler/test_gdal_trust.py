@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,13 +14,16 @@ import numpy as np
 import pytest
 import rasterio
 import rasterio.shutil
+from distributed import Client
 from outsize.tests.support.commands import outsize_here
 from outsize.tiler.errors import TilerError
 from outsize.tiler.geometry import Window
 from outsize.tiler.labels import LabelOptions, open_labels
 from outsize.tiler.raster import Raster, open_raster
 from outsize.tiler.raster_parts import open_reference, open_stack, reference_to
+from outsize.tiler.run import predict
 from outsize.tiler.vectors import read_features
+from torch import Tensor, nn
 
 from ..support.rasters import missing_of, unique_pixels, write_geotiff
 
@@ -179,6 +183,23 @@ def test_a_raw_band_is_read_with_leave(folder: Path, monkeypatch: pytest.MonkeyP
     assert outsize_here("ingest", "m.vrt", "o.zarr", "--trust-sources").returncode == 0
     monkeypatch.setenv("OUTSIZE_TRUST_SOURCES", "1")
     assert outsize_here("ingest", "m.vrt", "o.zarr", "--overwrite").returncode == 0
+
+
+class AsFloats(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
+def test_pictures_of_what_was_read_with_leave_need_it_too(folder: Path, client: Client) -> None:
+    placed = "<GeoTransform>0, 1, 0, 20, 0, -1</GeoTransform>"
+    (folder / "m.vrt").write_text(vrt(RAW, RAW_BAND, placed))
+    network = AsFloats(1, 2, 1)
+    predict(open_raster("m.vrt", trust=True), network, "o.zarr", client=client, engine="torch")
+    for words in (("export", "o.zarr", "o.png"), ("report", "o.zarr", "o.html")):
+        shown = outsize_here(*words)
+        assert shown.returncode == 0, shown.stderr
+        assert re.search(r"quicklook without the input: .*m.vrt is not opened: .*--trust-sources", shown.stderr)
+        assert "quicklook without" not in outsize_here(*words, "--overwrite", "--trust-sources").stderr
 
 
 def tag(folder: Path, listener: Listener) -> None:

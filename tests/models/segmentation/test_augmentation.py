@@ -78,6 +78,18 @@ def test_augmenting_then_tiling_equals_tiling_then_augmenting(tmp_path: Path, tu
         assert np.array_equal(classes.read(window), turn.apply(counted)[window.slices()])
 
 
+def test_labels_over_undeclared_nan_do_not_count(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).random((2, 16, 16), np.float32)
+    image[:, :, 8:] = np.nan
+    raster = open_raster(write_geotiff(tmp_path / "scene.tif", image))
+    assert not raster.nodata_rule.values
+    path = write_geotiff(tmp_path / "labels.tif", np.ones((1, 16, 16), np.uint8))
+    found = open_labels(str(path), raster.place, (16, 16), of="scene", names=("a", "b"), options=LabelOptions())
+    scene = TrainingScene(raster=raster, labels=found, split=None)
+    classes = SceneLabels(scene=scene, part="training").open_reader().read(Window.whole((16, 16)))
+    assert np.array_equal(classes == UNLABELLED, np.isnan(image[0]))
+
+
 def test_variants_are_drawn_as_asked_and_do_not_disturb_each_other() -> None:
     def draw(text: str) -> list[Variant]:
         rng = np.random.default_rng(5)

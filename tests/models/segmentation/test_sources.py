@@ -19,9 +19,10 @@ from typing import Any
 import cloudpickle
 import pytest
 import torch
-from outsize.models import Scaling, SegmentationModel, UNet
+from outsize.models import Scaling, SegmentationModel, UNet, as_tile_network
 from outsize.models.segmentation import exported, sources, trust
 from outsize.models.segmentation.exported import ExportedNetwork, export_network
+from outsize.models.segmentation.finite import require_finite_weights
 from outsize.models.segmentation.mlm import default_classes
 from outsize.models.segmentation.palette import default_colour
 from outsize.models.segmentation.sources import load_model, save_model
@@ -451,6 +452,50 @@ def test_exports_and_scripts_that_cannot_be_tiled_are_refused_with_the_remedy(ne
     (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ModelFileError, match=r"cut.pt is no model"):
         load_model("cut.pt", trust=True)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(folder: Path) -> None:
+    build = f"{write_module(folder)}:Small"
+    good, bad = Small().eval(), Small().eval()
+    with torch.no_grad():
+        bad.stem[0].weight[1, 0, 2, 2] = float("nan")
+    plain = nn.Sequential(nn.Conv2d(3, 2, 3))
+    with torch.no_grad():
+        plain[0].bias[1] = -float("inf")
+    torch.save(plain, "pickled.pt")
+    export(plain, folder / "exported.pt2", 3)
+    example = torch.zeros(1, 3, 32, 32)
+    quietly(lambda: torch.jit.trace(plain, example).save("traced.pt"))
+    for path in ("pickled.pt", "exported.pt2", "traced.pt"):
+        with pytest.raises(ModelFileError, match=rf"of {path} must be finite, .*0.bias holds NaN or infinity"):
+            load_model(path, trust=True)
+    torch.save(bad.state_dict(), "w.pt")
+    with pytest.raises(ModelFileError, match=r"of w.pt must be finite, stem.0.weight holds NaN or infinity"):
+        load_model(build, weights="w.pt")
+    model = described(folder, good)
+    save_model(model, "m.json")
+    state = {name: tensor.clone() for name, tensor in bad.state_dict().items()}
+    known = load_model("m.json", trust=True).sha256
+    save_file(state, "m.safetensors")
+    text = Path("m.json").read_text().replace(known, digest(Path("m.safetensors")))
+    Path("m.json").write_text(text)
+    with pytest.raises(ModelFileError, match=r"of m.safetensors must be finite, stem.0.weight holds"):
+        load_model("m.json", trust=True)
+    with pytest.raises(ModelFileError, match=r"must be finite, stem.0.weight holds"):
+        as_tile_network(replace(model, network=bad))
+
+
+def test_masks_of_infinity_are_no_weights() -> None:
+    network = nn.Conv2d(1, 2, 1)
+    network.register_buffer("mask", torch.full((3, 3), float("-inf")))
+    require_finite_weights(network, "it")
+    network.mask[0, 0] = float("nan")
+    with pytest.raises(ModelFileError, match="mask holds NaN"):
+        require_finite_weights(network, "it")
+    norm = nn.BatchNorm2d(2)
+    norm.running_var[1] = float("inf")
+    with pytest.raises(ModelFileError, match="of it must be finite, running_var holds"):
+        require_finite_weights(norm, "it")
 
 
 def test_networks_in_half_precision_are_refused_with_what_helps(folder: Path) -> None:

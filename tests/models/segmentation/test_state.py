@@ -132,3 +132,36 @@ def test_of_two_whole_networks_the_user_chooses() -> None:
     with pytest.raises(ModelFileError, match="several networks, under model, ema; choose with --weights-key model"):
         find_network({"model": model, "ema": ema}, path)
     assert find_network({"model": model, "ema": ema}, path, "ema") is ema
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_numbers_of_another_kind_are_no_weights() -> None:
+    network, state = make_network(2), dict(make_network(1).state_dict())
+    before = network.head.weight.clone()
+    eighth = torch.quantize_per_tensor(state["head.weight"], 0.1, 0, torch.qint8)
+    for value, words in (
+        (state["head.weight"].to(torch.int8), r"whole numbers \(int8\)"),
+        (state["head.weight"] > 0, r"truth values \(bool\)"),
+        (state["head.weight"].to(torch.complex64), r"complex numbers \(complex64\)"),
+        (state["head.weight"].to(torch.float8_e4m3fn), r"numbers of 8 bits \(float8_e4m3fn\)"),
+        (eighth, r"quantised numbers \(qint8\)"),
+    ):
+        with pytest.raises(ModelFileError, match=rf"head.weight holds {words} there and numbers \(float32\) in the"):
+            fit_state(network, {"": {**state, "head.weight": value}}, Path("w.pt"), "net")
+        assert torch.equal(network.head.weight, before)
+    # What is refused the other way round too: numbers for places in a table.
+    table = nn.Module()
+    table.register_buffer("index", torch.arange(4))
+    with pytest.raises(ModelFileError, match=r"index holds numbers \(float32\) there and whole numbers \(int64\)"):
+        fit_state(table, {"": {"index": torch.ones(4)}}, Path("w.pt"), "net")
+    # A count of batches is nobody's weight.
+    counts = {name: value.float() for name, value in state.items()}
+    assert fit_state(network, {"": counts}, Path("w.pt"), "net") == ""
+
+
+def test_digits_that_are_lost_are_told() -> None:
+    state = {name: value.double() for name, value in make_network(1).state_dict().items()}
+    assert fit_state(make_network(2), {"": state}, Path("w.pt"), "net") == (
+        "8 tensors of w.pt rounded, float64 to the network's float32"
+    )
+    assert fit_state(make_network(2).double(), {"": state}, Path("w.pt"), "net") == ""
