@@ -114,6 +114,9 @@ def test_pack_says_everything_and_show_repeats_it(folder: Path) -> None:
         "model": "wide one",
         "architecture": "tinymodule:Tiny",
         "hyperparameters": {"width": 7},
+        "task": "multiclass",
+        "activation": "none",
+        "threshold": None,
         "parameters": 7 * 4 * 9 + 7 + 3 * 7 + 3,
         "bands": ["r", "g", "b", "n"],
         "scaling": [
