@@ -37,6 +37,8 @@ from ..support.rasters import write_geotiff
 from ..support.runs import Classify, random_image, run, stored
 from ..support.zoo import PlainUNet, alive
 
+pytestmark = pytest.mark.system
+
 ov = pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
