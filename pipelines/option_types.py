@@ -134,6 +134,15 @@ class Size(click.ParamType):
         return (int(sides[0]), int(sides[-1]))
 
 
+def _parse_number(text: str) -> float:
+    """A float; of 64 bits, an integer with all of its digits."""
+    number = float(text)
+    try:
+        return number if int(text) == number else int(text)
+    except ValueError:
+        return number
+
+
 class NodataValue(click.ParamType):
     """A number, nan, or none."""
 
@@ -143,7 +152,7 @@ class NodataValue(click.ParamType):
         if value is None or str(value).lower() == "none":
             return "none"
         try:
-            return float(value)
+            return _parse_number(str(value))
         except ValueError:
             self.fail(f"a number, nan or none, got {value!r}", param, ctx)
 
@@ -158,7 +167,7 @@ class MaskBand(click.ParamType):
             return value
         band, _, values = str(value).partition("=")
         try:
-            return int(band), tuple(float(part) for part in values.split(","))
+            return int(band), tuple(_parse_number(part) for part in values.split(","))
         except ValueError:
             self.fail(f"a band and its values that mean nodata, such as 8=2,4; got {value!r}", param, ctx)
 

@@ -87,9 +87,19 @@ def fingerprint_raster(raster: Raster) -> dict[str, Any]:
         "input_axes": raster.axes,
         "input_nodata": str(raster.nodata_rule if stored is None else stored.nodata_rule),
         **({} if stored is None else {"input_scale": [list(pair) for pair in stored.scale_tags]}),
+        **_describe_parts(stored or raster),
         # Before there was a rule for them, NaN and infinity went into the network.
         **({"not_finite": "nodata"} if raster.dtype.kind == "f" else {}),
     }
+
+
+def _describe_parts(raster: Raster) -> dict[str, Any]:
+    """How files of a stack or mosaic are read, where the whole's nodata does not say it."""
+    if raster.nodata_rule.mask != "parts" and all(part.raster.kind != "scaled" for part in raster.parts):
+        return {}
+    told = [fingerprint_raster(part.raster) for part in raster.parts]
+    read = [[one["input_nodata"], one.get("input_scale")] for one in told]
+    return {"input_parts": read[0] if all(one == read[0] for one in read) else read}
 
 
 def state_before(header: dict[str, Any]) -> dict[str, Any]:

@@ -40,8 +40,8 @@ class NodataRule:
 
     def __post_init__(self) -> None:
         # NaN differs from every NaN but itself: one object for all, so that rules that say the same are equal.
-        once = dict.fromkeys(math.nan if math.isnan(value) else float(value) for value in self.values)
-        object.__setattr__(self, "values", tuple(once))
+        for name in ("values", "mask_values"):
+            object.__setattr__(self, name, tuple(dict.fromkeys(map(_as_exact, getattr(self, name)))))
 
     @property
     def is_plain(self) -> bool:
@@ -54,17 +54,45 @@ class NodataRule:
         return NodataRule(values=self.mask_values)
 
     def __str__(self) -> str:
-        parts = [f"{value:g}" for value in self.values] or ["none"]
+        parts = [exact_text(value) for value in self.values] or ["none"]
         parts += ["in any band"] if self.any_band and self.values else []
         parts += [f"{self.mask} mask{f' {self.masked_bands}' if self.masked_bands else ''}"] if self.mask else []
         parts += [f"band {self.mask_band} = {self.mask_values}"] if self.mask_band else []
         return ", ".join(parts)
 
 
+def _as_exact(value: float) -> float:
+    """A float; of integers that no float is, the integer itself."""
+    if math.isnan(value):
+        return math.nan
+    return float(value) if float(value) == value else int(value)
+
+
+def parse_value(value: float | str) -> float:
+    """The number that a text means; one of 64 bits with all of its digits.
+
+    Raises:
+        ValueError: it means none.
+        OverflowError: an integer beyond all floats.
+    """
+    try:
+        number = int(value) if isinstance(value, str) else value
+    except ValueError:
+        number = float(value)
+    return _as_exact(number.item() if isinstance(number, np.generic) else number)
+
+
+def exact_text(value: float) -> str:
+    """All digits of a value: two that differ must not look alike."""
+    short = f"{value:g}"
+    return short if math.isnan(value) or float(short) == value else repr(value)
+
+
 def can_hold(dtype: np.dtype[Any], value: float) -> bool:
-    """Whether a pixel of that type can have the value."""
+    """Whether a pixel of that type can have the value; of floats, one that rounds to it, as in the file."""
     if dtype.kind == "f":
-        return not math.isfinite(value) or abs(value) <= float(np.finfo(dtype).max)
+        with np.errstate(over="ignore"):
+            return not math.isfinite(value) or bool(np.isfinite(dtype.type(value)))
     limits = np.iinfo(dtype)
     return math.isfinite(value) and limits.min <= value <= limits.max and value == int(value)
 

@@ -17,7 +17,17 @@ from .block_cache import BlockStore
 from .errors import OutputError, RasterError, UsageError
 from .geometry import Window
 from .georeference import Georeference
-from .nodata import Array, Mask, NodataRule, can_hold, find_not_finite, find_undeclared, require_finite
+from .nodata import (
+    Array,
+    Mask,
+    NodataRule,
+    can_hold,
+    exact_text,
+    find_not_finite,
+    find_undeclared,
+    parse_value,
+    require_finite,
+)
 from .places import archive_name, gdal_name, is_far, is_remote, place_of, scheme_of, url_of
 from .typed import find_misfit
 
@@ -60,7 +70,7 @@ class ReadOptions:
         values = {name: value for name, value in asdict(self).items() if value not in (None, (), False)}
         values.pop("trust", None)
         if self.nodata is not None:
-            values["nodata"] = [repr(value) for value in self.nodata]
+            values["nodata"] = [repr(value) for value in self.nodata]  # JSON has no NaN
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
@@ -72,7 +82,7 @@ class ReadOptions:
         }
         try:
             if "nodata" in fields:
-                fields["nodata"] = tuple(float(value) for value in fields["nodata"])
+                fields["nodata"] = tuple(map(parse_value, fields["nodata"]))
             options = cls(**fields)
             misfit = find_misfit(options)
         except (TypeError, ValueError) as error:
@@ -311,13 +321,8 @@ def open_raster(
         RasterError: no such file, not a raster, complex or non-numeric pixels, an ambiguous group or axis order, no
             such band.
     """
-    values: tuple[float, ...] | None
-    if nodata is None:
-        values = None
-    elif isinstance(nodata, (int, float)):
-        values = (float(nodata),)
-    else:
-        values = tuple(float(value) for value in nodata)
+    given: Any = (nodata,) if np.ndim(nodata) == 0 else nodata  # pyright: ignore[reportArgumentType] - one, or several
+    values = None if nodata is None else tuple(map(parse_value, given))
     options = ReadOptions(
         axes=axes,
         bands=tuple(bands),
@@ -325,7 +330,7 @@ def open_raster(
         any_band=any_band,
         alpha=alpha,
         mask_band=mask_band,
-        mask_values=tuple(float(value) for value in mask_values),
+        mask_values=tuple(map(parse_value, mask_values)),
         apply_scale=apply_scale,
         trust=trust,
     )
@@ -334,7 +339,9 @@ def open_raster(
     from .raster_memory import keep_array
 
     kept = keep_array(src, options.axes)
-    return replace(open_with(kept.path, replace(options, axes=None)), kept=kept)
+    # A plain array is stored with the names of its axes; of a DataArray a user may know better than its own.
+    axes = options.axes if hasattr(src, "dims") else None
+    return replace(open_with(kept.path, replace(options, axes=axes)), kept=kept)
 
 
 def as_raster(raster: Any) -> Raster:
@@ -382,7 +389,7 @@ def _apply(src: str, raster: Raster, options: ReadOptions) -> Raster:
     if options.nodata is not None:
         for value in options.nodata:
             if not can_hold(raster.dtype, value):
-                raise UsageError(f"nodata must be a value of {src}'s {raster.dtype} pixels, got {value:g}")
+                raise UsageError(f"nodata must be a value of {src}'s {raster.dtype} pixels, got {exact_text(value)}")
         rule = replace(rule, values=options.nodata)
     # A file may name a value that its own pixels cannot have: then none is nodata by value.
     values = tuple(value for value in rule.values if can_hold(raster.dtype, value))
