@@ -55,7 +55,7 @@ class NodataRule:
 
     def __str__(self) -> str:
         parts = [exact_text(value) for value in self.values] or ["none"]
-        parts += ["in any band"] if self.any_band and self.values else []
+        parts += ["in any band"] if self.any_band and (self.values or self.mask in ("bands", "parts")) else []
         parts += [f"{self.mask} mask{f' {self.masked_bands}' if self.masked_bands else ''}"] if self.mask else []
         parts += [f"band {self.mask_band} = {self.mask_values}"] if self.mask_band else []
         return ", ".join(parts)
