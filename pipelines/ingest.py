@@ -10,6 +10,7 @@ from ..tiler.cluster import ClusterOptions
 from ..tiler.errors import UsageError
 from ..tiler.geometry import Window
 from ..tiler.memory import format_bytes
+from ..tiler.nodata import exact_text
 from ..tiler.plan import format_seconds
 from ..tiler.raster import Raster, ReadOptions, open_with
 from ..tiler.raster_notes import list_notes
@@ -83,7 +84,7 @@ def _sentence(raster: Raster, summary: TransferSummary, target: Path) -> str:
     place = "georeferenced" if raster.place.crs_wkt else "no CRS"
     if raster.place.points:
         place = f"{len(raster.place.points)} ground control points"
-    nodata = f", nodata {raster.nodata:g}" if raster.nodata is not None else ""
+    nodata = f", nodata {exact_text(raster.nodata)}" if raster.nodata is not None else ""
     mask = ", mask" if summary.masked else ""
     bad = f", {summary.unreadable_pixels} px UNREADABLE and nodata" if summary.unreadable else ""
     return (

@@ -143,11 +143,12 @@ def enter(image: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         NotFiniteError: some are so large that sums of them may overflow.
     """
     if image.dtype.kind == "f" and image.size:
-        largest = max(abs(float(image.max())), abs(float(image.min())))
-        if largest > LARGEST_PIXEL:
+        largest = max(image.max(), image.min(), key=abs)
+        if abs(float(largest)) > LARGEST_PIXEL:
+            # With all digits, so that it can be given back.
             raise NotFiniteError(
-                f"OpenVINO computes with pixels up to {LARGEST_PIXEL:g}, got one of {largest:g}; if it means nodata, "
-                "say so with --nodata, else use --engine torch"
+                f"OpenVINO computes with pixels up to {LARGEST_PIXEL:g}, got one of {largest}; if it means nodata, "
+                f"say so with --nodata {largest}, else use --engine torch"
             )
     return image.astype(dtype, copy=False)
 

@@ -42,6 +42,10 @@ class OutputError(TilerError):
     """An output that cannot be created, continued or trusted."""
 
 
+class DamagedError(OutputError):
+    """An output of ours whose metadata are damaged: it may be replaced, and not continued."""
+
+
 class ExactnessError(TilerError):
     """The start check found a tile that differs from the larger window beyond tolerance."""
 

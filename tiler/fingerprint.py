@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -76,19 +75,8 @@ def make_fingerprint(
     }
 
 
-def _describe_reading(raster: Raster) -> list[Any]:
-    """How the files of a raster are read, which its own rule does not tell."""
-    return [
-        str(raster.nodata_rule),
-        [list(pair) for pair in raster.scale_tags],
-        raster.kind == "scaled",
-        [_describe_reading(part.raster) for part in raster.parts],
-    ]
-
-
 def fingerprint_raster(raster: Raster) -> dict[str, Any]:
     """What tells one raster, read in one way, from another."""
-    parts = json.dumps(_describe_reading(raster)) if raster.parts and raster.kind != "scaled" else ""
     stored = raster.parts[0].raster if raster.kind == "scaled" else None
     return {
         "input": raster.identity,
@@ -99,10 +87,19 @@ def fingerprint_raster(raster: Raster) -> dict[str, Any]:
         "input_axes": raster.axes,
         "input_nodata": str(raster.nodata_rule if stored is None else stored.nodata_rule),
         **({} if stored is None else {"input_scale": [list(pair) for pair in stored.scale_tags]}),
-        **({"input_parts": hashlib.sha256(parts.encode()).hexdigest()[:16]} if parts else {}),
+        **_describe_parts(stored or raster),
         # Before there was a rule for them, NaN and infinity went into the network.
         **({"not_finite": "nodata"} if raster.dtype.kind == "f" else {}),
     }
+
+
+def _describe_parts(raster: Raster) -> dict[str, Any]:
+    """How files of a stack or mosaic are read, where the whole's nodata does not say it."""
+    if raster.nodata_rule.mask != "parts" and all(part.raster.kind != "scaled" for part in raster.parts):
+        return {}
+    told = [fingerprint_raster(part.raster) for part in raster.parts]
+    read = [[one["input_nodata"], one.get("input_scale")] for one in told]
+    return {"input_parts": read[0] if all(one == read[0] for one in read) else read}
 
 
 def state_before(header: dict[str, Any]) -> dict[str, Any]:

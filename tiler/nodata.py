@@ -41,8 +41,10 @@ class NodataRule:
 
     def __post_init__(self) -> None:
         # NaN differs from every NaN but itself: one object for all, so that rules that say the same are equal.
-        once = dict.fromkeys(math.nan if math.isnan(value) else exact_number(value) for value in self.values)
-        object.__setattr__(self, "values", tuple(once))
+        for name in ("values", "mask_values"):
+            given = getattr(self, name)
+            once = dict.fromkeys(math.nan if math.isnan(value) else exact_number(value) for value in given)
+            object.__setattr__(self, name, tuple(once))
 
     @property
     def is_plain(self) -> bool:
@@ -55,7 +57,7 @@ class NodataRule:
         return NodataRule(values=self.mask_values)
 
     def __str__(self) -> str:
-        parts = [_digits(value) for value in self.values] or ["none"]
+        parts = [exact_text(value) for value in self.values] or ["none"]
         parts += ["in any band"] if self.any_band and (self.values or self.mask in ("bands", "parts")) else []
         parts += [f"{self.mask} mask{f' {self.masked_bands}' if self.masked_bands else ''}"] if self.mask else []
         parts += [f"band {self.mask_band} = {self.mask_values}"] if self.mask_band else []
@@ -66,14 +68,14 @@ class NodataRule:
         return dtype.kind == "f" or bool(self.values) or self.mask is not None or bool(self.mask_band)
 
 
-def _digits(value: float) -> str:
-    """In six digits where they say all."""
+def exact_text(value: float) -> str:
+    """All digits of a value: two that differ must not look alike."""
     short = f"{value:g}"
     return short if math.isnan(value) or float(short) == value else repr(value)
 
 
 def can_hold(dtype: np.dtype[Any], value: float) -> bool:
-    """Whether a pixel of that type can have the value."""
+    """Whether a pixel of that type can have the value; of floats, one that rounds to it, as in the file."""
     if dtype.kind == "f":
         with np.errstate(over="ignore"):  # as written in 15 digits the largest number is a little larger
             return not math.isfinite(value) or bool(np.isfinite(dtype.type(value)))

@@ -25,6 +25,7 @@ from .nodata import (
     Mask,
     NodataRule,
     can_hold,
+    exact_text,
     find_not_finite,
     find_undeclared,
     require_finite,
@@ -71,7 +72,7 @@ class ReadOptions:
         values = {name: value for name, value in asdict(self).items() if value not in (None, (), False)}
         values.pop("trust", None)
         if self.nodata is not None:
-            values["nodata"] = [repr(value) for value in self.nodata]
+            values["nodata"] = [repr(value) for value in self.nodata]  # JSON has no NaN
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
@@ -337,7 +338,7 @@ def open_raster(
         any_band=any_band,
         alpha=alpha,
         mask_band=mask_band,
-        mask_values=tuple(float(value) for value in mask_values),
+        mask_values=tuple(map(exact_number, mask_values)),
         apply_scale=apply_scale,
         trust=trust,
     )
@@ -346,7 +347,9 @@ def open_raster(
     from .raster_memory import keep_array
 
     kept = keep_array(src, options.axes)
-    return replace(open_with(kept.path, replace(options, axes=None)), kept=kept)
+    # A plain array is stored with the names of its axes; of a DataArray a user may know better than its own.
+    axes = options.axes if hasattr(src, "dims") else None
+    return replace(open_with(kept.path, replace(options, axes=axes)), kept=kept)
 
 
 def as_raster(raster: Any) -> Raster:
@@ -394,7 +397,7 @@ def _apply(src: str, raster: Raster, options: ReadOptions) -> Raster:
     if options.nodata is not None:
         for value in options.nodata:
             if not can_hold(raster.dtype, value):
-                raise UsageError(f"nodata must be a value of {src}'s {raster.dtype} pixels, got {value:g}")
+                raise UsageError(f"nodata must be a value of {src}'s {raster.dtype} pixels, got {exact_text(value)}")
         rule = replace(rule, values=options.nodata)
     # A file may name a value that its own pixels cannot have: then none is nodata by value.
     values = tuple(value for value in rule.values if can_hold(raster.dtype, value))

@@ -234,6 +234,10 @@ def _band_names(dataset: rasterio.DatasetReader) -> tuple[str, ...]:
     return tuple(" ".join(text.split()) or f"band {i}" for i, text in enumerate(texts, start=1))
 
 
+_FLOATS = 2**53
+"""From here on floats are not every whole number."""
+
+
 def _find_rule(dataset: rasterio.DatasetReader, options: ReadOptions) -> NodataRule:
     """Nodata as the file says it: by a value, by masks, or both. An alpha band counts only when asked for."""
     rule = NodataRule(values=tuple(value for value in dataset.nodatavals if value is not None))
@@ -243,13 +247,15 @@ def _find_rule(dataset: rasterio.DatasetReader, options: ReadOptions) -> NodataR
     flags = dataset.mask_flag_enums
     # GDAL has no word for a mask of one band's own.
     own = [band for band, found in enumerate(flags, start=1) if not found]
-    if options.nodata is None and dataset.dtypes[0] in ("int64", "uint64"):
-        # rasterio has no name for values of 64 bits, which GDAL's masks know.
-        flagged = [band for band, found in enumerate(flags, start=1) if MaskFlags.nodata in found]
-        own += [band for band in flagged if dataset.nodatavals[band - 1] is None]
-    if len(rule.values) > 1 and options.nodata is None:
-        # No one value speaks for all bands, but GDAL's masks know each band's.
-        own += [band for band, value in enumerate(dataset.nodatavals, start=1) if value is not None]
+    # Numbers of 64 bits come through floats, which are not all of them, or not at all.
+    said = [band for band, found in enumerate(flags, start=1) if MaskFlags.nodata in found]
+    is_wide = np.dtype(dataset.dtypes[0]) in (np.int64, np.uint64)
+    is_rounded = is_wide and any(
+        abs(_FLOATS if (value := dataset.nodatavals[band - 1]) is None else value) >= _FLOATS for band in said
+    )
+    if (len(rule.values) > 1 or is_rounded) and options.nodata is None:
+        # No one value speaks for all bands, or we do not know it, but GDAL's masks know each band's.
+        own += [band for band, value in enumerate(dataset.nodatavals, start=1) if value is not None or band in said]
         rule = NodataRule()
     if own:
         return replace(rule, mask="bands", masked_bands=tuple(sorted(set(own))))

@@ -101,4 +101,10 @@ def _write_labelled(values: Any, path: Path) -> None:
     """By xarray, which knows its coordinates, their attributes and where its pixels are."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what xarray thinks of Zarr v3
-        values.drop_encoding().to_dataset(name="image").to_zarr(path, zarr_format=3, consolidated=False)
+        try:
+            values.drop_encoding().to_dataset(name="image").to_zarr(path, zarr_format=3, consolidated=False)
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"the DataArray cannot be stored for workers ({' '.join(str(error).split())}); drop attributes and "
+                "coordinates that are no numbers or texts, such as with .drop_attrs()"
+            ) from error

@@ -105,7 +105,8 @@ def _describe(store: Path, inner: str, name: str, axes: str | None, *, trust: bo
         )
     group_attributes = dict(group.attrs) if group is not None else {}
     mask = mask_name(array, group)
-    dtype = np.dtype(array.dtype)
+    # As this machine orders bytes, whatever the store does.
+    dtype = np.dtype(array.dtype).newbyteorder("=")
     block_bytes = int(np.prod([int(extent) for extent in array.chunks], dtype=object)) * dtype.itemsize
     if mask and group is not None:
         _bound_mask(group[mask], block_bytes)
@@ -184,10 +185,15 @@ def _centres(coordinate: zarr.Array[Any]) -> Array:
 def _nodata(array: zarr.Array[Any]) -> tuple[float, ...]:
     """The nodata value by its attributes; of v2, where xarray keeps it there alone, by a fill value other than 0."""
     attributes = dict(array.attrs)
-    for key in ("nodata", "_FillValue", "missing_value"):
-        value = _number(attributes.get(key))
-        if value is not None:
-            return (value,)
+    ours = _number(attributes.get("nodata"))
+    if ours is not None:
+        return (ours,)
+    # CF has two words for it; xarray takes what either says, and missing_value may say several.
+    said = [attributes.get("_FillValue"), attributes.get("missing_value")]
+    listed = [entry for value in said for entry in (value if isinstance(value, list) else [value])]
+    values = [value for value in map(_number, listed) if value is not None]
+    if values:
+        return tuple(dict.fromkeys(values))
     fill = array.fill_value
     if getattr(array.metadata, "zarr_format", 3) == 2 and fill is not None:
         value = _number(fill.item() if hasattr(fill, "item") else fill)
@@ -331,7 +337,8 @@ class ZarrReader:
         if "b" not in order:
             block = np.repeat(block[None], len(indexes), axis=0)
             order = "b" + order
-        return np.ascontiguousarray(block.transpose([order.index(letter) for letter in "byx"]))
+        turned = block.transpose([order.index(letter) for letter in "byx"])
+        return np.ascontiguousarray(turned, self._raster.dtype)
 
     @property
     def _stored(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import BudgetError, OutputError, RasterError
+from .errors import BudgetError, DamagedError, OutputError, RasterError
 from .files import sizes_below
 from .fingerprint import find_differences, fingerprint_raster
 from .memory import format_bytes
@@ -38,7 +38,10 @@ Kept = dict[tuple[int, int], str]
 
 def is_unfinished(out: Path, fingerprint: dict[str, Any]) -> bool:
     """Whether an output is this run's, and not done."""
-    header = read_header(out)
+    try:
+        header = read_header(out)
+    except DamagedError:
+        return False
     stored = header.get("fingerprint")
     return "run" not in header and isinstance(stored, dict) and not find_differences(stored, fingerprint)
 

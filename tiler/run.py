@@ -24,7 +24,7 @@ from .dashboard import Watch
 from .engine import Engine, EngineProgram, compile_program
 from .engine_programs import pack_programs
 from .engine_torch import AUTOCAST, load_reference
-from .errors import OutputError, UsageError
+from .errors import DamagedError, OutputError, UsageError
 from .events import (
     Calibrating,
     ClusterReady,
@@ -225,10 +225,15 @@ def predict(
                 raise OutputError(f"{out} is a link; name the store itself")
             if is_there(out):
                 # A folder that is not ours is neither continued nor overwritten, nor given neighbours.
-                header = read_header(out)
-                fingerprint |= _quantised_before(header, plan)
-                if source_unchanged:
-                    fingerprint |= state_before(header)
+                try:
+                    header = read_header(out)
+                except DamagedError:
+                    if not overwrite:
+                        raise
+                else:
+                    fingerprint |= _quantised_before(header, plan)
+                    if source_unchanged:
+                        fingerprint |= state_before(header)
         with writing(out), RunFolder(out) as folder:
             kept: Kept = {}
             ignored = ""

@@ -18,7 +18,7 @@ from numcodecs import Zstd
 from zarr.codecs import ZstdCodec
 from zarr.errors import BaseZarrError
 
-from .errors import OutputError, TilerError
+from .errors import DamagedError, OutputError, TilerError
 from .files import make_folder, read_files, remove_tree
 from .geometry import Grid, Window
 from .georeference import (
@@ -431,7 +431,8 @@ def read_header(path: Path) -> dict[str, Any]:
     """The `outsize` attribute of an output.
 
     Raises:
-        OutputError: not an output of format 1, or its metadata are damaged.
+        OutputError: not an output of format 1.
+        DamagedError: one, but its metadata are damaged.
     """
     try:
         header: Any = dict(_open_group(path).attrs).get("outsize")
@@ -445,19 +446,19 @@ def read_header(path: Path) -> dict[str, Any]:
         raise OutputError(f"{path} has output format {header.get('format')!s:.40}, this version reads {FORMAT}")
     for name, hint in _HEADER.items():
         if not fits(header.get(name), hint) or (name == "classes" and not all(fits(e, _CLASS) for e in header[name])):
-            raise OutputError(
+            raise DamagedError(
                 f"{path} has damaged metadata: {name} is {header.get(name)!r:.60}; segment --overwrite makes it anew"
             )
     run, fill = header.get("run"), (header.get("fingerprint") or {}).get("fill", [])
     counted = run is None or (fits(run, _RUN) and all(fits(run.get(name), float | None) for name in _COUNTED))
     if not counted or not fits(fill, list[float]):
         part = "run" if not counted else "fill"
-        raise OutputError(f"{path} has damaged metadata: {part}; segment --overwrite makes it anew")
+        raise DamagedError(f"{path} has damaged metadata: {part}; segment --overwrite makes it anew")
     values = [entry["value"] for entry in header["classes"]]
     colours = [entry["colour"] for entry in header["classes"]]
     painted = all(len(colour) == 3 and all(0 <= part <= 255 for part in colour) for colour in colours)
     if values != list(range(len(values))) or not painted:
-        raise OutputError(f"{path} has damaged metadata: its classes; segment --overwrite makes it anew")
+        raise DamagedError(f"{path} has damaged metadata: its classes; segment --overwrite makes it anew")
     return header
 
 
@@ -469,7 +470,7 @@ _RUN: dict[str, Any] = {
 _COUNTED = ("read_amplification", "check_read_amplification", "predicted_read_amplification")
 _CLASS = {"value": int, "name": str, "colour": list[int]}
 _HEADER: dict[str, Any] = {
-    "kind": Literal["class", "probability", "logits"],
+    "kind": OutputKind,
     "model": str,
     "model_sha256": str,
     "classes": list[Any],

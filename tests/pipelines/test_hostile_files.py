@@ -251,6 +251,19 @@ def test_tampered_headers_are_damaged_metadata_and_no_surprise(output: Path, tmp
     assert seen, what
 
 
+def test_a_damaged_output_is_replaced_as_its_message_says(output: Path, tmp_path: Path, client: Client) -> None:
+    out = tmp_path / "o.zarr"
+    shutil.copytree(output, out)
+    metadata = json.loads((out / "zarr.json").read_text())
+    metadata["attributes"]["outsize"]["model"] = None
+    (out / "zarr.json").write_text(json.dumps(metadata))
+    raster, options = open_raster(output.with_name("a.tif")), {"client": client, "engine": "torch", "core": 32}
+    with pytest.raises(OutputError, match="segment --overwrite makes it anew"):
+        predict(raster, class_network(), out, **options)
+    predict(raster, class_network(), out, overwrite=True, **options)
+    assert read_header(out)["model"] == ""
+
+
 def test_an_honest_header_is_believed(output: Path) -> None:
     header = read_header(output)
     assert plan_of(output, header).core == (32, 32)

@@ -155,6 +155,8 @@ def test_a_run_equals_torch_on_the_whole_image(
         assert np.array_equal(np.isnan(found).all(0), missing)
         assert np.allclose(found[:, ~missing], expected[:, ~missing], rtol=1e-4, atol=1e-3)
     assert np.asarray(open_array(out, "class" if output != "values" else "channel")[...]).size in (channels, found.size)
+    # Whatever it holds, it can be read again: by the same run, and by all that comes after.
+    assert read_header(out)["kind"] == output
 
 
 def test_numbers_that_are_no_class_stop_a_run_before_it_writes(client: Client, tmp_path: Path) -> None:

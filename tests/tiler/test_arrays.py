@@ -14,7 +14,7 @@ import rioxarray  # noqa: F401 - the accessor of DataArrays
 import torch
 import xarray
 from distributed import Client
-from outsize.tiler.errors import UsageError
+from outsize.tiler.errors import RasterError, UsageError
 from outsize.tiler.geometry import Window
 from outsize.tiler.inference import lazy_predict, predict_window
 from outsize.tiler.planner import plan_tiles
@@ -117,3 +117,18 @@ def test_the_folder_goes_with_the_last_raster() -> None:
     gc.collect()
     assert not folder.exists()
     assert sent.kept is None
+
+
+def test_axes_say_what_a_data_arrays_own_names_do_not() -> None:
+    image = image_of(3, 20, 30)
+    labelled = xarray.DataArray(image.transpose(1, 2, 0), dims=("y", "x", "wavelength"))
+    with pytest.raises(RasterError, match="--axes yxb"):
+        open_raster(labelled)
+    raster = open_raster(labelled, axes="yxb")
+    assert np.array_equal(raster.open_reader().read(Window.whole(raster.shape_yx)), image)
+
+
+def test_attributes_that_cannot_be_stored_are_named() -> None:
+    labelled = xarray.DataArray(image_of(1, 8, 8), dims=("band", "y", "x"), attrs={"thing": object()})
+    with pytest.raises(UsageError, match="drop_attrs"):
+        open_raster(labelled)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import rasterio
 from outsize.tiler.block_cache import BlockStore
+from outsize.tiler.fingerprint import fingerprint_raster
 from outsize.tiler.geometry import Grid, Window
 from outsize.tiler.raster import Raster, ReadOptions, open_raster, open_with
 from outsize.tiler.raster_parts import count_pixel_bytes, open_mosaic, open_stack
@@ -143,3 +144,11 @@ def test_windows_beyond_every_mask_have_no_nodata(tmp_path: Path, pixels: np.nda
     window = Window(y=0, x=0, height=9, width=WIDTH)
     assert reader.read_missing(window, reader.read(window)) is None
     reader.close()
+
+
+def test_a_run_of_masks_in_all_bands_does_not_go_on_with_those_in_any(
+    tmp_path: Path, pixels: np.ndarray, valid: np.ndarray
+) -> None:
+    path = write_masked_vrt(tmp_path, pixels, valid, masked=(1, 2, 3))
+    in_all, in_any = (fingerprint_raster(open_raster(path, any_band=any_band)) for any_band in (False, True))
+    assert in_all != in_any

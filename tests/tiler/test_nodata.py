@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import rasterio
 import zarr
-from outsize.tiler.errors import RasterError, UsageError
+from affine import Affine
+from outsize.pipelines.option_types import NodataValue
+from outsize.tiler.engine_openvino import enter
+from outsize.tiler.errors import NotFiniteError, RasterError, UsageError
 from outsize.tiler.fingerprint import fingerprint_raster
 from outsize.tiler.geometry import Window
 from outsize.tiler.nodata import NodataRule, find_missing, join_missing
 from outsize.tiler.raster import ReadOptions, fill_values, open_raster, open_with
-from outsize.tiler.raster_parts import open_mosaic, open_stack
+from outsize.tiler.raster_parts import open_mosaic, open_reference, open_stack, reference_to
+from outsize.tiler.transfer import copy_raster
 from rasterio.enums import ColorInterp
 
-from ..support.rasters import missing_of, unique_pixels, write_geotiff
+from ..support.rasters import TRANSFORM, missing_of, unique_pixels, write_geotiff
 
 IMAGE = np.array([[[0, 0, 5, 9]], [[0, 1, 0, 9]]], np.int16)
 
@@ -210,3 +216,103 @@ def test_what_no_list_of_numbers_is_is_refused(tmp_path: Path) -> None:
     for fill in (0, ("a", "b", "c")):
         with pytest.raises(UsageError, match="fill must be a number a band"):
             fill_values(fill, open_raster(path))  # type: ignore[arg-type]
+
+
+def store(path: Path, image: np.ndarray, zarr_format: Literal[2, 3] = 3, **attributes: Any) -> Path:
+    names = {"dimension_names": ("band", "y", "x")} if zarr_format == 3 else {}
+    said = attributes if names else {**attributes, "_ARRAY_DIMENSIONS": ["band", "y", "x"]}
+    zarr.create_array(path, data=image, zarr_format=zarr_format, attributes=said, **names)
+    return path
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("int64", 2**63 - 1), ("uint64", 2**64 - 1), ("int64", 2**53 + 1)])
+def test_a_value_of_64_bits_is_nodata_and_its_neighbour_is_not(tmp_path: Path, dtype: str, value: int) -> None:
+    image = np.array([[[1, value, value - 1, 5]]], dtype)
+    expected = [[False, True, False, False]]
+    path = store(tmp_path / "a.zarr", image, _FillValue=value)
+    assert missing_of(open_raster(path)) == expected
+    plain = store(tmp_path / "b.zarr", image)
+    given = open_raster(plain, nodata=np.dtype(dtype).type(value))
+    assert missing_of(given) == expected
+    assert missing_of(open_reference(json.loads(json.dumps(reference_to(given))))) == expected
+    option = NodataValue().convert(str(value), None, None)
+    assert missing_of(open_raster(plain, nodata=option)) == expected
+    copy_raster(open_raster(path), tmp_path / "copy.zarr")
+    assert missing_of(open_raster(tmp_path / "copy.zarr")) == expected
+
+
+def test_gdals_own_mask_says_what_64_bits_mean(tmp_path: Path) -> None:
+    value = 2**64 - 1
+    write_geotiff(tmp_path / "a.tif", np.array([[[1, value, value - 1, 5]]], np.uint64))
+    (tmp_path / "a.vrt").write_text(
+        f'<VRTDataset rasterXSize="4" rasterYSize="1"><VRTRasterBand dataType="UInt64" band="1">'
+        f"<NoDataValue>{value}</NoDataValue><SimpleSource><SourceFilename relativeToVRT='1'>a.tif</SourceFilename>"
+        "<SourceBand>1</SourceBand></SimpleSource></VRTRasterBand></VRTDataset>"
+    )
+    assert missing_of(open_raster(tmp_path / "a.vrt")) == [[False, True, False, False]]
+
+
+def test_the_largest_float_is_nodata_however_many_of_its_digits_are_given(tmp_path: Path) -> None:
+    least = np.finfo(np.float32).min
+    image = np.array([[[1, least, 3, 5]]], np.float32)
+    expected = [[False, True, False, False]]
+    # The shortest text that means it, as others write it, is a little beyond it.
+    path = store(tmp_path / "a.zarr", image, _FillValue=float(str(least)))
+    assert missing_of(open_raster(path)) == expected
+    plain = write_geotiff(tmp_path / "a.tif", image)
+    with pytest.raises(NotFiniteError) as caught:
+        enter(image, np.dtype(np.float32))
+    (said,) = re.findall(r"--nodata (\S+),", str(caught.value))
+    assert missing_of(open_raster(plain, nodata=float(said))) == expected
+
+
+def test_cf_says_nodata_by_two_attributes_and_several_values(tmp_path: Path) -> None:
+    image = np.array([[[1, -9999, -8888, 5]]], np.float32)
+    expected = [[False, True, True, False]]
+    assert missing_of(open_raster(store(tmp_path / "a.zarr", image, _FillValue=-9999.0, missing_value=-8888.0))) == (
+        expected
+    )
+    assert missing_of(open_raster(store(tmp_path / "b.zarr", image, missing_value=[-9999.0, -8888.0]))) == expected
+
+
+@pytest.mark.parametrize("dtype", [">u2", ">i4", ">f4"])
+def test_the_order_of_a_stores_bytes_is_its_own_affair(tmp_path: Path, dtype: str) -> None:
+    image = unique_pixels(2, 7, 9, dtype)
+    raster = open_raster(store(tmp_path / "a.zarr", image, zarr_format=2))
+    assert raster.dtype == image.dtype.newbyteorder("=")
+    read = raster.open_reader().read(Window.whole(raster.shape_yx))
+    assert read.dtype.isnative
+    assert np.array_equal(read, image)
+
+
+def test_two_values_are_never_one_to_a_run_that_goes_on(tmp_path: Path) -> None:
+    image = unique_pixels(1, 4, 4)
+    files = [
+        write_geotiff(tmp_path / f"{name}.tif", image, transform=TRANSFORM * Affine.translation(x, 0))
+        for name, x in (("a", 0), ("b", 4))
+    ]
+    for file in files:
+        with rasterio.open(file, "r+") as dataset:
+            dataset.scales, dataset.offsets = (2.0,), (1.0,)
+    lists = [(1_000_001.0,), (1_000_002.0,), (1.0, 2.0), (1.0, 3.0)]
+    for opened in (lambda options: open_with(files[0], options), lambda options: open_mosaic(files, options)):
+        texts = {
+            str(fingerprint_raster(opened(ReadOptions(nodata=values, any_band=any_band))))
+            for values in lists
+            for any_band in (False, True)
+        }
+        assert len(texts) == 2 * len(lists)
+
+
+def test_a_mosaic_of_scaled_floats_is_another_input(tmp_path: Path) -> None:
+    files = [
+        write_geotiff(
+            tmp_path / f"{x}.tif", unique_pixels(1, 4, 4, np.float32), transform=TRANSFORM * Affine.translation(x, 0)
+        )
+        for x in (0, 4)
+    ]
+    for file in files:
+        with rasterio.open(file, "r+") as dataset:
+            dataset.scales, dataset.offsets = (2.0,), (1.0,)
+    stored, scaled = (fingerprint_raster(open_mosaic(files, ReadOptions(apply_scale=on))) for on in (False, True))
+    assert stored != scaled
