@@ -23,12 +23,13 @@ SHAPE = (211, 173)
 
 
 def outsize(*words: str | Path) -> tuple[int, dict[str, Any], str]:
-    """(exit code, its JSON, stderr) of the command in this process."""
+    """(exit code, its JSON, stderr) of the command in this process, which holds what the tests before have left."""
+    roomy = ("--memory", "6GB") if words[0] == "train" and "--memory" not in words else ()
     out, err = io.StringIO(), io.StringIO()
     code: Any = 0
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            main(["--json", *map(str, words)])
+            main(["--json", *map(str, (*words, *roomy))])
         except SystemExit as end:
             code = end.code or 0
     return code, json.loads(out.getvalue().splitlines()[-1]), err.getvalue()

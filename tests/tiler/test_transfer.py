@@ -366,7 +366,9 @@ def test_only_copies_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "link.zarr").symlink_to(tmp_path / "real.zarr")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for name in ("diary", "file.zarr", "link.zarr"):
-        with pytest.raises(OutputError, match="was not made by ingest"):
+        with pytest.raises(
+            OutputError, match="is a link; name the store itself" if "link" in name else "not made by ingest"
+        ):
             copy_raster(open_raster(source), tmp_path / name, overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
