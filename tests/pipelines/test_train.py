@@ -124,7 +124,7 @@ def test_an_interrupted_training_says_how_to_go_on_and_loses_nothing(
     assert same_log(trained[0], out)
 
 
-TINY = ("--widths", "4", "--core", "48", "--step", "tiles:1", "--warm-up", "1", "--memory", "1GB", "--threads", "1")
+TINY = ("--widths", "4", "--core", "48", "--step", "tiles:1", "--warm-up", "1", "--memory", "6GB", "--threads", "1")
 """Steps that take next to no time."""
 
 

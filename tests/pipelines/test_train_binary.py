@@ -22,7 +22,7 @@ from ..support.train_commands import done, refusal
 pytestmark = pytest.mark.system
 
 SHAPE = (128, 160)
-TINY = ("--widths", "6", "--core", "96", "--step", "tiles:1", "--warm-up", "1", "--memory", "1GB", "--threads", "1",
+TINY = ("--widths", "6", "--core", "96", "--step", "tiles:1", "--warm-up", "1", "--memory", "6GB", "--threads", "1",
         "--validation", "0.3", "--block", "16", "--lr", "0.02", "--ema", "0", "--augment", "none")  # fmt: skip
 
 
