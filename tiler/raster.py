@@ -325,7 +325,7 @@ def open_raster(
     """
     values: tuple[float, ...] | None = None
     if nodata is not None:
-        given = (nodata,) if isinstance(nodata, Real) else nodata
+        given: Sequence[Any] = (nodata,) if isinstance(nodata, int | float | Real) else nodata
         if isinstance(given, str) or not all(isinstance(value, Real) for value in given):
             raise UsageError(f"nodata must be a number or several, got {nodata!r}")
         values = tuple(exact_number(value) for value in given)
