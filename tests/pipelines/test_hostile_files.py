@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import json
 import os
 import shutil
@@ -55,7 +56,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def require_one_line(*words: str | Path, code: int, where: str = "") -> None:
     """The command ends with that code, and says why in one line that names the file."""
-    done = outsize_here(*words)
+    gc.disable()  # what other tests have left cannot be freed deep in a recursion, and would say so
+    try:
+        done = outsize_here(*words)
+    finally:
+        gc.enable()
     said = [line for line in done.stderr.splitlines() if "rror" in line]
     assert done.returncode == code, done.stderr
     assert len(said) == 1, done.stderr
