@@ -40,6 +40,7 @@ _MAGIC = (
 """How files begin that a VRT may name: GDAL takes any driver for them."""
 _HEAD = 65_536
 _MARK = b"<VRTDATASET"
+_PCIDSK = b"PCIDSK"
 _DEPTH = 8
 _ARCHIVES = ("/vsizip", "/vsitar", "/vsigzip", "/vsi7z", "/vsirar")
 _TAGS = frozenset(
@@ -86,6 +87,9 @@ def drivers_for(name: str, *, trust: bool) -> list[str] | None:
     if _is_vrt(path):
         _require_plain_vrt(name, _read(path), 0)
         return ["VRT"]
+    if _read_head(path).startswith(_PCIDSK):
+        # Left to the plain drivers, an unrelated header beside it would make another raster of its bytes.
+        raise refuse(name, "a PCIDSK file may name other files")
     return PLAIN_DRIVERS
 
 

@@ -349,3 +349,16 @@ def test_labels_in_a_raw_band_need_leave(folder: Path) -> None:
     with pytest.raises(TilerError, match="raw bands"):
         open_labels("m.vrt", raster.place, raster.shape_yx, **said, options=LabelOptions())
     assert open_labels("m.vrt", raster.place, raster.shape_yx, **said, options=LabelOptions(trust=True)).path == "m.vrt"
+
+
+def test_a_header_beside_a_file_of_another_format_makes_no_raster_of_it(tmp_path: Path) -> None:
+    image = np.arange(1, 101, dtype=np.uint8).reshape(1, 10, 10)
+    for driver, name in (("ENVI", "e.img"), ("PCIDSK", "e.pix")):
+        settings = {"driver": driver, "count": 1, "height": 10, "width": 10, "dtype": "uint8"}
+        with rasterio.open(tmp_path / name, "w", transform=rasterio.Affine(2, 0, 5, 0, -2, 9), **settings) as file:
+            file.write(image)
+    assert (tmp_path / "e.hdr").is_file()
+    with pytest.raises(TilerError, match=r"PCIDSK file may name other files.*--trust-sources"):
+        open_raster(tmp_path / "e.pix")
+    assert np.array_equal(read(open_raster(tmp_path / "e.img")), image)
+    assert np.array_equal(read(open_raster(tmp_path / "e.pix", trust=True)), image)
