@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -208,3 +210,18 @@ def test_analysis_tells_its_stages() -> None:
     told: list[str] = []
     analyze_network(nn.Conv2d(3, 2, 1).eval(), bands=3, tell=told.append)
     assert [any(word in stage for stage in told) for word in ("traced", "rules", "compared")] == [True, True, True]
+
+
+@pytest.mark.system
+def test_a_profiler_ends_after_an_analysis() -> None:
+    """CPython never leaves a loop under cProfile where an exception for a thread was taken back before."""
+    code = (
+        "import cProfile\n"
+        "from outsize.tiler.time_limit import time_limit\n"
+        "with time_limit(60):\n    pass\n"
+        "def count():\n    return sum(number for number in range(1000))\n"
+        "profile = cProfile.Profile()\n"
+        "print(profile.runcall(count))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "499500"
