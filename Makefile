@@ -1,4 +1,4 @@
-# demo, test, test-unit, test-long, check, bench: each makes and reuses .venv by itself.
+# demo, test, test-unit, test-long, test-cpus, check, bench: each makes and reuses .venv by itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,12 +6,17 @@ STAMP := $(VENV)/.installed
 DEMO ?= demo
 SIZE ?= 4096
 RUN := $(BIN)/outsize
+# Without compiled files every process of a test would compile the package, and pytest every test, again.
+export PYTHONDONTWRITEBYTECODE :=
 # Tests side by side; each process takes up to 2 GB.
 JOBS ?= 2
-# More options of pytest.
+# More options of pytest, and which tests.
 PYTEST ?=
+TESTS ?= tests
+# Instruction sets that `make test-cpus` limits engines to; what this machine lacks changes nothing.
+CPUS ?= AVX2 AVX512_CORE AVX512_CORE_BF16
 
-.PHONY: setup demo test test-unit test-long check format bench clean
+.PHONY: setup demo test test-unit test-long test-cpus check format bench clean
 
 setup: $(STAMP)
 
@@ -30,13 +35,21 @@ demo: $(STAMP)
 	@echo "Look at $(DEMO)/map.png; open $(DEMO)/map.tif in QGIS."
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not long" $(PYTEST) tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not long" $(PYTEST) $(TESTS)
 
 test-unit: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) -m unit $(PYTEST) tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m unit $(PYTEST) $(TESTS)
 
 test-long: $(STAMP)
-	$(BIN)/python -m pytest -m long tests
+	$(BIN)/python -m pytest -m long $(PYTEST) $(TESTS)
+
+# The same on the other kinds of CPU that this one can play: oneDNN, OpenVINO and torch each have a limit of their own.
+test-cpus: $(STAMP)
+	set -e; for isa in $(CPUS); do \
+		case $$isa in AVX2) aten=avx2;; *) aten=avx512;; esac; echo "== $$isa"; \
+		ONEDNN_MAX_CPU_ISA=$$isa OV_CPU_MAX_ISA=$$isa ATEN_CPU_CAPABILITY=$$aten \
+		$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not long" $(PYTEST) $(TESTS); \
+	done
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

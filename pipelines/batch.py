@@ -213,6 +213,8 @@ def describe_result(result: SceneResult) -> str:
     failed = f", {count_of(len(summary.failed_tiles), 'tile')} FAILED" if summary.failed_tiles else ""
     undeclared = summary.undeclared_pixels
     strange = f", {count_of(undeclared, 'pixel')} of undeclared NaN or infinity" if undeclared else ""
+    if summary.not_finite_pixels:
+        strange += f", {count_of(summary.not_finite_pixels, 'pixel')} where the network gives NaN or infinity"
     return f"{result.out}: {done}{failed}{strange}"
 
 

@@ -384,6 +384,9 @@ def _segment(
     if summary.undeclared_pixels:
         count = count_of(summary.undeclared_pixels, "pixel")
         console.remark(f"nodata    {count} of NaN or infinity, which the raster does not declare as nodata")
+    if summary.not_finite_pixels:
+        count = count_of(summary.not_finite_pixels, "pixel")
+        console.remark(f"result    {count} of NaN or infinity, which the network gives where the raster has pixels")
     console.result(_sentence(summary, out), {"model": model.name, **summarise_meaning(model), **summary.to_json()})
     return summary
 

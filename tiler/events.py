@@ -38,6 +38,8 @@ class TileRecord:
     """Of those that it decoded for the start check, apart."""
     undeclared_pixels: int = 0
     """Pixels of the raster under the core that are nodata for NaN or infinity which it does not declare."""
+    not_finite_pixels: int = 0
+    """Pixels of the core whose result is NaN or infinity though they are no nodata."""
 
     @classmethod
     def failure(cls, row: int, column: int, pixels: int, error: str, worker: str = "") -> TileRecord:

@@ -47,14 +47,18 @@ def keep_array(values: Any, axes: str | None) -> KeptArray:
 
     Raises:
         UsageError: no such array, or one whose order nobody tells.
-        RasterError: it cannot be written.
+        RasterError: its pixels are no numbers, or it cannot be written.
     """
+    is_labelled = hasattr(values, "dims") and hasattr(values, "to_dataset")
+    image = values if is_labelled else _plain(values)
+    if image.dtype.kind not in "uif" or image.dtype.itemsize > 8:
+        raise RasterError(f"the array's pixels must be integers or real numbers, got {image.dtype}; convert them first")
     kept = KeptArray()
     try:
-        if hasattr(values, "dims") and hasattr(values, "to_dataset"):
-            _write_labelled(values, kept.path)
+        if is_labelled:
+            _write_labelled(image, kept.path)
         else:
-            _write(_plain(values), kept.path, axes)
+            _write(image, kept.path, axes)
     except OSError as error:
         raise RasterError(
             f"the array cannot be written to {kept.path.parent}: {error.strerror or error}; TMPDIR names another folder"
@@ -80,12 +84,9 @@ def _write(image: Array, path: Path, axes: str | None) -> None:
         raise UsageError(f"an array must have pixels, got shape {image.shape}")
     chunks = tuple(min(extent, 1 if name == "b" else BLOCK) for name, extent in zip(order, image.shape, strict=True))
     names = tuple({"b": "band", "y": "y", "x": "x"}[name] for name in order)
-    try:
-        stored = zarr.create_array(
-            path, shape=image.shape, chunks=chunks, dtype=image.dtype, dimension_names=names, compressors=None
-        )
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"pixels must be integers or real numbers, got {image.dtype}; convert them first") from error
+    stored = zarr.create_array(
+        path, shape=image.shape, chunks=chunks, dtype=image.dtype, dimension_names=names, compressors=None
+    )
     stored[...] = image
 
 

@@ -309,6 +309,7 @@ def predict(
                 check_read_amplification=states.relate(states.checked_bytes, count_pixel_bytes(raster)) or 0.0,
                 predicted_read_amplification=plan.read_amplification,
                 undeclared_pixels=states.undeclared_pixels,
+                not_finite_pixels=states.not_finite_pixels,
                 engine=plan.engine,
                 precision=plan.precision,
                 loss=run.loss,

@@ -46,6 +46,8 @@ class RunSummary:
     predicted_device_peak_bytes: int
     undeclared_pixels: int = 0
     """Pixels of the raster that became nodata for NaN or infinity in all bands, which the raster does not declare."""
+    not_finite_pixels: int = 0
+    """Pixels of the result that are NaN or infinity though the raster has pixels there."""
     loss: PrecisionLoss | None = None
     """Of a precision below float32: what it cost, measured when the output was begun."""
 
@@ -68,6 +70,7 @@ class RunSummary:
             "check_read_amplification": round(self.check_read_amplification, 3),
             "predicted_read_amplification": round(self.predicted_read_amplification, 3),
             "undeclared_pixels": self.undeclared_pixels,
+            "not_finite_pixels": self.not_finite_pixels,
             "engine": self.engine,
             "precision": self.precision,
             "precision_loss": self.loss.to_json() if self.loss else None,

@@ -26,6 +26,8 @@ class TileStates:
         """Of blocks, by workers in this call; of those for the start check."""
         self.undeclared_pixels = 0
         """Of the raster, nodata in this call for NaN or infinity that it does not declare."""
+        self.not_finite_pixels = 0
+        """Of the result, NaN or infinity in this call though they are no nodata."""
         self._wanted = plan.region[2] * plan.region[3] / (plan.output_shape[1] * plan.output_shape[2])
         """Pixels of the raster for each of the result."""
         self._reasons: dict[tuple[int, int], str] = {}
@@ -45,6 +47,7 @@ class TileStates:
         self.decoded_bytes += record.decoded_bytes + record.checked_bytes
         self.checked_bytes += record.checked_bytes
         self.undeclared_pixels += record.undeclared_pixels
+        self.not_finite_pixels += record.not_finite_pixels
 
     def relate(self, decoded_bytes: int, pixel_bytes: int) -> float | None:
         """Decoded bytes for each byte of the tiles that were done in this call; None where none was counted.

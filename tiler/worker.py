@@ -107,6 +107,14 @@ def count_under(
     return int(marked[rows, columns].sum())
 
 
+def count_not_finite(result: npt.NDArray[Any], missing: npt.NDArray[np.bool_] | None) -> int:
+    """How many pixels that are not missing have NaN or infinity in any channel."""
+    if result.dtype.kind != "f":
+        return 0
+    finite = np.isfinite(result).all(axis=0)
+    return int(np.count_nonzero(~finite if missing is None else ~(finite | missing)))
+
+
 def touches_nodata(missing: npt.NDArray[np.bool_] | None, tile: Tile, plan: TilePlan) -> npt.NDArray[np.uint8]:
     """(height, width) of a core: 1 where a nodata pixel of the raster lies in the pixel's receptive field."""
     if missing is None:
@@ -243,7 +251,7 @@ class TileRunner:
         if missing is not None and missing.all():
             # Nodata in, nodata out: nothing to compute.
             dtype = np.dtype(self.spec.plan.output_dtype)
-            shape = (self.spec.plan.output_shape[0], *tile.core.shape)
+            shape, not_finite = (self.spec.plan.output_shape[0], *tile.core.shape), 0
             result = np.full(shape, output_nodata(dtype), dtype)
             computed = computing = time.perf_counter()
         else:
@@ -253,6 +261,7 @@ class TileRunner:
                 ready = self._checked.pop((tile.row, tile.column), None)
                 result = ready if ready is not None else self._loaded().run_tile(filled.image, tile).copy()
                 computed = time.perf_counter()
+            not_finite = count_not_finite(result, missing)
             result = as_stored(result, missing)
         context = None
         if self.spec.plan.receptive is not None:
@@ -275,6 +284,7 @@ class TileRunner:
             decoded_bytes=self._count_decoded(),
             checked_bytes=checked_bytes,
             undeclared_pixels=count_under(filled.undeclared, tile.window, tile.core, self._scale),
+            not_finite_pixels=not_finite,
         )
 
     def _sketch(self, tile: Tile, filled: FilledWindow) -> bytes:

@@ -28,6 +28,7 @@ def write_named(path: Path, image: np.ndarray, names: tuple[str, ...]) -> Path:
     return path
 
 
+@pytest.mark.system
 def test_a_plan_says_which_bands_go_into_the_model_and_how_they_are_scaled(tmp_path: Path) -> None:
     model = save_small_model(tmp_path / "model.json", S2)
     scene = write_named(tmp_path / "scene.tif", PIXELS, S2[::-1])

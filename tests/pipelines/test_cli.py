@@ -388,6 +388,7 @@ def test_an_interrupt_ends_with_130_and_the_same_command_goes_on(tmp_path: Path)
     assert not (open_array(out, "class")[500:, 500:] == 255).any()
 
 
+@pytest.mark.long
 def test_naip_and_sentinel_2_go_through_with_their_place_kept(shared_dir: Path, tmp_path: Path) -> None:
     naip = shared_dir / "data/naip/tile_13477.tif"
     sentinel = shared_dir / "data/sentinel2_rachel_carson/S2B_L1C_20181013_B04.tif"

@@ -101,6 +101,7 @@ def require_same_place(out: Path, source: Raster, folder: Path) -> None:
         assert cog.shape == source.shape_yx
 
 
+@pytest.mark.long
 def test_a_sentinel_2_stack_of_four_files(shared_dir: Path, tmp_path: Path) -> None:
     folder = shared_dir / "data/sentinel2_rachel_carson"
     files = [next(folder.glob(f"*{band}.tif")) for band in ("B04", "B03", "B02", "B08")]

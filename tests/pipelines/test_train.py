@@ -287,6 +287,7 @@ def test_what_differs_is_named(scene: tuple[Path, Path], trained: tuple[Path, di
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.long
 def test_cores_follow_from_the_memory_once_and_for_all(scene: tuple[Path, Path], tmp_path: Path) -> None:
     words = ("train", scene[0], "--labels", scene[1], "--steps", "1", "--widths", "16", "--step", "tiles:1")
     words = (*words, "--validation", "0", "--warm-up", "1", "--threads", "1")

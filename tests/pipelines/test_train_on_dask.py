@@ -56,6 +56,7 @@ def same_training(one: Path, other: Path) -> bool:
     )
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_warm_workers")
 def test_two_workers_of_which_one_is_killed_in_a_step_make_the_same_training(
     words: list[Any], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -53,6 +53,7 @@ def test_nodata_is_one_corner_of_all_bands_and_its_labels(whole: tuple[np.ndarra
     assert 0 < missing.mean() < 0.2
 
 
+@pytest.mark.system
 def test_every_class_occurs() -> None:
     _, labels = render_window(Scene(height=2048, width=2048, seed=0), Window(y=0, x=0, height=2048, width=2048))
     assert set(np.unique(labels)) == {*range(len(CLASSES)), LABEL_NODATA}

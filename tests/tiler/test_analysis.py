@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from ..support.analysed import NETWORKS, analysed
 from ..support.zoo import alive
 
+pytestmark = pytest.mark.system
+
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_public_property_answers_or_says_why_not(name: str) -> None:
@@ -212,7 +214,6 @@ def test_analysis_tells_its_stages() -> None:
     assert [any(word in stage for stage in told) for word in ("traced", "rules", "compared")] == [True, True, True]
 
 
-@pytest.mark.system
 def test_a_profiler_ends_after_an_analysis() -> None:
     """CPython never leaves a loop under cProfile where an exception for a thread was taken back before."""
     code = (

@@ -30,6 +30,8 @@ from torch.utils._pytree import tree_leaves
 from ..support.architectures import ARCHITECTURES
 from ..support.zoo import ZOO, Finished, alive
 
+pytestmark = pytest.mark.system
+
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="torch sees no CUDA device (OUTSIZE_TEST_CUDA=1 shows it)"
 )

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ..support.whole_gradients import NETWORKS, analysed, draw, gradients_of, largest_difference, plan_of, run_whole
 from ..support.zoo import ZOO
 
+pytestmark = pytest.mark.system
+
 TRAINABLE = [name for name in ZOO if name != "attended"]
 POSITION_DEPENDENT = ["unet bilinear corners", "unet transposed overlapping", "reflect padded", "deeplab", "espcn"]
 

@@ -47,7 +47,7 @@ def contents(out: Path) -> dict[str, bytes]:
     "faults",
     [
         pytest.param(Faults(), id="calm", marks=pytest.mark.long),
-        pytest.param(Faults(errors=29, cuts=23, slow=19), id="faults"),
+        pytest.param(Faults(errors=29, cuts=23, slow=19), id="faults", marks=pytest.mark.long),
     ],
 )
 def test_from_bucket_to_bucket_equals_the_local_run(

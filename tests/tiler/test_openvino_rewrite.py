@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from ..support.zoo import alive
 
+pytestmark = pytest.mark.system
+
 ov = pytest.importorskip("openvino")
 
 

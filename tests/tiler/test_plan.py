@@ -99,6 +99,7 @@ def test_more_memory_never_means_smaller_cores_and_the_budget_is_kept() -> None:
     assert cores[0] < cores[-1]
 
 
+@pytest.mark.system
 def test_an_impossible_budget_is_refused_with_the_smallest_possible_one() -> None:
     with pytest.raises(BudgetError) as refusal:
         plan_tiles((4, 30000, 30000), default_network(), memory="100MB")

@@ -28,6 +28,8 @@ from ..support.architectures import REFUSED
 from ..support.rasters import write_geotiff
 from ..support.zoo import ZOO, alive
 
+pytestmark = pytest.mark.system
+
 
 def padded_image(network: Network, shape: tuple[int, int], seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)

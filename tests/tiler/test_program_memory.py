@@ -33,6 +33,7 @@ def measure(folder: Path, *arguments: object) -> Any:
     return json.loads(completed.stdout.splitlines()[-1])
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("cached", [False, True])
 def test_programs_have_one_copy_of_the_weights(cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUTSIZE_CACHE_DIR", str(tmp_path / "cache"))

@@ -16,6 +16,8 @@ from torch import nn
 from ..support.analysed import analysed
 from ..support.zoo import alive
 
+pytestmark = pytest.mark.system
+
 
 @pytest.mark.parametrize("method", ["window", "program"])
 @pytest.mark.parametrize("name", ["unet depth 2", "strided", "average pooled", "plain unet"])

@@ -220,6 +220,7 @@ def int8(source: Path, out: Path, client: Client, **options: Any) -> Any:
     return run(source, small(), out, client, engine="openvino", precision="int8", **options)
 
 
+@pytest.mark.long
 def test_a_run_is_continued_with_the_network_that_it_was_begun_with(tmp_path: Path, client: Client) -> None:
     source, out = write_geotiff(tmp_path / "s.tif", random_image(197, 263)), tmp_path / "o.zarr"
     events: list[Event] = []

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from ..support.zoo import alive
 
+pytestmark = pytest.mark.system
+
 CHANNELS = 4
 SMALLEST = 44
 """Sides of the images; operations are drawn so that this leaves something of every tensor."""

@@ -221,6 +221,7 @@ def test_no_files_are_refused() -> None:
             opened([])
 
 
+@pytest.mark.system
 def test_naip_pieces_with_and_without_holes(shared_dir: Path) -> None:
     folder = shared_dir / "data/naip"
     block = [folder / f"tile_{n}.tif" for n in (13476, 13477, 13846, 13847)]

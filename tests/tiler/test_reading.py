@@ -34,6 +34,8 @@ from torch import Tensor, nn
 
 from ..support.rasters import TRANSFORM, write_geotiff
 
+pytestmark = pytest.mark.system
+
 SHAPE = (1201, 1103)
 PIXELS = SHAPE[0] * SHAPE[1]
 IMAGE = np.random.default_rng(0).integers(1, 255, (2, *SHAPE), dtype=np.uint8)

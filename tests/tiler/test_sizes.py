@@ -28,6 +28,8 @@ from ..support.floor_sizes import FLOORED, make_image, pad_image
 from ..support.rasters import write_geotiff
 from ..support.zoo import alive
 
+pytestmark = pytest.mark.system
+
 CORE = (7, 11)
 
 

@@ -111,6 +111,7 @@ def test_another_version_of_the_engine_is_refused(
         run(source, class_network(), out, client)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_no_start_check", "_warm_workers")
 def test_a_hanging_worker_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("outsize.tiler.schedule.LOOK_EVERY_S", 0.5)
@@ -597,7 +598,7 @@ class Segmenting:
         return self._errors.read_text()
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("sign", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.long)])
 def test_sigterm_and_sighup_are_interruptions(tmp_path: Path, demo: Path, sign: signal.Signals) -> None:
     segmenting = Segmenting(demo, tmp_path)
     segmenting.process.send_signal(sign)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import zarr
 from distributed import Client
-from outsize.tiler.errors import EngineError, NotFiniteError, UsageError
+from outsize.tiler.errors import EngineError, NotFiniteError, RasterError, UsageError
 from outsize.tiler.geometry import Window
 from outsize.tiler.inference import predict_window
 from outsize.tiler.network import Network, analyze_network
@@ -81,7 +81,8 @@ def by_torch(network: Network, image: np.ndarray, missing: np.ndarray | None = N
     if missing is not None:
         image = np.where(missing, np.zeros((), image.dtype), image)
     with torch.no_grad():
-        found = network.module(torch.from_numpy(image)[None])[0].numpy().copy()
+        found = network.module(torch.from_numpy(image)[None])[0]
+        found = (found.float() if found.dtype.itemsize == 2 else found).numpy().copy()
     if missing is not None:
         found[:, missing] = np.nan
     return found
@@ -111,35 +112,102 @@ def test_every_pixel_type_gives_what_torch_gives(
 ) -> None:
     """The least and the greatest numbers of the type, nodata, and of floats NaN and infinity, in one image."""
     image, network = extreme_image(dtype), scaled(dtype)
-    missing = np.zeros(SHAPE, bool)
-    image[:, 5:9, 70:75] = 0
-    missing[5:9, 70:75] = True
-    if is_float := np.dtype(dtype).kind == "f":
-        image[:, 5:9, 60:64], image[0, 5:9, 64:70], image[1, 5:9, 64:70] = np.nan, np.inf, -np.inf
-        missing[5:9, 60:70] = True
+    missing = mark_missing(image)
     raster, out = write(tmp_path, image, nodata=0), tmp_path / "o.zarr"
     assert raster.dtype == np.dtype(dtype)
     summary = run(raster, network, out, client, engine=engine, method=method, core=64)
     assert agrees(stored(out), by_torch(network, image, missing))
-    assert summary.undeclared_pixels == (40 if is_float else 0)
+    assert summary.undeclared_pixels == (40 if image.dtype.kind == "f" else 0)
 
 
-IN_FEW = ("int16", "uint32")
-"""Types that enter in another one, and once did not enter at all."""
+IN_FEW = ("int16", "uint32", "float32")
+"""Types that enter in another one, once did not enter at all, or have NaN."""
+FEW_OR_LONG = [pytest.param(name, marks=() if name in IN_FEW else pytest.mark.long) for name in DTYPES]
 
 
-@pytest.mark.parametrize(
-    "dtype", [pytest.param(name, marks=() if name in IN_FEW else pytest.mark.long) for name in DTYPES]
-)
+def mark_missing(image: np.ndarray) -> np.ndarray:
+    """Nodata, and of floats NaN and infinity in all bands, in an image; where they are."""
+    missing = np.zeros(SHAPE, bool)
+    image[:, 5:9, 70:75] = 0
+    missing[5:9, 70:75] = True
+    if image.dtype.kind == "f":
+        image[:, 5:9, 60:64], image[0, 5:9, 64:70], image[1, 5:9, 64:70] = np.nan, np.inf, -np.inf
+        missing[5:9, 60:70] = True
+    return missing
+
+
+def ordinary_image(dtype: str) -> np.ndarray:
+    return np.random.default_rng(0).integers(1, 120, (2, *SHAPE)).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", FEW_OR_LONG)
 def test_int8_counts_pixels_of_every_type(tmp_path: Path, client: Client, dtype: str) -> None:
-    """In few bits nothing equals torch; the pixels that enter do."""
-    image = np.random.default_rng(0).integers(1, 120, (2, *SHAPE)).astype(dtype)
-    summary = run(
-        write(tmp_path, image), scaled(dtype), tmp_path / "o.zarr", client, engine="openvino", precision="int8"
-    )
+    """In few bits nothing equals torch; the pixels that enter do, and those that are missing."""
+    image = ordinary_image(dtype)
+    missing = mark_missing(image)
+    raster, out = write(tmp_path, image, nodata=0), tmp_path / "o.zarr"
+    summary = run(raster, scaled(dtype), out, client, engine="openvino", precision="int8", core=64)
     assert summary.failed_tiles == ()
-    wanted = by_torch(scaled(dtype), image)
-    assert np.abs(stored(tmp_path / "o.zarr") - wanted).max() < 0.1 * np.abs(wanted).max()
+    wanted, found = by_torch(scaled(dtype), image, missing), stored(out)
+    assert np.array_equal(np.isnan(found), np.isnan(wanted))
+    assert np.nanmax(np.abs(found - wanted)) < 0.1 * np.nanmax(np.abs(wanted))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", FEW_OR_LONG)
+def test_fewer_bits_are_autocast_on_the_whole_image(tmp_path: Path, client: Client, dtype: str, precision: str) -> None:
+    """Nodata, NaN, infinity, and the extremes that the precision itself can hold, once they are scaled."""
+    image = ordinary_image(dtype)
+    most = min(3e7, float(np.finfo(dtype).max if np.dtype(dtype).kind == "f" else np.iinfo(dtype).max))
+    image[0][BLOCK] = (
+        np.nextafter(np.dtype(dtype).type(most), np.dtype(dtype).type(0)) if image.dtype.kind == "f" else int(most)
+    )
+    missing = mark_missing(image)
+    raster, out = write(tmp_path, image, nodata=0), tmp_path / "o.zarr"
+    summary = run(raster, scaled(dtype), out, client, engine="torch", precision=precision, core=64)
+    with pytest.raises(UsageError, match=f"precision {precision} runs windows"):
+        plan_tiles(raster, scaled(dtype), engine="torch", precision=precision, method="program")
+    assert (summary.precision, summary.not_finite_pixels) == (precision, 0)
+    bits: torch.dtype = getattr(torch, precision)
+    with torch.autocast("cpu", bits):
+        wanted = by_torch(scaled(dtype), image, missing)
+    found = stored(out)
+    assert np.array_equal(np.isnan(found), np.isnan(wanted))
+    rounding = 4 * torch.finfo(bits).eps
+    assert np.nanmax(np.abs(found - wanted)) <= rounding * np.nanmax(np.abs(wanted))
+    # What lies far from the extremes is no coarser for them.
+    found, wanted = found[:, 46:], wanted[:, 46:]
+    assert np.nanmax(np.abs(found - wanted)) <= rounding * np.nanmax(np.abs(wanted))
+
+
+def test_results_that_are_not_finite_are_counted(tmp_path: Path, client: Client) -> None:
+    """An index of two bands that are both 0 is no number; what no pixel is behind is not counted."""
+
+    class Index(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x[:, :1] - x[:, 1:]) / (x[:, :1] + x[:, 1:])
+
+    image = float_image()
+    image[:, 10:12, 10:13], image[:, 60:70, 60:64], image[0, 30, 30], image[1, 30, 30] = 0, -9999, 1, -1
+    raster = open_raster(write_geotiff(tmp_path / "s.tif", image, nodata=-9999))
+    for engine in ("openvino", "torch"):
+        network = analyze_network(Index().eval(), 2)
+        summary = run(raster, network, tmp_path / f"{engine}.zarr", client, engine=engine, core=32)
+        assert summary.not_finite_pixels == 7
+        assert int(np.isnan(stored(tmp_path / f"{engine}.zarr")).sum()) == 6 + 40
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_pixels_of_yes_and_no_are_refused_by_name(tmp_path: Path, zarr_format: int) -> None:
+    array = zarr.create_array(
+        tmp_path / "s.zarr", shape=(2, 70, 90), chunks=(1, 64, 64), dtype=bool, zarr_format=zarr_format
+    )
+    array[:] = True
+    said = "pixels must be integers or real numbers, got bool; convert them first"
+    with pytest.raises(RasterError, match=f"s.zarr: {said}"):
+        open_raster(tmp_path / "s.zarr", axes="byx")
+    with pytest.raises(RasterError, match=f"^the array's {said}"):
+        open_raster(np.ones((2, 70, 90), bool))
 
 
 def float_image(*places: tuple[int, int, int, float], bands: int = 2) -> np.ndarray:

@@ -148,6 +148,7 @@ def test_when_everything_is_drawn_the_bits_are_the_full_layers(rule: RowRule) ->
         assert all(torch.equal(a, b) for a, b in zip(full[1:], sampled[1:], strict=True))
 
 
+@pytest.mark.system
 def test_the_corrected_sum_of_exponentials_is_right_on_average_and_that_of_pfc_is_not() -> None:
     """Five standard errors, which are known: strips are drawn without replacement. The seed is fixed."""
     head, (features, labels) = make_head(None, margin="cosface", scale=4.0), make_batch()

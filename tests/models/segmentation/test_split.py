@@ -23,6 +23,8 @@ from torch import nn
 
 from ...support.analysed import analysed
 
+pytestmark = pytest.mark.system
+
 SHAPE = (311, 277)
 
 
