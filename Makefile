@@ -8,8 +8,8 @@ SIZE ?= 4096
 RUN := $(BIN)/outsize
 # Without compiled files every process of a test would compile the package, and pytest every test, again.
 export PYTHONDONTWRITEBYTECODE :=
-# Tests side by side; each process takes up to 2 GB.
-JOBS ?= 2
+# Tests side by side, some of which wait; each process takes up to 2 GB.
+JOBS ?= 3
 # More options of pytest, and which tests.
 PYTEST ?=
 TESTS ?= tests

@@ -18,6 +18,7 @@ from distributed.security import Security
 from distributed.threadpoolexecutor import thread_state
 
 from .cluster_settings import cluster_settings
+from .dask_logs import errors_only
 from .errors import TilerError, UsageError
 from .local_cluster import ClusterError as ClusterError
 from .local_cluster import require_processes, start_cluster
@@ -162,7 +163,7 @@ def open_client(
             yield client
         return
     environment = worker_environment(gdal_cache_bytes)
-    with cluster_settings(environment) as settings:
+    with cluster_settings(environment) as settings, errors_only():
         if not options.processes:
             os.environ.setdefault("GDAL_CACHEMAX", environment["GDAL_CACHEMAX"])
         started = start_cluster(

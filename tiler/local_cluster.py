@@ -36,7 +36,7 @@ VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 STARTS = 3
 """Attempts to start workers: one that dies in its first second takes its cluster with it."""
 ERRORS_ONLY: Any = 40
-"""Dask's log level, which it takes where it says True or False."""
+"""Log level of worker processes."""
 
 
 def visible_device(index: int, shown: str | None) -> str:
@@ -126,7 +126,7 @@ def start_cluster(
     environment: Mapping[str, str],
     cuda: Sequence[int],
 ) -> SpecCluster:
-    """Scheduler and workers on this machine, within `cluster_settings`.
+    """Scheduler and workers on this machine, within `cluster_settings` and `errors_only`.
 
     Guarantee: nothing but the dashboard, where its address says so, listens beyond this machine; no other user's
     process gets a word out of scheduler or workers, as it lacks the certificate. Where workers are threads of this
@@ -180,7 +180,6 @@ def start_cluster(
                     scheduler={"cls": _Scheduler, "options": scheduler},
                     worker=spec,
                     security=security,
-                    silence_logs=ERRORS_ONLY,
                 )
         except (RuntimeError, OSError, ValueError, TypeError) as error:
             reason = _explain(error, ends)

@@ -75,6 +75,7 @@ def folder(made: Path) -> Path:
     return made
 
 
+@pytest.mark.long
 def test_what_was_segmented_by_a_relative_path_is_repaired_from_anywhere(folder: Path) -> None:
     chunk = folder / "map.zarr/class/c/1/1"
     value = chunk.read_bytes()

@@ -249,6 +249,7 @@ def plugin_of(client: Client) -> TileMapPlugin:
     return cluster.scheduler.plugins[NAME]
 
 
+@pytest.mark.long
 def test_states_change_on_the_page(tmp_path: Path, client: Client, page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     image = np.random.default_rng(0).random((3, 500, 900), np.float32)
     source = write_geotiff(tmp_path / "s.tif", image, tiled=True, blockxsize=64, blockysize=64, compress="deflate")

@@ -29,9 +29,11 @@ def test_a_short_peak_of_this_process_is_seen() -> None:
         time.sleep(4 * INTERVAL_S)
         del block
         time.sleep(2 * INTERVAL_S)
-    assert 190 * MB < meter.peak_bytes - before < 260 * MB
+    # What other tests have left may go meanwhile.
+    assert 190 * MB < meter.peak_bytes - min(before, measure_tree_bytes()) < 260 * MB
 
 
+@pytest.mark.long
 def test_children_count_from_when_they_are_known() -> None:
     with MemoryMeter() as meter:
         before = meter.current_bytes

@@ -167,7 +167,7 @@ def test_what_is_not_there_is_said(server: ObjectServer, monkeypatch: pytest.Mon
             open_raster(f"s3://{bucket}/{name}")
 
 
-@pytest.mark.parametrize("kind", ["tif", "zarr"])
+@pytest.mark.parametrize("kind", ["tif", pytest.param("zarr", marks=pytest.mark.long)])
 def test_faults_of_the_store_change_nothing(
     tmp_path: Path, client: Client, server: ObjectServer, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -206,6 +206,7 @@ def test_a_bucket_that_is_gone_stops_the_run_and_fails_no_tile(
         run(url, class_network(), out, client, listener=vanish)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.long
 def test_threads_that_are_told_of_failures_do_not_wait_for_each_other_for_ever(
     tmp_path: Path, server: ObjectServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

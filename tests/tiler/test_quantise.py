@@ -102,7 +102,7 @@ def tiles_of(engine: Engine, image: np.ndarray, core: int) -> Iterator[tuple[Win
         yield tile.core, finished[cut].copy(), logits[cut].copy()
 
 
-@pytest.mark.parametrize("core", [64, 256])
+@pytest.mark.parametrize("core", [pytest.param(64, marks=pytest.mark.long), 256])
 def test_tiles_are_bit_equal_to_the_whole_image_under_the_same_network(core: int) -> None:
     image, engine = scene_image(269, 263), quantised().pack(shipped(), 2).load()
     classes, logits = (array.copy() for array in engine.run_with_logits(image))
@@ -262,6 +262,7 @@ def test_a_run_is_continued_with_the_network_that_it_was_begun_with(tmp_path: Pa
     assert recompute_samples(out, reference, 50, frozenset(), "class").wrong
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_made_before")
 def test_another_precision_or_a_lost_network_is_no_continuation(tmp_path: Path, client: Client) -> None:
     source, out = write_geotiff(tmp_path / "s.tif", random_image(130, 97)), tmp_path / "o.zarr"

@@ -163,6 +163,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.long
 def test_steps_in_a_loop_of_ones_own_take_no_more_than_was_predicted() -> None:
     done = subprocess.run([sys.executable, "-c", _APART], capture_output=True, text=True, check=True)
     small, cut, uncut = json.loads(done.stdout)

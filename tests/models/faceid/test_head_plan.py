@@ -63,6 +63,7 @@ STEP = """
 """
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_batch_times_classes() -> None:
     """The peak grows by their rows and little else, 512 samples' logits are 820 MB."""
     classes, batch, dim = 400_000, 512, 16
