@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..tiler.dtypes import output_nodata
 from ..tiler.geometry import Grid
 from ..tiler.georeference import pixel_areas
-from ..tiler.raster import open_raster
-from ..tiler.store import open_array, output_nodata
+from ..tiler.raster_open import open_raster
+from ..tiler.store import open_array
 from .console import Console
 
 _BLOCK = 2048

@@ -16,11 +16,10 @@ from ..tiler.errors import OutputError, TilerError
 from ..tiler.events import ClusterReady, Event, MemoryProbed, RunPlanned, TileFinished
 from ..tiler.files import append_line, make_folder
 from ..tiler.machine import measure_flops_per_s
-from ..tiler.memory import format_bytes
 from ..tiler.places import is_remote, require_lasting
-from ..tiler.plan import format_seconds
 from ..tiler.records import writing
 from ..tiler.run_summary import RunSummary
+from ..tiler.text import format_bytes, format_seconds
 from .console import Console, Step, count_of, format_table
 from .scenes import Scene
 from .segment import (

@@ -167,7 +167,8 @@ def run_train_command(
         cluster: `ClusterOptions`.
     """
     from .model import SourceOptions
-    from .train import TrainOptions, make_recipe, run_train
+    from .train import make_recipe, run_train
+    from .train_options import TrainOptions
     from .training_workers import WorkerOptions
 
     weights, minutes, steps = options["class_weights"] or (), options["minutes"], options["steps"]

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..tiler.errors import UsageError, one_line
-from ..tiler.memory import format_bytes
-from ..tiler.plan import format_seconds
+from ..tiler.text import format_bytes, format_seconds
 
 MOST_SHOWN = 20
 """Lines on a terminal of things of one kind that went wrong."""

@@ -24,19 +24,19 @@ from ..models.segmentation.model import as_tile_network
 from ..models.segmentation.sources import load_model
 from ..sample_data.scene import Scene
 from ..sample_data.write import write_scene
+from ..tiler.cache_folder import cache_folder
 from ..tiler.cluster import ClusterOptions
 from ..tiler.devices import find_facts
 from ..tiler.engine_choice import choose_engine
 from ..tiler.errors import EngineError
 from ..tiler.geometry import Window
 from ..tiler.machine import cpu_count, measure_flops_per_s
-from ..tiler.memory import format_bytes
 from ..tiler.network import analyze_network
-from ..tiler.plan import format_seconds
-from ..tiler.program_cache import cache_folder
-from ..tiler.raster import open_raster, read_filled
+from ..tiler.raster import read_filled
+from ..tiler.raster_open import open_raster
 from ..tiler.run import predict
 from ..tiler.store import NODATA, open_array
+from ..tiler.text import format_bytes, format_seconds
 from ..tiler.verify import verify_output
 from .console import Console, count_of
 

@@ -16,16 +16,17 @@ from rasterio.enums import ColorInterp
 from rasterio.errors import RasterioError
 from rasterio.windows import Window as RasterioWindow
 
+from ..tiler.dtypes import output_nodata
 from ..tiler.errors import OutputError, UsageError
 from ..tiler.files import upload
 from ..tiler.geometry import Grid
 from ..tiler.georeference import to_rasterio
-from ..tiler.memory import format_bytes
 from ..tiler.meter import MemoryMeter
 from ..tiler.places import is_remote, require_lasting
-from ..tiler.raster import open_raster
+from ..tiler.raster_open import open_raster
 from ..tiler.records import writing
-from ..tiler.store import LEVELS, channel_numbers, open_array, output_nodata, read_header
+from ..tiler.store import LEVELS, channel_numbers, open_array, read_header
+from ..tiler.text import format_bytes
 from .console import Console
 from .quicklook import save_quicklook
 

@@ -15,8 +15,8 @@ from ..models.faceid.benchmark import BenchmarkSpec, make_rule, write_spec
 from ..models.faceid.head_plan import HeadPlan, plan_head
 from ..tiler.errors import UsageError
 from ..tiler.machine import cpu_count
-from ..tiler.memory import format_bytes, parse_bytes
 from ..tiler.meter import MemoryMeter
+from ..tiler.text import format_bytes, parse_bytes
 from .console import Console
 from .ranks import run_ranks
 

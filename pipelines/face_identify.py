@@ -18,9 +18,9 @@ from ..models.faceid.head_plan import PROCESS_BYTES
 from ..models.faceid.images import FORMATS, ImageError, is_picture
 from ..tiler.errors import TilerError, UsageError
 from ..tiler.machine import cpu_count, torch_threads
-from ..tiler.memory import parse_bytes
 from ..tiler.meter import MemoryMeter
 from ..tiler.process_end import end_with
+from ..tiler.text import parse_bytes
 from .console import Console, count_of, one_line
 from .face import require_cores
 from .face_gallery import open_gallery, require_memory, searching

@@ -22,7 +22,7 @@ from ..models.faceid.margins import margin_from
 from ..models.faceid.row_rules import RULES
 from ..tiler.errors import BudgetError, TilerError, UsageError
 from ..tiler.machine import cpu_count, map_large_blocks
-from ..tiler.memory import format_bytes
+from ..tiler.text import format_bytes
 from .console import Console, count_of
 from .face import available_bytes, require_cores
 from .face_init import InitialWeights, open_initial, require_fit

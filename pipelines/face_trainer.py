@@ -25,9 +25,9 @@ from ..models.faceid.row_rules import RULES
 from ..models.faceid.sample_order import share_of
 from ..tiler.errors import TilerError
 from ..tiler.machine import one_thread, torch_threads
-from ..tiler.memory import format_bytes
 from ..tiler.meter import MemoryMeter
 from ..tiler.process_end import end_with
+from ..tiler.text import format_bytes
 from .console import Console
 from .face_checkpoint import load_face_training, save_face_training
 from .face_init import InitialWeights, describe_start, load_rows, open_initial, require_fit

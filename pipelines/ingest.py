@@ -9,13 +9,13 @@ from pathlib import Path
 from ..tiler.cluster import ClusterOptions
 from ..tiler.errors import UsageError
 from ..tiler.geometry import Window
-from ..tiler.memory import format_bytes
 from ..tiler.nodata import exact_text
-from ..tiler.plan import format_seconds
-from ..tiler.raster import Raster, ReadOptions, open_with
+from ..tiler.raster import Raster, ReadOptions
 from ..tiler.raster_notes import list_notes
+from ..tiler.raster_open import open_with
 from ..tiler.raster_parts import open_mosaic, open_stack
 from ..tiler.store import ZarrFormat
+from ..tiler.text import format_bytes, format_seconds
 from ..tiler.transfer import TransferProgress, TransferSummary, copy_raster
 from .console import Console, Step, count_of, describe_memory, refuse_picture_name
 

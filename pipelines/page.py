@@ -10,8 +10,7 @@ from typing import Any
 import jinja2
 
 from .. import __version__
-from ..tiler.memory import format_bytes
-from ..tiler.plan import format_seconds
+from ..tiler.text import format_bytes, format_seconds
 
 
 def render_page(template: str, kind: str, values: dict[str, Any], **filters: Callable[[Any], str]) -> str:

@@ -12,11 +12,13 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from ..models.segmentation.palette import default_colour
+from ..tiler.dtypes import output_nodata
 from ..tiler.errors import RasterError
 from ..tiler.geometry import Grid, Window, halve
-from ..tiler.raster import Raster, open_raster
+from ..tiler.raster import Raster
+from ..tiler.raster_open import open_raster
 from ..tiler.raster_parts import open_reference
-from ..tiler.store import LEVELS, output_nodata
+from ..tiler.store import LEVELS
 from .console import Console, Step
 
 SIDE = 900

@@ -16,12 +16,12 @@ from ..tiler.check import StartCheck
 from ..tiler.errors import OutputError, UsageError
 from ..tiler.files import upload_bytes
 from ..tiler.machine import find_versions
-from ..tiler.memory import format_bytes
 from ..tiler.places import require_lasting
 from ..tiler.plan import TilePlan
 from ..tiler.precision_loss import PrecisionLoss
 from ..tiler.records import is_there, read_records, read_runs, run_folder, writing
 from ..tiler.store import plan_of, read_header
+from ..tiler.text import format_bytes
 from ..tiler.tile_map import group_failures
 from ..tiler.typed import find_misfit
 from .areas import Areas, count_areas

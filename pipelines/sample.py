@@ -7,9 +7,8 @@ from pathlib import Path
 
 from ..sample_data.scene import Scene
 from ..sample_data.write import write_scene
-from ..tiler.memory import format_bytes
 from ..tiler.meter import MemoryMeter
-from ..tiler.plan import format_seconds
+from ..tiler.text import format_bytes, format_seconds
 from .console import Console, describe_memory
 
 

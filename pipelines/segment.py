@@ -31,22 +31,24 @@ from ..tiler.events import (
 )
 from ..tiler.geometry import Window
 from ..tiler.machine import has_int8_instructions, measure_flops_per_s
-from ..tiler.memory import find_budget, format_bytes
+from ..tiler.memory import find_budget
 from ..tiler.memory_probe import memory_lookup
 from ..tiler.network import Network, analyze_network
-from ..tiler.plan import TilePlan, format_seconds
+from ..tiler.plan import TilePlan
 from ..tiler.planner import plan_tiles
 from ..tiler.precision_loss import PrecisionLoss
 from ..tiler.proof import prove_network
 from ..tiler.quantise import require_quantiser
-from ..tiler.raster import Raster, ReadOptions, fill_values, open_with
+from ..tiler.raster import Raster, ReadOptions, fill_values
 from ..tiler.raster_bands import BandMatch, match_bands
 from ..tiler.raster_notes import list_notes
+from ..tiler.raster_open import open_with
 from ..tiler.raster_parts import open_stack
 from ..tiler.run import predict
 from ..tiler.run_summary import RunSummary
 from ..tiler.stated import state_network
 from ..tiler.store import ZarrFormat
+from ..tiler.text import format_bytes, format_seconds
 from .console import Console, Step, count_of, refuse_picture_name
 
 

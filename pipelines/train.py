@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +18,30 @@ import torch
 from ..models.segmentation.augmentation import Augmentation
 from ..models.segmentation.checkpoint import load_state, save_state
 from ..models.segmentation.classes import LabelClasses, find_classes, parse_classes
-from ..models.segmentation.meaning import Task
 from ..models.segmentation.metrics import Confusion
 from ..models.segmentation.model import SegmentationModel, TileNetwork, meaning_of
 from ..models.segmentation.recipe import Recipe, parse_step
 from ..models.segmentation.scaling import Scaling
 from ..models.segmentation.sources import save_model
 from ..models.segmentation.trainer import StepRecord, Trainer
-from ..models.segmentation.unet import Norm, UNet
+from ..models.segmentation.unet import UNet
 from ..models.segmentation.validation import Validation, ValidationTile, validate
 from ..tiler.band_names import is_named
 from ..tiler.errors import OutputError, UsageError
 from ..tiler.fingerprint import fingerprint_raster
-from ..tiler.labels import LabelOptions, identify_labels
+from ..tiler.labels import identify_labels
 from ..tiler.machine import map_large_blocks
-from ..tiler.memory import MB, format_bytes
 from ..tiler.meter import MemoryMeter
-from ..tiler.plan import format_seconds
-from ..tiler.raster import Raster, ReadOptions, open_with
+from ..tiler.raster import Raster, ReadOptions
 from ..tiler.raster_bands import BandMatch, match_bands
 from ..tiler.raster_notes import list_notes
+from ..tiler.raster_open import open_with
 from ..tiler.reading import GDAL_CACHE_BYTES
+from ..tiler.text import MB, format_bytes, format_seconds
 from ..tiler.training_cluster import TrainingCluster
 from ..tiler.vectors import is_vector_file
 from .console import Console, Step, count_of, describe_memory, format_table
-from .model import SourceOptions
+from .train_options import TrainOptions
 from .training_data import TrainingData, prepare_data
 from .training_folder import LOCK, describe_training, owning_folder, read_training, require_same_training
 from .training_log import TrainingLog
@@ -54,40 +53,6 @@ SAVE_EVERY_S = 60.0
 """A kill costs at most this, and a step."""
 _PARTS = 1_000_000
 """Of the progress bar."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainOptions:
-    """What is trained, on what, and how."""
-
-    scenes: tuple[str, ...]
-    labels: tuple[str, ...]
-    """One for each scene, or one vector file for all."""
-    out: Path
-    recipe: Recipe
-    reading: ReadOptions = field(default_factory=ReadOptions)
-    label_options: LabelOptions = field(default_factory=LabelOptions)
-    classes: tuple[str, ...] = ()
-    """NAME or NAME=#RRGGBB; empty: those of the model, or of the labels."""
-    task: Task | None = None
-    """Of a new network; None: multiclass."""
-    balanced: bool = False
-    """Weights of classes follow from their number of pixels."""
-    validation: float = 0.2
-    validate_on: tuple[str, ...] = ()
-    """Scenes, of `scenes`, that are held out."""
-    block: int | None = None
-    validate_every: int = 100
-    """Steps."""
-    core: int | None = None
-    """Side of cores in pixels; None: chosen from the memory."""
-    memory: str = "2GB"
-    model: SourceOptions | None = None
-    """Where the training starts; None: a new UNet."""
-    widths: tuple[int, ...] = (16, 32, 64, 128)
-    norm: Norm = "frozen"
-    overwrite: bool = False
-    workers: WorkerOptions = field(default_factory=WorkerOptions)
 
 
 def run_train(console: Console, options: TrainOptions) -> None:

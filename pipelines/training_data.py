@@ -34,9 +34,9 @@ from ..tiler.files import write_durably
 from ..tiler.geometry import Window
 from ..tiler.graph import first_line
 from ..tiler.labels import RasterLabels, describe_ignored, open_labels
-from ..tiler.memory import MB, parse_bytes
 from ..tiler.network import Network, analyze_network
 from ..tiler.raster import Raster
+from ..tiler.text import MB, parse_bytes
 from ..tiler.trainable import TrainableNetwork, prepare_training
 from ..tiler.training_memory import count_tile_bytes, predict_tile_bytes
 from ..tiler.training_plan import TrainPlan
@@ -44,7 +44,7 @@ from ..tiler.training_planner import SIDES, TrainedImages, choose_training_tiles
 from .console import Console, count_of
 
 if TYPE_CHECKING:
-    from .train import TrainOptions
+    from .train_options import TrainOptions
 
 SURVEY, COUNTS = "survey.json", "survey.safetensors"
 _VALIDATED = 2

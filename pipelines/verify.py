@@ -8,12 +8,13 @@ from typing import Any
 
 from ..models.segmentation.model import SegmentationModel
 from ..tiler.cluster import ClusterOptions
-from ..tiler.engine import Engine, compile_program
+from ..tiler.engine import Engine
+from ..tiler.engine_loading import compile_program, load_windows
 from ..tiler.engine_torch import AUTOCAST, load_reference
 from ..tiler.errors import OutputError, TilerError, UsageError
-from ..tiler.fingerprint import find_differences, fingerprint_raster, hash_network, state_before
-from ..tiler.memory import format_bytes
+from ..tiler.fingerprint import find_differences, fingerprint_raster, state_before
 from ..tiler.network import Network
+from ..tiler.network_hash import hash_network
 from ..tiler.plan import TilePlan
 from ..tiler.quantise import QuantisedNetwork
 from ..tiler.raster import Raster, ReadOptions
@@ -23,6 +24,7 @@ from ..tiler.reference import Reference
 from ..tiler.resume import source_paths
 from ..tiler.small_parts import mend_parts
 from ..tiler.store import plan_of, read_header
+from ..tiler.text import format_bytes
 from ..tiler.verify import Fault, Recomputation, Verification, recompute_samples, tile_states, verify_output
 from .console import Console, count_of
 from .segment import Preparation, RunListener, SegmentOptions, WriteOptions, segment_raster
@@ -200,7 +202,7 @@ def _open_fewer_bits(out: Path, network: Network, fingerprint: dict[str, Any], p
     if plan.precision != "int8":
         return None
     found = QuantisedNetwork.read(run_folder(out), str(fingerprint.get("quantised")))
-    return found.pack(network, plan.threads).load()
+    return load_windows(found.pack(network, plan.threads))
 
 
 def _repair(

@@ -22,12 +22,13 @@ from dask import config
 from distributed import Client, LocalCluster, default_client
 from distributed.security import Security
 from outsize.tiler.certificate import make_security
-from outsize.tiler.cluster import ClusterError, ClusterOptions, open_client, worker_environment
+from outsize.tiler.cluster import ClusterError, ClusterOptions, open_client
 from outsize.tiler.engine_torch import prepare_compiler
+from outsize.tiler.environment import worker_environment
 from outsize.tiler.errors import EngineError, OutputError
 from outsize.tiler.events import Event, TileFinished
 from outsize.tiler.program_cache import ProgramCache
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.run import predict
 from outsize.tiler.transfer import copy_raster
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 import numpy as np
 
 from .geometry import Grid, Window
-from .memory import MB
 from .nodata import Array
+from .text import MB
 
 READ_BYTES = 8 * MB
 """Rows of blocks are read together up to that, since a block is often one row of pixels; one row always."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import Node
 
 from .graph import TracedGraph, operation_name
-from .rules import bound_arguments
+from .rules import Pixels, bound_arguments
 from .sizes import evaluate_at, expression_of
 
 if TYPE_CHECKING:
     from .axis_geometry import AxisGeometry
-    from .network import Network
 
 Shapes = Callable[[Node], list[int]]
 """The shape of a tensor of the graph."""
@@ -37,15 +36,21 @@ def image_shapes(graph: TracedGraph, shape_yx: tuple[int, int]) -> Shapes:
     return shape
 
 
-def program_shapes(network: Network, rows: AxisGeometry, columns: AxisGeometry) -> Shapes:
-    """Shapes where a program computes only what it needs."""
-    whole = image_shapes(network.graph, (rows.axis.image, columns.axis.image))
-    position = {node: index for index, node in enumerate(network.pixels)}
+def program_shapes(
+    graph: TracedGraph, pixels: Mapping[Node, Pixels], rows: AxisGeometry, columns: AxisGeometry
+) -> Shapes:
+    """Shapes where a program computes only what it needs.
+
+    Args:
+        pixels: what is known of each tensor that has pixels, in the order of the axes' nodes.
+    """
+    whole = image_shapes(graph, (rows.axis.image, columns.axis.image))
+    position = {node: index for index, node in enumerate(pixels)}
 
     def shape(node: Node) -> list[int]:
         extents = whole(node)
         if node in position:
-            for axis, dim in zip((rows, columns), network.pixels[node].dims, strict=True):
+            for axis, dim in zip((rows, columns), pixels[node].dims, strict=True):
                 interval = axis.intervals[position[node]]
                 extents[dim] = interval.length if interval is not None else 0
         return extents

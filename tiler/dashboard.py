@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from distributed import Client
 from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado.web import RequestHandler
 
+from .logs import log
 from .tile_map import TOPIC, Message, TileMap, end_message
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ LAST_LOOK_S = 1.0
 """What open pages get, at most, to show how a run ended, before its cluster may close."""
 SENDING_S = 0.2
 """Of that, for what the server has written to reach the browser."""
-
-log = logging.getLogger("outsize.run")
 
 
 class TileMapPlugin(SchedulerPlugin):

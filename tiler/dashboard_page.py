@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +27,8 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure
 
-from .memory import format_bytes
-from .plan import format_seconds
+from .text import format_bytes, format_seconds
 from .tile_map import DONE, FAILED, KEPT, RUNNING, STATES, WAITING, TileMap, group_failures, shrink_map
-
-if TYPE_CHECKING:
-    from .dashboard import TileMapPlugin
 
 SIDE = 400
 """Blocks of the map along its longer side, at most: a screen shows no more."""
@@ -98,10 +95,19 @@ def paint_sketch(sketch: npt.NDArray[np.float32]) -> Image:
     return np.where(known, np.uint32(255) << 24 | grey << 16 | grey << 8 | grey, 0).astype(np.uint32)
 
 
+class TileMaps(Protocol):
+    """What a page shows: the maps that a scheduler keeps."""
+
+    maps: dict[str, TileMap]
+    pages: set[Callable[[], Awaitable[None]]]
+
+    def describe_workers(self, tiles: TileMap | None) -> list[dict[str, Any]]: ...
+
+
 class _Page:
     """One visitor's page."""
 
-    def __init__(self, plugin: TileMapPlugin) -> None:
+    def __init__(self, plugin: TileMaps) -> None:
         self._plugin = plugin
         self._shown: tuple[str, int] = ("", -1)
         self._known: list[str] = []
@@ -424,7 +430,7 @@ def _table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> 
     )
 
 
-def open_page(plugin: TileMapPlugin, extra: dict[str, Any], document: Any) -> None:
+def open_page(plugin: TileMaps, extra: dict[str, Any], document: Any) -> None:
     """Fill a new visitor's document."""
     from distributed.dashboard.components.scheduler import BOKEH_THEME, env
 

@@ -2,57 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import numpy.typing as npt
 
+from .choices import EngineName, Method, Precision
 from .errors import EngineError, UsageError
-from .memory import CUDA_HOST_BYTES, MB, EngineMemory
 
 if TYPE_CHECKING:
-    from .network import Network
-    from .plan import Tile
+    from .tile import Tile
 
-EngineName = Literal["openvino", "torch"]
-Method = Literal["window", "program"]
-"""How a tile is computed: the module on a window of the image, or a program for its core."""
-Precision = Literal["float32", "int8", "bfloat16", "float16", "tf32"]
-"""What an engine computes in: the network's own numbers, or fewer bits for each."""
 PRECISIONS: dict[EngineName, tuple[Precision, ...]] = {
     "openvino": ("float32", "int8"),
     "torch": ("float32", "bfloat16", "float16", "tf32"),
 }
 """What each engine offers; tf32 on CUDA only."""
 
-# Measured with PSS on Linux (docs/memory.md); OpenVINO workers never import torch, oneDNN copies more in eager torch.
-WORKER_BYTES = 95 * MB
-"""A worker process with Dask, Zarr and GDAL, before it loads an engine."""
-ENGINE_WEIGHTS = 2.0
-"""Copies of the weights that an engine makes of those that it is sent: OpenVINO lays them out anew, from a copy; torch
-has them as tensors. 1.8 and 1.1 measured."""
-ENGINE_MEMORY: dict[str, EngineMemory] = {
-    "openvino": EngineMemory(worker_bytes=WORKER_BYTES, factor=1.2, constant_bytes=90 * MB, weights=ENGINE_WEIGHTS),
-    "torch": EngineMemory(worker_bytes=WORKER_BYTES, factor=2.1, constant_bytes=210 * MB, weights=ENGINE_WEIGHTS),
-}
-
-PROGRAM_MEMORY: dict[str, EngineMemory] = {
-    "openvino": EngineMemory(worker_bytes=WORKER_BYTES, factor=1.4, constant_bytes=70 * MB, weights=ENGINE_WEIGHTS),
-    "torch": EngineMemory(worker_bytes=WORKER_BYTES, factor=2.1, constant_bytes=290 * MB, weights=ENGINE_WEIGHTS),
-}
-"""The same for programs; torch's workers trace the network by themselves."""
-
-INT8_MEMORY = EngineMemory(worker_bytes=WORKER_BYTES, factor=0.5, constant_bytes=90 * MB, calibration_bytes=500 * MB)
-"""Of OpenVINO by windows; calibration is a process of its own (tiler/quantise.py)."""
-CUDA_MEMORY = EngineMemory(
-    worker_bytes=WORKER_BYTES,
-    factor=0.0,
-    constant_bytes=CUDA_HOST_BYTES,
-    device_factor=2.0,
-    device_constant_bytes=300 * MB,
-)
-"""On a CUDA device the tensors are there and not on the host. Nothing of this was measured here: the factor is that of
-torch on the CPU, which holds the operands of a convolution in two orders at most."""
 
 ENGINE_EFFICIENCY: dict[str, float] = {"openvino": 0.8, "torch": 0.15, "cuda": 0.3}
 """Share of a large matrix product's speed that the default network reaches in a run; measured, on CUDA supposed; for
@@ -142,40 +108,6 @@ class EngineProgram:
         """Whether several threads may be in the engine at once: it orders them by itself."""
         return self.engine == "torch" and self.method == "window" and (self.device != "cpu" or self.batch > 1)
 
-    def load_tiles(self) -> TileEngine:
-        """The engine with this network, for tiles.
-
-        Raises:
-            EngineError: the engine is not installed here.
-        """
-        if self.method == "program":
-            if self.engine == "openvino":
-                from .engine_openvino import OpenVinoPrograms
-
-                return OpenVinoPrograms.from_program(self)
-            from .engine_programs import load_torch_programs
-
-            return load_torch_programs(self)
-        if self.is_shared:
-            from .engine_cuda import load_batches
-
-            return load_batches(self)
-        return WindowTiles(self.load(), with_logits=self.with_logits)
-
-    def load(self) -> Engine:
-        """The engine with this network, for windows one by one, on the CPU.
-
-        Raises:
-            EngineError: the engine is not installed here.
-        """
-        if self.engine == "openvino":
-            from .engine_openvino import OpenVinoEngine
-
-            return OpenVinoEngine(self)
-        from .engine_torch import TorchEngine
-
-        return TorchEngine.from_program(self)
-
 
 def choose_precision(name: str | None, engine: EngineName) -> Precision:
     """The precision that is asked for, where the engine offers it; None: float32.
@@ -193,22 +125,3 @@ def choose_precision(name: str | None, engine: EngineName) -> Precision:
     others = [other for other, offered in PRECISIONS.items() if name in offered]
     remedy = "".join(f" --engine {other}, or" for other in others)
     raise EngineError(f"engine {engine} computes in {', '.join(PRECISIONS[engine])}, got {name}; use{remedy} float32")
-
-
-def compile_program(
-    network: Network, engine: EngineName, threads: int, precision: Precision = "float32"
-) -> EngineProgram:
-    """Convert a network for an engine, to run on windows. What was converted once on this machine is found again.
-
-    For int8, which has to see pixels, `quantise_network` does.
-
-    Raises:
-        EngineError: the engine cannot run this network.
-    """
-    if engine == "openvino":
-        from .engine_programs import pack_windows
-
-        return replace(pack_windows(network, threads), precision=precision)
-    from .engine_torch import pack_network
-
-    return replace(pack_network(network, threads), precision=precision)

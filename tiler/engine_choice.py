@@ -11,7 +11,7 @@ from .engine import PRECISIONS, choose_precision
 from .errors import EngineError, UsageError
 
 if TYPE_CHECKING:
-    from .engine import EngineName, Precision
+    from .choices import EngineName, Precision
 
 NEW_CAPABILITY = (8, 0)
 """Compute capability of CUDA devices from which they have bfloat16 and TF32."""

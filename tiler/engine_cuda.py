@@ -27,7 +27,7 @@ from .errors import EngineError
 from .geometry import Window
 
 if TYPE_CHECKING:
-    from .plan import Tile
+    from .tile import Tile
 
 Array = npt.NDArray[Any]
 

@@ -32,7 +32,7 @@ from .program_ir import ModelParts, split_model  # noqa: E402
 
 if TYPE_CHECKING:
     from .network import Network
-    from .plan import Tile
+    from .tile import Tile
 
 
 def convert_network(network: Network, threads: int) -> EngineProgram:

@@ -18,12 +18,13 @@ import numpy.typing as npt
 import torch
 
 from .axis_geometry import AxisGeometry, compute_geometry, geometry_key
-from .engine import EngineProgram, Precision, TileEngine
+from .choices import Precision
+from .engine import EngineProgram, TileEngine
 from .errors import EngineError
-from .fingerprint import hash_network
 from .geometry import Interval
 from .machine import release_freed_memory
 from .network import Network, analyze_network
+from .network_hash import hash_network
 from .pixel_types import name_of, require_entering
 from .process_locks import TRACING
 from .program import Program, graph_tensors, hash_sizes
@@ -32,7 +33,7 @@ from .program_ir import ModelParts, join_models, split_model
 
 if TYPE_CHECKING:
     from .engine_openvino import OpenVinoPrograms
-    from .plan import Tile
+    from .tile import Tile
 
 WINDOWS = "windows"
 """Name, among a network's programs on disk, of the network itself for windows of any size."""

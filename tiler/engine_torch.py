@@ -15,11 +15,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from .engine import EngineProgram, Precision
+from .cache_folder import FOLDER_VARIABLE, compiled_folder, keep_compiled_here
+from .choices import Precision
+from .engine import EngineProgram
 from .errors import EngineError
 from .graph import WithLogits, operation_name
 from .private_folder import make_private, why_others_can_write
-from .program_cache import FOLDER_VARIABLE, compiled_folder, keep_compiled_here
 
 if TYPE_CHECKING:
     from .network import Network

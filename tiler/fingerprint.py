@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .network_hash import hash_network
 from .places import scheme_of
 
 if TYPE_CHECKING:
@@ -23,25 +23,6 @@ MIXED = "changed while it was read"
 
 BEFORE = {"precision": "float32", "device": "cpu", "compiled": False}
 """What outputs are that were begun when there was no other."""
-
-
-def hash_network(network: Network) -> str:
-    """SHA-256 of the traced graph and of every weight in it."""
-    if network.is_known:
-        program = network.graph.program
-        digest = hashlib.sha256(program.graph_module.code.encode())
-        tensors = {**program.state_dict, **program.constants}
-    else:
-        digest = hashlib.sha256(f"{network.module}{network.halo}{network.stride}".encode())
-        tensors = network.module.state_dict()
-    for name in sorted(tensors):
-        value = tensors[name]
-        digest.update(name.encode())
-        if hasattr(value, "detach"):
-            array = value.detach().cpu().contiguous()
-            digest.update(f"{array.dtype}{tuple(array.shape)}".encode())
-            digest.update(array.numpy().tobytes() if array.numel() else b"")
-    return digest.hexdigest()
 
 
 def make_fingerprint(

@@ -21,10 +21,10 @@ from torch import Tensor
 from .errors import LabelError
 from .geometry import Interval, Window, footprint
 from .loss import Loss
+from .output_values import missing_in_output
 from .program import Program
 from .trainable import TrainableNetwork
 from .window_source import WindowSource
-from .worker import missing_in_output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
+from .cache_folder import keep_compiled_here
 from .errors import UntileableError, UntraceableError
-from .program_cache import keep_compiled_here
 from .sizes import expression_of, find_whole_multiple
 from .time_limit import time_limit
 

@@ -16,24 +16,27 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from .choices import Method
 from .devices import find_facts
-from .engine import Method, TileEngine, WindowTiles, compile_program
+from .dtypes import stored_dtype
+from .engine import TileEngine, WindowTiles
 from .engine_choice import EngineChoice, choose_engine, needs_cuda_facts
+from .engine_loading import compile_program, load_tiles
 from .engine_torch import TorchEngine
 from .errors import EngineError, UsageError
 from .geometry import Window
 from .machine import cpu_count
 from .network import Network, as_network
+from .output_values import as_stored, missing_in_output
 from .pixel_types import fit_engine
-from .plan import Tile
 from .planner import choose_method
 from .process_locks import TRACING, ProcessLock, after_fork, is_forked
 from .program import make_program
-from .raster import Raster, as_raster, read_filled
+from .raster import Raster, read_filled
 from .raster_bands import match_network
-from .store import as_stored, stored_dtype
+from .raster_open import as_raster
+from .tile import Tile
 from .weights import require_current, weights_version
-from .worker import missing_in_output
 
 if TYPE_CHECKING:
     import dask.array
@@ -116,7 +119,7 @@ def _open_engine(network: Network, choice: EngineChoice, method: Method, shape_y
         return open_programs(network, choice.engine, cpu_count(), shape_yx, choice.device)
     if choice.engine == "torch" and choice.device == "cpu":
         return WindowTiles(TorchEngine(network.module), with_logits=False)
-    return replace(compile_program(network, choice.engine, cpu_count()), device=choice.device).load_tiles()
+    return load_tiles(replace(compile_program(network, choice.engine, cpu_count()), device=choice.device))
 
 
 def _engine_for(network: Network, choice: EngineChoice, method: Method, shape_yx: tuple[int, int]) -> _Engine:

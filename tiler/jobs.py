@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from distributed import Reschedule, Status, Worker, WorkerPlugin, get_worker
 
-from .cluster import complete_environment, follow
+from .cluster import follow
+from .environment import complete_environment
 from .errors import TilerError, WorkerError
 from .machine import find_versions
 from .tile_map import TOPIC, tile_message

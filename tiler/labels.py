@@ -17,7 +17,8 @@ from .errors import RasterError, UsageError
 from .geometry import Grid, Window
 from .georeference import Georeference
 from .label_extent import describe_extent, find_origins
-from .raster import Raster, RasterReader, file_identity, open_raster
+from .raster import Raster, RasterReader, file_identity
+from .raster_open import open_raster
 from .vectors import Features, Geometry, bounds_of, is_vector_file, read_features, to_pixels
 
 UNLABELLED = 65535

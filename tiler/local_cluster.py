@@ -21,8 +21,8 @@ from tornado.web import Application
 from .certificate import make_security
 from .dashboard_guard import guard
 from .errors import TilerError, reason_of
+from .logs import log
 from .process_locks import after_fork
-from .records import log
 
 
 class ClusterError(TilerError):

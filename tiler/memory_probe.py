@@ -20,16 +20,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .devices import find_cuda, pick_index
+from .engine_loading import load_tiles
+from .engine_memory import MemoryLookup, constant_memory
 from .errors import EngineError
-from .memory import MB, EngineMemory
+from .memory import EngineMemory
 from .meter import process_bytes, sample_peak
 from .process_end import end_with
+from .text import MB
 
 if TYPE_CHECKING:
-    from .engine import EngineName, EngineProgram, Method, Precision
+    from .choices import EngineName, Method, Precision
+    from .engine import EngineProgram
     from .network import Network
-    from .plan import Tile
     from .quantise import QuantisedNetwork
+    from .tile import Tile
 
 CORES = (1024, 512, 256, 128, 64)
 """Sides that may be probed; two neighbours are."""
@@ -43,22 +47,7 @@ NOISE = 2
 """Windows that a network is quantised on for the probe."""
 MARGIN = 1.04
 """On what was measured: the peak of one run differs from that of the next."""
-MemoryLookup = Callable[["EngineName", "Method", "Precision", int, str], EngineMemory]
 log = logging.getLogger(__name__)
-
-
-def constant_memory(
-    engine: EngineName, method: Method, precision: Precision, threads: int, device: str = "cpu"
-) -> EngineMemory:
-    """What was measured once with the default network, for all."""
-    from .engine import CUDA_MEMORY, ENGINE_MEMORY, INT8_MEMORY, PROGRAM_MEMORY
-
-    del threads
-    if device != "cpu":
-        return CUDA_MEMORY
-    if precision == "int8":
-        return INT8_MEMORY
-    return PROGRAM_MEMORY[engine] if method == "program" else ENGINE_MEMORY[engine]
 
 
 def memory_lookup(
@@ -199,7 +188,7 @@ def probe_core(
     Raises:
         ValueError: the process failed; carries its last line.
     """
-    from .engine import compile_program
+    from .engine_loading import compile_program
     from .planner import count_live_bytes, plan_tiles
 
     halo = network.halo if not network.window_refusal else None
@@ -236,7 +225,7 @@ def probe_core(
 
 
 def _measure(packed: EngineProgram, tile: Tile, shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
-    from .cluster import worker_environment
+    from .environment import worker_environment
     from .reading import GDAL_CACHE_BYTES
 
     # By a pipe, since a pickle in a file would be whoever's can write there; and without the current folder among
@@ -264,7 +253,7 @@ def main() -> None:
     image = (np.random.default_rng(0).random(shape, np.float32) * 100).astype(dtype)
     before = process_bytes()
     with sample_peak() as peak:
-        engine = packed.load_tiles()
+        engine = load_tiles(packed)
         for _ in range(2):
             engine.run_tile(image, tile)
     print(max(0, peak[0] - before), engine.device_peak_bytes())

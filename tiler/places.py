@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from .errors import RasterError, UsageError
 
 if TYPE_CHECKING:
-    from zarr.abc.store import Store
+    pass
 
 _GDAL_FOLDERS = {
     "s3": "/vsis3/",
@@ -23,9 +23,7 @@ _GDAL_FOLDERS = {
 """GDAL's own file systems, by the scheme of a URL."""
 OBJECT_STORES = ("s3", "gs", "az", "abfs")
 """Schemes of places that can be listed and written."""
-STORE_TIMEOUT_S = 600
-"""For one call of Zarr's on an object store, with all its requests and retries."""
-_OPTIONS: dict[str, dict[str, Any]] = {
+STORE_OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {
         # Others write beside us: what was listed a moment ago is no answer.
         "use_listings_cache": False,
@@ -60,7 +58,7 @@ def place_of(name: str | os.PathLike[str]) -> Path:
         from upath import UPath
 
         # Not a subclass of Path, but made to be used as one.
-        return cast("Path", UPath(str(name), **_OPTIONS.get(scheme, {})))
+        return cast("Path", UPath(str(name), **STORE_OPTIONS.get(scheme, {})))
     except (ImportError, ValueError) as error:
         raise UsageError(
             f"{scheme}:// needs what `pip install 'outsize[object-stores]'` brings, for {name}: {error}"
@@ -82,23 +80,6 @@ def require_lasting(place: Path) -> None:
 def is_remote(place: Path) -> bool:
     """Whether a place is in an object store."""
     return not isinstance(place, Path)
-
-
-def store_at(place: Path, *, read_only: bool = False) -> str | Store:
-    """What zarr opens: a folder, or a store of objects."""
-    if not is_remote(place):
-        if not read_only:
-            return str(place)
-        from .zarr_bounds import PlainFiles
-
-        return PlainFiles(place, read_only=True)
-    import zarr
-    from zarr.storage import FsspecStore
-
-    # Some waits of the libraries below have no limit of their own.
-    zarr.config.set({"async.timeout": STORE_TIMEOUT_S})
-    options = _OPTIONS.get(scheme_of(str(place)), {})
-    return FsspecStore.from_url(str(place), storage_options=options, read_only=read_only)
 
 
 def gdal_name(name: str) -> str:

@@ -10,45 +10,20 @@ from typing import Any
 
 import numpy as np
 
+from .choices import EngineName, Method, Precision
 from .devices import pick_index
-from .engine import ENGINE_EFFICIENCY, PRECISION_SPEED, EngineName, Method, Precision
+from .engine import ENGINE_EFFICIENCY, PRECISION_SPEED
 from .errors import one_line
 from .geometry import Grid, Halo, Interval, Window, order_cells
-from .memory import MB, MemoryPrediction, format_bytes
+from .memory import MemoryPrediction
 from .reading import MUCH_READ, kind_of
+from .text import MB, format_bytes, format_seconds
+from .tile import Span, Tile
 
 SLOW_FLOPS_PER_S = 5e9
 """Less than any machine makes of a network that would be used for one: it tells a long tile from a hanging worker."""
 STORE_BYTES = 70 * MB
 """Of the libraries that talk to an object store, in each process that does; measured, see docs/memory.md."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """A row or column of tiles along one axis."""
-
-    core: tuple[int, int]
-    """[start, stop) in pixels of the whole result."""
-    window: tuple[int, int]
-    """[start, stop) in pixels of the (padded) raster."""
-    kind: str = ""
-    """Of a program: equal for spans that one program serves."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tile:
-    """A core and the window that it is computed from."""
-
-    row: int
-    column: int
-    core: Window
-    """In pixels of the whole result; a run writes just these."""
-    target: Window
-    """The core in pixels of the output array, which begins where the plan's region does."""
-    window: Window
-    """In pixels of the (padded) raster."""
-    crop: Window
-    """The core in the pixels of the program's output on the window."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,16 +348,6 @@ class TilePlan:
                 )
             )
         return "\n".join(f"{name:<9} {one_line(text)}" for name, text in lines)
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration for people: 8 s, 3 min 20 s, 2 h 05 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _pair(values: tuple[int, int]) -> str:

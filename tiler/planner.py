@@ -13,34 +13,34 @@ from torch import nn
 from .agreement import takes_batches
 from .axis_geometry import AxisGeometry, compute_geometry, geometry_key
 from .batches import LANES
-from .check import PATCH, larger_core, larger_window
+from .check_windows import PATCH, larger_core, larger_window
+from .choices import EngineName, Method, Precision
 from .cost import count_flops, count_output_bytes, count_peak_bytes, image_shapes, program_shapes
 from .devices import MachineFacts, find_facts
-from .engine import EngineName, Method, Precision
+from .dtypes import stored_dtype
 from .engine_choice import EngineChoice, choose_engine, needs_cuda_facts
+from .engine_memory import MemoryLookup, constant_memory
 from .errors import BudgetError, UntileableError, UsageError
 from .geometry import Halo, Interval, Window, align_up
 from .machine import cpu_count, one_thread
 from .memory import (
     DEVICE_SHARE,
-    MB,
     EngineMemory,
     MemoryPrediction,
     find_budget,
-    format_bytes,
-    parse_bytes,
     predict_device,
     predict_memory,
     predict_pinned,
 )
-from .memory_probe import MemoryLookup, constant_memory
 from .network import Network, as_network
 from .pixel_types import find_numbers, find_refusal, fit_engine
-from .plan import STORE_BYTES, Span, Tile, TilePlan, largest_window
-from .raster import Raster, as_raster
+from .plan import STORE_BYTES, TilePlan, largest_window
+from .raster import Raster
+from .raster_open import as_raster
 from .raster_parts import count_pixel_bytes, has_gdal
 from .reading import MUCH_READ, Source, least_held_bytes, plan_reading
-from .store import stored_dtype
+from .text import MB, format_bytes, parse_bytes
+from .tile import Span, Tile
 
 CORES = (4096, 3072, 2048, 1024, 512, 256, 128, 64)
 """Sides of a core that a plan may choose, in output pixels."""
@@ -568,7 +568,7 @@ def _largest_peak(network: Network, by_row: Geometries, by_column: Geometries) -
     """Live bytes of the program that reads most."""
     rows = max(by_row.values(), key=lambda geometry: geometry.window.length)
     columns = max(by_column.values(), key=lambda geometry: geometry.window.length)
-    return count_peak_bytes(network.graph, program_shapes(network, rows, columns))
+    return count_peak_bytes(network.graph, program_shapes(network.graph, network.pixels, rows, columns))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -611,7 +611,7 @@ def _count_program_bytes(network: Network, shape_yx: tuple[int, int], core: Wind
         compute_geometry(axis, interval)
         for axis, interval in zip(network.on_image(shape_yx), (core.rows, core.columns), strict=True)
     )
-    return count_peak_bytes(network.graph, program_shapes(network, rows, columns))
+    return count_peak_bytes(network.graph, program_shapes(network.graph, network.pixels, rows, columns))
 
 
 def count_live_bytes(network: Network, method: Method, shape_yx: tuple[int, int], tile: Tile) -> int:
@@ -625,12 +625,13 @@ def count_program_flops(
     network: Network, rows: Sequence[Span], columns: Sequence[Span], by_row: Geometries, by_column: Geometries
 ) -> int:
     """Of all tiles; where every tile has a program of its own, those of the longest spans stand for the others."""
+    graph, pixels = network.graph, network.pixels
     if len(by_row) * len(by_column) > 64:
         row, column = (max(found.values(), key=lambda g: g.window.length) for found in (by_row, by_column))
-        return len(rows) * len(columns) * count_flops(network.graph, program_shapes(network, row, column))
+        return len(rows) * len(columns) * count_flops(graph, program_shapes(graph, pixels, row, column))
     counts = [[span.kind for span in spans] for spans in (rows, columns)]
     return sum(
-        counts[0].count(r) * counts[1].count(c) * count_flops(network.graph, program_shapes(network, row, column))
+        counts[0].count(r) * counts[1].count(c) * count_flops(graph, program_shapes(graph, pixels, row, column))
         for r, row in by_row.items()
         for c, column in by_column.items()
     )

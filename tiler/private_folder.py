@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import TilerError, reason_of
-from .records import log
+from .logs import log
 
 
 class TemporaryFolderError(TilerError):

@@ -11,23 +11,14 @@ import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
-from .memory import parse_bytes
+from .cache_folder import cache_folder, compiled_folder
 from .private_folder import make_private
 from .program_ir import ModelParts, names_of
+from .text import parse_bytes
 
-FOLDER_VARIABLE, LIMIT_VARIABLE = "OUTSIZE_CACHE_DIR", "OUTSIZE_CACHE_LIMIT"
-COMPILED_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-"""torch's own."""
+LIMIT_VARIABLE = "OUTSIZE_CACHE_LIMIT"
 LIMIT = "2GB"
 log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """Where programs are kept: OUTSIZE_CACHE_DIR, else outsize in the user's cache folder."""
-    named = os.environ.get(FOLDER_VARIABLE)
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outsize"
 
 
 class ProgramCache:
@@ -119,22 +110,6 @@ class ProgramCache:
                 for file in (graph, *(self._folder / "constants" / name for name in freed)):
                     excess -= file.stat().st_size
                     file.unlink()
-
-
-def compiled_folder() -> Path:
-    """Where torch.compile keeps what it has made."""
-    return cache_folder() / "compiled"
-
-
-def keep_compiled_here() -> None:
-    """Have torch.compile keep its code in `compiled_folder`, unless the user has named another place.
-
-    By itself it loads code from a folder for temporary files whose name anybody can foresee, and make before it; torch
-    chooses that when its tracer is imported.
-    """
-    named = os.environ.get(COMPILED_VARIABLE)
-    if not named or Path(named).name.startswith("torchinductor_"):
-        os.environ[COMPILED_VARIABLE] = str(compiled_folder())
 
 
 def _size_of(folder: Path) -> int:

@@ -117,8 +117,8 @@ def quantise_network(network: Network, images: Sequence[Array], threads: int) ->
     Raises:
         EngineError: NNCF is not installed, or it or OpenVINO cannot take this network.
     """
-    from .cluster import worker_environment
     from .engine_openvino import convert_network
+    from .environment import worker_environment
     from .network import analyze_network
     from .pixel_types import name_of
     from .reading import GDAL_CACHE_BYTES

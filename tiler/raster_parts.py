@@ -17,7 +17,8 @@ from .errors import RasterError
 from .geometry import Interval, Window
 from .georeference import find_offset
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
-from .raster import Part, Raster, RasterReader, ReadOptions, find_bands, open_with, pick_bands
+from .raster import Part, Raster, RasterReader, ReadOptions, find_bands, pick_bands
+from .raster_open import open_with
 from .raster_scale import apply_tags, describe_tags, known_tags
 
 OPEN_FILES = 64

@@ -23,9 +23,10 @@ from .file_state import keeps_numbers, state_of
 from .geometry import Window
 from .georeference import Georeference, from_attributes, from_centres
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
-from .places import is_remote, place_of, store_at
+from .places import is_remote, place_of
 from .raster import Raster
 from .raster_scale import tags_of_attributes
+from .stores import store_at
 from .zarr_bounds import MOST_BESIDE, bound_array
 from .zarr_layout import ONE, dimension_names, find_array, mask_name, order_axes, suggest_axes
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from .block_cache import READ_BYTES
 from .geometry import Window
-from .memory import MB
+from .text import MB
 
 if TYPE_CHECKING:
-    from .plan import Span
+    from .tile import Span
 
 GDAL_CACHE_BYTES = 64 * MB
 DECODE_BYTES_PER_S = 300 * MB

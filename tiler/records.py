@@ -36,6 +36,7 @@ from .files import (
     write_whole,
 )
 from .journal import Journal, find_journals, open_journal, read_journal
+from .logs import log
 from .places import is_remote
 
 
@@ -492,8 +493,3 @@ def _machine() -> str:
 
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-log = logging.getLogger("outsize.run")
-log.setLevel(logging.INFO)
-log.propagate = False

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .calibration import Sample
-from .check import larger_core, larger_window, sample_patches
+from .check_windows import larger_core, larger_window, sample_patches
 from .engine import Engine
 from .engine_torch import TorchEngine
 from .errors import RasterError
@@ -19,12 +19,12 @@ from .graph import bound_of
 from .machine import one_thread
 from .network import Network
 from .nodata import Array, Mask
+from .output_values import missing_in_output
 from .plan import TilePlan
 from .planner import choose_method
 from .precision_loss import Pair, PrecisionLoss, compare_with_float32
 from .program import make_program
 from .raster import Raster, RasterReader, read_filled
-from .worker import missing_in_output
 
 ComputedPatch = tuple[Window, tuple[Array, Array]]
 """A patch in output pixels, and its (finished, logits)."""

@@ -11,13 +11,14 @@ from typing import Any
 from .errors import BudgetError, DamagedError, OutputError, RasterError
 from .files import sizes_below
 from .fingerprint import find_differences, fingerprint_raster
-from .memory import format_bytes
+from .logs import log
 from .places import place_of, scheme_of, url_of
 from .plan import TilePlan
 from .raster import Raster
 from .raster_parts import open_reference, reference_to
-from .records import RunFolder, log
+from .records import RunFolder
 from .store import ZarrFormat, chunks_of, find_chunk_fault, plan_of, read_header
+from .text import format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,9 @@ from .calibration import read_calibration
 from .check import StartCheck, require_exact
 from .cluster import ClusterKeeper, ClusterOptions
 from .dashboard import Watch
-from .engine import Engine, EngineProgram, compile_program
+from .dtypes import output_nodata, stored_dtype
+from .engine import Engine, EngineProgram
+from .engine_loading import compile_program, load_windows
 from .engine_programs import pack_programs
 from .engine_torch import AUTOCAST, load_reference
 from .errors import DamagedError, OutputError, UsageError
@@ -36,11 +38,11 @@ from .events import (
     RunPlanned,
     StartChecked,
     TileFinished,
-    TileRecord,
 )
 from .files import remove_store
 from .fingerprint import MIXED, make_fingerprint, state_before
 from .geometry import Interval, Window
+from .logs import log
 from .machine import find_versions, release_freed_memory, spare_lost_threads
 from .memory import CUDA_CONTEXT_BYTES, find_budget
 from .memory_probe import memory_lookup
@@ -51,10 +53,11 @@ from .plan import TilePlan
 from .planner import plan_tiles
 from .precision_loss import PrecisionLoss
 from .quantise import QuantisedNetwork, quantise_network, require_quantiser
-from .raster import Raster, as_raster, fill_values, require_apart
+from .raster import Raster, fill_values, require_apart
 from .raster_bands import match_network
+from .raster_open import as_raster
 from .raster_parts import count_pixel_bytes, reference_to
-from .records import RunFolder, is_there, log, writing
+from .records import RunFolder, is_there, writing
 from .reference import ComputedPatch, Reference
 from .resume import (
     Kept,
@@ -77,15 +80,14 @@ from .store import (
     ZarrFormat,
     create_output,
     open_array,
-    output_nodata,
     read_header,
     require_space,
-    stored_dtype,
     update_header,
     write_core,
     write_status,
 )
 from .tile_map import backdrop_message, begin_message, tile_message
+from .tile_record import TileRecord
 from .tile_states import TileStates
 from .weights import require_current
 from .worker import RunSpec
@@ -408,7 +410,7 @@ class _Run:
         else:
             self._quantised = QuantisedNetwork.read(self.folder.path, self.fingerprint["quantised"])
         program = self._quantised.pack(self.network, plan.threads)
-        self._engine = program.load()
+        self._engine = load_windows(program)
         if held_out is not None:
             self.loss = self._reference().measure_loss(held_out)
         else:

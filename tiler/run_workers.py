@@ -8,9 +8,9 @@ from typing import Any
 from distributed import Client
 
 from .cluster import ClusterKeeper, ClusterOptions, open_client
-from .memory import format_bytes
 from .plan import TilePlan
 from .reading import GDAL_CACHE_BYTES
+from .text import format_bytes
 from .worker import device_peak
 
 

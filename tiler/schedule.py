@@ -21,7 +21,7 @@ from .cluster import ClusterError, leaving_slot
 from .dashboard import Watch, watch_run
 from .errors import WorkerError
 from .jobs import Job, JobPlugin, run_cell
-from .records import log
+from .logs import log
 from .tile_map import Message
 
 QUEUED_PER_THREAD = 2

@@ -8,11 +8,13 @@ from typing import Any
 import numpy.typing as npt
 from distributed import Client
 
-from .check import StartCheck, compare_patches, relative_tolerance, sample_patches
+from .check import StartCheck, compare_patches, relative_tolerance
+from .check_windows import sample_patches
+from .dtypes import stored_dtype
 from .errors import RasterError
 from .geometry import Window
+from .output_values import as_stored
 from .reference import ComputedPatch, Reference
-from .store import as_stored, stored_dtype
 from .worker import RunSpec, check_tiles
 
 Array = npt.NDArray[Any]

@@ -18,6 +18,7 @@ from numcodecs import Zstd
 from zarr.codecs import ZstdCodec
 from zarr.errors import BaseZarrError
 
+from .dtypes import output_nodata
 from .errors import DamagedError, OutputError, TilerError
 from .files import make_folder, read_files, remove_tree
 from .geometry import Grid, Window
@@ -28,13 +29,15 @@ from .georeference import (
     pixel_centres,
     spatial_ref_attributes,
 )
-from .memory import format_bytes
-from .places import is_remote, place_of, store_at
+from .places import is_remote, place_of
+from .stores import store_at
+from .text import format_bytes
 from .typed import find_misfit, fits
 from .zarr_bounds import bound_array
 
 if TYPE_CHECKING:
-    from .plan import Tile, TilePlan
+    from .plan import TilePlan
+    from .tile import Tile
 
 FORMAT = 1
 NODATA = 255
@@ -53,8 +56,6 @@ VALID = 255
 _MOST_CENTRES = 1 << 20
 """Coordinates in one chunk."""
 
-_STORED = {"bool": "uint8", "int16": "uint8", "int32": "uint16", "int64": "uint16"}
-"""Whole numbers that a network gives, and what they are stored as once none of them was found outside."""
 
 OutputKind = Literal["class", "probability", "logits", "values"]
 ZarrFormat = Literal[2, 3]
@@ -109,39 +110,6 @@ class OutputDescription:
 def channel_numbers(header: dict[str, Any], channels: int) -> list[int]:
     """Number of the class that each channel of an output is about: its own, but 1 of a binary task's only one."""
     return [1] if header.get("task") == "binary" and channels == 1 else list(range(channels))
-
-
-def output_nodata(dtype: np.dtype[Any]) -> float:
-    """The value of nodata pixels in an output of that dtype."""
-    return float("nan") if dtype.kind == "f" else int(np.iinfo(dtype).max)
-
-
-def stored_dtype(dtype: Any) -> np.dtype[Any]:
-    """What results of a network's dtype, torch's or numpy's, are stored as: bytes for class numbers that fit, else
-    uint16, and floats as they are."""
-    name = str(dtype).removeprefix("torch.")
-    return np.dtype(_STORED.get(name, name))
-
-
-def as_stored(result: npt.NDArray[Any], missing: npt.NDArray[np.bool_] | None) -> npt.NDArray[Any]:
-    """A result as it is stored, nodata where pixels are missing; where its dtype stays, in the memory that it has.
-
-    Raises:
-        OutputError: a class number, or a level of probability, that the stored dtype has no value for.
-    """
-    dtype = stored_dtype(result.dtype)
-    if dtype != result.dtype:
-        known, most = result if missing is None else result[:, ~missing], int(output_nodata(dtype)) - 1
-        low, high = (int(known.min()), int(known.max())) if known.size else (0, 0)
-        if low < 0 or high > most:
-            raise OutputError(
-                f"the network's classes or levels must be 0..{most}, got {low}..{high} (-1: what is no class or "
-                "no probability); name all classes in a model file, or see --activation"
-            )
-        result = result.astype(dtype)
-    if missing is not None:
-        result[:, missing] = output_nodata(dtype)
-    return result
 
 
 def create_raster_group(

@@ -7,10 +7,10 @@ from collections.abc import Collection
 import numpy as np
 import numpy.typing as npt
 
-from .events import TileRecord
 from .plan import TilePlan
 from .resume import Kept
 from .store import DONE, FAILED, MISSING
+from .tile_record import TileRecord
 
 
 class TileStates:

@@ -12,11 +12,11 @@ from torch import distributed as dist
 
 from .errors import LabelError, UntileableError, UsageError
 from .gradient import GradientSum, Precision, Tiles, compute_loss_sums, gradient_of_tiles
+from .logs import log
 from .loss import Loss
 from .machine import map_large_blocks, spare_lost_threads
 from .network import Network
 from .raster import Raster
-from .records import log
 from .trainable import TrainableNetwork, detach_tensors, prepare_training
 from .training_cluster import StepData, TrainingCluster
 from .training_plan import TrainPlan

@@ -26,7 +26,8 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 from torch import Tensor, nn
 
-from .cluster import ClusterError, complete_environment, follow, leaving_slot
+from .cluster import ClusterError, follow, leaving_slot
+from .environment import complete_environment
 from .errors import RasterError, TilerError, UsageError
 from .geometry import Window
 from .gradient import (
@@ -37,12 +38,12 @@ from .gradient import (
     gradient_of_tiles,
 )
 from .graph import first_line
+from .logs import log
 from .loss import Loss
 from .machine import find_versions, map_large_blocks, torch_threads
 from .network import analyze_network
 from .process_locks import ProcessLock
 from .reading import GDAL_CACHE_BYTES
-from .records import log
 from .schedule import LOST, forget_plugin
 from .sum_tree import GROUPS, cut_groups, fold_tree
 from .trainable import TrainableNetwork

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .geometry import Window
-from .memory import MB
+from .text import MB
 from .trainable import TrainableNetwork
 
 PROCESS_BYTES = 500 * MB

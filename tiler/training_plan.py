@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .errors import UsageError
 from .geometry import Grid, Window
-from .memory import format_bytes
+from .text import format_bytes
 
 
 def require_cuts(cuts: tuple[int, ...]) -> None:

@@ -14,12 +14,12 @@ from .cost import program_shapes
 from .cuts import choose_cuts
 from .errors import BudgetError, UsageError
 from .geometry import Interval, Window
-from .memory import MB, format_bytes, parse_bytes
 from .meter import process_bytes
 from .network import Network
 from .planner import compute_program_spans, count_program_flops
 from .raster import Raster
 from .reading import GDAL_CACHE_BYTES
+from .text import MB, format_bytes, parse_bytes
 from .trainable import TrainableNetwork
 from .training_memory import PROCESS_BYTES, WARM_UP_BYTES, count_tile_bytes, predict_tile_bytes
 from .training_plan import TrainingMemory, TrainPlan, require_cuts
@@ -267,7 +267,7 @@ class _Candidates:
             geometries = (
                 compute_geometry(axis, part) for axis, part in zip(self._axes, (rows[0], columns[0]), strict=True)
             )
-            shapes = program_shapes(self._network.network, *geometries)
+            shapes = program_shapes(self._network.network.graph, self._network.network.pixels, *geometries)
             cuts = choose_cuts(self._network.order, shapes, partial(count, rows[0], columns[0]))
         # What an edge costs along one axis does not depend on the place along the other.
         row = max(rows, key=lambda part: count(part, columns[0], cuts)) if len(rows) > 1 else rows[0]

@@ -19,7 +19,7 @@ from .errors import OutputError, RasterError
 from .files import make_folder, remove_tree, replace_store, sizes_below
 from .fingerprint import fingerprint_raster
 from .meter import MemoryMeter
-from .places import is_remote, place_of, require_lasting, store_at
+from .places import is_remote, place_of, require_lasting
 from .raster import Raster, require_apart
 from .raster_scale import tag_attributes
 from .records import RunFolder, is_there, writing
@@ -36,6 +36,7 @@ from .store import (
     require_replaceable,
     require_space,
 )
+from .stores import store_at
 from .tile_map import begin_message, kept_cells, tile_message
 from .transfer_plan import TransferPlan, plan_transfer
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from .errors import BudgetError
 from .geometry import Grid
 from .machine import cpu_count
-from .memory import MB, format_bytes, parse_bytes
 from .plan import STORE_BYTES
 from .raster import Raster
+from .text import MB, format_bytes, parse_bytes
 
 CHUNK = 512
 CELL_BYTES = 48 * MB

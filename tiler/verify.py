@@ -12,29 +12,20 @@ from typing import Any
 import numpy as np
 import zarr
 
-from .check import MOST_TIES, relative_tolerance, sample_patches
+from .check import MOST_TIES, relative_tolerance
+from .check_windows import sample_patches
 from .errors import OutputError, RasterError
 from .files import sizes_below
 from .geometry import Window
 from .graph import bound_of
 from .machine import cpu_count
 from .nodata import Array
+from .output_values import as_stored
 from .plan import TilePlan
 from .records import read_owner, read_records, run_folder
 from .reference import Reference
 from .small_parts import PartFault, find_part_faults, states_by_header
-from .store import (
-    CONTEXT,
-    FAILED,
-    STATUS,
-    as_stored,
-    chunk_window,
-    chunks_of,
-    find_chunk_fault,
-    open_array,
-    plan_of,
-    read_header,
-)
+from .store import CONTEXT, FAILED, STATUS, chunk_window, chunks_of, find_chunk_fault, open_array, plan_of, read_header
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from .block_cache import BlockStore
 from .errors import UsageError
 from .geometry import Window
-from .memory import MB
 from .network import torch_dtype
 from .nodata import Mask
 from .raster import Raster, read_filled
+from .text import MB
 
 Pixels: TypeAlias = Raster | npt.NDArray[Any] | Tensor
 """(bands, height, width), or (height, width) for one band."""

@@ -8,7 +8,6 @@ import threading
 import time
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,33 +15,26 @@ import numpy.typing as npt
 from zarr.errors import BaseZarrError
 
 from .block_cache import BlockStore
+from .dtypes import output_nodata
 from .engine import EngineProgram, TileEngine
+from .engine_loading import load_tiles
 from .errors import EngineError, NotFiniteError, OutputError, RasterError, WorkerError
-from .events import TileRecord
-from .geometry import Interval, Window, footprint
 from .jobs import runner_of, told_plainly, unfit_worker
 from .machine import release_freed_memory
+from .output_values import as_stored, count_not_finite, count_under, missing_in_output, touches_nodata
 from .places import place_of
-from .plan import Tile, TilePlan
+from .plan import TilePlan
 from .raster import FilledWindow, Raster, RasterReader, read_filled
 from .reading import GDAL_CACHE_BYTES
 from .records import require_owner, writing
 from .resume import require_source
-from .store import (
-    CONTEXT,
-    NODATA,
-    ZarrFormat,
-    as_stored,
-    chunks_of,
-    open_array,
-    output_nodata,
-    seal_chunks,
-    write_core,
-)
+from .store import CONTEXT, NODATA, ZarrFormat, chunks_of, open_array, seal_chunks, write_core
+from .tile import Tile
 from .tile_map import make_sketch
+from .tile_record import TileRecord
 
 if TYPE_CHECKING:
-    from .check import CheckPatch
+    from .check_windows import CheckPatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,74 +71,6 @@ class RunSpec:
 
 KEPT_BYTES = 8_000_000
 """Of a tile's result, up to which the start check's is kept for the run."""
-
-
-def missing_in_output(
-    missing: npt.NDArray[np.bool_], window: Window, core: Window, scale: tuple[Fraction, Fraction]
-) -> npt.NDArray[np.bool_]:
-    """Nodata of a core's pixels: an output pixel is nodata where every input pixel under it is."""
-    if scale == (1, 1):
-        return missing[core.slices(window)]
-    under = [
-        [footprint(Interval(start=i, stop=i + 1), ratio) for i in range(interval.start, interval.stop)]
-        for interval, ratio in ((core.rows, scale[0]), (core.columns, scale[1]))
-    ]
-    return _count(~missing, window, under) == 0
-
-
-def count_under(
-    marked: npt.NDArray[np.bool_] | None, window: Window, core: Window, scale: tuple[Fraction, Fraction]
-) -> int:
-    """How many marked pixels of the raster belong to a core; each belongs to one."""
-    if marked is None:
-        return 0
-    rows, columns = (
-        slice(max(0, ceil(interval.start / ratio) - origin), max(0, ceil(interval.stop / ratio) - origin))
-        for interval, ratio, origin in zip((core.rows, core.columns), scale, (window.y, window.x), strict=True)
-    )
-    return int(marked[rows, columns].sum())
-
-
-def count_not_finite(result: npt.NDArray[Any], missing: npt.NDArray[np.bool_] | None) -> int:
-    """How many pixels that are not missing have NaN or infinity in any channel."""
-    if result.dtype.kind != "f":
-        return 0
-    finite = np.isfinite(result).all(axis=0)
-    return int(np.count_nonzero(~finite if missing is None else ~(finite | missing)))
-
-
-def touches_nodata(missing: npt.NDArray[np.bool_] | None, tile: Tile, plan: TilePlan) -> npt.NDArray[np.uint8]:
-    """(height, width) of a core: 1 where a nodata pixel of the raster lies in the pixel's receptive field."""
-    if missing is None:
-        return np.zeros(tile.core.shape, np.uint8)
-    assert plan.receptive is not None
-    fields: list[list[Interval]] = []
-    for axis, interval in enumerate((tile.core.rows, tile.core.columns)):
-        period, stride, extent = plan.receptive[axis], plan.stride[axis], plan.raster_shape[1 + axis]
-        moved = [(divmod(i, len(period))) for i in range(interval.start, interval.stop)]
-        # What a network sees beyond the raster's edge is no nodata pixel.
-        fields.append(
-            [
-                Interval(start=period[phase][0] + times * stride, stop=period[phase][1] + times * stride).clamp(extent)
-                for times, phase in moved
-            ]
-        )
-    return (_count(missing, tile.window, fields) > 0).astype(np.uint8)
-
-
-def _count(marked: npt.NDArray[np.bool_], window: Window, under: list[list[Interval]]) -> npt.NDArray[np.int32]:
-    """How many marked pixels of a window lie in each product of a row interval and a column interval."""
-    counts = marked.astype(np.int32)
-    for axis, (intervals, origin) in enumerate(zip(under, (window.y, window.x), strict=True)):
-        size = counts.shape[axis]
-        first = np.clip([u.start - origin for u in intervals], 0, size)
-        last = np.clip([u.stop - origin for u in intervals], 0, size)
-        # Pixels up to each position, so that a difference counts those of any interval.
-        sums = np.concatenate(
-            [np.zeros_like(np.take(counts, [0], axis)), np.cumsum(counts, axis, dtype=np.int32)], axis
-        )
-        counts = np.take(sums, last, axis) - np.take(sums, first, axis)
-    return counts
 
 
 class TileRunner:
@@ -198,7 +122,7 @@ class TileRunner:
         with self._load_lock:
             if self._engine is None:
                 try:
-                    self._engine = self.spec.program.load_tiles()
+                    self._engine = load_tiles(self.spec.program)
                 except Exception as error:
                     # Whatever it is: an engine that does not load is no fault of a tile, and would fail all of them.
                     raise unfit_worker(error) from error

@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import bz2
-import errno
 import lzma
-import stat
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numcodecs
@@ -21,7 +18,6 @@ import zarr
 from numcodecs.abc import Codec as Numcodec
 from zarr import codecs
 from zarr.abc.codec import ArrayArrayCodec, ArrayBytesCodec, BytesBytesCodec, Codec
-from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.codecs import (
     BloscCodec,
     BytesCodec,
@@ -32,10 +28,10 @@ from zarr.codecs import (
     ZstdCodec,
 )
 from zarr.core.array_spec import ArraySpec
-from zarr.core.buffer import Buffer, BufferPrototype, NDBuffer
+from zarr.core.buffer import Buffer, NDBuffer
 from zarr.storage import LocalStore, StorePath
 
-from .files import MOST_TEXT
+from .stores import PlainFiles
 
 MOST_CHUNK = 1 << 32
 """Bytes of one decoded chunk of pixels; what the memory budget allows is less."""
@@ -82,54 +78,6 @@ def bound_array(array: zarr.Array[Any], *, most: int = MOST_CHUNK, trust: bool =
 
 def _bytes_of(shape: Sequence[int], dtype: np.dtype[Any]) -> int:
     return prod(int(extent) for extent in shape) * max(1, dtype.itemsize)
-
-
-class PlainFiles(LocalStore):
-    """A store of files of this machine; what is no file but a pipe or a device is not waited for.
-
-    Args:
-        most: bytes that a chunk's file may have; None: any.
-    """
-
-    def __init__(self, root: Path | str, *, read_only: bool = False, most: int | None = None) -> None:
-        super().__init__(root, read_only=read_only)
-        self.most = most
-
-    def with_read_only(self, read_only: bool = False) -> PlainFiles:
-        return type(self)(self.root, read_only=read_only, most=self.most)
-
-    def _require(self, key: str, byte_range: ByteRequest | None) -> None:
-        path = self.root / key
-        try:
-            status = path.stat()
-        except OSError:
-            return  # zarr says what that means
-        if stat.S_ISDIR(status.st_mode):
-            return
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is no file, but a pipe, a device or a socket", str(path))
-        most = MOST_TEXT if path.name.startswith(".z") or path.name == "zarr.json" else self.most
-        size = status.st_size
-        if isinstance(byte_range, RangeByteRequest):
-            size = min(size, byte_range.end) - byte_range.start
-        elif isinstance(byte_range, SuffixByteRequest):
-            size = min(size, byte_range.suffix)
-        if most is not None and size > most:
-            raise OSError(errno.EFBIG, f"it has {size:,} bytes, at most {most:,} are read", str(path))
-
-    async def get(
-        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
-        self._require(key, byte_range)
-        return await super().get(key, prototype, byte_range)
-
-    async def get_partial_values(
-        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
-    ) -> list[Buffer | None]:
-        asked = list(key_ranges)
-        for key, byte_range in asked:
-            self._require(key, byte_range)
-        return await super().get_partial_values(prototype, asked)
 
 
 # Sizes, from the array's pixels to what is stored

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ...tiler.errors import reason_of
-from ...tiler.memory import parse_bytes
+from ...tiler.text import parse_bytes
 from .collectives import Ranks
 from .errors import GalleryError, HeadError
 from .gallery_file import (

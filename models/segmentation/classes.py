@@ -10,7 +10,7 @@ import numpy as np
 from ...tiler.errors import UsageError
 from ...tiler.geometry import Grid
 from ...tiler.labels import LabelOptions, find_ignored, flag_meanings, unsaid_values
-from ...tiler.raster import open_raster
+from ...tiler.raster_open import open_raster
 from ...tiler.vectors import is_vector_file, read_features
 from .mlm import parse_colour
 from .model import SegmentationClass

@@ -19,11 +19,11 @@ from ...tiler.gradient import GradientSum, Tiles, compute_loss_sums, compute_out
 from ...tiler.graph import first_line
 from ...tiler.labels import UNLABELLED, Classes
 from ...tiler.loss import Loss
-from ...tiler.memory import MB
 from ...tiler.network import analyze_network, torch_dtype
 from ...tiler.nodata import Mask
 from ...tiler.raster import RasterReader, read_filled
 from ...tiler.sum_tree import cut_groups, fold_tree
+from ...tiler.text import MB
 from ...tiler.trainable import TrainableNetwork, detach_tensors
 from ...tiler.training_cluster import TrainingCluster
 from .augmentation import Variant

@@ -39,10 +39,9 @@ from ...pipelines.console import format_table
 from ...sample_data.scene import Scene, render_window
 from ...tiler.geometry import Window
 from ...tiler.machine import cpu_count
-from ...tiler.memory import format_bytes, parse_bytes
 from ...tiler.network import analyze_network
-from ...tiler.plan import format_seconds
-from ...tiler.raster import open_raster
+from ...tiler.raster_open import open_raster
+from ...tiler.text import format_bytes, format_seconds, parse_bytes
 from ...tiler.tiled_autograd import tile_loss
 from ...tiler.training_planner import plan_training
 from ...tiler.window_source import Pixels

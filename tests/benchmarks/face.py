@@ -24,8 +24,8 @@ from ...models.faceid.margins import Margin
 from ...models.faceid.reference import compute_dense_loss
 from ...models.faceid.row_rules import SGD, Momentum, RowRMS
 from ...tiler.machine import cpu_count
-from ...tiler.memory import format_bytes
 from ...tiler.meter import MemoryMeter, process_bytes
+from ...tiler.text import format_bytes
 
 DIM = 512
 LAYERS = ("dense", "sgd", "rms", "momentum")

@@ -27,8 +27,8 @@ import torch
 
 from ...models.faceid.gallery import Gallery
 from ...tiler.machine import cpu_count
-from ...tiler.memory import format_bytes
 from ...tiler.meter import MemoryMeter
+from ...tiler.text import format_bytes
 
 DIM, K = 512, 5
 CHUNK = 163_840

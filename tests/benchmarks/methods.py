@@ -13,16 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from outsize.tiler.engine_loading import load_windows
 
 from ...models import as_tile_network, load_model
 from ...tiler.cost import compute_flops, count_flops, program_shapes
-from ...tiler.engine import compile_program
+from ...tiler.engine_loading import compile_program
 from ...tiler.engine_programs import open_programs
 from ...tiler.geometry import Window
 from ...tiler.machine import cpu_count
 from ...tiler.network import analyze_network
-from ...tiler.plan import Tile
 from ...tiler.program import make_program
+from ...tiler.tile import Tile
 
 RASTER = (30_000, 30_000)
 
@@ -46,8 +47,8 @@ def main() -> None:
             "program": count_flops(network.graph, program_shapes(network, program.rows, program.columns)) / bare,
         }
         engines: dict[str, Any] = {
-            "bare": compile_program(network, "openvino", cpu_count()).load(),
-            "window": compile_program(network, "openvino", cpu_count()).load(),
+            "bare": load_windows(compile_program(network, "openvino", cpu_count())),
+            "window": load_windows(compile_program(network, "openvino", cpu_count())),
             "program": open_programs(network, "openvino", cpu_count(), RASTER),
         }
         images = {

@@ -24,11 +24,11 @@ import numpy as np
 import psutil
 from distributed import Client
 
-from ...tiler.events import TileRecord
 from ...tiler.geometry import order_cells
 from ...tiler.meter import process_bytes
 from ...tiler.schedule import job_on, run_cells
 from ...tiler.tile_map import begin_message
+from ...tiler.tile_record import TileRecord
 
 STRIP_ROWS = 4
 

@@ -27,7 +27,7 @@ from outsize.models.segmentation.scene import SceneLabels, TrainingScene
 from outsize.models.segmentation.split import Split
 from outsize.tiler.geometry import Window
 from outsize.tiler.labels import UNLABELLED, LabelOptions, open_labels
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from rasterio.errors import NotGeoreferencedWarning
 
 CLOUDS = ("shadow", "water", "snow", "land", "cloud")

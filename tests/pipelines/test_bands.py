@@ -11,7 +11,7 @@ import rasterio
 from outsize.models import SegmentationModel, load_model
 from outsize.pipelines import segment
 from outsize.tiler.geometry import Window
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 
 from ..support.commands import outsize_here, result_of
 from ..support.rasters import unique_pixels, write_geotiff

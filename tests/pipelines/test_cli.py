@@ -24,9 +24,9 @@ from outsize.pipelines.cli import main
 from outsize.sample_data.small import small_scene_path
 from outsize.tests.support.commands import Command, fresh_outsize, outsize, result_of
 from outsize.tiler.geometry import Window
-from outsize.tiler.memory import parse_bytes
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.store import open_array, read_header
+from outsize.tiler.text import parse_bytes
 from rio_cogeo.cogeo import cog_validate
 
 from ..support.small_model import save_small_model
@@ -170,7 +170,7 @@ def test_overviews_hold_the_most_common_class(tmp_path: Path, segmented: Path) -
     from outsize.pipelines.export import run_export
     from outsize.tiler.network import analyze_network
     from outsize.tiler.planner import plan_tiles
-    from outsize.tiler.raster import open_raster
+    from outsize.tiler.raster_open import open_raster
     from outsize.tiler.store import OutputDescription, create_output, writable
 
     class Argmax(torch.nn.Module):

@@ -21,7 +21,7 @@ from outsize.tests.support.commands import outsize_here
 from outsize.tiler.errors import OutputError, UsageError, one_line
 from outsize.tiler.files import read_regular
 from outsize.tiler.places import place_of, require_lasting
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.records import read_owner, read_runs
 from outsize.tiler.run import predict
 from outsize.tiler.store import OutputDescription, plan_of, read_header

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.store import open_array
 
 from ..support.commands import outsize_here, result_of

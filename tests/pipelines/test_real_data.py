@@ -15,7 +15,8 @@ from distributed import Client
 from outsize.models import Scaling, SegmentationClass, SegmentationModel, UNet, save_model
 from outsize.tests.support.commands import outsize_here, result_of
 from outsize.tiler.geometry import Window
-from outsize.tiler.raster import Raster, open_raster
+from outsize.tiler.raster import Raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.store import open_array
 from rasterio.merge import merge
 from torch.nn import functional as F

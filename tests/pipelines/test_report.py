@@ -23,10 +23,10 @@ from outsize.pipelines.report import StoppedRun, measure_throughput, render_repo
 from outsize.tests.support.commands import outsize
 from outsize.tiler.check import StartCheck
 from outsize.tiler.georeference import Georeference, pixel_areas
-from outsize.tiler.memory import format_bytes
 from outsize.tiler.plan import TilePlan
 from outsize.tiler.records import run_folder
 from outsize.tiler.store import open_array, read_header, writable
+from outsize.tiler.text import format_bytes
 
 from ..support.rasters import damage, write_geotiff
 

@@ -26,7 +26,7 @@ from outsize.pipelines.training_log import TrainingLog, read_log
 from outsize.tests.support import commands
 from outsize.tiler.errors import LabelError, OutputError
 from outsize.tiler.georeference import Georeference
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.store import open_array
 from rasterio.features import shapes
 

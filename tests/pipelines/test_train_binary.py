@@ -13,7 +13,7 @@ from outsize.tests.support.commands import outsize_here, result_of
 from outsize.tiler.errors import UsageError
 from outsize.tiler.geometry import Window
 from outsize.tiler.labels import UNLABELLED, LabelOptions, open_labels
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from torch.nn import functional as F
 
 from ..support.rasters import write_geotiff

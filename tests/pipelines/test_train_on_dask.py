@@ -15,7 +15,7 @@ from distributed import Client, LocalCluster
 from outsize.models.segmentation.step import StepEngine
 from outsize.tiler import training_cluster
 from outsize.tiler.geometry import Window
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.training_cluster import TrainingCluster
 
 from ..support.train_commands import done, make_scene, refusal, same_log, same_tensors

@@ -15,7 +15,7 @@ from outsize.sample_data.small import count_classes, small_scene_path, write_sma
 from outsize.sample_data.write import write_scene
 from outsize.tiler.errors import OutputError, UsageError
 from outsize.tiler.geometry import Window
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 
 SCENE = Scene(height=700, width=900, seed=5)
 

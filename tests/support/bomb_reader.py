@@ -9,7 +9,7 @@ import sys
 
 from outsize.tiler.errors import RasterError
 from outsize.tiler.geometry import Window
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 
 ROOM = 1 << 30
 

@@ -11,7 +11,8 @@ from typing import Any
 from outsize.tiler.block_cache import BlockStore
 from outsize.tiler.errors import RasterError
 from outsize.tiler.geometry import Window
-from outsize.tiler.raster import Raster, RasterReader, open_raster
+from outsize.tiler.raster import Raster, RasterReader
+from outsize.tiler.raster_open import open_raster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

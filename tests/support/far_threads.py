@@ -10,7 +10,7 @@ import threading
 
 from outsize.tiler.errors import RasterError
 from outsize.tiler.geometry import Window
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 
 THREADS, TIMES = 3, 2
 

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from distributed import Client
 from outsize.models.segmentation.unet import UNet
-from outsize.tiler.check import StartCheck, larger_window
+from outsize.tiler.check import StartCheck
+from outsize.tiler.check_windows import larger_window
 from outsize.tiler.geometry import Window
 from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.run import predict
 from outsize.tiler.run_summary import RunSummary
 from outsize.tiler.store import open_array, read_header

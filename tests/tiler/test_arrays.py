@@ -18,7 +18,7 @@ from outsize.tiler.errors import RasterError, UsageError
 from outsize.tiler.geometry import Window
 from outsize.tiler.inference import lazy_predict, predict_window
 from outsize.tiler.planner import plan_tiles
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.run import predict
 from outsize.tiler.store import open_array
 from torch import nn

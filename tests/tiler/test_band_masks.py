@@ -10,7 +10,8 @@ import rasterio
 from outsize.tiler.block_cache import BlockStore
 from outsize.tiler.fingerprint import fingerprint_raster
 from outsize.tiler.geometry import Grid, Window
-from outsize.tiler.raster import Raster, ReadOptions, open_raster, open_with
+from outsize.tiler.raster import Raster, ReadOptions
+from outsize.tiler.raster_open import open_raster, open_with
 from outsize.tiler.raster_parts import count_pixel_bytes, open_mosaic, open_stack
 from outsize.tiler.transfer import copy_raster
 

@@ -13,7 +13,7 @@ from outsize.tiler.calibration import read_calibration, spread_windows
 from outsize.tiler.errors import RasterError
 from outsize.tiler.geometry import Window
 from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from torch import nn
 
 from ..support.rasters import write_geotiff

@@ -13,8 +13,9 @@ import xarray
 import zarr
 from outsize.tiler.errors import RasterError
 from outsize.tiler.geometry import Window
-from outsize.tiler.raster import Raster, open_raster
+from outsize.tiler.raster import Raster
 from outsize.tiler.raster_notes import list_notes
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.raster_parts import open_reference, reference_to
 from PIL import Image
 

@@ -12,8 +12,8 @@ import rioxarray  # noqa: F401 - gives xarray its accessor
 import xarray
 from outsize.tiler.georeference import Georeference, from_attributes, spatial_ref_attributes, to_rasterio
 from outsize.tiler.labels import LabelOptions, open_labels
-from outsize.tiler.raster import open_raster
 from outsize.tiler.raster_notes import list_notes
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.raster_parts import open_stack
 from outsize.tiler.transfer import copy_raster
 from rasterio.control import GroundControlPoint

@@ -16,7 +16,7 @@ import rasterio
 from outsize.tiler.cluster import ClusterOptions
 from outsize.tiler.errors import TilerError
 from outsize.tiler.geometry import Grid, Window
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.transfer import copy_raster
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 

@@ -22,10 +22,11 @@ import torch
 from distributed import Client, LocalCluster
 from outsize.tiler import dashboard, dashboard_page
 from outsize.tiler.dashboard import NAME, TileMapPlugin, watch_run
-from outsize.tiler.events import ClusterReady, Event, TileFinished, TileRecord
+from outsize.tiler.events import ClusterReady, Event, TileFinished
 from outsize.tiler.network import analyze_network
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.tile_map import DONE, TOPIC, TileMap, begin_message, tile_message
+from outsize.tiler.tile_record import TileRecord
 from outsize.tiler.transfer import copy_raster
 from outsize.tiler.worker import TileRunner
 

@@ -19,23 +19,24 @@ from outsize.models.segmentation.unet import UNet
 from outsize.tiler import resume
 from outsize.tiler.cluster import ClusterOptions, open_client
 from outsize.tiler.devices import CudaDevice, MachineFacts
-from outsize.tiler.engine import CUDA_MEMORY
+from outsize.tiler.engine_memory import CUDA_MEMORY
 from outsize.tiler.engine_torch import Forward
 from outsize.tiler.errors import BudgetError, ExactnessError, OutputError, UsageError, WorkerError
 from outsize.tiler.fingerprint import find_differences, make_fingerprint
 from outsize.tiler.geometry import Window
 from outsize.tiler.inference import predict_window
 from outsize.tiler.local_cluster import visible_device
-from outsize.tiler.memory import CUDA_HOST_BYTES, EngineMemory, find_budget, parse_bytes, predict_pinned
+from outsize.tiler.memory import CUDA_HOST_BYTES, EngineMemory, find_budget, predict_pinned
 from outsize.tiler.memory_probe import MARGIN, ProbedCore, fit_memory
 from outsize.tiler.network import Network, analyze_network
 from outsize.tiler.plan import TilePlan
 from outsize.tiler.planner import BATCH_PIXELS, plan_tiles
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.run import predict
 from outsize.tiler.run_summary import RunSummary
 from outsize.tiler.stated import state_network
 from outsize.tiler.store import OutputDescription, read_header
+from outsize.tiler.text import parse_bytes
 from torch import Tensor, nn
 
 from ..support.runs import class_network, scene, stored, whole

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from outsize.tiler.engine import compile_program
+from outsize.tiler.engine_loading import compile_program, load_windows
 from outsize.tiler.network import analyze_network
 
 from ..support.analysed import analysed
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.system
 @pytest.mark.parametrize("name", ZOO)
 def test_engines_agree_with_the_module_at_changing_sizes(name: str, engine: Any) -> None:
     network = analysed(name, torch.float32)
-    loaded = compile_program(network, engine, threads=2).load()
+    loaded = load_windows(compile_program(network, engine, threads=2))
     for size in ((48, 64), (36, 60), (48, 64)):
         image = np.random.default_rng(0).normal(size=(3, *size)).astype(np.float32)
         with torch.no_grad():
@@ -37,7 +37,7 @@ def test_engines_agree_with_the_module_at_changing_sizes(name: str, engine: Any)
 def test_raw_pixels_go_in_and_finished_bytes_come_out_with_their_logits(engine: Any, dtype: torch.dtype) -> None:
     network = analyze_network(Finished().eval(), bands=3, dtype=dtype)
     assert network.graph.has_logits
-    loaded = compile_program(network, engine, threads=1).load()
+    loaded = load_windows(compile_program(network, engine, threads=1))
     image = np.random.default_rng(0).integers(0, 250, (3, 33, 47)).astype(str(dtype).removeprefix("torch."))
     with torch.no_grad():
         logits = network.module.logits(torch.from_numpy(image)[None])[0].numpy()  # pyright: ignore[reportCallIssue]

@@ -14,15 +14,16 @@ import pytest
 import torch
 from outsize.models.segmentation.unet import UNet
 from outsize.tiler.agreement import takes_batches
-from outsize.tiler.engine import EngineProgram, compile_program
+from outsize.tiler.engine import EngineProgram
 from outsize.tiler.engine_cuda import BatchTiles, pick_device
+from outsize.tiler.engine_loading import compile_program, load_tiles, load_windows
 from outsize.tiler.engine_programs import TorchPrograms, open_programs
 from outsize.tiler.engine_torch import Forward, TorchEngine, takes_channels_last
 from outsize.tiler.errors import EngineError
 from outsize.tiler.geometry import Window
 from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.plan import Tile
 from outsize.tiler.planner import plan_tiles
+from outsize.tiler.tile import Tile
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -143,7 +144,7 @@ def test_a_batch_of_windows_is_each_of_them_alone_in_float64(name: str) -> None:
     packed = replace(compile_program(network, "torch", threads=1), batch=2)
     assert packed.is_shared
     assert packed.channels_last
-    tiles = packed.load_tiles()
+    tiles = load_tiles(packed)
     images = [image / 100 for image in images_of(5, ((36, 48), (24, 60)), "float64")]
     with ThreadPoolExecutor(5) as pool:
         results = list(pool.map(lambda image: tiles.run_tile(image, _cut(network, image)), images))
@@ -165,7 +166,7 @@ def test_raw_pixels_of_any_type_come_out_as_the_plain_engine_has_them(dtype: str
     network = analyze_network(Finished().eval(), bands=3, dtype=dtype)
     packed = compile_program(network, "torch", threads=1)
     plain = TorchEngine(copy.deepcopy(network.module), has_logits=True)
-    tiles = replace(packed, batch=3).load_tiles()
+    tiles = load_tiles(replace(packed, batch=3))
     for image in images_of(3, ((33, 47), (47, 33)), dtype):
         expected, logits = plain.run_with_logits(image)
         result, shown = tiles.run_tile_with_logits(image, tile_of(image))
@@ -194,15 +195,15 @@ def test_a_module_that_views_its_tensors_keeps_their_order() -> None:
     packed = compile_program(network, "torch", threads=1)
     with torch.no_grad():
         expected = network.module(torch.from_numpy(image)[None])[0].numpy()
-    assert np.allclose(packed.load().run(image), expected, rtol=1e-12, atol=0)
-    kernel = packed.load()._forward._module.convolution.weight  # pyright: ignore[reportAttributeAccessIssue]
+    assert np.allclose(load_windows(packed).run(image), expected, rtol=1e-12, atol=0)
+    kernel = load_windows(packed)._forward._module.convolution.weight  # pyright: ignore[reportAttributeAccessIssue]
     assert kernel.is_contiguous()
 
 
 def test_workers_hold_weights_with_channels_last_and_the_callers_module_stays_as_it_is() -> None:
     network = analyze_network(UNet(3, 2, (4, 6)).eval(), bands=3)
     seen: list[bool] = []
-    loaded = compile_program(network, "torch", threads=1).load()
+    loaded = load_windows(compile_program(network, "torch", threads=1))
     assert isinstance(loaded, TorchEngine)
     inner = loaded._forward._module
     assert isinstance(inner, nn.Module)
@@ -217,9 +218,9 @@ def test_autocast_gives_floats_near_those_of_float32(precision: Any) -> None:
     network = analyze_network(Finished().eval(), bands=3, dtype="uint8")
     packed = compile_program(network, "torch", 1, precision)
     image = images_of(1, ((33, 47),), "uint8")[0]
-    exact = replace(packed, precision="float32").load().run_with_logits(image)[1]
+    exact = load_windows(replace(packed, precision="float32")).run_with_logits(image)[1]
     for program in (packed, replace(packed, batch=2)):
-        result, logits = program.load_tiles().run_tile_with_logits(image, tile_of(image))
+        result, logits = load_tiles(program).run_tile_with_logits(image, tile_of(image))
         assert (result.dtype, logits.dtype) == (np.uint8, np.float32)
         loss = np.abs(logits - exact).max() / np.abs(exact).max()
         assert 1e-5 < loss < 0.05
@@ -259,7 +260,7 @@ def test_a_worker_without_the_plans_device_says_so() -> None:
     network = analyze_network(alive(ZOO["convolution"]()), bands=3)
     packed = replace(compile_program(network, "torch", 1), device="cuda")
     with pytest.raises(EngineError, match="needs cuda, and sees 0 CUDA devices"):
-        packed.load_tiles()
+        load_tiles(packed)
 
 
 MAKERS = ("unet bilinear corners", "unet bicubic", "unet average pooled uncounted", "unet transposed output padding")
@@ -298,8 +299,8 @@ def test_a_compiled_module_gives_the_same() -> None:
     network = analyze_network(Finished().eval(), bands=3, dtype="uint8")
     packed = compile_program(network, "torch", 1)
     image = images_of(1, ((33, 47),), "uint8")[0]
-    _, expected = packed.load().run_with_logits(image)
-    _, logits = replace(packed, compiles=True).load().run_with_logits(image)
+    _, expected = load_windows(packed).run_with_logits(image)
+    _, logits = load_windows(replace(packed, compiles=True)).run_with_logits(image)
     assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max()
 
 
@@ -315,7 +316,7 @@ def _on_cuda(network: Network, **settings: Any) -> EngineProgram:
 def test_cuda_equals_the_module_on_the_cpu(name: str) -> None:
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         network = analyze_network(alive(ZOO[name]()).to(dtype), bands=3)
-        tiles = _on_cuda(network, batch=2).load_tiles()
+        tiles = load_tiles(_on_cuda(network, batch=2))
         for image in images_of(4, ((36, 48), (24, 60)), str(dtype).removeprefix("torch.")):
             image /= 100
             with torch.no_grad():
@@ -329,7 +330,7 @@ def test_cuda_equals_the_module_on_the_cpu(name: str) -> None:
 def test_cuda_gives_a_window_the_same_alone_and_in_company() -> None:
     network = analyze_network(UNet(3, 4, (16, 32)).eval(), bands=3)
     images = images_of(40, ((128, 96), (96, 128)), "float32")
-    alone, together = (_on_cuda(network, batch=batch).load_tiles() for batch in (1, 4))
+    alone, together = (load_tiles(_on_cuda(network, batch=batch)) for batch in (1, 4))
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda image: together.run_tile(image, tile_of(image)), images))
     for image, result in zip(images, found, strict=True):
@@ -344,7 +345,7 @@ def test_cuda_rounds_no_inputs_to_tf32_unless_it_is_asked() -> None:
     exact = TorchEngine(copy.deepcopy(network.module)).run(image)
     errors: dict[str, float] = {}
     for precision in ("float32", "tf32", "bfloat16"):
-        result = _on_cuda(network, precision=precision).load_tiles().run_tile(image, tile_of(image))
+        result = load_tiles(_on_cuda(network, precision=precision)).run_tile(image, tile_of(image))
         errors[precision] = float(np.abs(result - exact).max() / np.abs(exact).max())
         assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
     assert errors["float32"] < 1e-5 < errors["bfloat16"]
@@ -356,7 +357,7 @@ def test_cuda_rounds_no_inputs_to_tf32_unless_it_is_asked() -> None:
 def test_cuda_keeps_its_limit_and_says_what_it_took() -> None:
     network = analyze_network(UNet(3, 4, (16, 32)).eval(), bands=3)
     limit = 300_000_000
-    tiles = _on_cuda(network, device_limit_bytes=limit).load_tiles()
+    tiles = load_tiles(_on_cuda(network, device_limit_bytes=limit))
     assert isinstance(tiles, BatchTiles)
     image = images_of(1, ((256, 256),), "float32")[0]
     tiles.run_tile(image, tile_of(image))

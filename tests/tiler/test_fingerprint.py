@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 from outsize.models import UNet
-from outsize.tiler.fingerprint import find_differences, hash_network
+from outsize.tiler.fingerprint import find_differences
 from outsize.tiler.network import analyze_network
+from outsize.tiler.network_hash import hash_network
 
 from ..support.zoo import ZOO, alive
 

@@ -18,7 +18,7 @@ from distributed import Client
 from outsize.models import as_tile_network, load_model
 from outsize.tiler.cluster import ClusterOptions, open_client
 from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.run import predict
 from outsize.tiler.store import open_array
 from outsize.tiler.transfer import copy_raster

@@ -19,7 +19,8 @@ from outsize.tests.support.commands import outsize_here
 from outsize.tiler.errors import TilerError
 from outsize.tiler.geometry import Window
 from outsize.tiler.labels import LabelOptions, open_labels
-from outsize.tiler.raster import Raster, open_raster
+from outsize.tiler.raster import Raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.raster_parts import open_reference, open_stack, reference_to
 from outsize.tiler.run import predict
 from outsize.tiler.vectors import read_features

@@ -14,7 +14,8 @@ import xarray
 import zarr
 from outsize.tiler.errors import RasterError
 from outsize.tiler.geometry import Window
-from outsize.tiler.raster import Raster, open_raster
+from outsize.tiler.raster import Raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.transfer import copy_raster
 
 from ..support.rasters import CRS, TRANSFORM, unique_pixels, write_geotiff

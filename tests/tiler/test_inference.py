@@ -21,7 +21,8 @@ from outsize.tiler.errors import EngineError, UsageError
 from outsize.tiler.geometry import Window
 from outsize.tiler.inference import lazy_predict, predict_window
 from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.raster import Raster, open_raster
+from outsize.tiler.raster import Raster
+from outsize.tiler.raster_open import open_raster
 from torch import nn
 
 from ..support.forks import in_a_fork

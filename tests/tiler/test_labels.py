@@ -14,7 +14,7 @@ from outsize.tiler.errors import RasterError, UsageError
 from outsize.tiler.geometry import Grid, Window
 from outsize.tiler.georeference import Georeference, from_rasterio
 from outsize.tiler.labels import UNLABELLED, LabelOptions, Labels, open_labels
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.vectors import read_features
 from rasterio.crs import CRS
 from rasterio.features import rasterize

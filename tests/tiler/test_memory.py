@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from outsize.tiler.errors import UsageError
-from outsize.tiler.memory import format_bytes, parse_bytes
+from outsize.tiler.text import format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from outsize.tiler.errors import NotFiniteError, RasterError, UsageError
 from outsize.tiler.fingerprint import fingerprint_raster
 from outsize.tiler.geometry import Window
 from outsize.tiler.nodata import NodataRule, find_missing, join_missing
-from outsize.tiler.raster import ReadOptions, fill_values, open_raster, open_with
+from outsize.tiler.raster import ReadOptions, fill_values
+from outsize.tiler.raster_open import open_raster, open_with
 from outsize.tiler.raster_parts import open_mosaic, open_reference, open_stack, reference_to
 from outsize.tiler.transfer import copy_raster
 from rasterio.enums import ColorInterp

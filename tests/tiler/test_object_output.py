@@ -19,7 +19,7 @@ from outsize.tiler.files import find_matching, sizes_below
 from outsize.tiler.geometry import Window
 from outsize.tiler.journal import PART_BYTES, open_journal, read_journal
 from outsize.tiler.places import place_of
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.records import RECORDS, RunFolder, find_runs, is_there, read_owner, read_records, run_folder
 from outsize.tiler.store import open_array
 from outsize.tiler.transfer import copy_raster

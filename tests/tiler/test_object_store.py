@@ -15,8 +15,8 @@ from outsize.tiler.errors import RasterError, UsageError
 from outsize.tiler.events import Event, TileFinished
 from outsize.tiler.geometry import Window
 from outsize.tiler.places import gdal_name, place_of, scheme_of, url_of
-from outsize.tiler.raster import open_raster
 from outsize.tiler.raster_gdal import warn_of_overlooking
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.raster_parts import open_reference, open_stack, reference_to
 from outsize.tiler.transfer import copy_raster
 from rasterio.env import get_gdal_config

@@ -12,7 +12,7 @@ import torch
 from distributed import Client, LocalCluster, get_client, utils, worker_client
 from outsize.models.segmentation.losses import CrossEntropy
 from outsize.tiler.cluster import ClusterError, ClusterOptions, open_client
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.run import predict
 from outsize.tiler.tiled_autograd import tile_loss
 from outsize.tiler.transfer import copy_raster

@@ -12,10 +12,10 @@ import torch
 from outsize.models.segmentation.unet import UNet
 from outsize.tiler.errors import BudgetError, UsageError
 from outsize.tiler.geometry import Grid, Window
-from outsize.tiler.memory import parse_bytes
 from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.plan import TilePlan, format_seconds
+from outsize.tiler.plan import TilePlan
 from outsize.tiler.planner import plan_tiles
+from outsize.tiler.text import format_seconds, parse_bytes
 from torch import nn
 
 from ..support.analysed import analysed

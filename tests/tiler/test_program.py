@@ -14,12 +14,12 @@ from outsize.tiler.errors import ExactnessError, UntileableError, UsageError
 from outsize.tiler.geometry import Grid, Window
 from outsize.tiler.inference import predict_window
 from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.plan import Tile
 from outsize.tiler.planner import choose_method, plan_tiles
 from outsize.tiler.program import Program, make_program
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.run import predict
 from outsize.tiler.store import open_array
+from outsize.tiler.tile import Tile
 from torch import Tensor, nn
 from torch.nn import functional as F
 

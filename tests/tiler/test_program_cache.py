@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from outsize.tiler import engine_openvino, engine_programs
-from outsize.tiler.engine import compile_program
+from outsize.tiler.engine_loading import compile_program, load_tiles, load_windows
 from outsize.tiler.engine_programs import pack_programs
 from outsize.tiler.geometry import Interval
 from outsize.tiler.network import Network, analyze_network
@@ -53,7 +53,7 @@ def run_middle(packed: engine_programs.EngineProgram, net: Network) -> np.ndarra
     plan = plan_tiles((3, *SHAPE), net, core=64, method="program")
     tile = plan.tile(1, 1)
     image = np.random.default_rng(0).normal(size=(3, *SHAPE)).astype(np.float32)
-    return packed.load_tiles().run_tile(np.ascontiguousarray(image[(slice(None), *tile.window.slices())]), tile).copy()
+    return load_tiles(packed).run_tile(np.ascontiguousarray(image[(slice(None), *tile.window.slices())]), tile).copy()
 
 
 def test_programs_are_converted_once_and_equal_afterwards(folder: Path, conversions: list[None]) -> None:
@@ -83,7 +83,7 @@ def test_a_network_for_windows_is_converted_once_too(monkeypatch: pytest.MonkeyP
     image = np.random.default_rng(0).normal(size=(3, 97, 131)).astype(np.float32)
     with torch.no_grad():
         expected = net.module(torch.from_numpy(image)[None])[0].numpy()
-    assert np.allclose(again.load().run(image), expected, atol=1e-4)
+    assert np.allclose(load_windows(again).run(image), expected, atol=1e-4)
     with torch.no_grad():
         next(net.module.parameters()).add_(1)
     assert compile_program(net, "openvino", 1) != first
@@ -180,7 +180,7 @@ def test_openvinos_workers_do_without_torch(tmp_path: Path) -> None:
         import numpy as np
         packed, tile = pickle.loads(open({str(tmp_path / "packed")!r}, "rb").read())
         window = tile.window
-        result = packed.load_tiles().run_tile(np.ones((3, window.height, window.width), np.float32), tile)
+        result = load_tiles(packed).run_tile(np.ones((3, window.height, window.width), np.float32), tile)
         assert result.shape[1:] == (64, 64), result.shape
         print(sorted({{"torch", "sympy"}} & set(sys.modules)))
     """

@@ -20,13 +20,14 @@ from outsize.sample_data.small import small_scene_path
 from outsize.tiler import calibration
 from outsize.tiler.calibration import read_calibration
 from outsize.tiler.engine import Engine
+from outsize.tiler.engine_loading import load_windows
 from outsize.tiler.errors import EngineError, OutputError
 from outsize.tiler.events import Calibrating, Event, LossMeasured
 from outsize.tiler.geometry import Interval, Window
 from outsize.tiler.network import Network, analyze_network
 from outsize.tiler.planner import plan_tiles
 from outsize.tiler.quantise import QuantisedNetwork, find_float_operations, quantise_network, require_quantiser
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.records import run_folder
 from outsize.tiler.reference import Reference
 from outsize.tiler.store import open_array, read_header
@@ -104,7 +105,7 @@ def tiles_of(engine: Engine, image: np.ndarray, core: int) -> Iterator[tuple[Win
 
 @pytest.mark.parametrize("core", [pytest.param(64, marks=pytest.mark.long), 256])
 def test_tiles_are_bit_equal_to_the_whole_image_under_the_same_network(core: int) -> None:
-    image, engine = scene_image(269, 263), quantised().pack(shipped(), 2).load()
+    image, engine = scene_image(269, 263), load_windows(quantised().pack(shipped(), 2))
     classes, logits = (array.copy() for array in engine.run_with_logits(image))
     for place, finished, shown in tiles_of(engine, image, core):
         cut = (slice(None), *place.slices())
@@ -119,7 +120,7 @@ def test_tiles_are_bit_equal_to_the_whole_image_under_the_same_network(core: int
 def test_a_window_that_is_a_pixel_short_differs(axis: int, missing: int) -> None:
     """Mutation: `missing` pixels fewer than the network needs, at the end of the window. In eight bits the farthest
     pixels do not show everywhere, so there are several cores."""
-    image, engine, network = scene_image(), quantised().pack(shipped(), 1).load(), shipped()
+    image, engine, network = scene_image(), load_windows(quantised().pack(shipped(), 1)), shipped()
     logits, shape = engine.run_with_logits(image)[1].copy(), image.shape[1:]
     same = []
     for y in (100, 144, 176):
@@ -136,7 +137,7 @@ def test_a_window_that_is_a_pixel_short_differs(axis: int, missing: int) -> None
 
 
 def test_few_pixels_are_of_another_class_than_in_float32_and_the_loss_says_how_many() -> None:
-    image, engine, network = scene_image(), quantised().pack(shipped(), 2).load(), shipped()
+    image, engine, network = scene_image(), load_windows(quantised().pack(shipped(), 2)), shipped()
     finished, logits = engine.run_with_logits(image)
     with torch.no_grad():
         expected = network.module.logits(torch.from_numpy(image)[None])[0].numpy()  # pyright: ignore[reportCallIssue]
@@ -181,7 +182,7 @@ class Raw(nn.Module):
 def test_networks_without_logits_and_other_pixels_are_taken(dtype: str) -> None:
     network = analyze_network(alive(Raw()).float(), bands=3, dtype=dtype)
     image = np.random.default_rng(0).integers(0, 250, (3, 61, 53)).astype(dtype)
-    engine = quantise_network(network, [image], threads=1).pack(network, 1).load()
+    engine = load_windows(quantise_network(network, [image], threads=1).pack(network, 1))
     with torch.no_grad():
         expected = network.module(torch.from_numpy(image)[None])[0].numpy()
     assert 0 < np.abs(engine.run(image) - expected).max() < 0.2
@@ -241,7 +242,7 @@ def test_a_run_is_continued_with_the_network_that_it_was_begun_with(tmp_path: Pa
     # The output is the whole image's under the network in the run's folder.
     network = QuantisedNetwork.read(run_folder(out), header["fingerprint"]["quantised"])
     reader = open_raster(source).open_reader()
-    whole = network.pack(small(), 1).load().run(reader.read(Window.whole((197, 263))))
+    whole = load_windows(network.pack(small(), 1)).run(reader.read(Window.whole((197, 263))))
     assert np.array_equal(before, whole)
     # Damaged tiles are made again by that network: no calibration, the same pixels.
     shutil.rmtree(out / "class/c/1")
@@ -253,7 +254,11 @@ def test_a_run_is_continued_with_the_network_that_it_was_begun_with(tmp_path: Pa
     # Verification recomputes by that network too, and finds what is wrong.
     plan = plan_tiles(open_raster(source), small(), engine="openvino", precision="int8", core=64)
     reference = Reference(
-        raster=open_raster(source), plan=plan, network=small(), fill=(0, 0, 0), engine=network.pack(small(), 1).load()
+        raster=open_raster(source),
+        plan=plan,
+        network=small(),
+        fill=(0, 0, 0),
+        engine=load_windows(network.pack(small(), 1)),
     )
     found = recompute_samples(out, reference, 50, frozenset(), "class")
     assert (found.wrong, found.ties, found.by) == ((), 0, "openvino in int8")

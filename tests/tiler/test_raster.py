@@ -17,7 +17,8 @@ from outsize.tiler.errors import RasterError
 from outsize.tiler.file_state import states_of
 from outsize.tiler.geometry import Window
 from outsize.tiler.nodata import NodataRule, find_missing
-from outsize.tiler.raster import open_raster, read_filled
+from outsize.tiler.raster import read_filled
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.raster_parts import open_mosaic, open_stack
 
 from ..support.rasters import CRS, TRANSFORM, unique_pixels, write_geotiff

@@ -17,8 +17,9 @@ from outsize.tiler.errors import UsageError
 from outsize.tiler.geometry import Window
 from outsize.tiler.inference import lazy_predict, predict_window
 from outsize.tiler.network import analyze_network
-from outsize.tiler.raster import Raster, ReadOptions, open_raster, open_with
+from outsize.tiler.raster import Raster, ReadOptions
 from outsize.tiler.raster_bands import match_bands
+from outsize.tiler.raster_open import open_raster, open_with
 from outsize.tiler.raster_parts import open_mosaic, open_reference, open_stack, reference_to
 from rasterio.enums import ColorInterp
 from torch import nn

@@ -11,8 +11,9 @@ from affine import Affine
 from outsize.tiler.block_cache import BlockStore
 from outsize.tiler.errors import RasterError
 from outsize.tiler.geometry import Window
-from outsize.tiler.raster import Raster, ReadOptions, open_raster
+from outsize.tiler.raster import Raster, ReadOptions
 from outsize.tiler.raster_gdal import GdalReader
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.raster_parts import OPEN_FILES, open_mosaic, open_reference, open_stack, reference_to
 from rasterio.merge import merge
 

@@ -14,8 +14,9 @@ from outsize.tiler.block_cache import BlockStore
 from outsize.tiler.errors import RasterError
 from outsize.tiler.fingerprint import fingerprint_raster
 from outsize.tiler.geometry import Grid, Window
-from outsize.tiler.raster import Raster, ReadOptions, open_raster, open_with, read_filled
+from outsize.tiler.raster import Raster, ReadOptions, read_filled
 from outsize.tiler.raster_notes import list_notes
+from outsize.tiler.raster_open import open_raster, open_with
 from outsize.tiler.raster_parts import count_pixel_bytes, open_mosaic, open_reference, open_stack, reference_to
 from outsize.tiler.transfer import copy_raster
 

@@ -23,8 +23,9 @@ from outsize.tiler.network import Network, analyze_network
 from outsize.tiler.nodata import NodataRule
 from outsize.tiler.plan import TilePlan
 from outsize.tiler.planner import plan_tiles
-from outsize.tiler.raster import Raster, ReadOptions, open_raster, read_filled
+from outsize.tiler.raster import Raster, ReadOptions, read_filled
 from outsize.tiler.raster_gdal import GdalReader
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.raster_parts import count_pixel_bytes, open_mosaic, open_stack
 from outsize.tiler.raster_zarr import ZarrReader
 from outsize.tiler.run import predict

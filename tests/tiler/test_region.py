@@ -15,12 +15,12 @@ from outsize.tiler.errors import OutputError, UsageError
 from outsize.tiler.geometry import Window
 from outsize.tiler.georeference import Georeference
 from outsize.tiler.network import Network, analyze_network
+from outsize.tiler.output_values import touches_nodata
 from outsize.tiler.plan import TilePlan
 from outsize.tiler.planner import plan_tiles
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.run import predict
 from outsize.tiler.store import CONTEXT, open_array, read_header
-from outsize.tiler.worker import touches_nodata
 from torch import Tensor, nn
 
 from ..support.analysed import analysed

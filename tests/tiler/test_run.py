@@ -27,8 +27,8 @@ from outsize.tiler.events import ClusterReady, Event, RunPlanned, StartChecked, 
 from outsize.tiler.geometry import Window
 from outsize.tiler.inference import lazy_predict, predict_window
 from outsize.tiler.network import analyze_network
-from outsize.tiler.raster import open_raster
 from outsize.tiler.raster_gdal import GdalReader
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.receptive import AxisGraph, Slide
 from outsize.tiler.records import RunFolder
 from outsize.tiler.run import predict

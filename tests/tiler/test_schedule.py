@@ -21,11 +21,11 @@ from outsize.tests.benchmarks.scheduling import Idle
 from outsize.tiler import schedule
 from outsize.tiler.errors import WorkerError
 from outsize.tiler.events import ClusterReady, Event, TileFinished
-from outsize.tiler.memory import format_bytes
 from outsize.tiler.plan import SLOW_FLOPS_PER_S
 from outsize.tiler.planner import plan_tiles
 from outsize.tiler.run_workers import compare_workers, find_device_peak
 from outsize.tiler.schedule import Lost, forget_plugin, job_on, run_cells
+from outsize.tiler.text import format_bytes
 
 from ..support.runs import class_network, run, scene, stored, whole
 

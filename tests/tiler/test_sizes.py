@@ -19,7 +19,8 @@ from outsize.tiler.inference import predict_window
 from outsize.tiler.network import Network, analyze_network
 from outsize.tiler.planner import plan_tiles
 from outsize.tiler.program import make_program
-from outsize.tiler.raster import open_raster, read_filled
+from outsize.tiler.raster import read_filled
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.run import predict
 from outsize.tiler.store import open_array
 from torch import Tensor, nn

@@ -19,7 +19,7 @@ from outsize.tiler.georeference import Georeference, from_rasterio
 from outsize.tiler.network import analyze_network
 from outsize.tiler.plan import TilePlan
 from outsize.tiler.planner import plan_tiles
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.store import (
     OutputDescription,
     chunk_name,

@@ -10,7 +10,7 @@ import pytest
 from outsize.tiler import backdrop
 from outsize.tiler.backdrop import make_backdrop
 from outsize.tiler.geometry import Window
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.tile_map import (
     BUCKETS,
     DONE,

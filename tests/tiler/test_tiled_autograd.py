@@ -19,7 +19,7 @@ from outsize.models.segmentation.unet import UNet
 from outsize.tiler.errors import LabelError, UntileableError, UsageError
 from outsize.tiler.loss import Loss
 from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.tiled_autograd import TiledModule, tile_checkpoint, tile_loss
 from outsize.tiler.training_plan import TrainPlan
 from torch import Tensor, nn

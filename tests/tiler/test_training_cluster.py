@@ -28,7 +28,7 @@ from outsize.tiler.geometry import Window
 from outsize.tiler.gradient import GradientSum
 from outsize.tiler.loss import Loss
 from outsize.tiler.network import analyze_network
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.reading import GDAL_CACHE_BYTES
 from outsize.tiler.sum_tree import cut_groups, fold_tree
 from outsize.tiler.tiled_autograd import tile_loss

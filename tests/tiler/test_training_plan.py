@@ -11,7 +11,7 @@ import pytest
 import torch
 from outsize.tiler.errors import BudgetError, UsageError
 from outsize.tiler.geometry import Window
-from outsize.tiler.memory import MB, parse_bytes
+from outsize.tiler.text import MB, parse_bytes
 from outsize.tiler.tiled_autograd import tile_checkpoint
 from outsize.tiler.trainable import TrainableNetwork
 from outsize.tiler.training_memory import count_tile_bytes

@@ -25,7 +25,8 @@ from outsize.tiler.copier import Copier, TransferJob, probe_raster
 from outsize.tiler.dashboard import Watch
 from outsize.tiler.errors import BudgetError, OutputError, RasterError, UsageError
 from outsize.tiler.geometry import Window
-from outsize.tiler.raster import Raster, open_raster
+from outsize.tiler.raster import Raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.raster_parts import open_mosaic, open_stack
 from outsize.tiler.transfer import copy_raster
 from outsize.tiler.transfer_plan import plan_transfer

@@ -18,7 +18,8 @@ from outsize.tiler.network import Network, analyze_network
 from outsize.tiler.nodata import NodataRule, find_missing
 from outsize.tiler.pixel_types import find_refusal
 from outsize.tiler.planner import plan_tiles
-from outsize.tiler.raster import Raster, open_raster
+from outsize.tiler.raster import Raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.raster_parts import open_mosaic
 from torch import Tensor, nn
 

@@ -19,7 +19,7 @@ from outsize.tiler.errors import OutputError
 from outsize.tiler.events import Event, TileFinished
 from outsize.tiler.network import Network
 from outsize.tiler.plan import TilePlan
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.records import RunFolder, read_records, run_folder
 from outsize.tiler.reference import Reference
 from outsize.tiler.small_parts import mend_parts

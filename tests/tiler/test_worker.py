@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from outsize.tiler.check import compare_patches
 from outsize.tiler.geometry import Window
-from outsize.tiler.worker import missing_in_output
+from outsize.tiler.output_values import missing_in_output
 
 pytestmark = pytest.mark.system
 

@@ -22,7 +22,7 @@ import zarr
 import zarr.codecs.numcodecs as zn
 from outsize.tiler.errors import OutputError, RasterError
 from outsize.tiler.geometry import Window
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.store import open_array
 from outsize.tiler.zarr_bounds import MOST_BESIDE, ZarrBoundError, bound_array
 from zarr import codecs

@@ -13,7 +13,8 @@ from outsize.models.segmentation.split import Split
 from outsize.tiler.errors import UsageError
 from outsize.tiler.geometry import Grid, Window
 from outsize.tiler.labels import UNLABELLED, LabelOptions, open_labels
-from outsize.tiler.raster import open_raster, read_filled
+from outsize.tiler.raster import read_filled
+from outsize.tiler.raster_open import open_raster
 
 from ...support.rasters import unique_pixels, write_geotiff
 

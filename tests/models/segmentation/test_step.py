@@ -28,7 +28,7 @@ from outsize.tiler.errors import LabelError, UsageError
 from outsize.tiler.geometry import Window
 from outsize.tiler.labels import UNLABELLED, LabelOptions, open_labels
 from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.raster import open_raster
+from outsize.tiler.raster_open import open_raster
 from outsize.tiler.trainable import prepare_training
 from torch import Tensor
 from torch.nn import functional as F

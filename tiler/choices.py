@@ -1,0 +1,15 @@
+"""Names of what computes a tile: engine, method, precision."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+EngineName = Literal["openvino", "torch"]
+
+
+Method = Literal["window", "program"]
+"""How a tile is computed: the module on a window of the image, or a program for its core."""
+
+
+Precision = Literal["float32", "int8", "bfloat16", "float16", "tf32"]
+"""What an engine computes in: the network's own numbers, or fewer bits for each."""
