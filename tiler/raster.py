@@ -230,17 +230,6 @@ class Raster:
         run = slice(places[0], places[0] + len(places))
         return run if places == list(range(run.start, run.stop)) else places
 
-    def select_bands(self, bands: Sequence[int | str]) -> Raster:
-        """The same raster with only those of its bands, in that order: numbers from 1, or names as `match_bands`
-        understands them.
-
-        Raises:
-            UsageError: no such band, or a name that several may have.
-        """
-        from .raster_bands import select_bands
-
-        return select_bands(self, bands)
-
     def open_reader(self, blocks: BlockStore | None = None) -> RasterReader:
         """A reader for one thread at a time.
 

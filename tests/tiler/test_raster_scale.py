@@ -15,6 +15,7 @@ from outsize.tiler.errors import RasterError
 from outsize.tiler.fingerprint import fingerprint_raster
 from outsize.tiler.geometry import Grid, Window
 from outsize.tiler.raster import Raster, ReadOptions, read_filled
+from outsize.tiler.raster_bands import select_bands
 from outsize.tiler.raster_notes import list_notes
 from outsize.tiler.raster_open import open_raster, open_with
 from outsize.tiler.raster_parts import count_pixel_bytes, open_mosaic, open_reference, open_stack, reference_to
@@ -76,7 +77,7 @@ def test_tags_are_applied_in_float64_and_rounded_once(
         assert np.array_equal(read_all(raster, BlockStore(1 << 20))[0], expected)
     turned = open_raster(path, apply_scale=True, bands=(3, 1))
     assert np.array_equal(read_all(turned)[0], expected[[2, 0]])
-    assert np.array_equal(read_all(scaled.select_bands((3, 1)))[0], expected[[2, 0]])
+    assert np.array_equal(read_all(select_bands(scaled, (3, 1)))[0], expected[[2, 0]])
 
 
 def test_nodata_is_decided_on_stored_numbers(tmp_path: Path) -> None:
