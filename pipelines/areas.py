@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..tiler.dtypes import output_nodata
-from ..tiler.geometry import Grid
-from ..tiler.georeference import pixel_areas
-from ..tiler.raster_open import open_raster
-from ..tiler.store import open_array
+from ..tiler.base.dtypes import output_nodata
+from ..tiler.base.geometry import Grid
+from ..tiler.output.store import open_array
+from ..tiler.rasters.georeference import pixel_areas
+from ..tiler.rasters.opening import open_raster
 from .console import Console
 
 _BLOCK = 2048

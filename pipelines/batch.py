@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ..models.segmentation.model import SegmentationModel
-from ..tiler.cluster import ClusterError, ClusterKeeper, ClusterOptions
-from ..tiler.errors import OutputError, TilerError
-from ..tiler.events import ClusterReady, Event, MemoryProbed, RunPlanned, TileFinished
-from ..tiler.files import append_line, make_folder
-from ..tiler.machine import measure_flops_per_s
-from ..tiler.places import is_remote, require_lasting
-from ..tiler.records import writing
-from ..tiler.run_summary import RunSummary
-from ..tiler.text import format_bytes, format_seconds
+from ..tiler.base.errors import OutputError, TilerError
+from ..tiler.base.text import format_bytes, format_seconds
+from ..tiler.cluster.client import ClusterError, ClusterKeeper, ClusterOptions
+from ..tiler.output.records import writing
+from ..tiler.runs.events import ClusterReady, Event, MemoryProbed, RunPlanned, TileFinished
+from ..tiler.runs.summary import RunSummary
+from ..tiler.system.files import append_line, make_folder
+from ..tiler.system.machine import measure_flops_per_s
+from ..tiler.system.places import is_remote, require_lasting
 from .console import Console, Step, count_of, format_table
 from .scenes import Scene
 from .segment import (

@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 import click
 
 from .. import __version__
-from ..tiler.dask_trouble import find_dask_trouble
-from ..tiler.errors import TilerError, one_line, reason_of
-from ..tiler.files import MOST_TEXT, read_regular
-from ..tiler.process_end import end_with
+from ..tiler.base.errors import TilerError, one_line, reason_of
+from ..tiler.cluster.dask_trouble import find_dask_trouble
+from ..tiler.system.files import MOST_TEXT, read_regular
+from ..tiler.system.process_end import end_with
 from .cli_face import face
 from .cli_model import model
 from .cli_options import (
@@ -281,7 +281,7 @@ def segment(console: Any, sources: tuple[str, ...], out_dir: Path | None, **opti
     known, out = make_segment_options(sources[0], options), Place().convert(sources[1], None, None)
     cluster = make_cluster_options(options)
     if options["dry_run"]:
-        from ..tiler.places import is_remote
+        from ..tiler.system.places import is_remote
 
         run_plan(console, known, dashboard=cluster.serves_dashboard, to_store=is_remote(out))
         return

@@ -205,7 +205,7 @@ cluster_options = together(
 
 
 def make_read_options(options: dict[str, Any]) -> Any:
-    from ..tiler.raster import ReadOptions
+    from ..tiler.rasters.raster import ReadOptions
 
     values = options["nodata"]
     if "none" in values and len(values) > 1:
@@ -227,7 +227,7 @@ def make_read_options(options: dict[str, Any]) -> Any:
 
 
 def make_cluster_options(options: dict[str, Any]) -> Any:
-    from ..tiler.cluster import ClusterOptions
+    from ..tiler.cluster.client import ClusterOptions
 
     return ClusterOptions(
         scheduler=options["scheduler"],

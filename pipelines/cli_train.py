@@ -30,7 +30,7 @@ label_options = together(
 
 def make_label_options(options: dict[str, Any], labels: Sequence[str]) -> Any:
     """`LabelOptions` of the command line's, for these files of labels."""
-    from ..tiler.labels import LabelOptions
+    from ..tiler.labels.labels import LabelOptions
 
     made = LabelOptions(
         values=options["class_values"] or (),

@@ -24,20 +24,20 @@ from ..models.segmentation.model import as_tile_network
 from ..models.segmentation.sources import load_model
 from ..sample_data.scene import Scene
 from ..sample_data.write import write_scene
-from ..tiler.cache_folder import cache_folder
-from ..tiler.cluster import ClusterOptions
-from ..tiler.devices import find_facts
-from ..tiler.engine_choice import choose_engine
-from ..tiler.errors import EngineError
-from ..tiler.geometry import Window
-from ..tiler.machine import cpu_count, measure_flops_per_s
-from ..tiler.network import analyze_network
-from ..tiler.raster import read_filled
-from ..tiler.raster_open import open_raster
-from ..tiler.run import predict
-from ..tiler.store import NODATA, open_array
-from ..tiler.text import format_bytes, format_seconds
-from ..tiler.verify import verify_output
+from ..tiler.analysis.network import analyze_network
+from ..tiler.base.errors import EngineError
+from ..tiler.base.geometry import Window
+from ..tiler.base.text import format_bytes, format_seconds
+from ..tiler.cluster.client import ClusterOptions
+from ..tiler.engines.choice import choose_engine
+from ..tiler.engines.devices import find_facts
+from ..tiler.output.store import NODATA, open_array
+from ..tiler.rasters.opening import open_raster
+from ..tiler.rasters.raster import read_filled
+from ..tiler.runs.run import predict
+from ..tiler.runs.verify import verify_output
+from ..tiler.system.cache_folder import cache_folder
+from ..tiler.system.machine import cpu_count, measure_flops_per_s
 from .console import Console, count_of
 
 PACKAGES = (

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from ..models.segmentation.metrics import Confusion
-from ..tiler.dtypes import output_nodata
-from ..tiler.errors import UsageError
-from ..tiler.geometry import Grid
-from ..tiler.labels import UNLABELLED, LabelOptions, Labels, describe_ignored, open_labels
-from ..tiler.meter import MemoryMeter
-from ..tiler.raster_open import open_raster
-from ..tiler.store import open_array, plan_of, read_header
-from ..tiler.text import format_bytes
+from ..tiler.base.dtypes import output_nodata
+from ..tiler.base.errors import UsageError
+from ..tiler.base.geometry import Grid
+from ..tiler.base.text import format_bytes
+from ..tiler.labels.labels import UNLABELLED, LabelOptions, Labels, describe_ignored, open_labels
+from ..tiler.output.store import open_array, plan_of, read_header
+from ..tiler.rasters.opening import open_raster
+from ..tiler.system.meter import MemoryMeter
 from .console import Console, count_of, describe_memory, format_table
 
 _BLOCK = 2048

@@ -16,17 +16,17 @@ from rasterio.enums import ColorInterp
 from rasterio.errors import RasterioError
 from rasterio.windows import Window as RasterioWindow
 
-from ..tiler.dtypes import output_nodata
-from ..tiler.errors import OutputError, UsageError
-from ..tiler.files import upload
-from ..tiler.geometry import Grid
-from ..tiler.georeference import to_rasterio
-from ..tiler.meter import MemoryMeter
-from ..tiler.places import is_remote, require_lasting
-from ..tiler.raster_open import open_raster
-from ..tiler.records import writing
-from ..tiler.store import LEVELS, channel_numbers, open_array, read_header
-from ..tiler.text import format_bytes
+from ..tiler.base.dtypes import output_nodata
+from ..tiler.base.errors import OutputError, UsageError
+from ..tiler.base.geometry import Grid
+from ..tiler.base.text import format_bytes
+from ..tiler.output.records import writing
+from ..tiler.output.store import LEVELS, channel_numbers, open_array, read_header
+from ..tiler.rasters.georeference import to_rasterio
+from ..tiler.rasters.opening import open_raster
+from ..tiler.system.files import upload
+from ..tiler.system.meter import MemoryMeter
+from ..tiler.system.places import is_remote, require_lasting
 from .console import Console
 from .quicklook import save_quicklook
 

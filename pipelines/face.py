@@ -13,10 +13,10 @@ import torch
 
 from ..models.faceid.benchmark import BenchmarkSpec, make_rule, write_spec
 from ..models.faceid.head_plan import HeadPlan, plan_head
-from ..tiler.errors import UsageError
-from ..tiler.machine import cpu_count
-from ..tiler.meter import MemoryMeter
-from ..tiler.text import format_bytes, parse_bytes
+from ..tiler.base.errors import UsageError
+from ..tiler.base.text import format_bytes, parse_bytes
+from ..tiler.system.machine import cpu_count
+from ..tiler.system.meter import MemoryMeter
 from .console import Console
 from .ranks import run_ranks
 

@@ -28,11 +28,11 @@ from ..models.faceid.verification import (
     measure_verification,
     parse_rates,
 )
-from ..tiler.errors import UsageError, reason_of
-from ..tiler.files import upload_bytes
-from ..tiler.machine import find_versions
-from ..tiler.meter import MemoryMeter
-from ..tiler.records import writing
+from ..tiler.base.errors import UsageError, reason_of
+from ..tiler.output.records import writing
+from ..tiler.system.files import upload_bytes
+from ..tiler.system.machine import find_versions
+from ..tiler.system.meter import MemoryMeter
 from .console import Console, count_of, format_rate, format_table
 from .face_charts import BINS, draw_cmc, draw_det, draw_roc, draw_scores
 from .face_gallery import require_memory, searching

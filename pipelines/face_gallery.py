@@ -15,9 +15,9 @@ from ..models.faceid.gallery_file import find_damage, has_gallery, is_free, read
 from ..models.faceid.head_plan import PROCESS_BYTES
 from ..models.faceid.images import ImageError, find_people
 from ..models.faceid.search import Tell
-from ..tiler.errors import OutputError, UsageError
-from ..tiler.meter import MemoryMeter
-from ..tiler.text import format_bytes, parse_bytes
+from ..tiler.base.errors import OutputError, UsageError
+from ..tiler.base.text import format_bytes, parse_bytes
+from ..tiler.system.meter import MemoryMeter
 from .console import Console, count_of, format_table, one_line
 from .face_pictures import BATCH, Pictures, embed_people, group_by_person
 

@@ -16,11 +16,11 @@ from ..models.faceid.embedder_file import load_embedder
 from ..models.faceid.gallery import Answer, Gallery
 from ..models.faceid.head_plan import PROCESS_BYTES
 from ..models.faceid.images import FORMATS, ImageError, is_picture
-from ..tiler.errors import TilerError, UsageError
-from ..tiler.machine import cpu_count, torch_threads
-from ..tiler.meter import MemoryMeter
-from ..tiler.process_end import end_with
-from ..tiler.text import parse_bytes
+from ..tiler.base.errors import TilerError, UsageError
+from ..tiler.base.text import parse_bytes
+from ..tiler.system.machine import cpu_count, torch_threads
+from ..tiler.system.meter import MemoryMeter
+from ..tiler.system.process_end import end_with
 from .console import Console, count_of, one_line
 from .face import require_cores
 from .face_gallery import open_gallery, require_memory, searching

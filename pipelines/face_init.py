@@ -17,7 +17,7 @@ from ..models.faceid.tablet_file import FileSum, file_name, read_tablet
 from ..models.faceid.tablets import TabletLayout
 from ..models.segmentation.state import States, fit_state, read_states
 from ..models.segmentation.trust import Trust, read_model_file
-from ..tiler.errors import UsageError
+from ..tiler.base.errors import UsageError
 from .console import count_of, one_line
 from .face_roll import read_roll
 from .face_sources import SYNTHETIC

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..tiler.files import write_durably
+from ..tiler.system.files import write_durably
 from .charts import Chart, draw_series
 from .console import format_rate
 from .face_charts import BINS, draw_roc, draw_scores

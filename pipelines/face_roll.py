@@ -9,8 +9,8 @@ from typing import Any
 from ..models.faceid.errors import HeadError
 from ..models.faceid.face_source import FaceSource, Roll
 from ..models.faceid.plain_file import open_plain
-from ..tiler.errors import OutputError, reason_of
-from ..tiler.files import write_durably
+from ..tiler.base.errors import OutputError, reason_of
+from ..tiler.system.files import write_durably
 from .console import count_of, one_line
 from .training_folder import TRAINING, read_training, require_same_training
 

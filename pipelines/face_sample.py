@@ -10,7 +10,7 @@ import numpy as np
 from ..models.faceid.pair_list import Pair, PairList, write_pairs
 from ..sample_data.faces import FOLDS, draw_pairs, write_faces
 from ..sample_data.identities import draw_faces
-from ..tiler.errors import UsageError
+from ..tiler.base.errors import UsageError
 from .console import Console, count_of
 
 PAIRS = 30

@@ -22,7 +22,7 @@ from ..models.faceid.record_io import RecordFile
 from ..sample_data.faces import OUTSIDE_TRAINING
 from ..sample_data.identities import Nuisances, draw_faces
 from ..sample_data.identity_list import IdentityList
-from ..tiler.errors import TilerError, UsageError, reason_of
+from ..tiler.base.errors import TilerError, UsageError, reason_of
 from .console import count_of
 from .face_pictures import describe_stray
 

@@ -20,9 +20,9 @@ from ..models.faceid.collectives import Ranks
 from ..models.faceid.head_plan import plan_head
 from ..models.faceid.margins import margin_from
 from ..models.faceid.row_rules import RULES
-from ..tiler.errors import BudgetError, TilerError, UsageError
-from ..tiler.machine import cpu_count, map_large_blocks
-from ..tiler.text import format_bytes
+from ..tiler.base.errors import BudgetError, TilerError, UsageError
+from ..tiler.base.text import format_bytes
+from ..tiler.system.machine import cpu_count, map_large_blocks
 from .console import Console, count_of
 from .face import available_bytes, require_cores
 from .face_init import InitialWeights, open_initial, require_fit

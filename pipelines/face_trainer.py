@@ -23,11 +23,11 @@ from ..models.faceid.feature_norm import FeatureNorm
 from ..models.faceid.head import ShardedMarginHead
 from ..models.faceid.row_rules import RULES
 from ..models.faceid.sample_order import share_of
-from ..tiler.errors import TilerError
-from ..tiler.machine import one_thread, torch_threads
-from ..tiler.meter import MemoryMeter
-from ..tiler.process_end import end_with
-from ..tiler.text import format_bytes
+from ..tiler.base.errors import TilerError
+from ..tiler.base.text import format_bytes
+from ..tiler.system.machine import one_thread, torch_threads
+from ..tiler.system.meter import MemoryMeter
+from ..tiler.system.process_end import end_with
 from .console import Console
 from .face_checkpoint import load_face_training, save_face_training
 from .face_init import InitialWeights, describe_start, load_rows, open_initial, require_fit

@@ -6,17 +6,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..tiler.cluster import ClusterOptions
-from ..tiler.errors import UsageError
-from ..tiler.geometry import Window
-from ..tiler.nodata import exact_text
-from ..tiler.raster import Raster, ReadOptions
-from ..tiler.raster_notes import list_notes
-from ..tiler.raster_open import open_with
-from ..tiler.raster_parts import open_mosaic, open_stack
-from ..tiler.store import ZarrFormat
-from ..tiler.text import format_bytes, format_seconds
-from ..tiler.transfer import TransferProgress, TransferSummary, copy_raster
+from ..tiler.base.errors import UsageError
+from ..tiler.base.geometry import Window
+from ..tiler.base.text import format_bytes, format_seconds
+from ..tiler.cluster.client import ClusterOptions
+from ..tiler.copying.transfer import TransferProgress, TransferSummary, copy_raster
+from ..tiler.output.store import ZarrFormat
+from ..tiler.rasters.nodata import exact_text
+from ..tiler.rasters.notes import list_notes
+from ..tiler.rasters.opening import open_with
+from ..tiler.rasters.parts import open_mosaic, open_stack
+from ..tiler.rasters.raster import Raster, ReadOptions
 from .console import Console, Step, count_of, describe_memory, refuse_picture_name
 
 _LISTED = 20

@@ -27,7 +27,7 @@ from ..models.segmentation.sources import (
 )
 from ..models.segmentation.trust import hash_file
 from ..models.segmentation.unet import UNet
-from ..tiler.errors import OutputError, UsageError
+from ..tiler.base.errors import OutputError, UsageError
 from .console import Console, count_of, format_table
 
 _SCALINGS: Mapping[str, tuple[Callable[..., Scaling], tuple[str, str]]] = {

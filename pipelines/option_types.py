@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ..tiler.exact_numbers import parse_number
+from ..tiler.base.exact_numbers import parse_number
 
 EXIT_FAILED, EXIT_SOME_FAILED, EXIT_INTERRUPTED = 1, 3, 130
 """Beside click's own 2, of a wrong call. Some: tiles, windows or pictures; the rest is done."""
@@ -52,7 +52,7 @@ class Place(click.ParamType):
     name = "path"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:  # noqa: ARG002 - click's signature
-        from ..tiler.places import place_of
+        from ..tiler.system.places import place_of
 
         return value if isinstance(value, Path) else place_of(value)
 
@@ -64,7 +64,7 @@ class Folder(click.Path):
         super().__init__(path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from ..tiler.places import scheme_of
+        from ..tiler.system.places import scheme_of
 
         if scheme_of(value):
             self.fail(f"it is a path of this machine, got the address {value!r}", param, ctx)

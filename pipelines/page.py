@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from .. import __version__
-from ..tiler.text import format_bytes, format_seconds
+from ..tiler.base.text import format_bytes, format_seconds
 
 
 def render_page(template: str, kind: str, values: dict[str, Any], **filters: Callable[[Any], str]) -> str:

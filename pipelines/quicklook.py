@@ -12,13 +12,13 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from ..models.segmentation.palette import default_colour
-from ..tiler.dtypes import output_nodata
-from ..tiler.errors import RasterError
-from ..tiler.geometry import Grid, Window, halve
-from ..tiler.raster import Raster
-from ..tiler.raster_open import open_raster
-from ..tiler.raster_parts import open_reference
-from ..tiler.store import LEVELS
+from ..tiler.base.dtypes import output_nodata
+from ..tiler.base.errors import RasterError
+from ..tiler.base.geometry import Grid, Window, halve
+from ..tiler.output.store import LEVELS
+from ..tiler.rasters.opening import open_raster
+from ..tiler.rasters.parts import open_reference
+from ..tiler.rasters.raster import Raster
 from .console import Console, Step
 
 SIDE = 900

@@ -22,8 +22,8 @@ from typing import Any
 
 from torch import distributed as dist
 
-from ..tiler.errors import TilerError
-from ..tiler.machine import die_with_parent
+from ..tiler.base.errors import TilerError
+from ..tiler.system.machine import die_with_parent
 
 INTERRUPTED = 130
 LOST = 75

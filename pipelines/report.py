@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..tiler.check import StartCheck
-from ..tiler.errors import OutputError, UsageError
-from ..tiler.files import upload_bytes
-from ..tiler.machine import find_versions
-from ..tiler.places import require_lasting
-from ..tiler.plan import TilePlan
-from ..tiler.precision_loss import PrecisionLoss
-from ..tiler.records import is_there, read_records, read_runs, run_folder, writing
-from ..tiler.store import plan_of, read_header
-from ..tiler.text import format_bytes
-from ..tiler.tile_map import group_failures
-from ..tiler.typed import find_misfit
+from ..tiler.base.errors import OutputError, UsageError
+from ..tiler.base.text import format_bytes
+from ..tiler.base.typed import find_misfit
+from ..tiler.cluster.tile_map import group_failures
+from ..tiler.engines.precision_loss import PrecisionLoss
+from ..tiler.output.records import is_there, read_records, read_runs, run_folder, writing
+from ..tiler.output.store import plan_of, read_header
+from ..tiler.planning.plan import TilePlan
+from ..tiler.runs.check import StartCheck
+from ..tiler.system.files import upload_bytes
+from ..tiler.system.machine import find_versions
+from ..tiler.system.places import require_lasting
 from .areas import Areas, count_areas
 from .console import Console, count_of
 from .page import render_page

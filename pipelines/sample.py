@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..sample_data.scene import Scene
 from ..sample_data.write import write_scene
-from ..tiler.meter import MemoryMeter
-from ..tiler.text import format_bytes, format_seconds
+from ..tiler.base.text import format_bytes, format_seconds
+from ..tiler.system.meter import MemoryMeter
 from .console import Console, describe_memory
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from ..tiler.band_names import band_name_of
-from ..tiler.errors import UsageError, one_line, reason_of
-from ..tiler.files import MOST_TEXT, find_matching, read_place, read_regular
-from ..tiler.places import OBJECT_STORES, place_of, scheme_of
-from ..tiler.raster_zarr import split_zarr_path
+from ..tiler.base.errors import UsageError, one_line, reason_of
+from ..tiler.rasters.band_names import band_name_of
+from ..tiler.rasters.zarr_arrays import split_zarr_path
+from ..tiler.system.files import MOST_TEXT, find_matching, read_place, read_regular
+from ..tiler.system.places import OBJECT_STORES, place_of, scheme_of
 from .console import count_of
 
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img")

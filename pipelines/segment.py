@@ -13,11 +13,26 @@ from typing import Any
 from ..models.segmentation.meaning import Activation, Task
 from ..models.segmentation.model import Output, SegmentationModel, as_tile_network, describe_output, meaning_of
 from ..models.segmentation.sources import load_model
-from ..tiler.bounds import window_of_bounds
-from ..tiler.check import StartCheck
-from ..tiler.cluster import ClusterKeeper, ClusterOptions
-from ..tiler.errors import TilerError, UsageError
-from ..tiler.events import (
+from ..tiler.analysis.network import Network, analyze_network
+from ..tiler.analysis.stated import state_network
+from ..tiler.base.errors import TilerError, UsageError
+from ..tiler.base.geometry import Window
+from ..tiler.base.memory import find_budget
+from ..tiler.base.text import format_bytes, format_seconds
+from ..tiler.cluster.client import ClusterKeeper, ClusterOptions
+from ..tiler.engines.precision_loss import PrecisionLoss
+from ..tiler.engines.quantise import require_quantiser
+from ..tiler.output.store import ZarrFormat
+from ..tiler.planning.plan import TilePlan
+from ..tiler.planning.planner import plan_tiles
+from ..tiler.rasters.bands import BandMatch, match_bands
+from ..tiler.rasters.bounds import window_of_bounds
+from ..tiler.rasters.notes import list_notes
+from ..tiler.rasters.opening import open_with
+from ..tiler.rasters.parts import open_stack
+from ..tiler.rasters.raster import Raster, ReadOptions, fill_values
+from ..tiler.runs.check import StartCheck
+from ..tiler.runs.events import (
     Calibrating,
     ClusterReady,
     Event,
@@ -29,26 +44,11 @@ from ..tiler.events import (
     StartChecked,
     TileFinished,
 )
-from ..tiler.geometry import Window
-from ..tiler.machine import has_int8_instructions, measure_flops_per_s
-from ..tiler.memory import find_budget
-from ..tiler.memory_probe import memory_lookup
-from ..tiler.network import Network, analyze_network
-from ..tiler.plan import TilePlan
-from ..tiler.planner import plan_tiles
-from ..tiler.precision_loss import PrecisionLoss
-from ..tiler.proof import prove_network
-from ..tiler.quantise import require_quantiser
-from ..tiler.raster import Raster, ReadOptions, fill_values
-from ..tiler.raster_bands import BandMatch, match_bands
-from ..tiler.raster_notes import list_notes
-from ..tiler.raster_open import open_with
-from ..tiler.raster_parts import open_stack
-from ..tiler.run import predict
-from ..tiler.run_summary import RunSummary
-from ..tiler.stated import state_network
-from ..tiler.store import ZarrFormat
-from ..tiler.text import format_bytes, format_seconds
+from ..tiler.runs.memory_probe import memory_lookup
+from ..tiler.runs.proof import prove_network
+from ..tiler.runs.run import predict
+from ..tiler.runs.summary import RunSummary
+from ..tiler.system.machine import has_int8_instructions, measure_flops_per_s
 from .console import Console, Step, count_of, refuse_picture_name
 
 

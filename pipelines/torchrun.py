@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ..tiler.errors import UsageError
+from ..tiler.base.errors import UsageError
 
 
 def is_started_by_torchrun() -> bool:

@@ -26,20 +26,20 @@ from ..models.segmentation.sources import save_model
 from ..models.segmentation.trainer import StepRecord, Trainer
 from ..models.segmentation.unet import UNet
 from ..models.segmentation.validation import Validation, ValidationTile, validate
-from ..tiler.band_names import is_named
-from ..tiler.errors import OutputError, UsageError
-from ..tiler.fingerprint import fingerprint_raster
-from ..tiler.labels import identify_labels
-from ..tiler.machine import map_large_blocks
-from ..tiler.meter import MemoryMeter
-from ..tiler.raster import Raster, ReadOptions
-from ..tiler.raster_bands import BandMatch, match_bands
-from ..tiler.raster_notes import list_notes
-from ..tiler.raster_open import open_with
-from ..tiler.reading import GDAL_CACHE_BYTES
-from ..tiler.text import MB, format_bytes, format_seconds
-from ..tiler.training_cluster import TrainingCluster
-from ..tiler.vectors import is_vector_file
+from ..tiler.base.errors import OutputError, UsageError
+from ..tiler.base.text import MB, format_bytes, format_seconds
+from ..tiler.labels.labels import identify_labels
+from ..tiler.labels.vectors import is_vector_file
+from ..tiler.output.fingerprint import fingerprint_raster
+from ..tiler.rasters.band_names import is_named
+from ..tiler.rasters.bands import BandMatch, match_bands
+from ..tiler.rasters.notes import list_notes
+from ..tiler.rasters.opening import open_with
+from ..tiler.rasters.raster import Raster, ReadOptions
+from ..tiler.rasters.reading import GDAL_CACHE_BYTES
+from ..tiler.system.machine import map_large_blocks
+from ..tiler.system.meter import MemoryMeter
+from ..tiler.training.cluster import TrainingCluster
 from .console import Console, Step, count_of, describe_memory, format_table
 from .train_options import TrainOptions
 from .training_data import TrainingData, prepare_data

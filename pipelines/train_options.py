@@ -8,8 +8,8 @@ from pathlib import Path
 from ..models.segmentation.meaning import Task
 from ..models.segmentation.recipe import Recipe
 from ..models.segmentation.unet import Norm
-from ..tiler.labels import LabelOptions
-from ..tiler.raster import ReadOptions
+from ..tiler.labels.labels import LabelOptions
+from ..tiler.rasters.raster import ReadOptions
 from .model import SourceOptions
 from .training_workers import WorkerOptions
 

@@ -29,18 +29,18 @@ from ..models.segmentation.split import Split, choose_block, choose_split, compu
 from ..models.segmentation.step import StepEngine
 from ..models.segmentation.survey import Counts, count_labels, measure_bands
 from ..models.segmentation.validation import ValidationTile, list_validation_tiles
-from ..tiler.errors import OutputError, UsageError
-from ..tiler.files import write_durably
-from ..tiler.geometry import Window
-from ..tiler.graph import first_line
-from ..tiler.labels import RasterLabels, describe_ignored, open_labels
-from ..tiler.network import Network, analyze_network
-from ..tiler.raster import Raster
-from ..tiler.text import MB, parse_bytes
-from ..tiler.trainable import TrainableNetwork, prepare_training
-from ..tiler.training_memory import count_tile_bytes, predict_tile_bytes
-from ..tiler.training_plan import TrainPlan
-from ..tiler.training_planner import SIDES, TrainedImages, choose_training_tiles, count_cache_bytes
+from ..tiler.analysis.graph import first_line
+from ..tiler.analysis.network import Network, analyze_network
+from ..tiler.base.errors import OutputError, UsageError
+from ..tiler.base.geometry import Window
+from ..tiler.base.text import MB, parse_bytes
+from ..tiler.labels.labels import RasterLabels, describe_ignored, open_labels
+from ..tiler.rasters.raster import Raster
+from ..tiler.system.files import write_durably
+from ..tiler.training.memory import count_tile_bytes, predict_tile_bytes
+from ..tiler.training.plan import TrainPlan
+from ..tiler.training.planner import SIDES, TrainedImages, choose_training_tiles, count_cache_bytes
+from ..tiler.training.trainable import TrainableNetwork, prepare_training
 from .console import Console, count_of
 
 if TYPE_CHECKING:

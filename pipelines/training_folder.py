@@ -12,9 +12,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .. import __version__
-from ..tiler.errors import OutputError, reason_of
-from ..tiler.files import write_durably
-from ..tiler.machine import find_versions
+from ..tiler.base.errors import OutputError, reason_of
+from ..tiler.system.files import write_durably
+from ..tiler.system.machine import find_versions
 
 TRAINING, LOCK = "training.json", ".lock"
 

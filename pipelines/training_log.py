@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..tiler.files import write_durably
+from ..tiler.system.files import write_durably
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

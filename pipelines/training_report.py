@@ -13,9 +13,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..models.segmentation.sources import load_model
-from ..tiler.files import write_durably
-from ..tiler.geometry import Window
-from ..tiler.labels import UNLABELLED, Classes
+from ..tiler.base.geometry import Window
+from ..tiler.labels.labels import UNLABELLED, Classes
+from ..tiler.system.files import write_durably
 from .charts import Chart, draw_series
 from .page import describe_choice, render_page
 from .training_data import TrainingData

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
-from ..tiler.cluster import ClusterOptions, open_client
-from ..tiler.errors import UsageError
-from ..tiler.machine import torch_threads
-from ..tiler.reading import GDAL_CACHE_BYTES
-from ..tiler.training_cluster import TrainingCluster
+from ..tiler.base.errors import UsageError
+from ..tiler.cluster.client import ClusterOptions, open_client
+from ..tiler.rasters.reading import GDAL_CACHE_BYTES
+from ..tiler.system.machine import torch_threads
+from ..tiler.training.cluster import TrainingCluster
 from .console import Console, count_of
 
 

@@ -7,25 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from ..models.segmentation.model import SegmentationModel
-from ..tiler.cluster import ClusterOptions
-from ..tiler.engine import Engine
-from ..tiler.engine_loading import compile_program, load_windows
-from ..tiler.engine_torch import AUTOCAST, load_reference
-from ..tiler.errors import OutputError, TilerError, UsageError
-from ..tiler.fingerprint import find_differences, fingerprint_raster, state_before
-from ..tiler.network import Network
-from ..tiler.network_hash import hash_network
-from ..tiler.plan import TilePlan
-from ..tiler.quantise import QuantisedNetwork
-from ..tiler.raster import Raster, ReadOptions
-from ..tiler.raster_parts import open_reference, reference_to
-from ..tiler.records import run_folder
-from ..tiler.reference import Reference
-from ..tiler.resume import source_paths
-from ..tiler.small_parts import mend_parts
-from ..tiler.store import plan_of, read_header
-from ..tiler.text import format_bytes
-from ..tiler.verify import Fault, Recomputation, Verification, recompute_samples, tile_states, verify_output
+from ..tiler.analysis.network import Network
+from ..tiler.analysis.network_hash import hash_network
+from ..tiler.base.errors import OutputError, TilerError, UsageError
+from ..tiler.base.text import format_bytes
+from ..tiler.cluster.client import ClusterOptions
+from ..tiler.engines.engine import Engine
+from ..tiler.engines.loading import compile_program, load_windows
+from ..tiler.engines.quantise import QuantisedNetwork
+from ..tiler.engines.torch import AUTOCAST, load_reference
+from ..tiler.output.fingerprint import find_differences, fingerprint_raster, state_before
+from ..tiler.output.records import run_folder
+from ..tiler.output.resume import source_paths
+from ..tiler.output.small_parts import mend_parts
+from ..tiler.output.store import plan_of, read_header
+from ..tiler.planning.plan import TilePlan
+from ..tiler.rasters.parts import open_reference, reference_to
+from ..tiler.rasters.raster import Raster, ReadOptions
+from ..tiler.runs.reference import Reference
+from ..tiler.runs.verify import Fault, Recomputation, Verification, recompute_samples, tile_states, verify_output
 from .console import Console, count_of
 from .segment import Preparation, RunListener, SegmentOptions, WriteOptions, segment_raster
 

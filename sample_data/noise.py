@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..tiler.geometry import Interval, Window
+from ..tiler.base.geometry import Interval, Window
 
 Floats = npt.NDArray[np.floating[Any]]
 """float32 throughout; numpy's stubs do not follow."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..tiler.errors import UsageError
-from ..tiler.geometry import Window
+from ..tiler.base.errors import UsageError
+from ..tiler.base.geometry import Window
 from .noise import Floats, fractal_noise, hash_unit, pixel_coordinates, value_noise, white_noise
 
 BANDS = ("red", "green", "blue", "nir")

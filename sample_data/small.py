@@ -15,7 +15,7 @@ import rasterio.crs
 from affine import Affine
 from rasterio.enums import ColorInterp
 
-from ..tiler.geometry import Window
+from ..tiler.base.geometry import Window
 from .scene import BANDS, CLASSES, COLOURS, CRS, LABEL_NODATA, NODATA, ORIGIN_XY, PIXEL_METRES, Scene, render_window
 
 SCENE = Scene(height=2048, width=2048, seed=25)

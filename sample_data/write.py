@@ -13,10 +13,10 @@ import rasterio.crs
 import zarr
 from affine import Affine
 
-from ..tiler.errors import OutputError, UsageError
-from ..tiler.geometry import Grid, Window
-from ..tiler.georeference import Georeference, from_rasterio
-from ..tiler.store import create_raster_group, require_replaceable
+from ..tiler.base.errors import OutputError, UsageError
+from ..tiler.base.geometry import Grid, Window
+from ..tiler.output.store import create_raster_group, require_replaceable
+from ..tiler.rasters.georeference import Georeference, from_rasterio
 from .scene import BANDS, CLASSES, COLOURS, CRS, LABEL_NODATA, NODATA, ORIGIN_XY, PIXEL_METRES, Scene, render_window
 
 CHUNK = 512

@@ -21,16 +21,16 @@ import pytest
 from dask import config
 from distributed import Client, LocalCluster, default_client
 from distributed.security import Security
-from outsize.tiler.certificate import make_security
-from outsize.tiler.cluster import ClusterError, ClusterOptions, open_client
-from outsize.tiler.engine_torch import prepare_compiler
-from outsize.tiler.environment import worker_environment
-from outsize.tiler.errors import EngineError, OutputError
-from outsize.tiler.events import Event, TileFinished
-from outsize.tiler.program_cache import ProgramCache
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.run import predict
-from outsize.tiler.transfer import copy_raster
+from outsize.tiler.base.errors import EngineError, OutputError
+from outsize.tiler.cluster.certificate import make_security
+from outsize.tiler.cluster.client import ClusterError, ClusterOptions, open_client
+from outsize.tiler.copying.transfer import copy_raster
+from outsize.tiler.engines.program_cache import ProgramCache
+from outsize.tiler.engines.torch import prepare_compiler
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.runs.events import Event, TileFinished
+from outsize.tiler.runs.run import predict
+from outsize.tiler.system.environment import worker_environment
 
 from .support.runs import class_network, scene, stored, whole
 
@@ -40,14 +40,14 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("tiler", "models", "pipelines", "sample_data")
 PICKLES = {
     # What comes from the commanding process, by Dask or a pipe.
-    "tiler/engine_cuda.py": {"pickle.loads"},
-    "tiler/engine_openvino.py": {"pickle.loads"},
-    "tiler/engine_programs.py": {"pickle.loads"},
-    "tiler/engine_torch.py": {"pickle.loads"},
-    "tiler/inference.py": {"pickle.loads"},
-    "tiler/memory_probe.py": {"pickle.loads"},
-    "tiler/quantise.py": {"pickle.loads"},
-    "tiler/training_cluster.py": {"pickle.loads"},
+    "tiler/engines/cuda.py": {"pickle.loads"},
+    "tiler/engines/openvino.py": {"pickle.loads"},
+    "tiler/engines/programs.py": {"pickle.loads"},
+    "tiler/engines/torch.py": {"pickle.loads"},
+    "tiler/runs/inference.py": {"pickle.loads"},
+    "tiler/runs/memory_probe.py": {"pickle.loads"},
+    "tiler/engines/quantise.py": {"pickle.loads"},
+    "tiler/training/cluster.py": {"pickle.loads"},
 }
 """Files that unpickle, and how; tests/models has what models that could run code ask for."""
 

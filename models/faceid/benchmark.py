@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from ...tiler.machine import die_with_parent
-from ...tiler.process_end import end_with
+from ...tiler.system.machine import die_with_parent
+from ...tiler.system.process_end import end_with
 from .checkpoint import load_checkpoint, save_checkpoint
 from .head import ShardedMarginHead
 from .row_rules import RULES, RowRule

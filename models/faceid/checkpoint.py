@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ...tiler.files import sync_folder
+from ...tiler.system.files import sync_folder
 from .errors import HeadError
 from .head import ShardedMarginHead
 from .tablet_file import FileSum, file_name, read_tablet, write_file, write_tablet

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...tiler.machine import one_thread
+from ...tiler.system.machine import one_thread
 from .batch_loader import MicroBatch
 from .collectives import Ranks
 from .feature_norm import FeatureNorm, normalise_batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...tiler.errors import BudgetError, TilerError, UsageError
+from ...tiler.base.errors import BudgetError, TilerError, UsageError
 
 
 class HeadError(UsageError):

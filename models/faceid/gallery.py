@@ -14,8 +14,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch import distributed as dist
 
-from ...tiler.errors import reason_of
-from ...tiler.text import parse_bytes
+from ...tiler.base.errors import reason_of
+from ...tiler.base.text import parse_bytes
 from .collectives import Ranks
 from .errors import GalleryError, HeadError
 from .gallery_file import (

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...tiler.files import sync_folder
+from ...tiler.system.files import sync_folder
 from .errors import GalleryError
 from .plain_file import NoFileError, open_plain
 from .tablet_file import FileSum, as_bytes, write_file

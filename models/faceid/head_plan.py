@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...tiler.text import MB, format_bytes
+from ...tiler.base.text import MB, format_bytes
 from .errors import HeadMemoryError
 from .rounding import PART, POOL
 from .row_rules import RowRule

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ...tiler.errors import UsageError, reason_of
+from ...tiler.base.errors import UsageError, reason_of
 from .name_list import compose
 from .plain_file import open_plain
 

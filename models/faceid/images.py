@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from ...tiler.errors import TilerError, UsageError
+from ...tiler.base.errors import TilerError, UsageError
 from .name_list import compose
 from .plain_file import open_plain
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...tiler.files import use_default_mode
+from ...tiler.system.files import use_default_mode
 from .errors import HeadError
 from .head import ShardedMarginHead
 from .plain_file import open_plain

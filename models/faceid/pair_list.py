@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...tiler.errors import UsageError, reason_of
+from ...tiler.base.errors import UsageError, reason_of
 from .name_list import compose
 from .plain_file import open_plain
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...tiler.errors import reason_of
+from ...tiler.base.errors import reason_of
 from .errors import HeadError
 from .images import ImageError
 from .plain_file import open_plain

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...tiler.text import format_bytes
+from ...tiler.base.text import format_bytes
 from .errors import HeadMemoryError
 from .head_plan import PROCESS_BYTES
 from .tablets import TabletLayout

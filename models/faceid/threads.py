@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import torch
 
-from ...tiler.machine import one_thread
-from ...tiler.process_locks import ProcessLock
+from ...tiler.system.machine import one_thread
+from ...tiler.system.process_locks import ProcessLock
 
 _ALONE = ProcessLock()
 """Held while tablets are worked on: torch's number of threads and its precision belong to the whole process."""

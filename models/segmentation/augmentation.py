@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...tiler.errors import UsageError
-from ...tiler.geometry import Window
+from ...tiler.base.errors import UsageError
+from ...tiler.base.geometry import Window
 
 KINDS = ("flips", "turns", "radiometry")
 

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from ...tiler.errors import OutputError
-from ...tiler.files import MOST_TEXT, read_regular, use_default_mode, write_durably
+from ...tiler.base.errors import OutputError
+from ...tiler.system.files import MOST_TEXT, read_regular, use_default_mode, write_durably
 
 NAME = "state.json"
 

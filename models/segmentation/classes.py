@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...tiler.errors import UsageError
-from ...tiler.geometry import Grid
-from ...tiler.labels import LabelOptions, find_ignored, flag_meanings, unsaid_values
-from ...tiler.raster_open import open_raster
-from ...tiler.vectors import is_vector_file, read_features
+from ...tiler.base.errors import UsageError
+from ...tiler.base.geometry import Grid
+from ...tiler.labels.labels import LabelOptions, find_ignored, flag_meanings, unsaid_values
+from ...tiler.labels.vectors import is_vector_file, read_features
+from ...tiler.rasters.opening import open_raster
 from .mlm import parse_colour
 from .model import SegmentationClass
 from .palette import default_colour

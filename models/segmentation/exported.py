@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from ...tiler.errors import UntileableError
-from ...tiler.graph import first_line
-from ...tiler.network import analyze_network
+from ...tiler.analysis.graph import first_line
+from ...tiler.analysis.network import analyze_network
+from ...tiler.base.errors import UntileableError
 from .finite import require_finite_weights
 from .trust import ModelFile, ModelFileError, Trust
 

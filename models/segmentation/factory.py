@@ -13,7 +13,7 @@ from typing import Any
 import cloudpickle
 from torch import nn
 
-from ...tiler.graph import first_line
+from ...tiler.analysis.graph import first_line
 from .model import SegmentationModel
 from .trust import ModelFileError
 

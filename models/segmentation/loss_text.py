@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...tiler.errors import UsageError
-from ...tiler.labels import UNLABELLED
-from ...tiler.loss import Loss
+from ...tiler.base.errors import UsageError
+from ...tiler.labels.labels import UNLABELLED
+from ...tiler.training.loss import Loss
 from .losses import CrossEntropy, Dice, OneAgainstAll, SumOfLosses
 
 LOSSES = ("cross-entropy", "dice", "binary")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...tiler.errors import LabelError, UsageError
-from ...tiler.loss import Loss
+from ...tiler.base.errors import LabelError, UsageError
+from ...tiler.training.loss import Loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

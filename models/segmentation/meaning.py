@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...tiler.errors import UsageError
+from ...tiler.base.errors import UsageError
 from .ending import Ending
 from .trust import ModelFileError
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...tiler.errors import UsageError, reason_of
-from ...tiler.files import MOST_TEXT, read_regular
+from ...tiler.base.errors import UsageError, reason_of
+from ...tiler.system.files import MOST_TEXT, read_regular
 from .meaning import Meaning, Statement
 from .model import SegmentationClass, SegmentationModel, meaning_of
 from .palette import default_colour

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...tiler.errors import UsageError
-from ...tiler.store import LEVELS, OutputDescription
+from ...tiler.base.errors import UsageError
+from ...tiler.output.store import LEVELS, OutputDescription
 from .finite import require_finite_weights
 from .meaning import Activation, Meaning, Statement, Task
 from .norm import fold_norms

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from ...tiler.errors import UsageError
+from ...tiler.base.errors import UsageError
 from .augmentation import Augmentation
 from .optimiser import OptimiserName
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...tiler.geometry import Grid, Window
+from ...tiler.base.geometry import Grid, Window
 from .augmentation import Augmentation, Variant
 from .survey import Counts
 

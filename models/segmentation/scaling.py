@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Literal, TypeAlias, get_args
 
-from ...tiler.errors import UsageError
+from ...tiler.base.errors import UsageError
 
 ScalingKind: TypeAlias = Literal["z-score", "min-max", "offset", "scale", "none"]
 

@@ -9,10 +9,10 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ...tiler.block_cache import BlockStore
-from ...tiler.geometry import Window
-from ...tiler.labels import UNLABELLED, Classes, LabelReader, Labels, RasterLabels
-from ...tiler.raster import Raster, RasterReader
+from ...tiler.base.geometry import Window
+from ...tiler.labels.labels import UNLABELLED, Classes, LabelReader, Labels, RasterLabels
+from ...tiler.rasters.block_cache import BlockStore
+from ...tiler.rasters.raster import Raster, RasterReader
 from .augmentation import Turn, Variant
 from .split import Split
 

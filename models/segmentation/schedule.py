@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ...tiler.errors import UsageError
+from ...tiler.base.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

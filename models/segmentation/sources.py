@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...tiler.errors import OutputError, UsageError
-from ...tiler.files import flush_file, sync_folder, use_default_mode
-from ...tiler.graph import first_line
+from ...tiler.analysis.graph import first_line
+from ...tiler.base.errors import OutputError, UsageError
+from ...tiler.system.files import flush_file, sync_folder, use_default_mode
 from .exported import ExportedNetwork, load_exported, load_script
 from .factory import build_network, is_factory
 from .finite import require_finite_weights

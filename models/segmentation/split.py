@@ -11,10 +11,10 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from ...tiler.axis_geometry import compute_geometry
-from ...tiler.errors import UsageError
-from ...tiler.geometry import Grid, Interval, Window
-from ...tiler.network import Network
+from ...tiler.analysis.axis_geometry import compute_geometry
+from ...tiler.analysis.network import Network
+from ...tiler.base.errors import UsageError
+from ...tiler.base.geometry import Grid, Interval, Window
 
 _PLASTIC = 1.32471795724474602596
 """The plastic number p, p^3 = p + 1: multiples of (1/p, 1/p^2) fill a square evenly (Roberts's R2 sequence)."""

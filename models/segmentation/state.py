@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from ...tiler.graph import first_line
+from ...tiler.analysis.graph import first_line
 from .factory import importing_from_here
 from .trust import ModelFile, ModelFileError, Trust
 

@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...tiler.block_cache import BlockStore
-from ...tiler.errors import LabelError, RasterError
-from ...tiler.geometry import Window
-from ...tiler.gradient import GradientSum, Tiles, compute_loss_sums, compute_outputs, gradient_of_tiles
-from ...tiler.graph import first_line
-from ...tiler.labels import UNLABELLED, Classes
-from ...tiler.loss import Loss
-from ...tiler.network import analyze_network, torch_dtype
-from ...tiler.nodata import Mask
-from ...tiler.raster import RasterReader, read_filled
-from ...tiler.sum_tree import cut_groups, fold_tree
-from ...tiler.text import MB
-from ...tiler.trainable import TrainableNetwork, detach_tensors
-from ...tiler.training_cluster import TrainingCluster
+from ...tiler.analysis.graph import first_line
+from ...tiler.analysis.network import analyze_network, torch_dtype
+from ...tiler.base.errors import LabelError, RasterError
+from ...tiler.base.geometry import Window
+from ...tiler.base.text import MB
+from ...tiler.labels.labels import UNLABELLED, Classes
+from ...tiler.rasters.block_cache import BlockStore
+from ...tiler.rasters.nodata import Mask
+from ...tiler.rasters.raster import RasterReader, read_filled
+from ...tiler.training.cluster import TrainingCluster
+from ...tiler.training.gradient import GradientSum, Tiles, compute_loss_sums, compute_outputs, gradient_of_tiles
+from ...tiler.training.loss import Loss
+from ...tiler.training.sum_tree import cut_groups, fold_tree
+from ...tiler.training.trainable import TrainableNetwork, detach_tensors
 from .augmentation import Variant
 from .sampling import TrainingTile
 from .scene import UNTURNED, LabelPart, SceneLabelReader, SceneLabels, TrainingScene, VariantRaster, VariantReader

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from ...tiler.geometry import Grid, Window, align_up
-from ...tiler.labels import UNLABELLED, Classes
-from ...tiler.nodata import find_not_finite, require_finite
+from ...tiler.base.geometry import Grid, Window, align_up
+from ...tiler.labels.labels import UNLABELLED, Classes
+from ...tiler.rasters.nodata import find_not_finite, require_finite
 from .moments import Moments
 from .scene import LabelPart, SceneLabels, TrainingScene
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...tiler.errors import UsageError
+from ...tiler.base.errors import UsageError
 from .average import WeightAverage
 from .checkpoint import TrainingState
 from .optimiser import load_optimiser, make_optimiser, optimiser_tensors, set_rate

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ...tiler.errors import UsageError, reason_of
-from ...tiler.files import read_regular
+from ...tiler.base.errors import UsageError, reason_of
+from ...tiler.system.files import read_regular
 
 Content = Literal["safetensors", "pickle", "torch.export", "TorchScript"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...tiler.errors import UsageError
+from ...tiler.base.errors import UsageError
 from .norm import FrozenNorm
 
 Norm = Literal["none", "frozen"]

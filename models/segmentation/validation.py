@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ...tiler.geometry import Grid, Window
-from ...tiler.labels import UNLABELLED, Classes
+from ...tiler.base.geometry import Grid, Window
+from ...tiler.labels.labels import UNLABELLED, Classes
 from .metrics import Confusion
 from .sampling import holds_labels
 from .survey import Counts

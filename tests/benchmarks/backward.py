@@ -37,14 +37,14 @@ from ...models.segmentation.model import TileNetwork
 from ...models.segmentation.unet import UNet
 from ...pipelines.console import format_table
 from ...sample_data.scene import Scene, render_window
-from ...tiler.geometry import Window
-from ...tiler.machine import cpu_count
-from ...tiler.network import analyze_network
-from ...tiler.raster_open import open_raster
-from ...tiler.text import format_bytes, format_seconds, parse_bytes
-from ...tiler.tiled_autograd import tile_loss
-from ...tiler.training_planner import plan_training
-from ...tiler.window_source import Pixels
+from ...tiler.analysis.network import analyze_network
+from ...tiler.base.geometry import Window
+from ...tiler.base.text import format_bytes, format_seconds, parse_bytes
+from ...tiler.rasters.opening import open_raster
+from ...tiler.system.machine import cpu_count
+from ...tiler.training.planner import plan_training
+from ...tiler.training.tiled_autograd import tile_loss
+from ...tiler.training.window_source import Pixels
 
 WAYS = ("autograd", "checkpoint", "tiles")
 WARM_UP, STEPS = 1, 2

@@ -28,7 +28,7 @@ from ...models.faceid.collectives import Ranks
 from ...models.faceid.embedder_file import Embedder, load_embedder
 from ...models.faceid.search import ArrayRows, search_rows
 from ...models.faceid.tablets import TabletLayout
-from ...tiler.machine import cpu_count
+from ...tiler.system.machine import cpu_count
 
 FACES = {
     "ipa-gothic": "ipag.ttf",

@@ -22,7 +22,7 @@ from torch import nn
 
 from ...models import SegmentationModel, as_tile_network, load_model
 from ...models.segmentation.unet import UNet
-from ...tiler.machine import cpu_count
+from ...tiler.system.machine import cpu_count
 
 NAMES = (
     "bare",
@@ -61,7 +61,7 @@ def run_bare(scene: Path, out: Path, module: nn.Module, *, rewrite: bool) -> dic
     """OpenVINO on windows that lie in memory, without overlap: the network as it is, or rewritten as outsize does."""
     import outsize
 
-    from ...tiler.engine_openvino import OpenVinoEngine, convert_network
+    from ...tiler.engines.openvino import OpenVinoEngine, convert_network
 
     del out
     raster = outsize.open_raster(scene)
@@ -170,7 +170,7 @@ def infer_by_openvino(module: nn.Module, bands: int, dtype: str) -> Infer:
     """The graph as it is, compiled once for each shape of windows."""
     import outsize
 
-    from ...tiler.engine_openvino import OpenVinoEngine, convert_network
+    from ...tiler.engines.openvino import OpenVinoEngine, convert_network
 
     converted = convert_network(outsize.analyze_network(module, bands=bands, dtype=dtype), cpu_count())
     engines: dict[tuple[int, ...], OpenVinoEngine] = {}

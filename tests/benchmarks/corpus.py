@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ...tiler.text import format_bytes
+from ...tiler.base.text import format_bytes
 
 
 def _row(source: Path, name: str, folder: Path) -> str:

@@ -24,7 +24,7 @@ from ...models import as_tile_network, load_model, save_model
 from ...models.segmentation.metrics import Confusion
 from ...pipelines.console import format_table
 from ...sample_data.scene import CLASSES, COLOURS, LABEL_NODATA, NODATA, Scene, render_window
-from ...tiler.geometry import Window
+from ...tiler.base.geometry import Window
 
 HELD_OUT = range(5000, 5008)
 FOREST = range(1000, 1024)

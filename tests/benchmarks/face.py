@@ -23,9 +23,9 @@ from ...models.faceid.head import ShardedMarginHead
 from ...models.faceid.margins import Margin
 from ...models.faceid.reference import compute_dense_loss
 from ...models.faceid.row_rules import SGD, Momentum, RowRMS
-from ...tiler.machine import cpu_count
-from ...tiler.meter import MemoryMeter, process_bytes
-from ...tiler.text import format_bytes
+from ...tiler.base.text import format_bytes
+from ...tiler.system.machine import cpu_count
+from ...tiler.system.meter import MemoryMeter, process_bytes
 
 DIM = 512
 LAYERS = ("dense", "sgd", "rms", "momentum")

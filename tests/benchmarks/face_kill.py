@@ -18,7 +18,7 @@ from ...models.faceid.checkpoint import list_generations, load_checkpoint, save_
 from ...models.faceid.head import ShardedMarginHead
 from ...models.faceid.row_rules import SGD
 from ...models.faceid.tablets import ROWS
-from ...tiler.machine import cpu_count
+from ...tiler.system.machine import cpu_count
 
 DIM, BATCH = 512, 64
 

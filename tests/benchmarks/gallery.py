@@ -26,9 +26,9 @@ import psutil
 import torch
 
 from ...models.faceid.gallery import Gallery
-from ...tiler.machine import cpu_count
-from ...tiler.meter import MemoryMeter
-from ...tiler.text import format_bytes
+from ...tiler.base.text import format_bytes
+from ...tiler.system.machine import cpu_count
+from ...tiler.system.meter import MemoryMeter
 
 DIM, K = 512, 5
 CHUNK = 163_840

@@ -18,9 +18,9 @@ import torch
 import zarr
 
 from ...models import as_tile_network, load_model
-from ...tiler.network import Network, analyze_network
-from ...tiler.run import predict
-from ...tiler.text import format_bytes, parse_bytes
+from ...tiler.analysis.network import Network, analyze_network
+from ...tiler.base.text import format_bytes, parse_bytes
+from ...tiler.runs.run import predict
 from ..support.architectures import ARCHITECTURES
 from ..support.zoo import alive
 

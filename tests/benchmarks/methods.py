@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from outsize.tiler.engine_loading import load_windows
+from outsize.tiler.engines.loading import load_windows
 
 from ...models import as_tile_network, load_model
-from ...tiler.cost import compute_flops, count_flops, program_shapes
-from ...tiler.engine_loading import compile_program
-from ...tiler.engine_programs import open_programs
-from ...tiler.geometry import Window
-from ...tiler.machine import cpu_count
-from ...tiler.network import analyze_network
-from ...tiler.program import make_program
-from ...tiler.tile import Tile
+from ...tiler.analysis.cost import compute_flops, count_flops, program_shapes
+from ...tiler.analysis.network import analyze_network
+from ...tiler.analysis.program import make_program
+from ...tiler.base.geometry import Window
+from ...tiler.base.tile import Tile
+from ...tiler.engines.loading import compile_program
+from ...tiler.engines.programs import open_programs
+from ...tiler.system.machine import cpu_count
 
 RASTER = (30_000, 30_000)
 

@@ -19,7 +19,7 @@ from typing import Any
 from ...pipelines.console import format_table
 from ...sample_data.scene import Scene
 from ...sample_data.write import write_scene
-from ...tiler.machine import cpu_count
+from ...tiler.system.machine import cpu_count
 from .segment import run
 
 

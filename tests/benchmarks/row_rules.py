@@ -20,7 +20,7 @@ from ...models.faceid import head as head_module
 from ...models.faceid.head import ShardedMarginHead
 from ...models.faceid.rounding import round_stochastic
 from ...models.faceid.row_rules import SGD, Momentum, RowRMS, RowRule
-from ...tiler.machine import cpu_count
+from ...tiler.system.machine import cpu_count
 
 DIM, INPUTS, BATCH, PROBES = 64, 128, 512, 2000
 NOISE = 0.8

@@ -24,11 +24,11 @@ import numpy as np
 import psutil
 from distributed import Client
 
-from ...tiler.geometry import order_cells
-from ...tiler.meter import process_bytes
-from ...tiler.schedule import job_on, run_cells
-from ...tiler.tile_map import begin_message
-from ...tiler.tile_record import TileRecord
+from ...tiler.base.geometry import order_cells
+from ...tiler.cluster.schedule import job_on, run_cells
+from ...tiler.cluster.tile_map import begin_message
+from ...tiler.output.tile_record import TileRecord
+from ...tiler.system.meter import process_bytes
 
 STRIP_ROWS = 4
 

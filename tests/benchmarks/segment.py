@@ -29,8 +29,8 @@ import zarr
 
 from ...sample_data.scene import Scene
 from ...sample_data.write import write_scene
-from ...tiler.machine import cpu_count, find_versions
-from ...tiler.meter import process_bytes
+from ...tiler.system.machine import cpu_count, find_versions
+from ...tiler.system.meter import process_bytes
 from .contestant import NAMES
 from .figures import collect, format_markdown
 

@@ -40,8 +40,8 @@ def run_child(scene: Path, out: Path, began: float) -> None:
         ends.append(time.time() - began)
 
     import outsize
-    from outsize.tiler.events import ClusterReady, Event, RunPlanned, StartChecked, TileFinished
-    from outsize.tiler.network import analyze_network  # the import of torch
+    from outsize.tiler.analysis.network import analyze_network  # the import of torch
+    from outsize.tiler.runs.events import ClusterReady, Event, RunPlanned, StartChecked, TileFinished
 
     mark()
     raster, model = outsize.open_raster(scene), outsize.load_model()

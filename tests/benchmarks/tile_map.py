@@ -16,9 +16,9 @@ import outsize
 from distributed import Client, LocalCluster
 from outsize.sample_data.scene import Scene
 from outsize.sample_data.write import write_scene
-from outsize.tiler.cluster import ClusterOptions
-from outsize.tiler.dashboard import NAME, TileMapPlugin
-from outsize.tiler.tile_map import TileMap, begin_message, tile_message
+from outsize.tiler.cluster.client import ClusterOptions
+from outsize.tiler.cluster.dashboard import NAME, TileMapPlugin
+from outsize.tiler.cluster.tile_map import TileMap, begin_message, tile_message
 
 
 def compare(folder: Path, pairs: int, size: int) -> None:

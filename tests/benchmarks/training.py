@@ -25,9 +25,9 @@ import rasterio
 from outsize.models.segmentation.metrics import Confusion
 from outsize.models.segmentation.scene import SceneLabels, TrainingScene
 from outsize.models.segmentation.split import Split
-from outsize.tiler.geometry import Window
-from outsize.tiler.labels import UNLABELLED, LabelOptions, open_labels
-from outsize.tiler.raster_open import open_raster
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.labels.labels import UNLABELLED, LabelOptions, open_labels
+from outsize.tiler.rasters.opening import open_raster
 from rasterio.errors import NotGeoreferencedWarning
 
 CLOUDS = ("shadow", "water", "snow", "land", "cloud")

@@ -10,8 +10,8 @@ import pytest
 import rasterio
 from outsize.models import SegmentationModel, load_model
 from outsize.pipelines import segment
-from outsize.tiler.geometry import Window
-from outsize.tiler.raster_open import open_raster
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.rasters.opening import open_raster
 
 from ..support.commands import outsize_here, result_of
 from ..support.rasters import unique_pixels, write_geotiff

@@ -14,10 +14,10 @@ import rasterio
 from outsize.pipelines.batch import SceneResult, describe_result
 from outsize.pipelines.scenes import find_scenes
 from outsize.tests.support.commands import outsize, result_of
-from outsize.tiler.errors import UsageError
-from outsize.tiler.records import run_folder
-from outsize.tiler.run_summary import RunSummary
-from outsize.tiler.store import open_array
+from outsize.tiler.base.errors import UsageError
+from outsize.tiler.output.records import run_folder
+from outsize.tiler.output.store import open_array
+from outsize.tiler.runs.summary import RunSummary
 
 from ..support.small_model import save_small_model
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from outsize.sample_data.scene import Scene
 from outsize.sample_data.write import write_scene
-from outsize.tiler.text import parse_bytes
+from outsize.tiler.base.text import parse_bytes
 
 pytestmark = pytest.mark.long
 

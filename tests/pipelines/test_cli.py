@@ -23,10 +23,10 @@ from outsize.models import as_tile_network, load_model
 from outsize.pipelines.cli import main
 from outsize.sample_data.small import small_scene_path
 from outsize.tests.support.commands import Command, fresh_outsize, outsize, result_of
-from outsize.tiler.geometry import Window
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.store import open_array, read_header
-from outsize.tiler.text import parse_bytes
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.base.text import parse_bytes
+from outsize.tiler.output.store import open_array, read_header
+from outsize.tiler.rasters.opening import open_raster
 from rio_cogeo.cogeo import cog_validate
 
 from ..support.small_model import save_small_model
@@ -168,10 +168,10 @@ def test_overviews_hold_the_most_common_class(tmp_path: Path, segmented: Path) -
     """A class map of 1024 x 1024: in the overview no class appears that was not in the 2 x 2 pixels below."""
     from outsize.pipelines.console import Console
     from outsize.pipelines.export import run_export
-    from outsize.tiler.network import analyze_network
-    from outsize.tiler.planner import plan_tiles
-    from outsize.tiler.raster_open import open_raster
-    from outsize.tiler.store import OutputDescription, create_output, writable
+    from outsize.tiler.analysis.network import analyze_network
+    from outsize.tiler.output.store import OutputDescription, create_output, writable
+    from outsize.tiler.planning.planner import plan_tiles
+    from outsize.tiler.rasters.opening import open_raster
 
     class Argmax(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

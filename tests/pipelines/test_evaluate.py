@@ -11,8 +11,8 @@ from outsize.pipelines import evaluate
 from outsize.pipelines.console import Console
 from outsize.pipelines.evaluate import Comparison, run_evaluate
 from outsize.pipelines.quicklook import find_classes
-from outsize.tiler.errors import UsageError
-from outsize.tiler.labels import LabelOptions, Labels
+from outsize.tiler.base.errors import UsageError
+from outsize.tiler.labels.labels import LabelOptions, Labels
 
 
 class _NoLabels:

@@ -33,7 +33,7 @@ from outsize.pipelines.face_training import FaceTraining
 from outsize.pipelines.ranks import RankError, RankRefusedError, run_as_rank, run_ranks
 from outsize.sample_data.faces import write_faces
 from outsize.tests.support import commands
-from outsize.tiler.errors import UsageError
+from outsize.tiler.base.errors import UsageError
 from PIL import Image
 from pyarrow import csv as csv_reader
 from pyarrow import parquet
@@ -281,7 +281,7 @@ def test_what_a_rank_refuses_is_told_without_a_way_to_go_on(tmp_path: Path, monk
 
 
 def test_a_rank_whose_command_died_before_it_came_up_ends_at_once() -> None:
-    words = "import os, sys; from outsize.tiler.machine import die_with_parent as die; "
+    words = "import os, sys; from outsize.tiler.system.machine import die_with_parent as die; "
     words += "die(os.getppid() + int(sys.argv[1])); print(1)"
     ran = [subprocess.run([sys.executable, "-c", words, away], capture_output=True, text=True) for away in ("1", "0")]
     assert [(run.returncode, run.stdout, run.stderr) for run in ran] == [(1, "", ""), (0, "1\n", "")]

@@ -18,15 +18,15 @@ import pytest
 from distributed import Client
 from outsize.pipelines.console import Console, format_table
 from outsize.tests.support.commands import outsize_here
-from outsize.tiler.errors import OutputError, UsageError, one_line
-from outsize.tiler.files import read_regular
-from outsize.tiler.places import place_of, require_lasting
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.records import read_owner, read_runs
-from outsize.tiler.run import predict
-from outsize.tiler.store import OutputDescription, plan_of, read_header
-from outsize.tiler.transfer import copy_raster
-from outsize.tiler.typed import fits
+from outsize.tiler.base.errors import OutputError, UsageError, one_line
+from outsize.tiler.base.typed import fits
+from outsize.tiler.copying.transfer import copy_raster
+from outsize.tiler.output.records import read_owner, read_runs
+from outsize.tiler.output.store import OutputDescription, plan_of, read_header
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.runs.run import predict
+from outsize.tiler.system.files import read_regular
+from outsize.tiler.system.places import place_of, require_lasting
 
 from ..support.rasters import unique_pixels, write_geotiff
 from ..support.runs import class_network, scene

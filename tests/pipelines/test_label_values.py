@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.store import open_array
+from outsize.tiler.output.store import open_array
+from outsize.tiler.rasters.opening import open_raster
 
 from ..support.commands import outsize_here, result_of
 from ..support.rasters import TRANSFORM, unique_pixels, write_geotiff

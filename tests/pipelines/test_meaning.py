@@ -16,11 +16,11 @@ from outsize.models.segmentation.meaning import Activation, Task
 from outsize.models.segmentation.palette import default_colour
 from outsize.models.segmentation.scaling import Scaling
 from outsize.tests.support.commands import outsize_here, result_of
-from outsize.tiler.choices import EngineName
-from outsize.tiler.network import analyze_network
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.run import predict
-from outsize.tiler.store import open_array, read_header
+from outsize.tiler.analysis.network import analyze_network
+from outsize.tiler.base.choices import EngineName
+from outsize.tiler.output.store import open_array, read_header
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.runs.run import predict
 from torch import Tensor, nn
 
 from ..support.rasters import write_geotiff

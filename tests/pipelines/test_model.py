@@ -20,7 +20,7 @@ import torch
 from outsize.models import load_model
 from outsize.sample_data.small import small_scene_path
 from outsize.tests.support.commands import outsize, outsize_here, result_of
-from outsize.tiler.store import open_array, read_header
+from outsize.tiler.output.store import open_array, read_header
 from safetensors.torch import load_file, save_file
 from stac_model.schema import MLModelProperties
 from torch import nn

@@ -14,10 +14,10 @@ from dask import config
 from distributed import Client
 from outsize.models import Scaling, SegmentationClass, SegmentationModel, UNet, save_model
 from outsize.tests.support.commands import outsize_here, result_of
-from outsize.tiler.geometry import Window
-from outsize.tiler.raster import Raster
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.store import open_array
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.output.store import open_array
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.rasters.raster import Raster
 from rasterio.merge import merge
 from torch.nn import functional as F
 

@@ -21,12 +21,12 @@ from outsize.pipelines.console import Console
 from outsize.pipelines.quicklook import make_quicklook
 from outsize.pipelines.report import StoppedRun, measure_throughput, render_report
 from outsize.tests.support.commands import outsize
-from outsize.tiler.check import StartCheck
-from outsize.tiler.georeference import Georeference, pixel_areas
-from outsize.tiler.plan import TilePlan
-from outsize.tiler.records import run_folder
-from outsize.tiler.store import open_array, read_header, writable
-from outsize.tiler.text import format_bytes
+from outsize.tiler.base.text import format_bytes
+from outsize.tiler.output.records import run_folder
+from outsize.tiler.output.store import open_array, read_header, writable
+from outsize.tiler.planning.plan import TilePlan
+from outsize.tiler.rasters.georeference import Georeference, pixel_areas
+from outsize.tiler.runs.check import StartCheck
 
 from ..support.rasters import damage, write_geotiff
 

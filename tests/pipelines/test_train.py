@@ -24,10 +24,10 @@ from outsize.pipelines import train
 from outsize.pipelines.training_data import Survey
 from outsize.pipelines.training_log import TrainingLog, read_log
 from outsize.tests.support import commands
-from outsize.tiler.errors import LabelError, OutputError
-from outsize.tiler.georeference import Georeference
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.store import open_array
+from outsize.tiler.base.errors import LabelError, OutputError
+from outsize.tiler.output.store import open_array
+from outsize.tiler.rasters.georeference import Georeference
+from outsize.tiler.rasters.opening import open_raster
 from rasterio.features import shapes
 
 from ..support.rasters import CRS, TRANSFORM, write_geotiff

@@ -10,10 +10,10 @@ import torch
 from outsize.models import as_tile_network, load_model
 from outsize.models.segmentation.losses import CrossEntropy, OneAgainstAll
 from outsize.tests.support.commands import outsize_here, result_of
-from outsize.tiler.errors import UsageError
-from outsize.tiler.geometry import Window
-from outsize.tiler.labels import UNLABELLED, LabelOptions, open_labels
-from outsize.tiler.raster_open import open_raster
+from outsize.tiler.base.errors import UsageError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.labels.labels import UNLABELLED, LabelOptions, open_labels
+from outsize.tiler.rasters.opening import open_raster
 from torch.nn import functional as F
 
 from ..support.rasters import write_geotiff

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from distributed import Client, LocalCluster
 from outsize.models.segmentation.step import StepEngine
-from outsize.tiler import training_cluster
-from outsize.tiler.geometry import Window
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.training_cluster import TrainingCluster
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.training import cluster as training_cluster
+from outsize.tiler.training.cluster import TrainingCluster
 
 from ..support.train_commands import done, make_scene, refusal, same_log, same_tensors
 

@@ -14,9 +14,9 @@ import pytest
 import rasterio
 from outsize.pipelines import segment
 from outsize.tests.support.commands import outsize, outsize_here, result_of
-from outsize.tiler.events import Event, TileFinished
-from outsize.tiler.records import read_records, run_folder
-from outsize.tiler.store import open_array
+from outsize.tiler.output.records import read_records, run_folder
+from outsize.tiler.output.store import open_array
+from outsize.tiler.runs.events import Event, TileFinished
 
 from ..support.small_model import save_small_model
 

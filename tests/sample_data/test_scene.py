@@ -13,9 +13,9 @@ from outsize.sample_data.noise import fractal_noise, hash_unit, value_noise
 from outsize.sample_data.scene import BANDS, BUILT_UP, CLASSES, LABEL_NODATA, NODATA, ROAD, Scene, render_window
 from outsize.sample_data.small import count_classes, small_scene_path, write_small_scene
 from outsize.sample_data.write import write_scene
-from outsize.tiler.errors import OutputError, UsageError
-from outsize.tiler.geometry import Window
-from outsize.tiler.raster_open import open_raster
+from outsize.tiler.base.errors import OutputError, UsageError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.rasters.opening import open_raster
 
 SCENE = Scene(height=700, width=900, seed=5)
 

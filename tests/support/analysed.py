@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from outsize.tiler.network import Network, analyze_network
+from outsize.tiler.analysis.network import Network, analyze_network
 from torch import nn
 
 from .architectures import ARCHITECTURES

@@ -7,9 +7,9 @@ import json
 import resource
 import sys
 
-from outsize.tiler.errors import RasterError
-from outsize.tiler.geometry import Window
-from outsize.tiler.raster_open import open_raster
+from outsize.tiler.base.errors import RasterError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.rasters.opening import open_raster
 
 ROOM = 1 << 30
 

@@ -28,7 +28,7 @@ from typing import IO, Any
 
 from outsize import pipelines
 from outsize.pipelines.cli import main
-from outsize.tiler.process_end import end_with
+from outsize.tiler.system.process_end import end_with
 
 TIMEOUT_S = 600.0
 COMMAND = [sys.executable, "-m", "outsize"]
@@ -215,8 +215,8 @@ def _import_all() -> None:
     for module in pkgutil.iter_modules(pipelines.__path__, "outsize.pipelines."):
         importlib.import_module(module.name)
     from outsize.models import as_tile_network, load_model
-    from outsize.tiler.machine import one_thread
-    from outsize.tiler.network import analyze_network
+    from outsize.tiler.analysis.network import analyze_network
+    from outsize.tiler.system.machine import one_thread
 
     with one_thread():
         analyze_network(as_tile_network(load_model()), bands=4, dtype="uint8")

@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from outsize.tiler.block_cache import BlockStore
-from outsize.tiler.errors import RasterError
-from outsize.tiler.geometry import Window
-from outsize.tiler.raster import Raster, RasterReader
-from outsize.tiler.raster_open import open_raster
+from outsize.tiler.base.errors import RasterError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.rasters.block_cache import BlockStore
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.rasters.raster import Raster, RasterReader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

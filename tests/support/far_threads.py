@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 import threading
 
-from outsize.tiler.errors import RasterError
-from outsize.tiler.geometry import Window
-from outsize.tiler.raster_open import open_raster
+from outsize.tiler.base.errors import RasterError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.rasters.opening import open_raster
 
 THREADS, TIMES = 3, 2
 

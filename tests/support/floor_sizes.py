@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from outsize.tiler.network import Network
+from outsize.tiler.analysis.network import Network
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cloudpickle
-from outsize.tiler.errors import TilerError
+from outsize.tiler.base.errors import TilerError
 
 LIMIT_S = 60
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from outsize.tiler.events import Event, RunPlanned
+from outsize.tiler.runs.events import Event, RunPlanned
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -95,11 +95,11 @@ class Fat(nn.Module):
 
 def pack(counts: tuple[int, ...]) -> None:
     """Make programs of so many kinds, and print by how many times the weights that grows the process at its peak."""
-    from outsize.tiler.engine_programs import pack_programs
-    from outsize.tiler.geometry import Interval
-    from outsize.tiler.machine import release_freed_memory
-    from outsize.tiler.meter import process_bytes, sample_peak
-    from outsize.tiler.network import analyze_network
+    from outsize.tiler.analysis.network import analyze_network
+    from outsize.tiler.base.geometry import Interval
+    from outsize.tiler.engines.programs import pack_programs
+    from outsize.tiler.system.machine import release_freed_memory
+    from outsize.tiler.system.meter import process_bytes, sample_peak
 
     torch.manual_seed(0)
     network = analyze_network(Fat().eval(), bands=3, dtype="float32")
@@ -117,8 +117,8 @@ def pack(counts: tuple[int, ...]) -> None:
 
 def run(width: int, side: int, core: int, memory: str, folder: Path) -> None:
     """Run a large network over a raster of so many pixels a side, and print what was predicted and measured."""
-    from outsize.tiler.network import analyze_network
-    from outsize.tiler.run import predict
+    from outsize.tiler.analysis.network import analyze_network
+    from outsize.tiler.runs.run import predict
 
     torch.manual_seed(0)
     network = analyze_network(ResUNet(width).eval(), bands=3, dtype="float32")

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import rasterio
 from affine import Affine
-from outsize.tiler.geometry import Window
-from outsize.tiler.plan import TilePlan
-from outsize.tiler.raster import Raster
-from outsize.tiler.store import ZarrFormat, chunks_of
-from outsize.tiler.tile import Tile
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.base.tile import Tile
+from outsize.tiler.output.store import ZarrFormat, chunks_of
+from outsize.tiler.planning.plan import TilePlan
+from outsize.tiler.rasters.raster import Raster
 from rasterio.errors import NotGeoreferencedWarning
 
 TRANSFORM = Affine(2.5, 0, 400_000, 0, -2.5, 5_600_000)

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from distributed import Client
 from outsize.models.segmentation.unet import UNet
-from outsize.tiler.check import StartCheck
-from outsize.tiler.check_windows import larger_window
-from outsize.tiler.geometry import Window
-from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.run import predict
-from outsize.tiler.run_summary import RunSummary
-from outsize.tiler.store import open_array, read_header
+from outsize.tiler.analysis.network import Network, analyze_network
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.output.store import open_array, read_header
+from outsize.tiler.planning.check_windows import larger_window
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.runs.check import StartCheck
+from outsize.tiler.runs.run import predict
+from outsize.tiler.runs.summary import RunSummary
 from torch import Tensor, nn
 
 from .analysed import analysed

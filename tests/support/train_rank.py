@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from outsize.models.segmentation.losses import CrossEntropy, Dice
 from outsize.models.segmentation.unet import UNet
-from outsize.tiler.network import analyze_network
-from outsize.tiler.process_end import end_with
-from outsize.tiler.tiled_autograd import TiledLoss, TiledModule
-from outsize.tiler.training_plan import TrainPlan
+from outsize.tiler.analysis.network import analyze_network
+from outsize.tiler.system.process_end import end_with
+from outsize.tiler.training.plan import TrainPlan
+from outsize.tiler.training.tiled_autograd import TiledLoss, TiledModule
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel

@@ -7,8 +7,8 @@ import gc
 
 import torch
 from outsize.models.segmentation.step import StepEngine as StepEngine
-from outsize.tiler.network import analyze_network
-from outsize.tiler.training_cluster import TrainingCluster as TrainingCluster
+from outsize.tiler.analysis.network import analyze_network
+from outsize.tiler.training.cluster import TrainingCluster as TrainingCluster
 
 torch.set_num_threads(1)
 analyze_network(torch.nn.Sequential(torch.nn.Conv2d(2, 2, 3, padding=1), torch.nn.MaxPool2d(2)).eval(), 2)

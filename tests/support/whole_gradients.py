@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
-from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.training_plan import TrainPlan
+from outsize.tiler.analysis.network import Network, analyze_network
+from outsize.tiler.training.plan import TrainPlan
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from outsize.tiler.geometry import Grid, Window
-from outsize.tiler.network import Network
+from outsize.tiler.analysis.network import Network
+from outsize.tiler.base.geometry import Grid, Window
 from torch import Tensor
 
 

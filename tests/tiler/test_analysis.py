@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from outsize.tiler import agreement, foresight, graph
-from outsize.tiler.errors import UntileableError, UntraceableError
-from outsize.tiler.geometry import Interval, Window
-from outsize.tiler.graph import trace
-from outsize.tiler.network import analyze_network
-from outsize.tiler.program import make_program
-from outsize.tiler.time_limit import time_limit
+from outsize.tiler.analysis import agreement, foresight, graph
+from outsize.tiler.analysis.graph import trace
+from outsize.tiler.analysis.network import analyze_network
+from outsize.tiler.analysis.program import make_program
+from outsize.tiler.base.errors import UntileableError, UntraceableError
+from outsize.tiler.base.geometry import Interval, Window
+from outsize.tiler.system.time_limit import time_limit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -218,7 +218,7 @@ def test_a_profiler_ends_after_an_analysis() -> None:
     """CPython never leaves a loop under cProfile where an exception for a thread was taken back before."""
     code = (
         "import cProfile\n"
-        "from outsize.tiler.time_limit import time_limit\n"
+        "from outsize.tiler.system.time_limit import time_limit\n"
         "with time_limit(60):\n    pass\n"
         "def count():\n    return sum(number for number in range(1000))\n"
         "profile = cProfile.Profile()\n"

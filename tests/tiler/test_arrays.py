@@ -14,13 +14,13 @@ import rioxarray  # noqa: F401 - the accessor of DataArrays
 import torch
 import xarray
 from distributed import Client
-from outsize.tiler.errors import RasterError, UsageError
-from outsize.tiler.geometry import Window
-from outsize.tiler.inference import lazy_predict, predict_window
-from outsize.tiler.planner import plan_tiles
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.run import predict
-from outsize.tiler.store import open_array
+from outsize.tiler.base.errors import RasterError, UsageError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.output.store import open_array
+from outsize.tiler.planning.planner import plan_tiles
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.runs.inference import lazy_predict, predict_window
+from outsize.tiler.runs.run import predict
 from torch import nn
 
 from ..support.rasters import CRS, TRANSFORM, write_geotiff

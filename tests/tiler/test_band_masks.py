@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
-from outsize.tiler.block_cache import BlockStore
-from outsize.tiler.fingerprint import fingerprint_raster
-from outsize.tiler.geometry import Grid, Window
-from outsize.tiler.raster import Raster, ReadOptions
-from outsize.tiler.raster_open import open_raster, open_with
-from outsize.tiler.raster_parts import count_pixel_bytes, open_mosaic, open_stack
-from outsize.tiler.transfer import copy_raster
+from outsize.tiler.base.geometry import Grid, Window
+from outsize.tiler.copying.transfer import copy_raster
+from outsize.tiler.output.fingerprint import fingerprint_raster
+from outsize.tiler.rasters.block_cache import BlockStore
+from outsize.tiler.rasters.opening import open_raster, open_with
+from outsize.tiler.rasters.parts import count_pixel_bytes, open_mosaic, open_stack
+from outsize.tiler.rasters.raster import Raster, ReadOptions
 
 from ..support.rasters import CRS, TRANSFORM, unique_pixels, write_geotiff
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from outsize.tiler.band_names import find_named, match_names
+from outsize.tiler.rasters.band_names import find_named, match_names
 
 RGBN = ("red", "green", "blue", "nir")
 S2 = ("B02", "B03", "B04", "B08")

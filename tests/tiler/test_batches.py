@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from outsize.tiler.batches import LANES, Gatherer
+from outsize.tiler.engines.batches import LANES, Gatherer
 
 
 class Recorder:

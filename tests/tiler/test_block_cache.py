@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from outsize.tiler import block_cache
-from outsize.tiler.block_cache import BlockCache, BlockStore
-from outsize.tiler.geometry import Window
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.rasters import block_cache
+from outsize.tiler.rasters.block_cache import BlockCache, BlockStore
 
 IMAGE = np.arange(3 * 101 * 89, dtype=np.int32).reshape(3, 101, 89)
 

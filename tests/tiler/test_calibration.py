@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from outsize.tiler import calibration
-from outsize.tiler.calibration import read_calibration, spread_windows
-from outsize.tiler.errors import RasterError
-from outsize.tiler.geometry import Window
-from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.raster_open import open_raster
+from outsize.tiler.analysis.network import Network, analyze_network
+from outsize.tiler.base.errors import RasterError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.runs import calibration
+from outsize.tiler.runs.calibration import read_calibration, spread_windows
 from torch import nn
 
 from ..support.rasters import write_geotiff

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from distributed import LocalCluster
-from outsize.tiler.cluster import ClusterOptions, open_client
+from outsize.tiler.cluster.client import ClusterOptions, open_client
 
 pytestmark = pytest.mark.system
 
@@ -46,7 +46,7 @@ def test_a_scheduler_that_is_lost_leaves_no_lines_of_dask() -> None:
 LOST = """
 import asyncio, logging, os, socket
 from distributed import Scheduler, Worker
-from outsize.tiler.cluster import follow
+from outsize.tiler.cluster.client import follow
 
 follow((socket.gethostname(), os.getppid() + {other}))
 

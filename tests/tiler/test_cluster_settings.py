@@ -9,10 +9,18 @@ from pathlib import Path
 
 import pytest
 from dask import config
-from outsize.tiler.cluster import ClusterError, ClusterOptions, open_client
-from outsize.tiler.cluster_settings import BOKEH, LINK, METHOD, ORIGINS, cluster_settings, find_proxies, make_settings
-from outsize.tiler.errors import UsageError
-from outsize.tiler.private_folder import TemporaryFolderError
+from outsize.tiler.base.errors import UsageError
+from outsize.tiler.cluster.client import ClusterError, ClusterOptions, open_client
+from outsize.tiler.cluster.settings import (
+    BOKEH,
+    LINK,
+    METHOD,
+    ORIGINS,
+    cluster_settings,
+    find_proxies,
+    make_settings,
+)
+from outsize.tiler.system.private_folder import TemporaryFolderError
 
 pytestmark = pytest.mark.system
 

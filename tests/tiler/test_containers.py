@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import xarray
 import zarr
-from outsize.tiler.errors import RasterError
-from outsize.tiler.geometry import Window
-from outsize.tiler.raster import Raster
-from outsize.tiler.raster_bands import select_bands
-from outsize.tiler.raster_notes import list_notes
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.raster_parts import open_reference, reference_to
+from outsize.tiler.base.errors import RasterError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.rasters.bands import select_bands
+from outsize.tiler.rasters.notes import list_notes
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.rasters.parts import open_reference, reference_to
+from outsize.tiler.rasters.raster import Raster
 from PIL import Image
 
 from ..support.rasters import unique_pixels, write_geotiff

@@ -10,12 +10,12 @@ import pytest
 import rasterio
 import rioxarray  # noqa: F401 - gives xarray its accessor
 import xarray
-from outsize.tiler.georeference import Georeference, from_attributes, spatial_ref_attributes, to_rasterio
-from outsize.tiler.labels import LabelOptions, open_labels
-from outsize.tiler.raster_notes import list_notes
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.raster_parts import open_stack
-from outsize.tiler.transfer import copy_raster
+from outsize.tiler.copying.transfer import copy_raster
+from outsize.tiler.labels.labels import LabelOptions, open_labels
+from outsize.tiler.rasters.georeference import Georeference, from_attributes, spatial_ref_attributes, to_rasterio
+from outsize.tiler.rasters.notes import list_notes
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.rasters.parts import open_stack
 from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
 from rasterio.rpc import RPC

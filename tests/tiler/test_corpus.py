@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
-from outsize.tiler.cluster import ClusterOptions
-from outsize.tiler.errors import TilerError
-from outsize.tiler.geometry import Grid, Window
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.transfer import copy_raster
+from outsize.tiler.base.errors import TilerError
+from outsize.tiler.base.geometry import Grid, Window
+from outsize.tiler.cluster.client import ClusterOptions
+from outsize.tiler.copying.transfer import copy_raster
+from outsize.tiler.rasters.opening import open_raster
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 pytestmark = pytest.mark.system

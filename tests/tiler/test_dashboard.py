@@ -20,15 +20,15 @@ import numpy as np
 import pytest
 import torch
 from distributed import Client, LocalCluster
-from outsize.tiler import dashboard, dashboard_page
-from outsize.tiler.dashboard import NAME, TileMapPlugin, watch_run
-from outsize.tiler.events import ClusterReady, Event, TileFinished
-from outsize.tiler.network import analyze_network
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.tile_map import DONE, TOPIC, TileMap, begin_message, tile_message
-from outsize.tiler.tile_record import TileRecord
-from outsize.tiler.transfer import copy_raster
-from outsize.tiler.worker import TileRunner
+from outsize.tiler.analysis.network import analyze_network
+from outsize.tiler.cluster import dashboard, dashboard_page
+from outsize.tiler.cluster.dashboard import NAME, TileMapPlugin, watch_run
+from outsize.tiler.cluster.tile_map import DONE, TOPIC, TileMap, begin_message, tile_message
+from outsize.tiler.copying.transfer import copy_raster
+from outsize.tiler.output.tile_record import TileRecord
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.runs.events import ClusterReady, Event, TileFinished
+from outsize.tiler.runs.worker import TileRunner
 
 from ..support.rasters import damage, write_geotiff
 from ..support.runs import class_network, run, scene, stored, whole
@@ -185,7 +185,7 @@ def own_scheduler(place: Path, *words: str) -> Iterator[Client]:
 
 @pytest.mark.parametrize("prefix", ["", "some/where"])
 def test_a_scheduler_brings_the_map_by_preload(tmp_path: Path, prefix: str) -> None:
-    words = ["--preload", "outsize.tiler.dashboard", *(["--dashboard-prefix", prefix] if prefix else [])]
+    words = ["--preload", "outsize.tiler.cluster.dashboard", *(["--dashboard-prefix", prefix] if prefix else [])]
     with own_scheduler(tmp_path, *words) as client:
         inside = f"{prefix}/" if prefix else ""
         assert json.loads(fetch(client, f"{inside}tilemap.json"))["runs"] == []
@@ -373,7 +373,7 @@ def test_an_open_page_shows_the_end_before_the_cluster_may_close(
 
 def test_a_page_without_its_scheduler_says_so(tmp_path: Path, chromium: Any) -> None:
     page = chromium.new_page()
-    with own_scheduler(tmp_path, "--preload", "outsize.tiler.dashboard") as client:
+    with own_scheduler(tmp_path, "--preload", "outsize.tiler.cluster.dashboard") as client:
         begin = begin_message(run="r", title="r", shape=(64, 128), core=(64, 64), counts=(1, 2))
         with watch_run(client, begin) as watch:
             watch.tell(tile_message("r", (0, 1), "done"))

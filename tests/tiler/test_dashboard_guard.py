@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 from bokeh.util.token import generate_jwt_token, generate_session_id
-from outsize.tiler.cluster import ClusterOptions, open_client
-from outsize.tiler.cluster_settings import ORIGINS
-from outsize.tiler.dashboard import TileMapPlugin
-from outsize.tiler.dashboard_guard import is_known, own_names
+from outsize.tiler.cluster.client import ClusterOptions, open_client
+from outsize.tiler.cluster.dashboard import TileMapPlugin
+from outsize.tiler.cluster.dashboard_guard import is_known, own_names
+from outsize.tiler.cluster.settings import ORIGINS
 
 pytestmark = pytest.mark.system
 

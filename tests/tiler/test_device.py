@@ -16,27 +16,27 @@ import pytest
 import torch
 from distributed import Client
 from outsize.models.segmentation.unet import UNet
-from outsize.tiler import resume
-from outsize.tiler.cluster import ClusterOptions, open_client
-from outsize.tiler.devices import CudaDevice, MachineFacts
-from outsize.tiler.engine_memory import CUDA_MEMORY
-from outsize.tiler.engine_torch import Forward
-from outsize.tiler.errors import BudgetError, ExactnessError, OutputError, UsageError, WorkerError
-from outsize.tiler.fingerprint import find_differences, make_fingerprint
-from outsize.tiler.geometry import Window
-from outsize.tiler.inference import predict_window
-from outsize.tiler.local_cluster import visible_device
-from outsize.tiler.memory import CUDA_HOST_BYTES, EngineMemory, find_budget, predict_pinned
-from outsize.tiler.memory_probe import MARGIN, ProbedCore, fit_memory
-from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.plan import TilePlan
-from outsize.tiler.planner import BATCH_PIXELS, plan_tiles
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.run import predict
-from outsize.tiler.run_summary import RunSummary
-from outsize.tiler.stated import state_network
-from outsize.tiler.store import OutputDescription, read_header
-from outsize.tiler.text import parse_bytes
+from outsize.tiler.analysis.network import Network, analyze_network
+from outsize.tiler.analysis.stated import state_network
+from outsize.tiler.base.errors import BudgetError, ExactnessError, OutputError, UsageError, WorkerError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.base.memory import CUDA_HOST_BYTES, EngineMemory, find_budget, predict_pinned
+from outsize.tiler.base.text import parse_bytes
+from outsize.tiler.cluster.client import ClusterOptions, open_client
+from outsize.tiler.cluster.local import visible_device
+from outsize.tiler.engines.devices import CudaDevice, MachineFacts
+from outsize.tiler.engines.memory import CUDA_MEMORY
+from outsize.tiler.engines.torch import Forward
+from outsize.tiler.output import resume
+from outsize.tiler.output.fingerprint import find_differences, make_fingerprint
+from outsize.tiler.output.store import OutputDescription, read_header
+from outsize.tiler.planning.plan import TilePlan
+from outsize.tiler.planning.planner import BATCH_PIXELS, plan_tiles
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.runs.inference import predict_window
+from outsize.tiler.runs.memory_probe import MARGIN, ProbedCore, fit_memory
+from outsize.tiler.runs.run import predict
+from outsize.tiler.runs.summary import RunSummary
 from torch import Tensor, nn
 
 from ..support.runs import class_network, scene, stored, whole
@@ -298,7 +298,7 @@ def test_a_window_that_is_too_short_is_found_in_bfloat16_too(
         needed = real(self, axis, wanted)
         return needed if wanted.length <= 64 - 1 else replace(needed, start=wanted.start, stop=wanted.stop)
 
-    monkeypatch.setattr("outsize.tiler.planner.Network.needed_interval", short)
+    monkeypatch.setattr("outsize.tiler.planning.planner.Network.needed_interval", short)
     with pytest.raises(ExactnessError, match="differ from larger windows"):
         predict(
             source,

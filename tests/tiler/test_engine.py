@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from outsize.tiler.engine_loading import compile_program, load_windows
-from outsize.tiler.network import analyze_network
+from outsize.tiler.analysis.network import analyze_network
+from outsize.tiler.engines.loading import compile_program, load_windows
 
 from ..support.analysed import analysed
 from ..support.zoo import ZOO, Finished
@@ -51,7 +51,7 @@ def test_raw_pixels_go_in_and_finished_bytes_come_out_with_their_logits(engine: 
 
 def test_importing_an_engine_loads_nothing_that_reports_home() -> None:
     code = (
-        "import sys, outsize.tiler.engine_openvino\n"
+        "import sys, outsize.tiler.engines.openvino\n"
         "sys.exit(sys.modules['openvino_telemetry'] is not None or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from outsize.tiler import devices
-from outsize.tiler.devices import CudaDevice, MachineFacts, find_cuda, find_facts, read_devices
-from outsize.tiler.engine import choose_precision
-from outsize.tiler.engine_choice import choose_engine, needs_cuda_facts
-from outsize.tiler.errors import EngineError, TilerError, UsageError
+from outsize.tiler.base.errors import EngineError, TilerError, UsageError
+from outsize.tiler.engines import devices
+from outsize.tiler.engines.choice import choose_engine, needs_cuda_facts
+from outsize.tiler.engines.devices import CudaDevice, MachineFacts, find_cuda, find_facts, read_devices
+from outsize.tiler.engines.engine import choose_precision
 
 pytestmark = pytest.mark.system
 
@@ -105,7 +105,7 @@ def test_facts_are_those_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_devices_are_asked_in_another_process_and_read_from_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
     printed = subprocess.run(
-        [sys.executable, "-c", "from outsize.tiler.devices import main; main()"], capture_output=True, text=True
+        [sys.executable, "-c", "from outsize.tiler.engines.devices import main; main()"], capture_output=True, text=True
     ).stdout
     assert isinstance(json.loads(printed.splitlines()[-1]), list)
     line = '[{"name": "new", "free_bytes": 70000000000, "total_bytes": 80000000000, "capability": [9, 0]}]'

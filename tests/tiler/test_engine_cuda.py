@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 from outsize.models.segmentation.unet import UNet
-from outsize.tiler.agreement import takes_batches
-from outsize.tiler.engine import EngineProgram
-from outsize.tiler.engine_cuda import BatchTiles, pick_device
-from outsize.tiler.engine_loading import compile_program, load_tiles, load_windows
-from outsize.tiler.engine_programs import TorchPrograms, open_programs
-from outsize.tiler.engine_torch import Forward, TorchEngine, takes_channels_last
-from outsize.tiler.errors import EngineError
-from outsize.tiler.geometry import Window
-from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.planner import plan_tiles
-from outsize.tiler.tile import Tile
+from outsize.tiler.analysis.agreement import takes_batches
+from outsize.tiler.analysis.network import Network, analyze_network
+from outsize.tiler.base.errors import EngineError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.base.tile import Tile
+from outsize.tiler.engines.cuda import BatchTiles, pick_device
+from outsize.tiler.engines.engine import EngineProgram
+from outsize.tiler.engines.loading import compile_program, load_tiles, load_windows
+from outsize.tiler.engines.programs import TorchPrograms, open_programs
+from outsize.tiler.engines.torch import Forward, TorchEngine, takes_channels_last
+from outsize.tiler.planning.planner import plan_tiles
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from outsize.tiler.geometry import Interval, Window, align_down
-from outsize.tiler.network import Network, analyze_network
+from outsize.tiler.analysis.network import Network, analyze_network
+from outsize.tiler.base.geometry import Interval, Window, align_down
 
 from ..support.analysed import analysed
 from ..support.windows import cores_of, padded_image, run_whole, run_window
@@ -148,7 +148,7 @@ def test_the_needed_interval_is_tight_for_the_unet() -> None:
 @pytest.mark.parametrize(("depth", "halo"), [(0, 2), (1, 8), (2, 22), (3, 46), (4, 94), (5, 190)])
 def test_the_unets_halo_is_the_known_one(depth: int, halo: int) -> None:
     from outsize.models.segmentation.unet import UNet
-    from outsize.tiler.geometry import Halo
+    from outsize.tiler.base.geometry import Halo
 
     network = analyze_network(UNet(1, 1, (2,) * (depth + 1)).eval(), bands=1)
     assert network.halo == Halo(top=halo, bottom=halo, left=halo, right=halo)

@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 from outsize.models import UNet
-from outsize.tiler.fingerprint import find_differences
-from outsize.tiler.network import analyze_network
-from outsize.tiler.network_hash import hash_network
+from outsize.tiler.analysis.network import analyze_network
+from outsize.tiler.analysis.network_hash import hash_network
+from outsize.tiler.output.fingerprint import find_differences
 
 from ..support.zoo import ZOO, alive
 

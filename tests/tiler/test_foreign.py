@@ -16,12 +16,12 @@ import xarray
 import zarr
 from distributed import Client
 from outsize.models import as_tile_network, load_model
-from outsize.tiler.cluster import ClusterOptions, open_client
-from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.run import predict
-from outsize.tiler.store import open_array
-from outsize.tiler.transfer import copy_raster
+from outsize.tiler.analysis.network import Network, analyze_network
+from outsize.tiler.cluster.client import ClusterOptions, open_client
+from outsize.tiler.copying.transfer import copy_raster
+from outsize.tiler.output.store import open_array
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.runs.run import predict
 from torch import nn
 
 from ..support.rasters import CRS, TRANSFORM, write_geotiff

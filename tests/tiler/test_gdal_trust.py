@@ -16,15 +16,15 @@ import rasterio
 import rasterio.shutil
 from distributed import Client
 from outsize.tests.support.commands import outsize_here
-from outsize.tiler.errors import TilerError
-from outsize.tiler.geometry import Window
-from outsize.tiler.labels import LabelOptions, open_labels
-from outsize.tiler.raster import Raster
-from outsize.tiler.raster_bands import select_bands
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.raster_parts import open_reference, open_stack, reference_to
-from outsize.tiler.run import predict
-from outsize.tiler.vectors import read_features
+from outsize.tiler.base.errors import TilerError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.labels.labels import LabelOptions, open_labels
+from outsize.tiler.labels.vectors import read_features
+from outsize.tiler.rasters.bands import select_bands
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.rasters.parts import open_reference, open_stack, reference_to
+from outsize.tiler.rasters.raster import Raster
+from outsize.tiler.runs.run import predict
 from torch import Tensor, nn
 
 from ..support.rasters import missing_of, unique_pixels, write_geotiff

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from outsize.tiler.errors import UsageError
-from outsize.tiler.geometry import Grid, Interval, Window, align_down, align_up, halve, order_cells
+from outsize.tiler.base.errors import UsageError
+from outsize.tiler.base.geometry import Grid, Interval, Window, align_down, align_up, halve, order_cells
 
 extents = st.integers(1, 97)
 positions = st.integers(-200, 200)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from outsize.tiler.errors import UntileableError
-from outsize.tiler.geometry import Window
-from outsize.tiler.network import analyze_network
-from outsize.tiler.tiled_autograd import tile_checkpoint
-from outsize.tiler.window_source import TensorSource
+from outsize.tiler.analysis.network import analyze_network
+from outsize.tiler.base.errors import UntileableError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.training.tiled_autograd import tile_checkpoint
+from outsize.tiler.training.window_source import TensorSource
 from torch import Tensor, nn
 
 from ..support.whole_gradients import NETWORKS, analysed, draw, gradients_of, largest_difference, plan_of, run_whole

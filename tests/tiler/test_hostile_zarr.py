@@ -12,11 +12,11 @@ import rasterio
 import rioxarray
 import xarray
 import zarr
-from outsize.tiler.errors import RasterError
-from outsize.tiler.geometry import Window
-from outsize.tiler.raster import Raster
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.transfer import copy_raster
+from outsize.tiler.base.errors import RasterError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.copying.transfer import copy_raster
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.rasters.raster import Raster
 
 from ..support.rasters import CRS, TRANSFORM, unique_pixels, write_geotiff
 

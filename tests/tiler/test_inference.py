@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 from distributed import Client
-from outsize.tiler import inference
-from outsize.tiler.errors import EngineError, UsageError
-from outsize.tiler.geometry import Window
-from outsize.tiler.inference import lazy_predict, predict_window
-from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.raster import Raster
-from outsize.tiler.raster_open import open_raster
+from outsize.tiler.analysis.network import Network, analyze_network
+from outsize.tiler.base.errors import EngineError, UsageError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.rasters.raster import Raster
+from outsize.tiler.runs import inference
+from outsize.tiler.runs.inference import lazy_predict, predict_window
 from torch import nn
 
 from ..support.forks import in_a_fork

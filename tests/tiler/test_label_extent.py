@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from outsize.tiler.bounds import find_turns, turn_of, window_of_bounds
-from outsize.tiler.errors import UsageError
-from outsize.tiler.geometry import Grid, Window
-from outsize.tiler.georeference import Georeference
-from outsize.tiler.labels import UNLABELLED, LabelOptions, Labels, open_labels
+from outsize.tiler.base.errors import UsageError
+from outsize.tiler.base.geometry import Grid, Window
+from outsize.tiler.labels.labels import UNLABELLED, LabelOptions, Labels, open_labels
+from outsize.tiler.rasters.bounds import find_turns, turn_of, window_of_bounds
+from outsize.tiler.rasters.georeference import Georeference
 from rasterio.crs import CRS
 from rasterio.features import rasterize
 

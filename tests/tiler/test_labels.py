@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import rasterio
 from affine import Affine
-from outsize.tiler.errors import RasterError, UsageError
-from outsize.tiler.geometry import Grid, Window
-from outsize.tiler.georeference import Georeference, from_rasterio
-from outsize.tiler.labels import UNLABELLED, LabelOptions, Labels, open_labels
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.vectors import read_features
+from outsize.tiler.base.errors import RasterError, UsageError
+from outsize.tiler.base.geometry import Grid, Window
+from outsize.tiler.labels.labels import UNLABELLED, LabelOptions, Labels, open_labels
+from outsize.tiler.labels.vectors import read_features
+from outsize.tiler.rasters.georeference import Georeference, from_rasterio
+from outsize.tiler.rasters.opening import open_raster
 from rasterio.crs import CRS
 from rasterio.features import rasterize
 from rasterio.warp import transform_geom

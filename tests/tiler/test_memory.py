@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from outsize.tiler.errors import UsageError
-from outsize.tiler.text import format_bytes, parse_bytes
+from outsize.tiler.base.errors import UsageError
+from outsize.tiler.base.text import format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(

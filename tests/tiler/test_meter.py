@@ -9,7 +9,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from outsize.tiler.meter import INTERVAL_S, MemoryMeter, measure_tree_bytes
+from outsize.tiler.system.meter import INTERVAL_S, MemoryMeter, measure_tree_bytes
 
 pytestmark = pytest.mark.system
 
@@ -55,15 +55,15 @@ def test_the_longer_a_look_takes_the_fewer_there_are(monkeypatch: pytest.MonkeyP
         time.sleep(0.03)
         return 100 * MB
 
-    monkeypatch.setattr("outsize.tiler.meter.process_bytes", slow)
-    monkeypatch.setattr("outsize.tiler.meter._tree", lambda: [psutil.Process()])
-    monkeypatch.setattr("outsize.tiler.meter._own_bytes", lambda _: 50 * MB)
+    monkeypatch.setattr("outsize.tiler.system.meter.process_bytes", slow)
+    monkeypatch.setattr("outsize.tiler.system.meter._tree", lambda: [psutil.Process()])
+    monkeypatch.setattr("outsize.tiler.system.meter._own_bytes", lambda _: 50 * MB)
     with MemoryMeter():
         time.sleep(10 * INTERVAL_S)
     assert len(looks) <= 3  # at the beginning, at the end, and once where this machine is slow
     looks.clear()
     grown = iter(range(10**9))
-    monkeypatch.setattr("outsize.tiler.meter._own_bytes", lambda _: next(grown) ** 2 * MB)
+    monkeypatch.setattr("outsize.tiler.system.meter._own_bytes", lambda _: next(grown) ** 2 * MB)
     with MemoryMeter():
         time.sleep(10 * INTERVAL_S)
     assert len(looks) >= 4  # of memory that grows

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from outsize.tiler.errors import UntileableError, UsageError
-from outsize.tiler.geometry import Window
-from outsize.tiler.graph import find_accepted_sizes
-from outsize.tiler.network import analyze_network
-from outsize.tiler.operations import nearest_is_exact
-from outsize.tiler.planner import choose_method
+from outsize.tiler.analysis.graph import find_accepted_sizes
+from outsize.tiler.analysis.network import analyze_network
+from outsize.tiler.analysis.operations import nearest_is_exact
+from outsize.tiler.base.errors import UntileableError, UsageError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.planning.planner import choose_method
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -13,15 +13,15 @@ import rasterio
 import zarr
 from affine import Affine
 from outsize.pipelines.option_types import NodataValue
-from outsize.tiler.engine_openvino import enter
-from outsize.tiler.errors import NotFiniteError, RasterError, UsageError
-from outsize.tiler.fingerprint import fingerprint_raster
-from outsize.tiler.geometry import Window
-from outsize.tiler.nodata import NodataRule, find_missing, join_missing
-from outsize.tiler.raster import ReadOptions, fill_values
-from outsize.tiler.raster_open import open_raster, open_with
-from outsize.tiler.raster_parts import open_mosaic, open_reference, open_stack, reference_to
-from outsize.tiler.transfer import copy_raster
+from outsize.tiler.base.errors import NotFiniteError, RasterError, UsageError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.copying.transfer import copy_raster
+from outsize.tiler.engines.openvino import enter
+from outsize.tiler.output.fingerprint import fingerprint_raster
+from outsize.tiler.rasters.nodata import NodataRule, find_missing, join_missing
+from outsize.tiler.rasters.opening import open_raster, open_with
+from outsize.tiler.rasters.parts import open_mosaic, open_reference, open_stack, reference_to
+from outsize.tiler.rasters.raster import ReadOptions, fill_values
 from rasterio.enums import ColorInterp
 
 from ..support.rasters import TRANSFORM, missing_of, unique_pixels, write_geotiff

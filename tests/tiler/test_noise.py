@@ -8,8 +8,8 @@ import sys
 from itertools import permutations
 
 import pytest
-from outsize.tiler.cluster import _is_not_said_elsewhere
-from outsize.tiler.dask_logs import errors_only
+from outsize.tiler.cluster.client import _is_not_said_elsewhere
+from outsize.tiler.cluster.dask_logs import errors_only
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from distributed import Client
 from outsize.pipelines.cli import cli
-from outsize.tiler.errors import BudgetError, OutputError
-from outsize.tiler.events import Event, TileFinished
-from outsize.tiler.files import find_matching, sizes_below
-from outsize.tiler.geometry import Window
-from outsize.tiler.journal import PART_BYTES, open_journal, read_journal
-from outsize.tiler.places import place_of
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.records import RECORDS, RunFolder, find_runs, is_there, read_owner, read_records, run_folder
-from outsize.tiler.store import open_array
-from outsize.tiler.transfer import copy_raster
-from outsize.tiler.verify import verify_output
+from outsize.tiler.base.errors import BudgetError, OutputError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.copying.transfer import copy_raster
+from outsize.tiler.output.records import RECORDS, RunFolder, find_runs, is_there, read_owner, read_records, run_folder
+from outsize.tiler.output.store import open_array
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.runs.events import Event, TileFinished
+from outsize.tiler.runs.verify import verify_output
+from outsize.tiler.system.files import find_matching, sizes_below
+from outsize.tiler.system.journal import PART_BYTES, open_journal, read_journal
+from outsize.tiler.system.places import place_of
 from rasterio.io import MemoryFile
 
 from ..support.object_server import BUCKET, Faults, ObjectServer, upload
@@ -177,7 +177,7 @@ def test_a_bucket_that_cannot_be_written_is_said(
     source = scene(tmp_path, 70, 70)
     if place == "port":
         monkeypatch.setattr(
-            "outsize.tiler.places._OPTIONS",
+            "outsize.tiler.system.places._OPTIONS",
             {"s3": {"endpoint_url": "http://127.0.0.1:9", "config_kwargs": {"retries": {"total_max_attempts": 1}}}},
         )
         place = f"{BUCKET}/o.zarr"

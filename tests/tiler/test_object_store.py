@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import rasterio
 from distributed import Client
-from outsize.tiler import raster_gdal
-from outsize.tiler.errors import RasterError, UsageError
-from outsize.tiler.events import Event, TileFinished
-from outsize.tiler.geometry import Window
-from outsize.tiler.places import gdal_name, place_of, scheme_of, url_of
-from outsize.tiler.raster_gdal import warn_of_overlooking
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.raster_parts import open_reference, open_stack, reference_to
-from outsize.tiler.transfer import copy_raster
+from outsize.tiler.base.errors import RasterError, UsageError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.copying.transfer import copy_raster
+from outsize.tiler.rasters import gdal_files as raster_gdal
+from outsize.tiler.rasters.gdal_files import warn_of_overlooking
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.rasters.parts import open_reference, open_stack, reference_to
+from outsize.tiler.runs.events import Event, TileFinished
+from outsize.tiler.system.places import gdal_name, place_of, scheme_of, url_of
 from rasterio.env import get_gdal_config
 
 from ..support import far_threads
@@ -194,7 +194,7 @@ def test_a_bucket_that_is_gone_stops_the_run_and_fails_no_tile(
 
     def vanish(event: Event) -> None:
         if isinstance(event, TileFinished) and event.finished == 2:
-            from outsize.tiler.jobs import _RUNNERS
+            from outsize.tiler.cluster.jobs import _RUNNERS
 
             server.client().delete_object(Bucket=BUCKET, Key="gone/scene.tif")
             for runner in _RUNNERS.values():

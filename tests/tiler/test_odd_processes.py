@@ -11,11 +11,11 @@ import pytest
 import torch
 from distributed import Client, LocalCluster, get_client, utils, worker_client
 from outsize.models.segmentation.losses import CrossEntropy
-from outsize.tiler.cluster import ClusterError, ClusterOptions, open_client
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.run import predict
-from outsize.tiler.tiled_autograd import tile_loss
-from outsize.tiler.transfer import copy_raster
+from outsize.tiler.cluster.client import ClusterError, ClusterOptions, open_client
+from outsize.tiler.copying.transfer import copy_raster
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.runs.run import predict
+from outsize.tiler.training.tiled_autograd import tile_loss
 from torch.nn import functional as F
 
 from ..support.forks import in_a_fork

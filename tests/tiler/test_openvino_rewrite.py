@@ -7,8 +7,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from outsize.tiler.engine_openvino import compile_options
-from outsize.tiler.openvino_rewrite import rewrite_model, spread_weights
+from outsize.tiler.engines.openvino import compile_options
+from outsize.tiler.engines.openvino_rewrite import rewrite_model, spread_weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -10,12 +10,12 @@ from itertools import pairwise
 import pytest
 import torch
 from outsize.models.segmentation.unet import UNet
-from outsize.tiler.errors import BudgetError, UsageError
-from outsize.tiler.geometry import Grid, Window
-from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.plan import TilePlan
-from outsize.tiler.planner import plan_tiles
-from outsize.tiler.text import format_seconds, parse_bytes
+from outsize.tiler.analysis.network import Network, analyze_network
+from outsize.tiler.base.errors import BudgetError, UsageError
+from outsize.tiler.base.geometry import Grid, Window
+from outsize.tiler.base.text import format_seconds, parse_bytes
+from outsize.tiler.planning.plan import TilePlan
+from outsize.tiler.planning.planner import plan_tiles
 from torch import nn
 
 from ..support.analysed import analysed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
-from outsize.tiler.precision_loss import PrecisionLoss, compare_with_float32
+from outsize.tiler.engines.precision_loss import PrecisionLoss, compare_with_float32
 
 
 def test_flipped_pixels_and_differences_are_those_of_valid_pixels() -> None:

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from outsize.tiler.private_folder import PREFIX, TemporaryFolderError, private_folder, why_others_can_write
+from outsize.tiler.system.private_folder import PREFIX, TemporaryFolderError, private_folder, why_others_can_write
 
 pytestmark = pytest.mark.system
 

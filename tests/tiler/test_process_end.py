@@ -14,7 +14,7 @@ pytestmark = pytest.mark.system
 
 PROGRAM = """
 import atexit, sys, threading, time
-from outsize.tiler.process_end import end_with
+from outsize.tiler.system.process_end import end_with
 
 class Kept:
     def __del__(self):

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 from distributed import Client
-from outsize.tiler.axis_geometry import geometry_key
-from outsize.tiler.engine_programs import TorchPrograms, open_programs
-from outsize.tiler.errors import ExactnessError, UntileableError, UsageError
-from outsize.tiler.geometry import Grid, Window
-from outsize.tiler.inference import predict_window
-from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.planner import choose_method, plan_tiles
-from outsize.tiler.program import Program, make_program
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.run import predict
-from outsize.tiler.store import open_array
-from outsize.tiler.tile import Tile
+from outsize.tiler.analysis.axis_geometry import geometry_key
+from outsize.tiler.analysis.network import Network, analyze_network
+from outsize.tiler.analysis.program import Program, make_program
+from outsize.tiler.base.errors import ExactnessError, UntileableError, UsageError
+from outsize.tiler.base.geometry import Grid, Window
+from outsize.tiler.base.tile import Tile
+from outsize.tiler.engines.programs import TorchPrograms, open_programs
+from outsize.tiler.output.store import open_array
+from outsize.tiler.planning.planner import choose_method, plan_tiles
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.runs.inference import predict_window
+from outsize.tiler.runs.run import predict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -276,8 +276,8 @@ def test_a_program_that_misses_a_row_is_found_by_the_start_check(
 def test_giant_gathers_take_the_right_pixels(shape: tuple[int, ...]) -> None:
     """OpenVINO's own gather along the last axis takes wrong ones from 2^25 elements on, with two threads."""
     import openvino as ov
-    from outsize.tiler.engine_openvino import compile_options
-    from outsize.tiler.program import _gather
+    from outsize.tiler.analysis.program import _gather
+    from outsize.tiler.engines.openvino import compile_options
 
     class Gather(nn.Module):
         def forward(self, x: Tensor, indices: Tensor) -> Tensor:

@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from outsize.tiler import engine_openvino, engine_programs
-from outsize.tiler.engine_loading import compile_program, load_tiles, load_windows
-from outsize.tiler.engine_programs import pack_programs
-from outsize.tiler.geometry import Interval
-from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.planner import plan_tiles
-from outsize.tiler.program_cache import ProgramCache
-from outsize.tiler.program_ir import ModelParts
+from outsize.tiler.analysis.network import Network, analyze_network
+from outsize.tiler.base.geometry import Interval
+from outsize.tiler.engines import openvino as engine_openvino
+from outsize.tiler.engines import programs as engine_programs
+from outsize.tiler.engines.loading import compile_program, load_tiles, load_windows
+from outsize.tiler.engines.program_cache import ProgramCache
+from outsize.tiler.engines.program_ir import ModelParts
+from outsize.tiler.engines.programs import pack_programs
+from outsize.tiler.planning.planner import plan_tiles
 
 from ..support.architectures import ARCHITECTURES
 from ..support.zoo import alive

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from outsize.tiler.axis_geometry import compute_geometry, geometry_key
-from outsize.tiler.engine_programs import Converter
-from outsize.tiler.geometry import Interval
-from outsize.tiler.memory import EngineMemory, predict_memory
-from outsize.tiler.network import analyze_network
-from outsize.tiler.program_ir import ModelParts, join_models, split_model
+from outsize.tiler.analysis.axis_geometry import compute_geometry, geometry_key
+from outsize.tiler.analysis.network import analyze_network
+from outsize.tiler.base.geometry import Interval
+from outsize.tiler.base.memory import EngineMemory, predict_memory
+from outsize.tiler.engines.program_ir import ModelParts, join_models, split_model
+from outsize.tiler.engines.programs import Converter
 
 from ..support.large_weights import Fat
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from outsize.models import as_tile_network, load_model
-from outsize.tiler import receptive
-from outsize.tiler.errors import UntileableError
-from outsize.tiler.geometry import Interval
-from outsize.tiler.network import analyze_network
-from outsize.tiler.proof import prove_network
-from outsize.tiler.receptive import Extents, Slide
+from outsize.tiler.analysis import receptive
+from outsize.tiler.analysis.network import analyze_network
+from outsize.tiler.analysis.receptive import Extents, Slide
+from outsize.tiler.base.errors import UntileableError
+from outsize.tiler.base.geometry import Interval
+from outsize.tiler.runs.proof import prove_network
 from torch import nn
 
 from ..support.analysed import analysed

@@ -17,21 +17,21 @@ from distributed import Client
 from outsize.models import as_tile_network, load_model
 from outsize.models.segmentation.unet import UNet
 from outsize.sample_data.small import small_scene_path
-from outsize.tiler import calibration
-from outsize.tiler.calibration import read_calibration
-from outsize.tiler.engine import Engine
-from outsize.tiler.engine_loading import load_windows
-from outsize.tiler.errors import EngineError, OutputError
-from outsize.tiler.events import Calibrating, Event, LossMeasured
-from outsize.tiler.geometry import Interval, Window
-from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.planner import plan_tiles
-from outsize.tiler.quantise import QuantisedNetwork, find_float_operations, quantise_network, require_quantiser
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.records import run_folder
-from outsize.tiler.reference import Reference
-from outsize.tiler.store import open_array, read_header
-from outsize.tiler.verify import recompute_samples
+from outsize.tiler.analysis.network import Network, analyze_network
+from outsize.tiler.base.errors import EngineError, OutputError
+from outsize.tiler.base.geometry import Interval, Window
+from outsize.tiler.engines.engine import Engine
+from outsize.tiler.engines.loading import load_windows
+from outsize.tiler.engines.quantise import QuantisedNetwork, find_float_operations, quantise_network, require_quantiser
+from outsize.tiler.output.records import run_folder
+from outsize.tiler.output.store import open_array, read_header
+from outsize.tiler.planning.planner import plan_tiles
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.runs import calibration
+from outsize.tiler.runs.calibration import read_calibration
+from outsize.tiler.runs.events import Calibrating, Event, LossMeasured
+from outsize.tiler.runs.reference import Reference
+from outsize.tiler.runs.verify import recompute_samples
 from torch import nn
 
 from ..support.rasters import write_geotiff
@@ -73,7 +73,7 @@ def quantised_small() -> QuantisedNetwork:
 @pytest.fixture
 def _made_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of the small network take one that is there."""
-    monkeypatch.setattr("outsize.tiler.run.quantise_network", lambda *_: quantised_small())
+    monkeypatch.setattr("outsize.tiler.runs.run.quantise_network", lambda *_: quantised_small())
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +149,7 @@ def test_few_pixels_are_of_another_class_than_in_float32_and_the_loss_says_how_m
 
 def test_zero_is_one_of_the_values_of_every_range_and_the_ends_stay_in_float32() -> None:
     network = quantised()
-    from outsize.tiler.engine_openvino import read_model
+    from outsize.tiler.engines.openvino import read_model
 
     model = read_model(network.graph, network.weights)
     ranges = [node for node in model.get_ordered_ops() if node.get_type_name() == "FakeQuantize"]
@@ -190,7 +190,7 @@ def test_networks_without_logits_and_other_pixels_are_taken(dtype: str) -> None:
 
 def test_what_stays_in_float32_is_told_by_where_it_lies() -> None:
     network = analyze_network(alive(Raw()).float(), bands=3, dtype="float32")
-    from outsize.tiler.engine_openvino import convert_network, read_model
+    from outsize.tiler.engines.openvino import convert_network, read_model
 
     payload = convert_network(network, 1).payload
     model = read_model(payload[0], payload[1])
@@ -312,7 +312,7 @@ def test_networks_that_take_some_sizes_only_and_rasters_of_one_window_run(tmp_pa
 
 @pytest.mark.usefixtures("_made_before")
 def test_a_halo_that_is_too_small_stops_a_run_in_int8_too(tmp_path: Path, client: Client) -> None:
-    from outsize.tiler.errors import ExactnessError
+    from outsize.tiler.base.errors import ExactnessError
 
     from ..support.runs import larger_windows_of
 
@@ -320,7 +320,7 @@ def test_a_halo_that_is_too_small_stops_a_run_in_int8_too(tmp_path: Path, client
     narrow = dataclasses.replace(network, axes=tuple(_cut(axis) for axis in network.axes))
     source, out = write_geotiff(tmp_path / "s.tif", random_image(300, 300)), tmp_path / "o.zarr"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("outsize.tiler.reference.larger_window", larger_windows_of(network))
+        patch.setattr("outsize.tiler.runs.reference.larger_window", larger_windows_of(network))
         with pytest.raises(ExactnessError, match="start check must agree"):
             run(source, narrow, out, client, engine="openvino", precision="int8")
     assert not out.exists()
@@ -329,7 +329,7 @@ def test_a_halo_that_is_too_small_stops_a_run_in_int8_too(tmp_path: Path, client
 
 def _cut(graph: Any) -> Any:
     """One pixel fewer on each side of every convolution of three."""
-    from outsize.tiler.receptive import AxisGraph, Slide
+    from outsize.tiler.analysis.receptive import AxisGraph, Slide
 
     nodes = list(graph.nodes)
     for index, node in enumerate(nodes):

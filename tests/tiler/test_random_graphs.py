@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from outsize.tiler.errors import UntileableError
-from outsize.tiler.geometry import Grid
-from outsize.tiler.network import analyze_network
-from outsize.tiler.program import make_program
+from outsize.tiler.analysis.network import analyze_network
+from outsize.tiler.analysis.program import make_program
+from outsize.tiler.base.errors import UntileableError
+from outsize.tiler.base.geometry import Grid
 from torch import Tensor, nn
 from torch.nn import functional as F
 

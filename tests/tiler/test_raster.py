@@ -13,13 +13,13 @@ import xarray
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from outsize.tiler.errors import RasterError
-from outsize.tiler.file_state import states_of
-from outsize.tiler.geometry import Window
-from outsize.tiler.nodata import NodataRule, find_missing
-from outsize.tiler.raster import read_filled
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.raster_parts import open_mosaic, open_stack
+from outsize.tiler.base.errors import RasterError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.rasters.nodata import NodataRule, find_missing
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.rasters.parts import open_mosaic, open_stack
+from outsize.tiler.rasters.raster import read_filled
+from outsize.tiler.system.file_state import states_of
 
 from ..support.rasters import CRS, TRANSFORM, unique_pixels, write_geotiff
 

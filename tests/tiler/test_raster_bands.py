@@ -13,14 +13,14 @@ import torch
 import xarray
 import zarr
 from outsize.models import Scaling, SegmentationClass, SegmentationModel, as_tile_network
-from outsize.tiler.errors import UsageError
-from outsize.tiler.geometry import Window
-from outsize.tiler.inference import lazy_predict, predict_window
-from outsize.tiler.network import analyze_network
-from outsize.tiler.raster import Raster, ReadOptions
-from outsize.tiler.raster_bands import match_bands, select_bands
-from outsize.tiler.raster_open import open_raster, open_with
-from outsize.tiler.raster_parts import open_mosaic, open_reference, open_stack, reference_to
+from outsize.tiler.analysis.network import analyze_network
+from outsize.tiler.base.errors import UsageError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.rasters.bands import match_bands, select_bands
+from outsize.tiler.rasters.opening import open_raster, open_with
+from outsize.tiler.rasters.parts import open_mosaic, open_reference, open_stack, reference_to
+from outsize.tiler.rasters.raster import Raster, ReadOptions
+from outsize.tiler.runs.inference import lazy_predict, predict_window
 from rasterio.enums import ColorInterp
 from torch import nn
 from zarr.errors import UnstableSpecificationWarning

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import rasterio
 from affine import Affine
-from outsize.tiler.block_cache import BlockStore
-from outsize.tiler.errors import RasterError
-from outsize.tiler.geometry import Window
-from outsize.tiler.raster import Raster, ReadOptions
-from outsize.tiler.raster_gdal import GdalReader
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.raster_parts import OPEN_FILES, open_mosaic, open_reference, open_stack, reference_to
+from outsize.tiler.base.errors import RasterError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.rasters.block_cache import BlockStore
+from outsize.tiler.rasters.gdal_files import GdalReader
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.rasters.parts import OPEN_FILES, open_mosaic, open_reference, open_stack, reference_to
+from outsize.tiler.rasters.raster import Raster, ReadOptions
 from rasterio.merge import merge
 
 from ..support.rasters import CRS, TRANSFORM, unique_pixels, write_geotiff

@@ -10,16 +10,16 @@ import pytest
 import rasterio
 import xarray
 import zarr
-from outsize.tiler.block_cache import BlockStore
-from outsize.tiler.errors import RasterError
-from outsize.tiler.fingerprint import fingerprint_raster
-from outsize.tiler.geometry import Grid, Window
-from outsize.tiler.raster import Raster, ReadOptions, read_filled
-from outsize.tiler.raster_bands import select_bands
-from outsize.tiler.raster_notes import list_notes
-from outsize.tiler.raster_open import open_raster, open_with
-from outsize.tiler.raster_parts import count_pixel_bytes, open_mosaic, open_reference, open_stack, reference_to
-from outsize.tiler.transfer import copy_raster
+from outsize.tiler.base.errors import RasterError
+from outsize.tiler.base.geometry import Grid, Window
+from outsize.tiler.copying.transfer import copy_raster
+from outsize.tiler.output.fingerprint import fingerprint_raster
+from outsize.tiler.rasters.bands import select_bands
+from outsize.tiler.rasters.block_cache import BlockStore
+from outsize.tiler.rasters.notes import list_notes
+from outsize.tiler.rasters.opening import open_raster, open_with
+from outsize.tiler.rasters.parts import count_pixel_bytes, open_mosaic, open_reference, open_stack, reference_to
+from outsize.tiler.rasters.raster import Raster, ReadOptions, read_filled
 
 from ..support.rasters import TRANSFORM, unique_pixels, write_geotiff
 

@@ -15,22 +15,22 @@ import torch
 import zarr
 from affine import Affine
 from distributed import Client
-from outsize.tiler import block_cache, reading
-from outsize.tiler.block_cache import BlockCache, BlockStore
-from outsize.tiler.geometry import Window
-from outsize.tiler.georeference import Georeference
-from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.nodata import NodataRule
-from outsize.tiler.plan import TilePlan
-from outsize.tiler.planner import plan_tiles
-from outsize.tiler.raster import Raster, ReadOptions, read_filled
-from outsize.tiler.raster_gdal import GdalReader
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.raster_parts import count_pixel_bytes, open_mosaic, open_stack
-from outsize.tiler.raster_zarr import ZarrReader
-from outsize.tiler.run import predict
-from outsize.tiler.store import open_array
-from outsize.tiler.transfer import copy_raster
+from outsize.tiler.analysis.network import Network, analyze_network
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.copying.transfer import copy_raster
+from outsize.tiler.output.store import open_array
+from outsize.tiler.planning.plan import TilePlan
+from outsize.tiler.planning.planner import plan_tiles
+from outsize.tiler.rasters import block_cache, reading
+from outsize.tiler.rasters.block_cache import BlockCache, BlockStore
+from outsize.tiler.rasters.gdal_files import GdalReader
+from outsize.tiler.rasters.georeference import Georeference
+from outsize.tiler.rasters.nodata import NodataRule
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.rasters.parts import count_pixel_bytes, open_mosaic, open_stack
+from outsize.tiler.rasters.raster import Raster, ReadOptions, read_filled
+from outsize.tiler.rasters.zarr_arrays import ZarrReader
+from outsize.tiler.runs.run import predict
 from torch import Tensor, nn
 
 from ..support.rasters import TRANSFORM, write_geotiff

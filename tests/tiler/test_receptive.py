@@ -10,9 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from outsize.tiler.geometry import Interval
-from outsize.tiler.network import LARGEST_DIRECT
-from outsize.tiler.receptive import (
+from outsize.tiler.analysis.network import LARGEST_DIRECT
+from outsize.tiler.analysis.receptive import (
     AxisGraph,
     AxisNode,
     AxisRule,
@@ -27,6 +26,7 @@ from outsize.tiler.receptive import (
     compute_taps,
     footprint,
 )
+from outsize.tiler.base.geometry import Interval
 from torch.nn import functional as F
 
 from ..support.zoo import without_onednn

@@ -10,17 +10,17 @@ import pytest
 import torch
 from affine import Affine
 from distributed import Client
-from outsize.tiler.bounds import window_of_bounds
-from outsize.tiler.errors import OutputError, UsageError
-from outsize.tiler.geometry import Window
-from outsize.tiler.georeference import Georeference
-from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.output_values import touches_nodata
-from outsize.tiler.plan import TilePlan
-from outsize.tiler.planner import plan_tiles
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.run import predict
-from outsize.tiler.store import CONTEXT, open_array, read_header
+from outsize.tiler.analysis.network import Network, analyze_network
+from outsize.tiler.base.errors import OutputError, UsageError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.output.store import CONTEXT, open_array, read_header
+from outsize.tiler.output.values import touches_nodata
+from outsize.tiler.planning.plan import TilePlan
+from outsize.tiler.planning.planner import plan_tiles
+from outsize.tiler.rasters.bounds import window_of_bounds
+from outsize.tiler.rasters.georeference import Georeference
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.runs.run import predict
 from torch import Tensor, nn
 
 from ..support.analysed import analysed

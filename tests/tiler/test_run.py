@@ -12,27 +12,20 @@ import pytest
 import torch
 from distributed import Client
 from outsize.models.segmentation.unet import UNet
-from outsize.tiler import worker
-from outsize.tiler.cluster import ClusterOptions
-from outsize.tiler.engine_openvino import OpenVinoEngine
-from outsize.tiler.errors import (
-    BudgetError,
-    ExactnessError,
-    OutputError,
-    RasterError,
-    TilerError,
-    UsageError,
-)
-from outsize.tiler.events import ClusterReady, Event, RunPlanned, StartChecked, TileFinished
-from outsize.tiler.geometry import Window
-from outsize.tiler.inference import lazy_predict, predict_window
-from outsize.tiler.network import analyze_network
-from outsize.tiler.raster_gdal import GdalReader
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.receptive import AxisGraph, Slide
-from outsize.tiler.records import RunFolder
-from outsize.tiler.run import predict
-from outsize.tiler.store import open_array, read_header
+from outsize.tiler.analysis.network import analyze_network
+from outsize.tiler.analysis.receptive import AxisGraph, Slide
+from outsize.tiler.base.errors import BudgetError, ExactnessError, OutputError, RasterError, TilerError, UsageError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.cluster.client import ClusterOptions
+from outsize.tiler.engines.openvino import OpenVinoEngine
+from outsize.tiler.output.records import RunFolder
+from outsize.tiler.output.store import open_array, read_header
+from outsize.tiler.rasters.gdal_files import GdalReader
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.runs import worker
+from outsize.tiler.runs.events import ClusterReady, Event, RunPlanned, StartChecked, TileFinished
+from outsize.tiler.runs.inference import lazy_predict, predict_window
+from outsize.tiler.runs.run import predict
 from torch import Tensor, nn
 
 from ..support.rasters import write_geotiff
@@ -241,7 +234,7 @@ def test_a_bad_tile_is_recorded_becomes_nodata_and_is_tried_again_when_asked(
             raise RasterError(f"window {window} cannot be read: bad sector")
         return readable(self, window)
 
-    monkeypatch.setattr("outsize.tiler.run.run_start_check", lambda *_: passed_check())
+    monkeypatch.setattr("outsize.tiler.runs.run.run_start_check", lambda *_: passed_check())
     monkeypatch.setattr(GdalReader, "read", unreadable)
     summary = run(source, class_network(), out, client)
     monkeypatch.undo()
@@ -277,7 +270,7 @@ def test_the_start_check_stops_a_run_whose_halo_is_too_small(tmp_path: Path, cli
     honest = larger_windows_of(network)
     source, out = scene(tmp_path, 300, 300), tmp_path / "o.zarr"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("outsize.tiler.reference.larger_window", honest)
+        patch.setattr("outsize.tiler.runs.reference.larger_window", honest)
         with pytest.raises(ExactnessError, match="start check must agree"):
             run(source, wrong, out, client)
     assert not out.exists()
@@ -285,7 +278,7 @@ def test_the_start_check_stops_a_run_whose_halo_is_too_small(tmp_path: Path, cli
     run(source, network, out, client)
     before = stored(out)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("outsize.tiler.reference.larger_window", honest)
+        patch.setattr("outsize.tiler.runs.reference.larger_window", honest)
         with pytest.raises(ExactnessError):
             run(source, wrong, out, client, overwrite=True)
     assert np.array_equal(stored(out), before)

@@ -18,14 +18,14 @@ import pytest
 from dask.utils import key_split
 from distributed import Client, LocalCluster
 from outsize.tests.benchmarks.scheduling import Idle
-from outsize.tiler import schedule
-from outsize.tiler.errors import WorkerError
-from outsize.tiler.events import ClusterReady, Event, TileFinished
-from outsize.tiler.plan import SLOW_FLOPS_PER_S
-from outsize.tiler.planner import plan_tiles
-from outsize.tiler.run_workers import compare_workers, find_device_peak
-from outsize.tiler.schedule import Lost, forget_plugin, job_on, run_cells
-from outsize.tiler.text import format_bytes
+from outsize.tiler.base.errors import WorkerError
+from outsize.tiler.base.text import format_bytes
+from outsize.tiler.cluster import schedule
+from outsize.tiler.cluster.schedule import Lost, forget_plugin, job_on, run_cells
+from outsize.tiler.planning.plan import SLOW_FLOPS_PER_S
+from outsize.tiler.planning.planner import plan_tiles
+from outsize.tiler.runs.events import ClusterReady, Event, TileFinished
+from outsize.tiler.runs.workers import compare_workers, find_device_peak
 
 from ..support.runs import class_network, run, scene, stored, whole
 
@@ -284,7 +284,7 @@ def test_a_figure_that_a_worker_does_not_know_costs_neither_the_run_nor_the_othe
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of two workers, the second has come as the last tile was done."""
-    monkeypatch.setattr("outsize.tiler.run_workers.device_peak", lambda _, dask_worker: {0: 7}[dask_worker.name])
+    monkeypatch.setattr("outsize.tiler.runs.workers.device_peak", lambda _, dask_worker: {0: 7}[dask_worker.name])
     with threads_here(2, 1) as (_, client):
         assert find_device_peak(client, "over") == 7
     assert find_device_peak(client, "over") == 0

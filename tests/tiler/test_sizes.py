@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 from distributed import Client
-from outsize.tiler.engine_programs import open_programs
-from outsize.tiler.errors import UntileableError
-from outsize.tiler.geometry import Grid, Window
-from outsize.tiler.graph import trace_size
-from outsize.tiler.inference import predict_window
-from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.planner import plan_tiles
-from outsize.tiler.program import make_program
-from outsize.tiler.raster import read_filled
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.run import predict
-from outsize.tiler.store import open_array
+from outsize.tiler.analysis.graph import trace_size
+from outsize.tiler.analysis.network import Network, analyze_network
+from outsize.tiler.analysis.program import make_program
+from outsize.tiler.base.errors import UntileableError
+from outsize.tiler.base.geometry import Grid, Window
+from outsize.tiler.engines.programs import open_programs
+from outsize.tiler.output.store import open_array
+from outsize.tiler.planning.planner import plan_tiles
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.rasters.raster import read_filled
+from outsize.tiler.runs.inference import predict_window
+from outsize.tiler.runs.run import predict
 from torch import Tensor, nn
 
 from ..support.floor_sizes import FLOORED, make_image, pad_image

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 from distributed import Client
-from outsize.tiler import memory_probe
-from outsize.tiler.errors import ExactnessError, UntileableError, UsageError
-from outsize.tiler.memory import EngineMemory
-from outsize.tiler.network import analyze_network
-from outsize.tiler.planner import plan_tiles
-from outsize.tiler.proof import prove_network
-from outsize.tiler.run import predict
-from outsize.tiler.stated import StatedNetwork, state_network
-from outsize.tiler.store import open_array
+from outsize.tiler.analysis.network import analyze_network
+from outsize.tiler.analysis.stated import StatedNetwork, state_network
+from outsize.tiler.base.errors import ExactnessError, UntileableError, UsageError
+from outsize.tiler.base.memory import EngineMemory
+from outsize.tiler.output.store import open_array
+from outsize.tiler.planning.planner import plan_tiles
+from outsize.tiler.runs import memory_probe
+from outsize.tiler.runs.proof import prove_network
+from outsize.tiler.runs.run import predict
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -13,14 +13,10 @@ import rioxarray  # noqa: F401 - registers .rio
 import torch
 import xarray
 from affine import Affine
-from outsize.tiler.errors import OutputError
-from outsize.tiler.geometry import Window
-from outsize.tiler.georeference import Georeference, from_rasterio
-from outsize.tiler.network import analyze_network
-from outsize.tiler.plan import TilePlan
-from outsize.tiler.planner import plan_tiles
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.store import (
+from outsize.tiler.analysis.network import analyze_network
+from outsize.tiler.base.errors import OutputError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.output.store import (
     OutputDescription,
     chunk_name,
     create_output,
@@ -29,6 +25,10 @@ from outsize.tiler.store import (
     update_header,
     write_core,
 )
+from outsize.tiler.planning.plan import TilePlan
+from outsize.tiler.planning.planner import plan_tiles
+from outsize.tiler.rasters.georeference import Georeference, from_rasterio
+from outsize.tiler.rasters.opening import open_raster
 from rasterio.crs import CRS
 
 from ..support.rasters import CRS as WHERE

@@ -26,17 +26,17 @@ from outsize import __version__
 from outsize.tests.support.commands import Command, outsize
 from outsize.tests.support.deadly import make_deadly
 from outsize.tests.support.kill_campaign import VICTIMS, Campaign, hash_chunks
-from outsize.tiler.cluster import ClusterError, ClusterOptions, open_client
-from outsize.tiler.errors import OutputError, RasterError
-from outsize.tiler.events import Event, RunPlanned, TileFinished
-from outsize.tiler.files import create_new, write_whole
-from outsize.tiler.journal import read_journal
-from outsize.tiler.raster import Raster
-from outsize.tiler.records import RECORDS, RunFolder, find_runs, read_owner, run_folder
-from outsize.tiler.run import predict
-from outsize.tiler.run_summary import RunSummary
-from outsize.tiler.store import read_header, update_header, write_core
-from outsize.tiler.verify import verify_output
+from outsize.tiler.base.errors import OutputError, RasterError
+from outsize.tiler.cluster.client import ClusterError, ClusterOptions, open_client
+from outsize.tiler.output.records import RECORDS, RunFolder, find_runs, read_owner, run_folder
+from outsize.tiler.output.store import read_header, update_header, write_core
+from outsize.tiler.rasters.raster import Raster
+from outsize.tiler.runs.events import Event, RunPlanned, TileFinished
+from outsize.tiler.runs.run import predict
+from outsize.tiler.runs.summary import RunSummary
+from outsize.tiler.runs.verify import verify_output
+from outsize.tiler.system.files import create_new, write_whole
+from outsize.tiler.system.journal import read_journal
 
 from ..support.rasters import write_geotiff
 from ..support.runs import class_network, logit_network, passed_check, random_image, run, scene, stored, whole
@@ -63,7 +63,7 @@ def run_here(raster: Path | Raster, out: Path, **options: Any) -> RunSummary:
 @pytest.fixture
 def _no_start_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its reference would read the deadly pixel in this process."""
-    monkeypatch.setattr("outsize.tiler.run.run_start_check", lambda *_: passed_check())
+    monkeypatch.setattr("outsize.tiler.runs.run.run_start_check", lambda *_: passed_check())
 
 
 LAST = (319, 319)
@@ -106,7 +106,7 @@ def test_another_version_of_the_engine_is_refused(
 ) -> None:
     source, out = scene(tmp_path, 100, 100), tmp_path / "o.zarr"
     run(source, class_network(), out, client)
-    monkeypatch.setattr("outsize.tiler.fingerprint.version", lambda _: "0.1.2")
+    monkeypatch.setattr("outsize.tiler.output.fingerprint.version", lambda _: "0.1.2")
     with pytest.raises(OutputError, match=r"engine version \S+ there, 0\.1\.2 now; --overwrite replaces it"):
         run(source, class_network(), out, client)
 
@@ -114,9 +114,9 @@ def test_another_version_of_the_engine_is_refused(
 @pytest.mark.long
 @pytest.mark.usefixtures("_no_start_check", "_warm_workers")
 def test_a_hanging_worker_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("outsize.tiler.schedule.LOOK_EVERY_S", 0.5)
-    monkeypatch.setattr("outsize.tiler.schedule.HANGS_FACTOR", 1)
-    monkeypatch.setattr("outsize.tiler.schedule.RESTART_S", 3)
+    monkeypatch.setattr("outsize.tiler.cluster.schedule.LOOK_EVERY_S", 0.5)
+    monkeypatch.setattr("outsize.tiler.cluster.schedule.HANGS_FACTOR", 1)
+    monkeypatch.setattr("outsize.tiler.cluster.schedule.RESTART_S", 3)
     source, out = scene(tmp_path, 320, 320), tmp_path / "o.zarr"
     summary = run_here(make_deadly(source, LAST, "stop"), out, patience=4.0)
     ((row, column, reason),) = summary.failed_tiles
@@ -344,8 +344,8 @@ def test_a_worker_that_does_not_see_the_source_stops_the_run_and_fails_no_tile(
 
     def unmount(event: Event) -> None:
         if isinstance(event, TileFinished) and event.finished == 2:
-            monkeypatch.setattr("outsize.tiler.raster_gdal.GdalReader.read", unmounted)
-            monkeypatch.setattr("outsize.tiler.worker.require_source", unmounted)
+            monkeypatch.setattr("outsize.tiler.rasters.gdal_files.GdalReader.read", unmounted)
+            monkeypatch.setattr("outsize.tiler.runs.worker.require_source", unmounted)
 
     with pytest.raises(RasterError, match=r"worker inproc://\S+ .* cannot do this run: .* is gone; when it is back"):
         run(source, class_network(), out, client, listener=unmount)
@@ -379,8 +379,8 @@ def test_a_source_that_is_changed_makes_no_mixed_map(tmp_path: Path, client: Cli
 @pytest.fixture
 def _looking_always(monkeypatch: pytest.MonkeyPatch) -> None:
     """The source is described again after every tile."""
-    monkeypatch.setattr("outsize.tiler.resume.GUARD_EVERY_S", 0.0)
-    monkeypatch.setattr("outsize.tiler.resume.GUARD_SHARE", 0)
+    monkeypatch.setattr("outsize.tiler.output.resume.GUARD_EVERY_S", 0.0)
+    monkeypatch.setattr("outsize.tiler.output.resume.GUARD_SHARE", 0)
 
 
 def put_other_pixels(source: Path, how: str) -> None:
@@ -469,7 +469,7 @@ def test_what_viewers_leave_beside_a_source_is_no_change(tmp_path: Path, client:
 
 
 def _close_readers() -> None:
-    from outsize.tiler.jobs import _RUNNERS
+    from outsize.tiler.cluster.jobs import _RUNNERS
 
     for runner in _RUNNERS.values():
         runner.close()
@@ -534,7 +534,7 @@ def test_a_quota_stops_the_run_as_a_full_disk_does(
             raise OSError(errno.EDQUOT, "Disk quota exceeded", str(out / "class"))
         write_core(*arguments)
 
-    monkeypatch.setattr("outsize.tiler.worker.write_core", write)
+    monkeypatch.setattr("outsize.tiler.runs.worker.write_core", write)
     with pytest.raises(OutputError, match=r"no space left for .*; free some and run the same command again"):
         run(source, class_network(), out, client)
     summary = run(source, class_network(), out, client)

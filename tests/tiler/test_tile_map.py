@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from outsize.tiler import backdrop
-from outsize.tiler.backdrop import make_backdrop
-from outsize.tiler.geometry import Window
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.tile_map import (
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.cluster import backdrop
+from outsize.tiler.cluster.backdrop import make_backdrop
+from outsize.tiler.cluster.tile_map import (
     BUCKETS,
     DONE,
     FAILED,
@@ -31,6 +30,7 @@ from outsize.tiler.tile_map import (
     sketch_cell,
     tile_message,
 )
+from outsize.tiler.rasters.opening import open_raster
 
 from ..support.rasters import damage, write_geotiff
 

@@ -16,12 +16,12 @@ from outsize.models.segmentation.losses import CrossEntropy, Dice, SquaredLoss, 
 from outsize.models.segmentation.model import TileNetwork
 from outsize.models.segmentation.scaling import Scaling
 from outsize.models.segmentation.unet import UNet
-from outsize.tiler.errors import LabelError, UntileableError, UsageError
-from outsize.tiler.loss import Loss
-from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.tiled_autograd import TiledModule, tile_checkpoint, tile_loss
-from outsize.tiler.training_plan import TrainPlan
+from outsize.tiler.analysis.network import Network, analyze_network
+from outsize.tiler.base.errors import LabelError, UntileableError, UsageError
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.training.loss import Loss
+from outsize.tiler.training.plan import TrainPlan
+from outsize.tiler.training.tiled_autograd import TiledModule, tile_checkpoint, tile_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -225,7 +225,7 @@ def test_steps_of_an_optimiser_are_those_of_ordinary_training(loss: Loss) -> Non
 
 
 def test_a_module_is_traced_once_whatever_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    from outsize.tiler import trainable
+    from outsize.tiler.training import trainable
 
     module = UNet(3, 2, (4,)).double()
     calls: list[nn.Module] = []
@@ -476,7 +476,7 @@ def test_a_loss_that_is_not_linear_in_its_sum_cannot_say_that_it_is_separable() 
 
 
 def test_tiles_without_a_pixel_that_counts_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from outsize.tiler.program import Program
+    from outsize.tiler.analysis.program import Program
 
     runs: list[int] = []
     forward = Program.forward

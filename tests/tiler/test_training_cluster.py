@@ -21,20 +21,20 @@ from distributed import Client, Future, LocalCluster
 from distributed.client import FutureCancelledError
 from outsize.models.segmentation.losses import CrossEntropy, Dice, SumOfLosses
 from outsize.models.segmentation.unet import UNet
-from outsize.tiler import training_cluster
-from outsize.tiler.cluster import ClusterError
-from outsize.tiler.errors import LabelError, UsageError
-from outsize.tiler.geometry import Window
-from outsize.tiler.gradient import GradientSum
-from outsize.tiler.loss import Loss
-from outsize.tiler.network import analyze_network
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.reading import GDAL_CACHE_BYTES
-from outsize.tiler.sum_tree import cut_groups, fold_tree
-from outsize.tiler.tiled_autograd import tile_loss
-from outsize.tiler.training_cluster import TrainingCluster, TrainingPlugin, _sum_group
-from outsize.tiler.training_plan import TrainPlan
-from outsize.tiler.training_planner import plan_training
+from outsize.tiler.analysis.network import analyze_network
+from outsize.tiler.base.errors import LabelError, UsageError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.cluster.client import ClusterError
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.rasters.reading import GDAL_CACHE_BYTES
+from outsize.tiler.training import cluster as training_cluster
+from outsize.tiler.training.cluster import TrainingCluster, TrainingPlugin, _sum_group
+from outsize.tiler.training.gradient import GradientSum
+from outsize.tiler.training.loss import Loss
+from outsize.tiler.training.plan import TrainPlan
+from outsize.tiler.training.planner import plan_training
+from outsize.tiler.training.sum_tree import cut_groups, fold_tree
+from outsize.tiler.training.tiled_autograd import tile_loss
 from torch import Tensor, nn
 
 from ..support.rasters import write_geotiff

@@ -9,14 +9,14 @@ import sys
 
 import pytest
 import torch
-from outsize.tiler.errors import BudgetError, UsageError
-from outsize.tiler.geometry import Window
-from outsize.tiler.text import MB, parse_bytes
-from outsize.tiler.tiled_autograd import tile_checkpoint
-from outsize.tiler.trainable import TrainableNetwork
-from outsize.tiler.training_memory import count_tile_bytes
-from outsize.tiler.training_plan import TrainPlan
-from outsize.tiler.training_planner import TrainedImages, choose_training_tiles, plan_training
+from outsize.tiler.base.errors import BudgetError, UsageError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.base.text import MB, parse_bytes
+from outsize.tiler.training.memory import count_tile_bytes
+from outsize.tiler.training.plan import TrainPlan
+from outsize.tiler.training.planner import TrainedImages, choose_training_tiles, plan_training
+from outsize.tiler.training.tiled_autograd import tile_checkpoint
+from outsize.tiler.training.trainable import TrainableNetwork
 
 from ..support.whole_gradients import analysed, draw, gradients_of, largest_difference, plan_of, run_whole
 
@@ -30,7 +30,7 @@ ON_DISK = (3, 2001, 1503)
 @pytest.fixture(autouse=True)
 def _same_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this process holds changes from test to test."""
-    monkeypatch.setattr("outsize.tiler.training_planner.process_bytes", lambda: 1000 * MB)
+    monkeypatch.setattr("outsize.tiler.training.planner.process_bytes", lambda: 1000 * MB)
 
 
 def total_of(plan: TrainPlan) -> int:

@@ -20,16 +20,16 @@ import zarr
 from affine import Affine
 from distributed import Client, LocalCluster
 from outsize.tests.support.commands import Command, outsize, result_of
-from outsize.tiler.cluster import ClusterOptions
-from outsize.tiler.copier import Copier, TransferJob, probe_raster
-from outsize.tiler.dashboard import Watch
-from outsize.tiler.errors import BudgetError, OutputError, RasterError, UsageError
-from outsize.tiler.geometry import Window
-from outsize.tiler.raster import Raster
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.raster_parts import open_mosaic, open_stack
-from outsize.tiler.transfer import copy_raster
-from outsize.tiler.transfer_plan import plan_transfer
+from outsize.tiler.base.errors import BudgetError, OutputError, RasterError, UsageError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.cluster.client import ClusterOptions
+from outsize.tiler.cluster.dashboard import Watch
+from outsize.tiler.copying.copier import Copier, TransferJob, probe_raster
+from outsize.tiler.copying.transfer import copy_raster
+from outsize.tiler.copying.transfer_plan import plan_transfer
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.rasters.parts import open_mosaic, open_stack
+from outsize.tiler.rasters.raster import Raster
 
 from ..support.rasters import TRANSFORM, damage, unique_pixels, write_geotiff
 
@@ -392,7 +392,7 @@ def test_a_target_that_holds_the_source_is_refused_by_any_name(tmp_path: Path, w
 
 
 def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from outsize.tiler import transfer
+    from outsize.tiler.copying import transfer
 
     first = write_geotiff(tmp_path / "a.tif", unique_pixels(1, 8, 8, np.uint8))
     second = write_geotiff(tmp_path / "b.tif", unique_pixels(2, 8, 8, np.uint8))
@@ -438,8 +438,8 @@ def test_a_zarr_source_that_was_written_in_place_is_another(tmp_path: Path, big:
 def test_a_cell_whose_worker_died_is_nodata(
     tmp_path: Path, big: Path, monkeypatch: pytest.MonkeyPatch, masked: bool, nodata: float | None
 ) -> None:
-    from outsize.tiler import transfer
-    from outsize.tiler.schedule import Lost
+    from outsize.tiler.cluster.schedule import Lost
+    from outsize.tiler.copying import transfer
 
     options: dict[str, Any] = {"mask_band": 4, "mask_values": (1,)} if masked else {}
     raster = open_raster(big, nodata=() if nodata is None else nodata, **options)
@@ -511,7 +511,7 @@ def test_infinite_nodata_survives(tmp_path: Path, value: float) -> None:
 
 
 def test_a_copy_interrupted_behind_its_mask_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from outsize.tiler import transfer
+    from outsize.tiler.copying import transfer
 
     image = np.random.default_rng(1).integers(80, 255, (2, 300, 300), dtype=np.uint8)
     options = {"tiled": True, "blockxsize": 128, "blockysize": 128, "compress": "DEFLATE"}

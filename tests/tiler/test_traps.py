@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from outsize.tiler.errors import UntileableError
-from outsize.tiler.network import analyze_network
+from outsize.tiler.analysis.network import analyze_network
+from outsize.tiler.base.errors import UntileableError
 from torch import Tensor, nn
 from torch.nn import functional as F
 

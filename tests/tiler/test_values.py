@@ -11,16 +11,16 @@ import pytest
 import torch
 import zarr
 from distributed import Client
-from outsize.tiler.errors import EngineError, NotFiniteError, RasterError, UsageError
-from outsize.tiler.geometry import Window
-from outsize.tiler.inference import predict_window
-from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.nodata import NodataRule, find_missing
-from outsize.tiler.pixel_types import find_refusal
-from outsize.tiler.planner import plan_tiles
-from outsize.tiler.raster import Raster
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.raster_parts import open_mosaic
+from outsize.tiler.analysis.network import Network, analyze_network
+from outsize.tiler.base.errors import EngineError, NotFiniteError, RasterError, UsageError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.engines.pixel_types import find_refusal
+from outsize.tiler.planning.planner import plan_tiles
+from outsize.tiler.rasters.nodata import NodataRule, find_missing
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.rasters.parts import open_mosaic
+from outsize.tiler.rasters.raster import Raster
+from outsize.tiler.runs.inference import predict_window
 from torch import Tensor, nn
 
 from ..support.rasters import TRANSFORM, missing_of, write_geotiff

@@ -15,16 +15,16 @@ import psutil
 import pytest
 from distributed import Client
 from outsize.tests.support.kill_campaign import hash_chunks
-from outsize.tiler.errors import OutputError
-from outsize.tiler.events import Event, TileFinished
-from outsize.tiler.network import Network
-from outsize.tiler.plan import TilePlan
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.records import RunFolder, read_records, run_folder
-from outsize.tiler.reference import Reference
-from outsize.tiler.small_parts import mend_parts
-from outsize.tiler.store import open_array, read_header
-from outsize.tiler.verify import recompute_samples, tile_states, verify_output
+from outsize.tiler.analysis.network import Network
+from outsize.tiler.base.errors import OutputError
+from outsize.tiler.output.records import RunFolder, read_records, run_folder
+from outsize.tiler.output.small_parts import mend_parts
+from outsize.tiler.output.store import open_array, read_header
+from outsize.tiler.planning.plan import TilePlan
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.runs.events import Event, TileFinished
+from outsize.tiler.runs.reference import Reference
+from outsize.tiler.runs.verify import recompute_samples, tile_states, verify_output
 
 from ..support.runs import class_network, logit_network, run, scene, stored, whole
 

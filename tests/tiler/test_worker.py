@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from outsize.tiler.check import compare_patches
-from outsize.tiler.geometry import Window
-from outsize.tiler.output_values import missing_in_output
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.output.values import missing_in_output
+from outsize.tiler.runs.check import compare_patches
 
 pytestmark = pytest.mark.system
 
@@ -65,8 +65,9 @@ def test_a_worker_never_imports_torch() -> None:
     # It costs 170 MB in each process. Tasks, plugins and patches are unpickled from these modules.
     code = (
         "import sys\n"
-        "import outsize.tiler.check, outsize.tiler.engine_openvino, outsize.tiler.jobs, outsize.tiler.schedule\n"
-        "import outsize.tiler.transfer, outsize.tiler.worker\n"
+        "import outsize.tiler.runs.check, outsize.tiler.engines.openvino\n"
+        "import outsize.tiler.cluster.jobs, outsize.tiler.cluster.schedule\n"
+        "import outsize.tiler.copying.transfer, outsize.tiler.runs.worker\n"
         "print('torch' in sys.modules)"
     )
     completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 import zarr
 import zarr.codecs.numcodecs as zn
-from outsize.tiler.errors import OutputError, RasterError
-from outsize.tiler.geometry import Window
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.store import open_array
-from outsize.tiler.zarr_bounds import MOST_BESIDE, ZarrBoundError, bound_array
+from outsize.tiler.base.errors import OutputError, RasterError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.output.store import open_array
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.rasters.zarr_bounds import MOST_BESIDE, ZarrBoundError, bound_array
 from zarr import codecs
 
 from ..support.rasters import unique_pixels

@@ -16,7 +16,7 @@ import torch
 from outsize.models.faceid.checkpoint import load_checkpoint, save_checkpoint
 from outsize.models.faceid.head import ShardedMarginHead
 from outsize.models.faceid.row_rules import RULES
-from outsize.tiler.process_end import end_with
+from outsize.tiler.system.process_end import end_with
 from torch import Tensor
 from torch import distributed as dist
 

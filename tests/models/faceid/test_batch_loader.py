@@ -14,7 +14,7 @@ from outsize.models.faceid.batch_loader import BatchLoader
 from outsize.models.faceid.errors import HeadError
 from outsize.models.faceid.face_source import PictureFiles, SourcePart, hold_out
 from outsize.models.faceid.image_list import read_image_list
-from outsize.tiler.errors import UsageError
+from outsize.tiler.base.errors import UsageError
 from PIL import Image
 from pyarrow import parquet
 

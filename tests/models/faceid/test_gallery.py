@@ -142,7 +142,7 @@ MEASURED = """
     import sys
     import numpy as np
     from outsize.models.faceid.gallery import Gallery
-    from outsize.tiler.meter import MemoryMeter, process_bytes
+    from outsize.tiler.system.meter import MemoryMeter, process_bytes
     gallery = Gallery.open(sys.argv[1], memory=sys.argv[2], threads=2)
     queries = np.random.default_rng(1).normal(size=(300, 256))
     before = process_bytes()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from outsize.models.faceid.images import ImageError, find_people, read_picture
-from outsize.tiler.errors import UsageError
+from outsize.tiler.base.errors import UsageError
 from PIL import Image
 
 HEIGHT, WIDTH = 23, 17

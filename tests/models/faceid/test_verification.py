@@ -21,7 +21,7 @@ from outsize.models.faceid.verification import (
     measure_verification,
     parse_rates,
 )
-from outsize.tiler.errors import UsageError
+from outsize.tiler.base.errors import UsageError
 
 
 def make_faces(people: int, pictures: int, noise: float) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:

@@ -10,11 +10,11 @@ import pytest
 from outsize.models.segmentation.augmentation import Augmentation, Turn, Variant
 from outsize.models.segmentation.scene import SceneLabels, TrainingScene, VariantRaster
 from outsize.models.segmentation.split import Split
-from outsize.tiler.errors import UsageError
-from outsize.tiler.geometry import Grid, Window
-from outsize.tiler.labels import UNLABELLED, LabelOptions, open_labels
-from outsize.tiler.raster import read_filled
-from outsize.tiler.raster_open import open_raster
+from outsize.tiler.base.errors import UsageError
+from outsize.tiler.base.geometry import Grid, Window
+from outsize.tiler.labels.labels import UNLABELLED, LabelOptions, open_labels
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.rasters.raster import read_filled
 
 from ...support.rasters import unique_pixels, write_geotiff
 

@@ -10,8 +10,8 @@ import pytest
 from outsize.models.segmentation.classes import find_classes, parse_classes
 from outsize.sample_data.scene import CLASSES, Scene
 from outsize.sample_data.write import write_scene
-from outsize.tiler.errors import UsageError
-from outsize.tiler.labels import LabelOptions
+from outsize.tiler.base.errors import UsageError
+from outsize.tiler.labels.labels import LabelOptions
 
 from ...support.rasters import write_geotiff
 

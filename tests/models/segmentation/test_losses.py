@@ -13,8 +13,8 @@ from outsize.models.segmentation.losses import (
     SquaredLoss,
     SumOfLosses,
 )
-from outsize.tiler.errors import LabelError, UsageError
-from outsize.tiler.loss import Loss
+from outsize.tiler.base.errors import LabelError, UsageError
+from outsize.tiler.training.loss import Loss
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -17,9 +17,9 @@ from outsize.models.segmentation.model import default_output, fit_classes, meani
 from outsize.models.segmentation.probe import find_meaning
 from outsize.models.segmentation.scaling import Scaling
 from outsize.models.segmentation.sources import name_classes
-from outsize.tiler.dtypes import output_nodata, stored_dtype
-from outsize.tiler.errors import OutputError, UsageError
-from outsize.tiler.output_values import as_stored
+from outsize.tiler.base.dtypes import output_nodata, stored_dtype
+from outsize.tiler.base.errors import OutputError, UsageError
+from outsize.tiler.output.values import as_stored
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -18,7 +18,7 @@ from outsize.models.segmentation.trust import ModelFileError
 from outsize.models.segmentation.unet import UNet
 from outsize.sample_data.scene import CLASSES, COLOURS
 from outsize.sample_data.small import small_scene_path
-from outsize.tiler.errors import UsageError
+from outsize.tiler.base.errors import UsageError
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from stac_model.schema import MLModelProperties

@@ -12,7 +12,7 @@ from outsize.models.segmentation.model import TileNetwork
 from outsize.models.segmentation.palette import default_colour
 from outsize.models.segmentation.scaling import Scaling
 from outsize.models.segmentation.trust import ModelFileError
-from outsize.tiler.errors import UsageError
+from outsize.tiler.base.errors import UsageError
 from stac_model.input import ModelInput
 
 MIXED: list[Any] = [

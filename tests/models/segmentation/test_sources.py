@@ -27,8 +27,8 @@ from outsize.models.segmentation.mlm import default_classes
 from outsize.models.segmentation.palette import default_colour
 from outsize.models.segmentation.sources import load_model, save_model
 from outsize.models.segmentation.trust import ModelFileError, read_model_file
-from outsize.tiler.errors import OutputError, UsageError
-from outsize.tiler.network import analyze_network
+from outsize.tiler.analysis.network import analyze_network
+from outsize.tiler.base.errors import OutputError, UsageError
 from safetensors.torch import save_file
 from stac_model.schema import MLModelProperties
 from torch import nn

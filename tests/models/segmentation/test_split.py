@@ -16,9 +16,9 @@ from outsize.models.segmentation.split import (
     seed_offset,
 )
 from outsize.models.segmentation.unet import UNet
-from outsize.tiler.errors import UsageError
-from outsize.tiler.geometry import Grid, Interval, Window
-from outsize.tiler.network import Network, analyze_network
+from outsize.tiler.analysis.network import Network, analyze_network
+from outsize.tiler.base.errors import UsageError
+from outsize.tiler.base.geometry import Grid, Interval, Window
 from torch import nn
 
 from ...support.analysed import analysed

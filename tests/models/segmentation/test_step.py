@@ -24,12 +24,12 @@ from outsize.models.segmentation.split import Split
 from outsize.models.segmentation.step import StepEngine
 from outsize.models.segmentation.survey import count_labels
 from outsize.models.segmentation.unet import UNet
-from outsize.tiler.errors import LabelError, UsageError
-from outsize.tiler.geometry import Window
-from outsize.tiler.labels import UNLABELLED, LabelOptions, open_labels
-from outsize.tiler.network import Network, analyze_network
-from outsize.tiler.raster_open import open_raster
-from outsize.tiler.trainable import prepare_training
+from outsize.tiler.analysis.network import Network, analyze_network
+from outsize.tiler.base.errors import LabelError, UsageError
+from outsize.tiler.base.geometry import Window
+from outsize.tiler.labels.labels import UNLABELLED, LabelOptions, open_labels
+from outsize.tiler.rasters.opening import open_raster
+from outsize.tiler.training.trainable import prepare_training
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -22,7 +22,7 @@ from outsize.models.segmentation.recipe import Recipe
 from outsize.models.segmentation.schedule import Schedule
 from outsize.models.segmentation.step import StepGradient
 from outsize.models.segmentation.trainer import Trainer
-from outsize.tiler.errors import OutputError
+from outsize.tiler.base.errors import OutputError
 from torch import nn
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from outsize.models.segmentation.norm import FrozenNorm, calibrating, fold_norms
 from outsize.models.segmentation.unet import UNet
-from outsize.tiler.errors import UsageError
+from outsize.tiler.base.errors import UsageError
 from torch import nn
 
 

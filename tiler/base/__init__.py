@@ -1,0 +1,1 @@
+"""Values that everything knows: windows, tiles, names, sizes, errors. Imports nothing of the package but itself."""

@@ -1,0 +1,1 @@
+"""Copies of rasters into Zarr stores. Above cluster."""

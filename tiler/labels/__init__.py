@@ -1,0 +1,1 @@
+"""Labels of rasters: other rasters on their grid, and polygons. Above rasters."""

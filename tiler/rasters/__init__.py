@@ -1,0 +1,1 @@
+"""Rasters: what a file or an array holds, and readers of its windows. Above system."""

@@ -1,0 +1,1 @@
+"""Runs: tiles read, computed, checked and written. Above cluster."""

@@ -1,0 +1,1 @@
+"""This machine: its memory, processes, folders and files. Above base."""

@@ -1,0 +1,1 @@
+"""Training: gradients of the whole image, tile by tile. Above cluster."""
