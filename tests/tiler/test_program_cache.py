@@ -14,6 +14,7 @@ import torch
 from outsize.tiler.analysis.network import Network, analyze_network
 from outsize.tiler.base.geometry import Interval
 from outsize.tiler.engines import openvino as engine_openvino
+from outsize.tiler.engines import programs
 from outsize.tiler.engines import programs as engine_programs
 from outsize.tiler.engines.loading import compile_program, load_tiles, load_windows
 from outsize.tiler.engines.program_cache import ProgramCache
@@ -189,3 +190,21 @@ def test_openvinos_workers_do_without_torch(tmp_path: Path) -> None:
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
     )
     assert completed.stdout.strip() == "[]"
+
+
+def test_programs_of_other_code_are_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of any file of any room counts: rules and axes are as decisive as engines."""
+    folder = Path(programs.__file__).parents[1]
+    monkeypatch.setattr(programs, "_hash_sources", programs._hash_sources.__wrapped__)
+    before = programs._hash_sources()
+    read = Path.read_bytes
+    for changed in ("analysis/receptive.py", "engines/programs.py", "base/geometry.py", "rasters/nodata.py"):
+        assert (folder / changed).is_file()
+
+        def altered(path: Path, changed: str = changed) -> bytes:
+            return read(path) + (b"#" if path == folder / changed else b"")
+
+        monkeypatch.setattr(Path, "read_bytes", altered)
+        assert programs._hash_sources() != before
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert programs._hash_sources() == before

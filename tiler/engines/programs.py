@@ -131,10 +131,10 @@ def _openvino_version() -> str:
 
 @cache
 def _hash_sources() -> str:
-    """Of every file of this folder: which of them decide what a program computes is not worth being wrong about."""
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    """Of every file of `tiler`: which of them decide what a program computes is not worth being wrong about."""
+    digest, folder = hashlib.sha256(), Path(__file__).parents[1]
+    for source in sorted(folder.rglob("*.py")):
+        digest.update(source.relative_to(folder).as_posix().encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()
 
 
