@@ -18,19 +18,6 @@ ROOT = Path(__file__).parents[1]
 IMPORTED = ("tiler", "models", "pipelines", "sample_data")
 
 
-def packages_in_tree() -> set[str]:
-    found = {"outsize"}
-    for folder in IMPORTED:
-        for init in (ROOT / folder).rglob("__init__.py"):
-            found.add(".".join(["outsize", *init.parent.relative_to(ROOT).parts]))
-    return found
-
-
-def test_pyproject_lists_every_package() -> None:
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert set(settings["tool"]["setuptools"]["packages"]) == packages_in_tree()
-
-
 def test_the_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],

@@ -18,6 +18,7 @@ from ..base.errors import UntileableError, UsageError
 from ..base.geometry import Halo, Interval, Window, align_down, align_up
 from ..system.machine import one_thread
 from ..system.process_locks import TRACING
+from . import operations as operations  # registers the rules
 from .agreement import require_agreement
 from .aliasing import Aliases
 from .axis_geometry import ImageAxis, compute_geometry
