@@ -23,7 +23,7 @@ from outsize.tiler.runs.events import Event, TileFinished
 from outsize.tiler.runs.verify import verify_output
 from outsize.tiler.system.files import find_matching, sizes_below
 from outsize.tiler.system.journal import PART_BYTES, open_journal, read_journal
-from outsize.tiler.system.places import place_of
+from outsize.tiler.system.places import STORE_OPTIONS, place_of
 from rasterio.io import MemoryFile
 
 from ..support.object_server import BUCKET, Faults, ObjectServer, upload
@@ -176,10 +176,8 @@ def test_a_bucket_that_cannot_be_written_is_said(
     server.use(monkeypatch)
     source = scene(tmp_path, 70, 70)
     if place == "port":
-        monkeypatch.setattr(
-            "outsize.tiler.system.places._OPTIONS",
-            {"s3": {"endpoint_url": "http://127.0.0.1:9", "config_kwargs": {"retries": {"total_max_attempts": 1}}}},
-        )
+        nowhere = {"endpoint_url": "http://127.0.0.1:9", "config_kwargs": {"retries": {"total_max_attempts": 1}}}
+        monkeypatch.setitem(STORE_OPTIONS, "s3", nowhere)
         place = f"{BUCKET}/o.zarr"
     with pytest.raises(OutputError, match=rf"s3://{place} cannot be written: .*; when it can, the same"):
         run(source, class_network(), place_of(f"s3://{place}"), client)

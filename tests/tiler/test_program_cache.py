@@ -180,6 +180,7 @@ def test_openvinos_workers_do_without_torch(tmp_path: Path) -> None:
     code = f"""
         import pickle, sys
         import numpy as np
+        from outsize.tiler.engines.loading import load_tiles
         packed, tile = pickle.loads(open({str(tmp_path / "packed")!r}, "rb").read())
         window = tile.window
         result = load_tiles(packed).run_tile(np.ones((3, window.height, window.width), np.float32), tile)
