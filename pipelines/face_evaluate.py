@@ -37,8 +37,7 @@ from .console import Console, count_of, format_rate, format_table
 from .face_charts import BINS, draw_cmc, draw_det, draw_roc, draw_scores
 from .face_gallery import require_memory, searching
 from .face_pictures import embed_people
-from .page import render_page
-from .report import require_report_target
+from .page import render_page, require_page_target
 
 Values = dict[str, Any]
 
@@ -85,7 +84,7 @@ def run_face_evaluate(console: Console, options: EvaluateOptions) -> bool:
     """
     rates, stranger_rates = parse_rates(options.far.split(",")), parse_rates(options.fpir.split(","))
     if options.report is not None:
-        require_report_target(options.report, overwrite=options.overwrite)
+        require_page_target(options.report, overwrite=options.overwrite)
     pair_list = read_pairs(options.pairs) if options.pairs is not None else None
     with MemoryMeter() as meter:
         faces = _load(console, options)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from .. import __version__
+from ..tiler.base.errors import OutputError, UsageError
 from ..tiler.base.text import format_bytes, format_seconds
+from ..tiler.system.places import require_lasting
 
 
 def render_page(template: str, kind: str, values: dict[str, Any], **filters: Callable[[Any], str]) -> str:
@@ -41,3 +44,19 @@ def describe_choice(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "-" if value is None else str(value)
+
+
+def require_page_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse what is no name for a page, before the work begins.
+
+    Raises:
+        UsageError: another suffix.
+        OutputError: something is there.
+    """
+    if target.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"a report is a page, its name ends in .html, got {target.name}")
+    require_lasting(target)
+    if target.is_dir():
+        raise OutputError(f"{target} is a folder; choose another path")
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target} exists; choose another path, or --overwrite")

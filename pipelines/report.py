@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..tiler.base.errors import OutputError, UsageError
+from ..tiler.base.errors import OutputError
 from ..tiler.base.text import format_bytes
 from ..tiler.base.typed import find_misfit
 from ..tiler.cluster.tile_map import group_failures
@@ -23,10 +23,9 @@ from ..tiler.planning.plan import TilePlan
 from ..tiler.runs.check import StartCheck
 from ..tiler.system.files import upload_bytes
 from ..tiler.system.machine import find_versions
-from ..tiler.system.places import require_lasting
 from .areas import Areas, count_areas
 from .console import Console, count_of
-from .page import render_page
+from .page import render_page, require_page_target
 from .quicklook import Quicklook, make_quicklook
 
 BINS = 120
@@ -70,26 +69,10 @@ def run_report(console: Console, out: Path, target: Path | None, *, overwrite: b
         trust: of the input, as in `open_raster`.
     """
     target = target if target is not None else out.with_name(f"{out.name.removesuffix('.zarr')}.html")
-    require_report_target(target, overwrite=overwrite)
+    require_page_target(target, overwrite=overwrite)
     read_header(out)
     size = write_report(console, out, target, trust=trust)
     console.result(f"{target}: {format_bytes(size)}", {"out": str(target), "bytes": size})
-
-
-def require_report_target(target: Path, *, overwrite: bool) -> None:
-    """Refuse what is no name for a page, before the work begins.
-
-    Raises:
-        UsageError: another suffix.
-        OutputError: something is there.
-    """
-    if target.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"a report is a page, its name ends in .html, got {target.name}")
-    require_lasting(target)
-    if target.is_dir():
-        raise OutputError(f"{target} is a folder; choose another path")
-    if target.exists() and not overwrite:
-        raise OutputError(f"{target} exists; choose another path, or --overwrite")
 
 
 def write_report(

@@ -341,9 +341,10 @@ def run_segment(
     listener = RunListener(console, own_page=cluster.dashboard_address is not None)
     if writing.report is None:
         return _segment(console, options, out, cluster, writing, listener)
-    from .report import StoppedRun, require_report_target, write_report
+    from .page import require_page_target
+    from .report import StoppedRun, write_report
 
-    require_report_target(writing.report, overwrite=True)
+    require_page_target(writing.report, overwrite=True)
     stop = StoppedRun(source=options.source, command=tuple(sys.argv), model=options.model or "the shipped one")
     try:
         return _segment(console, options, out, cluster, writing, listener)
