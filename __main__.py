@@ -1,5 +1,5 @@
 """`python -m outsize`."""
 
-from .pipelines.cli import run
+from .pipelines.commands.cli import run
 
 run()

@@ -30,7 +30,7 @@ def test_the_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
         "outsize/" + path.relative_to(ROOT).as_posix() for folder in IMPORTED for path in (ROOT / folder).rglob("*.py")
     }
     data = {
-        "outsize/pipelines/face_evaluate.html",
+        "outsize/pipelines/templates/face_evaluate.html",
         "outsize/py.typed",
         "outsize/models/segmentation/weights/sample-unet.safetensors",
         "outsize/models/segmentation/weights/sample-unet.json",

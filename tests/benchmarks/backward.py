@@ -33,9 +33,9 @@ import torch
 from torch.nn import functional as F
 
 from ...models import CrossEntropy, as_tile_network, load_model
-from ...models.segmentation.model import TileNetwork
-from ...models.segmentation.unet import UNet
-from ...pipelines.console import format_table
+from ...models.segmentation.networks.model import TileNetwork
+from ...models.segmentation.networks.unet import UNet
+from ...pipelines.base.console import format_table
 from ...sample_data.scene import Scene, render_window
 from ...tiler.analysis.network import analyze_network
 from ...tiler.base.geometry import Window

@@ -24,10 +24,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...models.faceid.collectives import Ranks
-from ...models.faceid.embedder_file import Embedder, load_embedder
-from ...models.faceid.search import ArrayRows, search_rows
-from ...models.faceid.tablets import TabletLayout
+from ...models.faceid.base.collectives import Ranks
+from ...models.faceid.embedder.file import Embedder, load_embedder
+from ...models.faceid.gallery.search import ArrayRows, search_rows
+from ...models.faceid.layer.tablets import TabletLayout
 from ...tiler.system.machine import cpu_count
 
 FACES = {

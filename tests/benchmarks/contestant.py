@@ -21,7 +21,7 @@ import zarr
 from torch import nn
 
 from ...models import SegmentationModel, as_tile_network, load_model
-from ...models.segmentation.unet import UNet
+from ...models.segmentation.networks.unet import UNet
 from ...tiler.system.machine import cpu_count
 
 NAMES = (

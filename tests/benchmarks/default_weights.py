@@ -21,8 +21,8 @@ import numpy.typing as npt
 import torch
 
 from ...models import as_tile_network, load_model, save_model
-from ...models.segmentation.metrics import Confusion
-from ...pipelines.console import format_table
+from ...models.segmentation.training.metrics import Confusion
+from ...pipelines.base.console import format_table
 from ...sample_data.scene import CLASSES, COLOURS, LABEL_NODATA, NODATA, Scene, render_window
 from ...tiler.base.geometry import Window
 

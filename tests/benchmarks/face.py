@@ -19,10 +19,10 @@ import warnings
 import torch
 from torch.nn import functional as F
 
-from ...models.faceid.head import ShardedMarginHead
-from ...models.faceid.margins import Margin
-from ...models.faceid.reference import compute_dense_loss
-from ...models.faceid.row_rules import SGD, Momentum, RowRMS
+from ...models.faceid.layer.head import ShardedMarginHead
+from ...models.faceid.layer.margins import Margin
+from ...models.faceid.layer.reference import compute_dense_loss
+from ...models.faceid.layer.row_rules import SGD, Momentum, RowRMS
 from ...tiler.base.text import format_bytes
 from ...tiler.system.machine import cpu_count
 from ...tiler.system.meter import MemoryMeter, process_bytes

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from ...models.faceid.checkpoint import list_generations, load_checkpoint, save_checkpoint
-from ...models.faceid.head import ShardedMarginHead
-from ...models.faceid.row_rules import SGD
-from ...models.faceid.tablets import ROWS
+from ...models.faceid.layer.checkpoint import list_generations, load_checkpoint, save_checkpoint
+from ...models.faceid.layer.head import ShardedMarginHead
+from ...models.faceid.layer.row_rules import SGD
+from ...models.faceid.layer.tablets import ROWS
 from ...tiler.system.machine import cpu_count
 
 DIM, BATCH = 512, 64

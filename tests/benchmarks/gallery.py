@@ -25,7 +25,7 @@ import numpy.typing as npt
 import psutil
 import torch
 
-from ...models.faceid.gallery import Gallery
+from ...models.faceid.gallery.gallery import Gallery
 from ...tiler.base.text import format_bytes
 from ...tiler.system.machine import cpu_count
 from ...tiler.system.meter import MemoryMeter

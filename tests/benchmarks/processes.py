@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ...pipelines.console import format_table
+from ...pipelines.base.console import format_table
 from ...sample_data.scene import Scene
 from ...sample_data.write import write_scene
 from ...tiler.system.machine import cpu_count

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...models.faceid import head as head_module
-from ...models.faceid.head import ShardedMarginHead
-from ...models.faceid.rounding import round_stochastic
-from ...models.faceid.row_rules import SGD, Momentum, RowRMS, RowRule
+from ...models.faceid.layer import head as head_module
+from ...models.faceid.layer.head import ShardedMarginHead
+from ...models.faceid.layer.rounding import round_stochastic
+from ...models.faceid.layer.row_rules import SGD, Momentum, RowRMS, RowRule
 from ...tiler.system.machine import cpu_count
 
 DIM, INPUTS, BATCH, PROBES = 64, 128, 512, 2000

@@ -15,7 +15,7 @@ import itertools
 import random
 from dataclasses import dataclass
 
-from ...pipelines.console import format_table
+from ...pipelines.base.console import format_table
 
 HELD = 2
 """Tiles that a worker reads, computes or writes at once."""

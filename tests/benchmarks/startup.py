@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ...pipelines.console import format_table
+from ...pipelines.base.console import format_table
 from ...sample_data.scene import Scene
 from ...sample_data.write import write_scene
 

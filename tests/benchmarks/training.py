@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 import rasterio
-from outsize.models.segmentation.metrics import Confusion
-from outsize.models.segmentation.scene import SceneLabels, TrainingScene
-from outsize.models.segmentation.split import Split
+from outsize.models.segmentation.training.metrics import Confusion
+from outsize.models.segmentation.training.scene import SceneLabels, TrainingScene
+from outsize.models.segmentation.training.split import Split
 from outsize.tiler.base.geometry import Window
 from outsize.tiler.labels.labels import UNLABELLED, LabelOptions, open_labels
 from outsize.tiler.rasters.opening import open_raster

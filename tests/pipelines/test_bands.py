@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import rasterio
 from outsize.models import SegmentationModel, load_model
-from outsize.pipelines import segment
+from outsize.pipelines.segment.run import run as segment
 from outsize.tiler.base.geometry import Window
 from outsize.tiler.rasters.opening import open_raster
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
-from outsize.pipelines.batch import SceneResult, describe_result
-from outsize.pipelines.scenes import find_scenes
+from outsize.pipelines.segment.batch import SceneResult, describe_result
+from outsize.pipelines.segment.scenes import find_scenes
 from outsize.tests.support.commands import outsize, result_of
 from outsize.tiler.base.errors import UsageError
 from outsize.tiler.output.records import run_folder

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from outsize.pipelines.charts import HEIGHT, WIDTH, draw_series, round_ticks, round_up
-from outsize.pipelines.console import format_rate
-from outsize.pipelines.face_charts import draw_cmc, draw_scores
+from outsize.pipelines.base.charts import HEIGHT, WIDTH, draw_series, round_ticks, round_up
+from outsize.pipelines.base.console import format_rate
+from outsize.pipelines.faces.charts import draw_cmc, draw_scores
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import torch
 import zarr
 from affine import Affine
 from outsize.models import as_tile_network, load_model
-from outsize.pipelines.cli import main
+from outsize.pipelines.commands.cli import main
 from outsize.sample_data.small import small_scene_path
 from outsize.tests.support.commands import Command, fresh_outsize, outsize, result_of
 from outsize.tiler.base.geometry import Window
@@ -51,7 +51,7 @@ def segmented(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_is_fast_and_imports_no_torch() -> None:
     code = (
         "import sys, outsize\n"
-        "from outsize.pipelines.cli import main\n"
+        "from outsize.pipelines.commands.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "sys.exit(sum(name in sys.modules for name in ('torch', 'dask', 'distributed', 'zarr', 'rasterio', 'numpy')))"
@@ -166,8 +166,8 @@ def test_the_export_is_a_strict_cog_with_everything_in_its_place(segmented: Path
 
 def test_overviews_hold_the_most_common_class(tmp_path: Path, segmented: Path) -> None:
     """A class map of 1024 x 1024: in the overview no class appears that was not in the 2 x 2 pixels below."""
-    from outsize.pipelines.console import Console
-    from outsize.pipelines.export import run_export
+    from outsize.pipelines.base.console import Console
+    from outsize.pipelines.segment.export import run_export
     from outsize.tiler.analysis.network import analyze_network
     from outsize.tiler.output.store import OutputDescription, create_output, writable
     from outsize.tiler.planning.planner import plan_tiles

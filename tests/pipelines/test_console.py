@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from outsize.pipelines import console
+from outsize.pipelines.base import console
 
 
 @pytest.mark.parametrize(("done", "left"), [(0, "ETA 45 s"), (60, "ETA 15 s")])

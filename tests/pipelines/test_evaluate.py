@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from outsize.pipelines import evaluate
-from outsize.pipelines.console import Console
-from outsize.pipelines.evaluate import Comparison, run_evaluate
-from outsize.pipelines.quicklook import find_classes
+from outsize.pipelines.base.console import Console
+from outsize.pipelines.segment.evaluate import Comparison, run_evaluate
+from outsize.pipelines.segment.quicklook import find_classes
+from outsize.pipelines.segment.run import evaluate
 from outsize.tiler.base.errors import UsageError
 from outsize.tiler.labels.labels import LabelOptions, Labels
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outsize.models.faceid.gallery_file import HEADER_BYTES
+from outsize.models.faceid.gallery.files import HEADER_BYTES
 from outsize.sample_data.faces import write_faces
 
 from ..support import commands

@@ -20,12 +20,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from outsize.models.faceid.collectives import Ranks
-from outsize.models.faceid.embedder_file import load_embedder
-from outsize.models.faceid.errors import GalleryError
-from outsize.models.faceid.gallery import Gallery
-from outsize.models.faceid.images import read_picture
-from outsize.models.faceid.top_k import unit_rows
+from outsize.models.faceid.base.collectives import Ranks
+from outsize.models.faceid.base.errors import GalleryError
+from outsize.models.faceid.embedder.file import load_embedder
+from outsize.models.faceid.gallery.gallery import Gallery
+from outsize.models.faceid.gallery.top_k import unit_rows
+from outsize.models.faceid.pictures.images import read_picture
 from outsize.sample_data.identities import SIZE
 from outsize.tests.support import commands
 from outsize.tests.support.embedders import DIM, make_embedder
@@ -213,7 +213,7 @@ def test_ranks_end_with_their_command_in_one_line(
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, place: str, sign: signal.Signals, call: int) -> None:
     """Send this process a signal when a function of gallery.py is called for the n-th time, before it does anything."""
-    module = "outsize.models.faceid.gallery"
+    module = "outsize.models.faceid.gallery.gallery"
     calls, function = itertools.count(1), getattr(sys.modules[module], place)
 
     def interrupted(*arguments: Any, **named: Any) -> Any:
@@ -497,7 +497,7 @@ def test_strangers_set_the_threshold(world: Path, gallery: Path) -> None:
 def test_a_long_search_shows_how_far_it_is(world: Path, gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("identify", gallery, next((world / "people").rglob("*.png")), "--embedder", world / "faces")
     assert "search" not in outsize(*words)[1]
-    monkeypatch.setattr("outsize.pipelines.face_gallery.SHOWN_ROWS", 1)
+    monkeypatch.setattr("outsize.pipelines.faces.gallery.SHOWN_ROWS", 1)
     assert re.search(r"^search: 100 %, took", outsize(*words)[1], re.MULTILINE)
     assert re.search(r"^search: 100 %, took", outsize("calibrate", gallery)[1], re.MULTILINE)
     _, said = outsize("evaluate", world / "people", "--embedder", world / "faces")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from outsize.models.faceid.checkpoint import list_generations, load_checkpoint
-from outsize.models.faceid.embedder_file import load_embedder
-from outsize.models.faceid.head import ShardedMarginHead
-from outsize.models.faceid.row_rules import RowRMS
+from outsize.models.faceid.embedder.file import load_embedder
+from outsize.models.faceid.layer.checkpoint import list_generations, load_checkpoint
+from outsize.models.faceid.layer.head import ShardedMarginHead
+from outsize.models.faceid.layer.row_rules import RowRMS
 from outsize.sample_data.faces import write_faces
 from torch import Tensor
 
@@ -248,10 +248,10 @@ def test_labels_that_are_numbers_keep_no_rows_in_another_source(tmp_path: Path, 
 
 def test_rows_of_other_tablets_and_types_come_over(tmp_path: Path) -> None:
     """More identities than a tablet has rows are another matter of the same code: places are by name alone."""
-    from outsize.pipelines.face_init import _copy_rows
+    from outsize.pipelines.faces.init import _copy_rows
 
     head = ShardedMarginHead(50, 8, rule=RowRMS(lr=0.1), storage=torch.float32, tablet_rows=16, block_rows=8, seed=1)
-    from outsize.models.faceid.checkpoint import save_checkpoint
+    from outsize.models.faceid.layer.checkpoint import save_checkpoint
 
     save_checkpoint(head, tmp_path, 3)
     other = ShardedMarginHead(40, 8, rule=RowRMS(lr=0.1), tablet_rows=24, block_rows=8, seed=2)

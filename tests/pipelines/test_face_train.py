@@ -23,14 +23,14 @@ from unittest.mock import Mock
 import numpy as np
 import psutil
 import pytest
-from outsize.models.faceid.image_list import read_image_list
-from outsize.pipelines import face_train as commanding
-from outsize.pipelines import ranks as pipelines_ranks
-from outsize.pipelines.charts import BLUE, RED
-from outsize.pipelines.cli_face import face_train
-from outsize.pipelines.cli_face_train import make_face_training
-from outsize.pipelines.face_training import FaceTraining
-from outsize.pipelines.ranks import RankError, RankRefusedError, run_as_rank, run_ranks
+from outsize.models.faceid.pictures.image_list import read_image_list
+from outsize.pipelines.base.charts import BLUE, RED
+from outsize.pipelines.commands.face import face_train
+from outsize.pipelines.commands.face_train import make_face_training
+from outsize.pipelines.faces import ranks as pipelines_ranks
+from outsize.pipelines.faces import train as commanding
+from outsize.pipelines.faces.options import FaceTraining
+from outsize.pipelines.faces.ranks import RankError, RankRefusedError, run_as_rank, run_ranks
 from outsize.sample_data.faces import write_faces
 from outsize.tests.support import commands
 from outsize.tiler.base.errors import UsageError

@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from distributed import Client
-from outsize.pipelines.console import Console, format_table
+from outsize.pipelines.base.console import Console, format_table
 from outsize.tests.support.commands import outsize_here
 from outsize.tiler.base.errors import OutputError, UsageError, one_line
 from outsize.tiler.base.typed import fits
@@ -155,7 +155,7 @@ def test_what_the_system_refuses_is_one_line_and_no_surprise(folder: Path, monke
         return fail
 
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG, errno.EIO, errno.EFBIG):
-        monkeypatch.setattr("outsize.pipelines.sample.run_sample", refuse(number))
+        monkeypatch.setattr("outsize.pipelines.segment.sample.run_sample", refuse(number))
         done = outsize_here("sample", "s")
         assert done.returncode == 1
         assert done.stderr.startswith(f"outsize: error: somewhere: {os.strerror(number)}; ")

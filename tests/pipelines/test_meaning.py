@@ -12,9 +12,9 @@ import rasterio
 import torch
 from distributed import Client
 from outsize.models import SegmentationClass, SegmentationModel, as_tile_network, describe_output, load_model
-from outsize.models.segmentation.meaning import Activation, Task
-from outsize.models.segmentation.palette import default_colour
-from outsize.models.segmentation.scaling import Scaling
+from outsize.models.segmentation.networks.meaning import Activation, Task
+from outsize.models.segmentation.networks.palette import default_colour
+from outsize.models.segmentation.networks.scaling import Scaling
 from outsize.tests.support.commands import outsize_here, result_of
 from outsize.tiler.analysis.network import analyze_network
 from outsize.tiler.base.choices import EngineName

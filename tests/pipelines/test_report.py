@@ -16,10 +16,10 @@ import pytest
 import rasterio
 import zarr
 from affine import Affine
-from outsize.pipelines.areas import count_areas
-from outsize.pipelines.console import Console
-from outsize.pipelines.quicklook import make_quicklook
-from outsize.pipelines.report import StoppedRun, measure_throughput, render_report
+from outsize.pipelines.base.console import Console
+from outsize.pipelines.segment.areas import count_areas
+from outsize.pipelines.segment.quicklook import make_quicklook
+from outsize.pipelines.segment.report import StoppedRun, measure_throughput, render_report
 from outsize.tests.support.commands import outsize
 from outsize.tiler.base.text import format_bytes
 from outsize.tiler.output.records import run_folder

@@ -16,13 +16,13 @@ import pytest
 import rasterio
 from affine import Affine
 from outsize.models import load_model
-from outsize.models.segmentation.metrics import Confusion
-from outsize.models.segmentation.scaling import Scaling
-from outsize.models.segmentation.split import Split
-from outsize.models.segmentation.trainer import Trainer
-from outsize.pipelines import train
-from outsize.pipelines.training_data import Survey
-from outsize.pipelines.training_log import TrainingLog, read_log
+from outsize.models.segmentation.networks.scaling import Scaling
+from outsize.models.segmentation.training.metrics import Confusion
+from outsize.models.segmentation.training.split import Split
+from outsize.models.segmentation.training.trainer import Trainer
+from outsize.pipelines.base.training_log import TrainingLog, read_log
+from outsize.pipelines.train.data import Survey
+from outsize.pipelines.train.run import run as train
 from outsize.tests.support import commands
 from outsize.tiler.base.errors import LabelError, OutputError
 from outsize.tiler.output.store import open_array
@@ -53,7 +53,7 @@ def trained(scene: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 _DYING = """
 import os, signal
-from outsize.models.segmentation.trainer import Trainer
+from outsize.models.segmentation.training.trainer import Trainer
 made, step = 0, Trainer.make_step
 def dying(self):
     global made
@@ -65,7 +65,7 @@ Trainer.make_step = dying
 """
 _INTERRUPTED_IN_VALIDATION = """
 import os, signal
-from outsize.models.segmentation.step import StepEngine
+from outsize.models.segmentation.training.step import StepEngine
 made, predict = 0, StepEngine.predict
 def interrupted(self, *arguments):
     global made
@@ -458,7 +458,7 @@ def _described(image: Path, folder: Path, names: tuple[str, ...]) -> Path:
 
 
 def _shipped() -> Path:
-    from outsize.models.segmentation.sources import default_model_path
+    from outsize.models.segmentation.files.sources import default_model_path
 
     return default_model_path()
 

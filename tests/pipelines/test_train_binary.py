@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from outsize.models import as_tile_network, load_model
-from outsize.models.segmentation.losses import CrossEntropy, OneAgainstAll
+from outsize.models.segmentation.training.losses import CrossEntropy, OneAgainstAll
 from outsize.tests.support.commands import outsize_here, result_of
 from outsize.tiler.base.errors import UsageError
 from outsize.tiler.base.geometry import Window

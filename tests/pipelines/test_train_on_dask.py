@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
-from outsize.models.segmentation.step import StepEngine
+from outsize.models.segmentation.training.step import StepEngine
 from outsize.tiler.base.geometry import Window
 from outsize.tiler.rasters.opening import open_raster
 from outsize.tiler.training import cluster as training_cluster

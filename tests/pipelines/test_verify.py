@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
-from outsize.pipelines import segment
+from outsize.pipelines.segment.run import run as segment
 from outsize.tests.support.commands import outsize, outsize_here, result_of
 from outsize.tiler.output.records import read_records, run_folder
 from outsize.tiler.output.store import open_array

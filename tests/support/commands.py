@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from outsize import pipelines
-from outsize.pipelines.cli import main
+from outsize.pipelines.commands.cli import main
 from outsize.tiler.system.process_end import end_with
 
 TIMEOUT_S = 600.0

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from outsize.models.faceid.checkpoint import save_checkpoint
-from outsize.models.faceid.embedder import SmallEmbedder
-from outsize.models.faceid.embedder_file import BACKBONE, DESCRIPTION, EmbedderDescription
-from outsize.models.faceid.head import ShardedMarginHead
-from outsize.models.faceid.row_rules import SGD
+from outsize.models.faceid.embedder.file import BACKBONE, DESCRIPTION, EmbedderDescription
+from outsize.models.faceid.embedder.network import SmallEmbedder
+from outsize.models.faceid.layer.checkpoint import save_checkpoint
+from outsize.models.faceid.layer.head import ShardedMarginHead
+from outsize.models.faceid.layer.row_rules import SGD
 from outsize.sample_data.identities import PIXEL_MEAN, PIXEL_SCALE, SIZE
 
 DIM = 32

@@ -37,7 +37,7 @@ CALM_S = 240.0
 
 
 def outsize(*words: str | Path) -> list[str]:
-    return [sys.executable, "-W", "ignore", "-m", "outsize.pipelines.cli", *map(str, words)]
+    return [sys.executable, "-W", "ignore", "-m", "outsize.pipelines.commands.cli", *map(str, words)]
 
 
 def hash_chunks(out: Path) -> dict[str, str]:

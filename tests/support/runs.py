@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from distributed import Client
-from outsize.models.segmentation.unet import UNet
+from outsize.models.segmentation.networks.unet import UNet
 from outsize.tiler.analysis.network import Network, analyze_network
 from outsize.tiler.base.geometry import Window
 from outsize.tiler.output.store import open_array, read_header

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from outsize.pipelines.cli import main
-from outsize.pipelines.training_log import read_log
+from outsize.pipelines.base.training_log import read_log
+from outsize.pipelines.commands.cli import main
 from safetensors.torch import load_file
 
 from .rasters import write_geotiff

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
-from outsize.models.segmentation.losses import CrossEntropy, Dice
-from outsize.models.segmentation.unet import UNet
+from outsize.models.segmentation.networks.unet import UNet
+from outsize.models.segmentation.training.losses import CrossEntropy, Dice
 from outsize.tiler.analysis.network import analyze_network
 from outsize.tiler.system.process_end import end_with
 from outsize.tiler.training.plan import TrainPlan

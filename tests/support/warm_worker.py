@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 
 import torch
-from outsize.models.segmentation.step import StepEngine as StepEngine
+from outsize.models.segmentation.training.step import StepEngine as StepEngine
 from outsize.tiler.analysis.network import analyze_network
 from outsize.tiler.training.cluster import TrainingCluster as TrainingCluster
 

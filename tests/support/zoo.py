@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from outsize.models.segmentation.unet import UNet
+from outsize.models.segmentation.networks.unet import UNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import Client
-from outsize.models.segmentation.unet import UNet
+from outsize.models.segmentation.networks.unet import UNet
 from outsize.tiler.analysis.network import Network, analyze_network
 from outsize.tiler.analysis.stated import state_network
 from outsize.tiler.base.errors import BudgetError, ExactnessError, OutputError, UsageError, WorkerError

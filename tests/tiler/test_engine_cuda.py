@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from outsize.models.segmentation.unet import UNet
+from outsize.models.segmentation.networks.unet import UNet
 from outsize.tiler.analysis.agreement import takes_batches
 from outsize.tiler.analysis.network import Network, analyze_network
 from outsize.tiler.base.errors import EngineError

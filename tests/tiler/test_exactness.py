@@ -147,7 +147,7 @@ def test_the_needed_interval_is_tight_for_the_unet() -> None:
 
 @pytest.mark.parametrize(("depth", "halo"), [(0, 2), (1, 8), (2, 22), (3, 46), (4, 94), (5, 190)])
 def test_the_unets_halo_is_the_known_one(depth: int, halo: int) -> None:
-    from outsize.models.segmentation.unet import UNet
+    from outsize.models.segmentation.networks.unet import UNet
     from outsize.tiler.base.geometry import Halo
 
     network = analyze_network(UNet(1, 1, (2,) * (depth + 1)).eval(), bands=1)

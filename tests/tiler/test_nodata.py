@@ -12,7 +12,7 @@ import pytest
 import rasterio
 import zarr
 from affine import Affine
-from outsize.pipelines.option_types import NodataValue
+from outsize.pipelines.base.option_types import NodataValue
 from outsize.tiler.base.errors import NotFiniteError, RasterError, UsageError
 from outsize.tiler.base.geometry import Window
 from outsize.tiler.copying.transfer import copy_raster

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import Client
-from outsize.pipelines.cli import cli
+from outsize.pipelines.commands.cli import cli
 from outsize.tiler.base.errors import BudgetError, OutputError
 from outsize.tiler.base.geometry import Window
 from outsize.tiler.copying.transfer import copy_raster
@@ -229,7 +229,7 @@ def test_the_commands_take_buckets(tmp_path: Path, server: ObjectServer, monkeyp
     server.use(monkeypatch)
 
     def outsize(*words: str) -> str:
-        command = [sys.executable, "-W", "ignore", "-m", "outsize.pipelines.cli", *words]
+        command = [sys.executable, "-W", "ignore", "-m", "outsize.pipelines.commands.cli", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import Client, LocalCluster, get_client, utils, worker_client
-from outsize.models.segmentation.losses import CrossEntropy
+from outsize.models.segmentation.training.losses import CrossEntropy
 from outsize.tiler.cluster.client import ClusterError, ClusterOptions, open_client
 from outsize.tiler.copying.transfer import copy_raster
 from outsize.tiler.rasters.opening import open_raster

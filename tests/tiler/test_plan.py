@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from outsize.models.segmentation.unet import UNet
+from outsize.models.segmentation.networks.unet import UNet
 from outsize.tiler.analysis.network import Network, analyze_network
 from outsize.tiler.base.errors import BudgetError, UsageError
 from outsize.tiler.base.geometry import Grid, Window

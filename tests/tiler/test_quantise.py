@@ -15,7 +15,7 @@ import pytest
 import torch
 from distributed import Client
 from outsize.models import as_tile_network, load_model
-from outsize.models.segmentation.unet import UNet
+from outsize.models.segmentation.networks.unet import UNet
 from outsize.sample_data.small import small_scene_path
 from outsize.tiler.analysis.network import Network, analyze_network
 from outsize.tiler.base.errors import EngineError, OutputError

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import Client
-from outsize.models.segmentation.unet import UNet
+from outsize.models.segmentation.networks.unet import UNet
 from outsize.tiler.analysis.network import analyze_network
 from outsize.tiler.analysis.receptive import AxisGraph, Slide
 from outsize.tiler.base.errors import BudgetError, ExactnessError, OutputError, RasterError, TilerError, UsageError

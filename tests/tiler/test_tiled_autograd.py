@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from outsize.models.segmentation.losses import CrossEntropy, Dice, SquaredLoss, SumOfLosses
-from outsize.models.segmentation.model import TileNetwork
-from outsize.models.segmentation.scaling import Scaling
-from outsize.models.segmentation.unet import UNet
+from outsize.models.segmentation.networks.model import TileNetwork
+from outsize.models.segmentation.networks.scaling import Scaling
+from outsize.models.segmentation.networks.unet import UNet
+from outsize.models.segmentation.training.losses import CrossEntropy, Dice, SquaredLoss, SumOfLosses
 from outsize.tiler.analysis.network import Network, analyze_network
 from outsize.tiler.base.errors import LabelError, UntileableError, UsageError
 from outsize.tiler.rasters.opening import open_raster

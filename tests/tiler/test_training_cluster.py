@@ -19,8 +19,8 @@ import pytest
 import torch
 from distributed import Client, Future, LocalCluster
 from distributed.client import FutureCancelledError
-from outsize.models.segmentation.losses import CrossEntropy, Dice, SumOfLosses
-from outsize.models.segmentation.unet import UNet
+from outsize.models.segmentation.networks.unet import UNet
+from outsize.models.segmentation.training.losses import CrossEntropy, Dice, SumOfLosses
 from outsize.tiler.analysis.network import analyze_network
 from outsize.tiler.base.errors import LabelError, UsageError
 from outsize.tiler.base.geometry import Window

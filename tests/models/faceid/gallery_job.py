@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from outsize.models.faceid.gallery import Gallery
+from outsize.models.faceid.gallery.gallery import Gallery
 from torch import distributed as dist
 
 

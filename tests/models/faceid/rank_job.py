@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from outsize.models.faceid.checkpoint import load_checkpoint, save_checkpoint
-from outsize.models.faceid.head import ShardedMarginHead
-from outsize.models.faceid.row_rules import RULES
+from outsize.models.faceid.layer.checkpoint import load_checkpoint, save_checkpoint
+from outsize.models.faceid.layer.head import ShardedMarginHead
+from outsize.models.faceid.layer.row_rules import RULES
 from outsize.tiler.system.process_end import end_with
 from torch import Tensor
 from torch import distributed as dist

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from outsize.models.faceid.augmentation import KINDS, Chance, FaceAugmentation
-from outsize.models.faceid.errors import HeadError
-from outsize.pipelines.cli_face import face_train
+from outsize.models.faceid.base.errors import HeadError
+from outsize.models.faceid.pictures.augmentation import KINDS, Chance, FaceAugmentation
+from outsize.pipelines.commands.face import face_train
 from PIL import Image
 
 NOISE = np.random.default_rng(0).integers(40, 200, (24, 24, 3), dtype=np.uint8)

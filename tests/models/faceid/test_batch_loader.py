@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from outsize.models.faceid.augmentation import FaceAugmentation
-from outsize.models.faceid.batch_loader import BatchLoader
-from outsize.models.faceid.errors import HeadError
-from outsize.models.faceid.face_source import PictureFiles, SourcePart, hold_out
-from outsize.models.faceid.image_list import read_image_list
+from outsize.models.faceid.base.errors import HeadError
+from outsize.models.faceid.pictures.augmentation import FaceAugmentation
+from outsize.models.faceid.pictures.batch_loader import BatchLoader
+from outsize.models.faceid.pictures.image_list import read_image_list
+from outsize.models.faceid.pictures.source import PictureFiles, SourcePart, hold_out
 from outsize.tiler.base.errors import UsageError
 from PIL import Image
 from pyarrow import parquet

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from outsize.models.faceid.checkpoint import LATEST, MANIFEST, list_generations, load_checkpoint, save_checkpoint
-from outsize.models.faceid.errors import HeadError
-from outsize.models.faceid.head import ShardedMarginHead
-from outsize.models.faceid.row_rules import SGD, Momentum, RowRMS, RowRule
+from outsize.models.faceid.base.errors import HeadError
+from outsize.models.faceid.layer.checkpoint import LATEST, MANIFEST, list_generations, load_checkpoint, save_checkpoint
+from outsize.models.faceid.layer.head import ShardedMarginHead
+from outsize.models.faceid.layer.row_rules import SGD, Momentum, RowRMS, RowRule
 
 pytestmark = pytest.mark.system
 
@@ -134,9 +134,9 @@ def test_the_last_generations_stay_and_latest_names_the_newest(tmp_path: Path) -
 JOB = """
     import os, sys
     import torch
-    from outsize.models.faceid.checkpoint import load_checkpoint, list_generations, save_checkpoint
-    from outsize.models.faceid.head import ShardedMarginHead
-    from outsize.models.faceid.row_rules import SGD
+    from outsize.models.faceid.layer.checkpoint import load_checkpoint, list_generations, save_checkpoint
+    from outsize.models.faceid.layer.head import ShardedMarginHead
+    from outsize.models.faceid.layer.row_rules import SGD
     torch.set_num_threads(1)
     while os.fork():  # each job is a process of its own, but torch is imported once
         os.wait()

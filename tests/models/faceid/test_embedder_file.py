@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from outsize.models.faceid.checkpoint import save_checkpoint
-from outsize.models.faceid.embedder import SmallEmbedder
-from outsize.models.faceid.embedder_file import BACKBONE, DESCRIPTION, EmbedderDescription, load_embedder
-from outsize.models.faceid.errors import GalleryError, HeadError
-from outsize.models.faceid.head import ShardedMarginHead
-from outsize.models.faceid.row_rules import SGD
+from outsize.models.faceid.base.errors import GalleryError, HeadError
+from outsize.models.faceid.embedder.file import BACKBONE, DESCRIPTION, EmbedderDescription, load_embedder
+from outsize.models.faceid.embedder.network import SmallEmbedder
+from outsize.models.faceid.layer.checkpoint import save_checkpoint
+from outsize.models.faceid.layer.head import ShardedMarginHead
+from outsize.models.faceid.layer.row_rules import SGD
 
 DESCRIBED = EmbedderDescription(architecture="small", dim=8, height=20, width=16, mean=100.0, scale=50.0)
 

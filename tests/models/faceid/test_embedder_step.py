@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from outsize.models.faceid.batch_loader import MicroBatch
-from outsize.models.faceid.collectives import Ranks
-from outsize.models.faceid.embedder import SmallEmbedder
-from outsize.models.faceid.embedder_step import GradientSum, StepResult, compute_full_loss, compute_step
-from outsize.models.faceid.errors import HeadError
-from outsize.models.faceid.feature_norm import normalise_batch
-from outsize.models.faceid.head import ShardedMarginHead
-from outsize.models.faceid.rate_schedule import RateSchedule
-from outsize.models.faceid.reference import compute_dense_loss
-from outsize.models.faceid.row_rules import SGD
+from outsize.models.faceid.base.collectives import Ranks
+from outsize.models.faceid.base.errors import HeadError
+from outsize.models.faceid.embedder.feature_norm import normalise_batch
+from outsize.models.faceid.embedder.network import SmallEmbedder
+from outsize.models.faceid.embedder.rate_schedule import RateSchedule
+from outsize.models.faceid.embedder.step import GradientSum, StepResult, compute_full_loss, compute_step
+from outsize.models.faceid.layer.head import ShardedMarginHead
+from outsize.models.faceid.layer.reference import compute_dense_loss
+from outsize.models.faceid.layer.row_rules import SGD
+from outsize.models.faceid.pictures.batch_loader import MicroBatch
 from torch import Tensor
 
 CLASSES, DIM = 21, 8

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from filelock import FileLock
-from outsize.models.faceid.errors import GalleryError, HeadError, HeadMemoryError
-from outsize.models.faceid.gallery import Answer, Gallery
-from outsize.models.faceid.gallery_file import Calibration
-from outsize.models.faceid.name_list import NAMES, NameList
-from outsize.models.faceid.top_k import exact_scores, unit_rows
+from outsize.models.faceid.base.errors import GalleryError, HeadError, HeadMemoryError
+from outsize.models.faceid.base.name_list import NAMES, NameList
+from outsize.models.faceid.gallery.files import Calibration
+from outsize.models.faceid.gallery.gallery import Answer, Gallery
+from outsize.models.faceid.gallery.top_k import exact_scores, unit_rows
 
 from . import gallery_job
 
@@ -141,7 +141,7 @@ def test_rows_from_the_disk_and_from_memory_answer_the_same_within_the_plan(tmp_
 MEASURED = """
     import sys
     import numpy as np
-    from outsize.models.faceid.gallery import Gallery
+    from outsize.models.faceid.gallery.gallery import Gallery
     from outsize.tiler.system.meter import MemoryMeter, process_bytes
     gallery = Gallery.open(sys.argv[1], memory=sys.argv[2], threads=2)
     queries = np.random.default_rng(1).normal(size=(300, 256))
@@ -203,7 +203,7 @@ def test_what_an_interrupted_change_left_is_deleted_when_the_gallery_is_opened(
     gallery = make(tmp_path / "g")
     rows = vectors(20, 0)
     gallery.enroll([str(number) for number in range(20)], rows)
-    monkeypatch.setattr("outsize.models.faceid.gallery.remove_leftovers", lambda *_: 0)  # as if killed before
+    monkeypatch.setattr("outsize.models.faceid.gallery.gallery.remove_leftovers", lambda *_: 0)  # as if killed before
     gallery.remove(["5"])
     everything = b"".join(path.read_bytes() for path in (tmp_path / "g").iterdir())
     assert rows[5].tobytes() in everything
@@ -219,7 +219,7 @@ def test_what_an_interrupted_change_left_is_deleted_when_the_gallery_is_opened(
 JOB = """
     import sys
     import numpy as np
-    from outsize.models.faceid.gallery import Gallery
+    from outsize.models.faceid.gallery.gallery import Gallery
     gallery = Gallery.open(sys.argv[1], threads=1)
     rows = np.eye(64, dtype=np.float32)
     number = gallery.generation

@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from outsize.models.faceid import gallery_file
-from outsize.models.faceid.errors import GalleryError, HeadError
-from outsize.models.faceid.gallery import Gallery
-from outsize.models.faceid.gallery_file import HEADER_BYTES, Manifest, find_damage, read_newest, write_manifest
-from outsize.models.faceid.images import ImageError, find_people, read_picture
-from outsize.models.faceid.name_list import NameList, compose
-from outsize.models.faceid.top_k import unit_rows
+from outsize.models.faceid.base.errors import GalleryError, HeadError
+from outsize.models.faceid.base.name_list import NameList, compose
+from outsize.models.faceid.gallery.files import HEADER_BYTES, Manifest, find_damage, read_newest, write_manifest
+from outsize.models.faceid.gallery.gallery import Gallery
+from outsize.models.faceid.gallery.gallery import files as gallery_file
+from outsize.models.faceid.gallery.top_k import unit_rows
+from outsize.models.faceid.pictures.images import ImageError, find_people, read_picture
 
 DIM = 19
 NFC, NFD = unicodedata.normalize("NFC", "René"), unicodedata.normalize("NFD", "René")
@@ -244,7 +244,7 @@ def test_a_gallery_whose_names_cannot_be_composed_says_why(tmp_path: Path, monke
     def refuse(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("outsize.models.faceid.gallery.write_rows", refuse)
+    monkeypatch.setattr("outsize.models.faceid.gallery.gallery.write_rows", refuse)
     with pytest.raises(GalleryError, match="to be composed, and cannot be written: Permission denied; open it once"):
         Gallery.open(tmp_path / "g")
 

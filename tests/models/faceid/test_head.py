@@ -9,12 +9,12 @@ import time
 
 import pytest
 import torch
-from outsize.models.faceid.errors import HeadError
-from outsize.models.faceid.head import ShardedMarginHead
-from outsize.models.faceid.margins import Margin, margin_from
-from outsize.models.faceid.reference import compute_dense_loss
-from outsize.models.faceid.row_rules import SGD, Momentum, RowRMS, RowRule
-from outsize.models.faceid.threads import run_tablets
+from outsize.models.faceid.base.errors import HeadError
+from outsize.models.faceid.layer.head import ShardedMarginHead
+from outsize.models.faceid.layer.margins import Margin, margin_from
+from outsize.models.faceid.layer.reference import compute_dense_loss
+from outsize.models.faceid.layer.row_rules import SGD, Momentum, RowRMS, RowRule
+from outsize.models.faceid.layer.threads import run_tablets
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -8,10 +8,10 @@ import textwrap
 
 import pytest
 import torch
-from outsize.models.faceid.errors import HeadMemoryError
-from outsize.models.faceid.head import ShardedMarginHead
-from outsize.models.faceid.head_plan import plan_head
-from outsize.models.faceid.row_rules import SGD, Momentum, RowRMS
+from outsize.models.faceid.base.errors import HeadMemoryError
+from outsize.models.faceid.layer.head import ShardedMarginHead
+from outsize.models.faceid.layer.head_plan import plan_head
+from outsize.models.faceid.layer.row_rules import SGD, Momentum, RowRMS
 
 pytestmark = pytest.mark.system
 
@@ -53,8 +53,8 @@ STEP = """
     import re, sys
     from pathlib import Path
     import torch
-    from outsize.models.faceid.head import ShardedMarginHead
-    from outsize.models.faceid.row_rules import SGD
+    from outsize.models.faceid.layer.head import ShardedMarginHead
+    from outsize.models.faceid.layer.row_rules import SGD
     torch.set_num_threads(1)
     classes, batch, dim = (int(value) for value in sys.argv[1:])
     head = ShardedMarginHead(classes, dim, rule=SGD(lr=0.1))

@@ -10,12 +10,12 @@ from functools import partial
 
 import pytest
 import torch
-from outsize.models.faceid import margin_softmax
-from outsize.models.faceid.collectives import Ranks
-from outsize.models.faceid.errors import HeadError
-from outsize.models.faceid.head import ShardedMarginHead
-from outsize.models.faceid.reference import compute_dense_loss
-from outsize.models.faceid.row_rules import SGD, Momentum, RowRMS, RowRule
+from outsize.models.faceid.base.collectives import Ranks
+from outsize.models.faceid.base.errors import HeadError
+from outsize.models.faceid.layer import margin_softmax
+from outsize.models.faceid.layer.head import ShardedMarginHead
+from outsize.models.faceid.layer.reference import compute_dense_loss
+from outsize.models.faceid.layer.row_rules import SGD, Momentum, RowRMS, RowRule
 from torch import Tensor
 
 DIM, CLASSES = 8, 61

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from outsize.models.faceid.errors import HeadError
-from outsize.models.faceid.identification import measure_identification, split_pictures
-from outsize.models.faceid.top_k import unit_rows
+from outsize.models.faceid.base.errors import HeadError
+from outsize.models.faceid.gallery.top_k import unit_rows
+from outsize.models.faceid.scores.identification import measure_identification, split_pictures
 
 
 def test_rates_are_those_of_the_dense_table_of_scores() -> None:

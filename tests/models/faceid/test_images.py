@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from outsize.models.faceid.images import ImageError, find_people, read_picture
+from outsize.models.faceid.pictures.images import ImageError, find_people, read_picture
 from outsize.tiler.base.errors import UsageError
 from PIL import Image
 

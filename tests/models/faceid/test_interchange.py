@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from outsize.models.faceid.errors import HeadError
-from outsize.models.faceid.head import ShardedMarginHead
-from outsize.models.faceid.interchange import export_safetensors, import_insightface
-from outsize.models.faceid.reference import compute_dense_loss
-from outsize.models.faceid.row_rules import SGD, Momentum, RowRMS, RowRule
+from outsize.models.faceid.base.errors import HeadError
+from outsize.models.faceid.layer.head import ShardedMarginHead
+from outsize.models.faceid.layer.interchange import export_safetensors, import_insightface
+from outsize.models.faceid.layer.reference import compute_dense_loss
+from outsize.models.faceid.layer.row_rules import SGD, Momentum, RowRMS, RowRule
 from safetensors import safe_open
 from torch import Tensor
 

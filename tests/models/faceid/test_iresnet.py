@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from outsize.models.faceid.embedder_file import EmbedderDescription
-from outsize.models.faceid.errors import HeadError
-from outsize.models.faceid.iresnet import IResNet
+from outsize.models.faceid.base.errors import HeadError
+from outsize.models.faceid.embedder.file import EmbedderDescription
+from outsize.models.faceid.embedder.iresnet import IResNet
 from torch import nn
 
 

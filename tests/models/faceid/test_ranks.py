@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from outsize.models.faceid.head import ShardedMarginHead
-from outsize.models.faceid.margins import Margin
-from outsize.models.faceid.reference import compute_dense_loss
-from outsize.models.faceid.row_rules import RULES, SGD
+from outsize.models.faceid.layer.head import ShardedMarginHead
+from outsize.models.faceid.layer.margins import Margin
+from outsize.models.faceid.layer.reference import compute_dense_loss
+from outsize.models.faceid.layer.row_rules import RULES, SGD
 from torch import Tensor
 
 from . import rank_job

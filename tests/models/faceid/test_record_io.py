@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from outsize.models.faceid.errors import HeadError
-from outsize.models.faceid.face_source import RecordPictures
-from outsize.models.faceid.images import ImageError
-from outsize.models.faceid.record_io import RecordFile
+from outsize.models.faceid.base.errors import HeadError
+from outsize.models.faceid.pictures.images import ImageError
+from outsize.models.faceid.pictures.record_io import RecordFile
+from outsize.models.faceid.pictures.source import RecordPictures
 
 from ...support.record_files import MAGIC, entry, indexed, picture, write
 

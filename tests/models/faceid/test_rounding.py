@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from outsize.models.faceid import rounding
-from outsize.models.faceid.rounding import RandomBits, round_stochastic
+from outsize.models.faceid.layer import rounding
+from outsize.models.faceid.layer.rounding import RandomBits, round_stochastic
 
 HALVES = [torch.float16, torch.bfloat16]
 

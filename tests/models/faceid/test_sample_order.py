@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from outsize.models.faceid.errors import HeadError
-from outsize.models.faceid.sample_order import SampleOrder, share_of
+from outsize.models.faceid.base.errors import HeadError
+from outsize.models.faceid.pictures.sample_order import SampleOrder, share_of
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 5, 64, 65, 997, 4096])

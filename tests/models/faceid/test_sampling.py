@@ -7,14 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from outsize.models.faceid.errors import HeadError
-from outsize.models.faceid.head import ShardedMarginHead
-from outsize.models.faceid.head_plan import plan_head
-from outsize.models.faceid.margin_softmax import FirstPass
-from outsize.models.faceid.reference import compute_dense_loss
-from outsize.models.faceid.row_rules import SGD, Momentum, RowRMS, RowRule
-from outsize.models.faceid.sampling import DENOMINATORS, Sampling
-from outsize.models.faceid.tablets import TabletLayout
+from outsize.models.faceid.base.errors import HeadError
+from outsize.models.faceid.layer.head import ShardedMarginHead
+from outsize.models.faceid.layer.head_plan import plan_head
+from outsize.models.faceid.layer.margin_softmax import FirstPass
+from outsize.models.faceid.layer.reference import compute_dense_loss
+from outsize.models.faceid.layer.row_rules import SGD, Momentum, RowRMS, RowRule
+from outsize.models.faceid.layer.sampling import DENOMINATORS, Sampling
+from outsize.models.faceid.layer.tablets import TabletLayout
 from torch import Tensor
 
 DIM, CLASSES, TABLET, STRIP = 12, 141, 32, 4

@@ -7,8 +7,8 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from outsize.models.faceid.errors import HeadError
-from outsize.models.faceid.tablets import TabletLayout
+from outsize.models.faceid.base.errors import HeadError
+from outsize.models.faceid.layer.tablets import TabletLayout
 
 
 @given(st.integers(1, 5000), st.integers(1, 9), st.integers(1, 6), st.integers(1, 5))

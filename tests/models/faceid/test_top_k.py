@@ -8,11 +8,20 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from outsize.models.faceid.collectives import Ranks
-from outsize.models.faceid.errors import HeadError
-from outsize.models.faceid.search import ArrayRows, search_rows
-from outsize.models.faceid.tablets import TabletLayout
-from outsize.models.faceid.top_k import NOBODY, Best, TopK, error_bound, exact_scores, fold_sum, merge_best, unit_rows
+from outsize.models.faceid.base.collectives import Ranks
+from outsize.models.faceid.base.errors import HeadError
+from outsize.models.faceid.gallery.search import ArrayRows, search_rows
+from outsize.models.faceid.gallery.top_k import (
+    NOBODY,
+    Best,
+    TopK,
+    error_bound,
+    exact_scores,
+    fold_sum,
+    merge_best,
+    unit_rows,
+)
+from outsize.models.faceid.layer.tablets import TabletLayout
 
 ROWS, DIM, QUERIES = 2003, 61, 13
 ALONE = Ranks(group=None, rank=0, size=1)
@@ -97,8 +106,8 @@ def test_any_blocks_threads_and_parts_of_queries_give_the_same_bits() -> None:
 def test_of_equal_rows_the_first_owner_comes_first_and_thousands_of_them_are_no_harm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("outsize.models.faceid.top_k.PART", 100)
-    monkeypatch.setattr("outsize.models.faceid.top_k.SCORED", 17)
+    monkeypatch.setattr("outsize.models.faceid.gallery.top_k.PART", 100)
+    monkeypatch.setattr("outsize.models.faceid.gallery.top_k.SCORED", 17)
     rows = np.repeat(vectors(1, 0), 700, axis=0)
     queries = np.concatenate([rows[:3], -rows[:2]])
     best = search(rows, np.arange(700)[::-1].copy(), queries, 5)

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from outsize.models.faceid import verification
-from outsize.models.faceid.errors import HeadError
-from outsize.models.faceid.order_statistics import count_first, keys_of, score_of, select_from_top
-from outsize.models.faceid.pair_list import Pair, PairList, read_pairs, write_pairs
-from outsize.models.faceid.top_k import unit_rows
-from outsize.models.faceid.verification import (
+from outsize.models.faceid.base.errors import HeadError
+from outsize.models.faceid.gallery.top_k import unit_rows
+from outsize.models.faceid.scores import verification
+from outsize.models.faceid.scores.order_statistics import count_first, keys_of, score_of, select_from_top
+from outsize.models.faceid.scores.pair_list import Pair, PairList, read_pairs, write_pairs
+from outsize.models.faceid.scores.verification import (
     allow,
     count_blocks,
     find_threshold,

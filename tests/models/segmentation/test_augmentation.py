@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from outsize.models.segmentation.augmentation import Augmentation, Turn, Variant
-from outsize.models.segmentation.scene import SceneLabels, TrainingScene, VariantRaster
-from outsize.models.segmentation.split import Split
+from outsize.models.segmentation.training.augmentation import Augmentation, Turn, Variant
+from outsize.models.segmentation.training.scene import SceneLabels, TrainingScene, VariantRaster
+from outsize.models.segmentation.training.split import Split
 from outsize.tiler.base.errors import UsageError
 from outsize.tiler.base.geometry import Grid, Window
 from outsize.tiler.labels.labels import UNLABELLED, LabelOptions, open_labels

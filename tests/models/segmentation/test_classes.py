@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from outsize.models.segmentation.classes import find_classes, parse_classes
+from outsize.models.segmentation.files.classes import find_classes, parse_classes
 from outsize.sample_data.scene import CLASSES, Scene
 from outsize.sample_data.write import write_scene
 from outsize.tiler.base.errors import UsageError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from outsize.models.segmentation.losses import (
+from outsize.models.segmentation.training.losses import (
     BinaryCrossEntropy,
     CrossEntropy,
     Dice,

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from outsize.models import SegmentationClass, SegmentationModel, as_tile_network, describe_output
-from outsize.models.segmentation.ending import watch
-from outsize.models.segmentation.meaning import Statement
-from outsize.models.segmentation.model import default_output, fit_classes, meaning_of
-from outsize.models.segmentation.probe import find_meaning
-from outsize.models.segmentation.scaling import Scaling
-from outsize.models.segmentation.sources import name_classes
+from outsize.models.segmentation.files.sources import name_classes
+from outsize.models.segmentation.networks.ending import watch
+from outsize.models.segmentation.networks.meaning import Statement
+from outsize.models.segmentation.networks.model import default_output, fit_classes, meaning_of
+from outsize.models.segmentation.networks.probe import find_meaning
+from outsize.models.segmentation.networks.scaling import Scaling
 from outsize.tiler.base.dtypes import output_nodata, stored_dtype
 from outsize.tiler.base.errors import OutputError, UsageError
 from outsize.tiler.output.values import as_stored

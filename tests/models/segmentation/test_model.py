@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from outsize.models.segmentation.metrics import Confusion
-from outsize.models.segmentation.model import SegmentationClass, SegmentationModel, as_tile_network
-from outsize.models.segmentation.scaling import Scaling
-from outsize.models.segmentation.sources import default_model_path, load_model, save_model
-from outsize.models.segmentation.trust import ModelFileError
-from outsize.models.segmentation.unet import UNet
+from outsize.models.segmentation.files.sources import default_model_path, load_model, save_model
+from outsize.models.segmentation.networks.model import SegmentationClass, SegmentationModel, as_tile_network
+from outsize.models.segmentation.networks.scaling import Scaling
+from outsize.models.segmentation.networks.trust import ModelFileError
+from outsize.models.segmentation.networks.unet import UNet
+from outsize.models.segmentation.training.metrics import Confusion
 from outsize.sample_data.scene import CLASSES, COLOURS
 from outsize.sample_data.small import small_scene_path
 from outsize.tiler.base.errors import UsageError

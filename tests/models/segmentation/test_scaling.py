@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from outsize.models.segmentation.mlm import scaling_from_objects, scaling_objects
-from outsize.models.segmentation.model import TileNetwork
-from outsize.models.segmentation.palette import default_colour
-from outsize.models.segmentation.scaling import Scaling
-from outsize.models.segmentation.trust import ModelFileError
+from outsize.models.segmentation.files.mlm import scaling_from_objects, scaling_objects
+from outsize.models.segmentation.networks.model import TileNetwork
+from outsize.models.segmentation.networks.palette import default_colour
+from outsize.models.segmentation.networks.scaling import Scaling
+from outsize.models.segmentation.networks.trust import ModelFileError
 from outsize.tiler.base.errors import UsageError
 from stac_model.input import ModelInput
 

@@ -20,13 +20,14 @@ import cloudpickle
 import pytest
 import torch
 from outsize.models import Scaling, SegmentationModel, UNet, as_tile_network
-from outsize.models.segmentation import exported, sources, trust
-from outsize.models.segmentation.exported import ExportedNetwork, export_network
-from outsize.models.segmentation.finite import require_finite_weights
-from outsize.models.segmentation.mlm import default_classes
-from outsize.models.segmentation.palette import default_colour
-from outsize.models.segmentation.sources import load_model, save_model
-from outsize.models.segmentation.trust import ModelFileError, read_model_file
+from outsize.models.segmentation.files import sources
+from outsize.models.segmentation.files.mlm import default_classes
+from outsize.models.segmentation.files.sources import load_model, save_model
+from outsize.models.segmentation.networks import exported, trust
+from outsize.models.segmentation.networks.exported import ExportedNetwork, export_network
+from outsize.models.segmentation.networks.finite import require_finite_weights
+from outsize.models.segmentation.networks.palette import default_colour
+from outsize.models.segmentation.networks.trust import ModelFileError, read_model_file
 from outsize.tiler.analysis.network import analyze_network
 from outsize.tiler.base.errors import OutputError, UsageError
 from safetensors.torch import save_file

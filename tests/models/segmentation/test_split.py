@@ -8,14 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from outsize.models.segmentation.split import (
-    Split,
-    choose_block,
-    choose_split,
-    compute_reach,
-    seed_offset,
-)
-from outsize.models.segmentation.unet import UNet
+from outsize.models.segmentation.networks.unet import UNet
+from outsize.models.segmentation.training.split import Split, choose_block, choose_split, compute_reach, seed_offset
 from outsize.tiler.analysis.network import Network, analyze_network
 from outsize.tiler.base.errors import UsageError
 from outsize.tiler.base.geometry import Grid, Interval, Window

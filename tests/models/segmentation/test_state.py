@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from outsize.models.segmentation.state import find_network, find_states, fit_state, read_states
-from outsize.models.segmentation.trust import ModelFileError, Trust, read_model_file
+from outsize.models.segmentation.files.state import find_network, find_states, fit_state, read_states
+from outsize.models.segmentation.networks.trust import ModelFileError, Trust, read_model_file
 from torch import Tensor, nn
 
 State = dict[str, Tensor]

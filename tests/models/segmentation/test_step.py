@@ -8,22 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from outsize.models.segmentation.augmentation import Augmentation
-from outsize.models.segmentation.loss_text import parse_loss
-from outsize.models.segmentation.losses import OneAgainstAll
-from outsize.models.segmentation.model import TileNetwork
-from outsize.models.segmentation.sampling import (
-    ImageSampler,
-    TileSampler,
-    TrainingTile,
-    labelled_cells,
-)
-from outsize.models.segmentation.scaling import Scaling
-from outsize.models.segmentation.scene import SceneLabels, TrainingScene
-from outsize.models.segmentation.split import Split
-from outsize.models.segmentation.step import StepEngine
-from outsize.models.segmentation.survey import count_labels
-from outsize.models.segmentation.unet import UNet
+from outsize.models.segmentation.networks.model import TileNetwork
+from outsize.models.segmentation.networks.scaling import Scaling
+from outsize.models.segmentation.networks.unet import UNet
+from outsize.models.segmentation.training.augmentation import Augmentation
+from outsize.models.segmentation.training.loss_text import parse_loss
+from outsize.models.segmentation.training.losses import OneAgainstAll
+from outsize.models.segmentation.training.sampling import ImageSampler, TileSampler, TrainingTile, labelled_cells
+from outsize.models.segmentation.training.scene import SceneLabels, TrainingScene
+from outsize.models.segmentation.training.split import Split
+from outsize.models.segmentation.training.step import StepEngine
+from outsize.models.segmentation.training.survey import count_labels
 from outsize.tiler.analysis.network import Network, analyze_network
 from outsize.tiler.base.errors import LabelError, UsageError
 from outsize.tiler.base.geometry import Window

@@ -7,21 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from outsize.models.segmentation.average import WeightAverage
-from outsize.models.segmentation.checkpoint import TrainingState, load_state, save_state
-from outsize.models.segmentation.metrics import Confusion
-from outsize.models.segmentation.moments import Moments
-from outsize.models.segmentation.optimiser import (
+from outsize.models.segmentation.training.average import WeightAverage
+from outsize.models.segmentation.training.checkpoint import TrainingState, load_state, save_state
+from outsize.models.segmentation.training.metrics import Confusion
+from outsize.models.segmentation.training.moments import Moments
+from outsize.models.segmentation.training.optimiser import (
     OptimiserName,
     load_optimiser,
     make_optimiser,
     optimiser_tensors,
     set_rate,
 )
-from outsize.models.segmentation.recipe import Recipe
-from outsize.models.segmentation.schedule import Schedule
-from outsize.models.segmentation.step import StepGradient
-from outsize.models.segmentation.trainer import Trainer
+from outsize.models.segmentation.training.recipe import Recipe
+from outsize.models.segmentation.training.schedule import Schedule
+from outsize.models.segmentation.training.step import StepGradient
+from outsize.models.segmentation.training.trainer import Trainer
 from outsize.tiler.base.errors import OutputError
 from torch import nn
 

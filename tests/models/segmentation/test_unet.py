@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from outsize.models.segmentation.norm import FrozenNorm, calibrating, fold_norms
-from outsize.models.segmentation.unet import UNet
+from outsize.models.segmentation.networks.norm import FrozenNorm, calibrating, fold_norms
+from outsize.models.segmentation.networks.unet import UNet
 from outsize.tiler.base.errors import UsageError
 from torch import nn
 

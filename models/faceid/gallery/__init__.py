@@ -1,0 +1,1 @@
+"""The gallery of enrolled faces, its files and its exact search; draws on the layer's tablets."""

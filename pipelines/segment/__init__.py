@@ -1,0 +1,1 @@
+"""The commands on rasters and models: one file a command; draws on `base`."""
