@@ -1,1 +1,1 @@
-"""Networks that make features of pictures, their files, and their step through the layer; draws on `layer` and `pictures`."""
+"""Networks that make features of pictures, their files, their steps; draws on `layer` and `pictures`."""

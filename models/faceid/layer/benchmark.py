@@ -146,7 +146,7 @@ def run_rank(rank: int, spec: BenchmarkSpec, folder: Path) -> None:
 
 
 def main(rank: int, folder: Path, command: int) -> None:
-    """`python -m outsize.models.faceid.layer.benchmark RANK FOLDER PID`: the spec is in FOLDER/spec.json, PID starts it."""
+    """`python -m outsize.models.faceid.layer.benchmark RANK FOLDER PID`: reads FOLDER/spec.json; PID is its parent."""
     die_with_parent(command)
     warnings.simplefilter("ignore")
     run_rank(rank, BenchmarkSpec(**json.loads((folder / "spec.json").read_text())), folder)

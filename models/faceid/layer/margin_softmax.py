@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..base.errors import HeadError
+from .class_rows import ClassRows
 from .rounding import RandomBits, round_stochastic
 from .row_rules import RowRule
 from .sampling import Sampling
@@ -20,24 +21,21 @@ from .streamed_softmax import SHORTEST, Batch, Block, Kept, Seen, Streamer, Tabl
 from .tablets import Tablet
 from .threads import exact_products, run_tablets
 
-if TYPE_CHECKING:
-    from .head import ShardedMarginHead
-
 FIXED_POINT_BITS = 60
 """Of a gradient's sum in fixed point: whole numbers add to the same in any order, so that no rank waits for another."""
-_WAITING: WeakKeyDictionary[ShardedMarginHead, WeakSet[Any]] = WeakKeyDictionary()
+_WAITING: WeakKeyDictionary[ClassRows, WeakSet[Any]] = WeakKeyDictionary()
 """Nodes of forwards that have not had their backward."""
 LARGEST_SQUARED = 1e100
 """Numbers of a feature up to which their squares are added as they are."""
 
 
-def compute_loss(head: ShardedMarginHead, features: Tensor, labels: Tensor) -> Tensor:
+def compute_loss(head: ClassRows, features: Tensor, labels: Tensor) -> Tensor:
     """The loss of what `head` sees in its next step, whose backward moves the rows."""
     loss: Tensor = _MarginSoftmax.apply(features, head.rows, head, labels)  # pyright: ignore[reportAssignmentType]
     return loss
 
 
-def compute_full_loss(head: ShardedMarginHead, features: Tensor, labels: Tensor) -> Tensor:
+def compute_full_loss(head: ClassRows, features: Tensor, labels: Tensor) -> Tensor:
     """The loss over all classes."""
     with exact_products():
         return FirstPass(head, features, labels).loss.to(_loss_dtype(features))
@@ -52,7 +50,7 @@ class FirstPass:
 
     def __init__(
         self,
-        head: ShardedMarginHead,
+        head: ClassRows,
         features: Tensor,
         labels: Tensor,
         *,
@@ -77,7 +75,7 @@ class FirstPass:
         ]
         self.normaliser, self.loss = self._measure(head, keep, sampling)
 
-    def _measure(self, head: ShardedMarginHead, keep: bool, sampling: Sampling | None) -> tuple[Tensor, Tensor]:
+    def _measure(self, head: ClassRows, keep: bool, sampling: Sampling | None) -> tuple[Tensor, Tensor]:
         began = time.perf_counter()
         classes = self.labels[self.valid].unique().cpu().numpy()
 
@@ -135,7 +133,7 @@ class _MarginSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, rows: Tensor, head: ShardedMarginHead, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, features: Tensor, rows: Tensor, head: ClassRows, labels: Tensor) -> Tensor:
         keep = head.keep_cosines and any(ctx.needs_input_grad)
         sampling = head.sampling if head.sampling.share < 1 else None
         with exact_products():
@@ -152,7 +150,7 @@ class _MarginSoftmax(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         with exact_products():
-            head: ShardedMarginHead = ctx.head
+            head: ClassRows = ctx.head
             first = _take_first(ctx)
             unit = first.batch.unit64
             local = unit.new_zeros((first.mine.stop - first.mine.start, head.dim))
@@ -189,7 +187,7 @@ def _take_first(ctx: Any) -> FirstPass:
     Raises:
         HeadError: it was taken before; the rows have moved since; two forwards want to move them at once.
     """
-    head: ShardedMarginHead = ctx.head
+    head: ClassRows = ctx.head
     first: FirstPass | None = ctx.first
     if first is None:
         raise HeadError(
@@ -206,7 +204,7 @@ def _take_first(ctx: Any) -> FirstPass:
     return first
 
 
-def _descend(head: ShardedMarginHead, first: FirstPass) -> tuple[Tensor, Tensor | None]:
+def _descend(head: ClassRows, first: FirstPass) -> tuple[Tensor, Tensor | None]:
     """(gradient for all x^ of the batch in float64, gradient of own rows where there is no rule)."""
     normaliser = torch.where(first.valid, first.normaliser, torch.inf)
     weight = 1 / first.count
@@ -229,7 +227,7 @@ def _descend(head: ShardedMarginHead, first: FirstPass) -> tuple[Tensor, Tensor 
 
     items = [
         (tablet, rows, state, at)
-        for (tablet, rows), (_, state), at in zip(head.own_rows(), head.own_state(), head._starts(), strict=True)
+        for (tablet, rows), (_, state), at in zip(head.own_rows(), head.own_state(), head.starts(), strict=True)
     ]
     head.is_torn = head.rule is not None
     run_tablets(descend, items, list(zip(first.streamers, sums, strict=True)))
@@ -262,7 +260,7 @@ class _GradientSums:
 class _Writer:
     """Moves blocks of rows by the rule, rounds them, stores them; any thread's."""
 
-    def __init__(self, head: ShardedMarginHead, rule: RowRule) -> None:
+    def __init__(self, head: ClassRows, rule: RowRule) -> None:
         self._rule, self._storage = rule, head.storage
         half = head.storage in (torch.float16, torch.bfloat16)
         self._bits = RandomBits(head.seed, head.step, head.storage) if half else None

@@ -1,1 +1,1 @@
-"""Losses, samples, steps and scores of a training: values and tensors, nothing of files or terminals but its checkpoint; may draw on `files` and `networks`."""
+"""Losses, samples, steps, scores and checkpoints of a training; nothing of terminals; draws on `files`."""

@@ -63,7 +63,7 @@ def test_loss_and_gradients_are_the_dense_layers(classes: int, margin: str, keep
     assert isinstance(head.rows, torch.nn.Parameter)
     assert head.rows.grad is not None
     assert (ours.grad - theirs.grad).abs().max() < 1e-10
-    gradient = torch.cat([head.rows.grad[s : s + t.rows] for t, s in zip(head.tablets, head._starts(), strict=True)])
+    gradient = torch.cat([head.rows.grad[s : s + t.rows] for t, s in zip(head.tablets, head.starts(), strict=True)])
     assert (gradient - weight.grad).abs().max() < 1e-10
 
 

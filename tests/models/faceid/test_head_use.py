@@ -94,7 +94,7 @@ def test_forwards_before_a_backward_are_right_or_refused(rule: RowRule, order: s
     assert (gradient - wanted).abs().max() < 1e-10
     if not isinstance(rule, RowRMS):
         moved = torch.cat([rows[: tablet.rows] for tablet, rows in head.own_rows()])
-        start = torch.cat([before[s : s + t.rows] for t, s in zip(head.tablets, head._starts(), strict=True)])
+        start = torch.cat([before[s : s + t.rows] for t, s in zip(head.tablets, head.starts(), strict=True)])
         assert (moved - (start - 0.1 * weight)).abs().max() < 1e-10
     after = head.rows.clone()
     with pytest.raises(HeadError, match="the rows have moved since this forward"):
@@ -208,7 +208,7 @@ def test_what_has_no_direction_is_left_where_it_is(storage: torch.dtype) -> None
     assert not features.grad[1:3].any()
     assert (features.grad - wanted).abs().max() < 1e-5
     assert head.rows.isfinite().all()
-    starts = dict(zip((tablet.first for tablet in head.tablets), head._starts(), strict=True))
+    starts = dict(zip((tablet.first for tablet in head.tablets), head.starts(), strict=True))
     assert starts[0] == 0
     assert not head.rows[50].any()
 

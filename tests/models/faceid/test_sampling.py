@@ -78,9 +78,7 @@ def test_loss_and_gradients_are_the_dense_layers_of_the_same_rows(
         (3 * loss).backward()
         assert isinstance(head.rows, torch.nn.Parameter)
         assert head.rows.grad is not None
-        gradient = torch.cat(
-            [head.rows.grad[s : s + t.rows] for t, s in zip(head.tablets, head._starts(), strict=True)]
-        )
+        gradient = torch.cat([head.rows.grad[s : s + t.rows] for t, s in zip(head.tablets, head.starts(), strict=True)])
         touched = gradient.any(dim=1)
         seen.add(tuple(touched.tolist()))
         weights = weigh_by_hand(touched, labels, denominator)
@@ -114,7 +112,7 @@ def test_what_is_not_seen_keeps_its_bits_and_the_rest_moves_as_the_dense_layer(
     assert probe.rows.grad is not None
     touched = probe.rows.grad.any(dim=1)
     weigh_by_hand(
-        torch.cat([touched[s : s + t.rows] for t, s in zip(head.tablets, head._starts(), strict=True)]), labels, "pfc"
+        torch.cat([touched[s : s + t.rows] for t, s in zip(head.tablets, head.starts(), strict=True)]), labels, "pfc"
     )
     rows, state = head.rows.clone(), head.state.clone()
     head(features.clone().requires_grad_(), labels).backward()
