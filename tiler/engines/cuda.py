@@ -1,6 +1,6 @@
 """Batches of windows by torch on a CUDA device: copies beside computation. Not run where the project is developed.
 
-The order of what happens is the same on the CPU, where it is tested (tests/tiler/test_engine_cuda.py); what only CUDA
+The order of what happens is the same on the CPU, where tests/tiler/engines/test_engine_cuda.py holds it; what only CUDA
 has is in `CudaStreams` and `open_cuda`.
 """
 
