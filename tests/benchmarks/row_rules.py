@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...models.faceid.layer import head as head_module
+from ...models.faceid.layer import margin_softmax
 from ...models.faceid.layer.head import ShardedMarginHead
 from ...models.faceid.layer.rounding import round_stochastic
 from ...models.faceid.layer.row_rules import SGD, Momentum, RowRMS, RowRule
@@ -82,7 +82,7 @@ def main() -> None:
     print("| rule | rows | rounding | loss | rank-1 | time |\n|---|---|---|---|---|---|")
 
     def run(name: str, rule: RowRule, storage: torch.dtype, rounding: str) -> float:
-        head_module.round_stochastic = round_nearest if rounding == "nearest" else round_stochastic
+        margin_softmax.round_stochastic = round_nearest if rounding == "nearest" else round_stochastic
         lr = rule.lr
         loss, hits, seconds = train(rule, storage, options.identities, options.steps)
         rule.lr = lr
