@@ -285,7 +285,8 @@ def segment(console: Any, sources: tuple[str, ...], out_dir: Path | None, **opti
 
         run_plan(console, known, dashboard=cluster.serves_dashboard, to_store=is_remote(out))
         return
-    if run_segment(console, known, out, cluster, make_write_options(options)).failed_tiles:
+    summary = run_segment(console, known, out, cluster, make_write_options(options), report=options["report"])
+    if summary.failed_tiles:
         raise SystemExit(EXIT_SOME_FAILED)
 
 

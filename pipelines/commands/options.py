@@ -245,17 +245,6 @@ def make_segment_options(source: str, options: dict[str, Any]) -> Any:
     names = (
         "model",
         "output",
-        "memory",
-        "engine",
-        "device",
-        "device_memory",
-        "batch",
-        "method",
-        "precision",
-        "compiles",
-        "workers",
-        "threads",
-        "core",
         "weights",
         "weights_key",
         "task",
@@ -269,15 +258,39 @@ def make_segment_options(source: str, options: dict[str, Any]) -> Any:
     return SegmentOptions(
         source=source,
         reading=make_read_options(options),
-        region=options["region"],
-        bounds=options["bounds"],
-        mark_nodata_context=options["mark_nodata_context"],
+        planning=make_plan_options(options),
         **{name: options[name] for name in names},
     )
 
 
+def make_plan_options(options: dict[str, Any]) -> Any:
+    from ...tiler.base.geometry import Window
+    from ...tiler.planning.options import PlanOptions
+
+    names = (
+        "memory",
+        "engine",
+        "device",
+        "device_memory",
+        "batch",
+        "workers",
+        "threads",
+        "core",
+        "bounds",
+        "method",
+        "precision",
+        "compiles",
+        "mark_nodata_context",
+    )
+    region = None
+    if options["region"] is not None:
+        y, x, height, width = options["region"]
+        region = Window(y=y, x=x, height=height, width=width)
+    return PlanOptions(region=region, **{name: options[name] for name in names})
+
+
 def make_write_options(options: dict[str, Any]) -> Any:
-    from ..segment.run import WriteOptions
+    from ...tiler.output.options import WriteOptions
 
     return WriteOptions(
         resume=not options["no_resume"],
@@ -287,5 +300,4 @@ def make_write_options(options: dict[str, Any]) -> Any:
         patience=options["tile_timeout"],
         zarr_format=2 if options["zarr_format"] == "2" else 3,
         space_check=not options["no_space_check"],
-        report=options["report"],
     )

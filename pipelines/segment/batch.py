@@ -14,6 +14,7 @@ from ...models.segmentation.networks.model import SegmentationModel
 from ...tiler.base.errors import OutputError, TilerError
 from ...tiler.base.text import format_bytes, format_seconds
 from ...tiler.cluster.client import ClusterError, ClusterKeeper, ClusterOptions
+from ...tiler.output.options import WriteOptions
 from ...tiler.output.records import writing
 from ...tiler.runs.events import ClusterReady, Event, MemoryProbed, RunPlanned, TileFinished
 from ...tiler.runs.summary import RunSummary
@@ -21,7 +22,7 @@ from ...tiler.system.files import append_line, make_folder
 from ...tiler.system.machine import measure_flops_per_s
 from ...tiler.system.places import is_remote, require_lasting
 from ..base.console import Console, Step, count_of, format_table
-from .run import PROBING, Preparation, SegmentOptions, WriteOptions, explain_model, make_plan, segment_raster
+from .run import PROBING, Preparation, SegmentOptions, explain_model, make_plan, segment_raster
 from .scenes import Scene
 
 SUMMARY = "batch.jsonl"

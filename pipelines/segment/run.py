@@ -22,17 +22,16 @@ from ...models.segmentation.networks.model import (
 from ...tiler.analysis.network import Network, analyze_network
 from ...tiler.analysis.stated import state_network
 from ...tiler.base.errors import TilerError, UsageError
-from ...tiler.base.geometry import Window
 from ...tiler.base.memory import find_budget
 from ...tiler.base.text import format_bytes, format_seconds
 from ...tiler.cluster.client import ClusterKeeper, ClusterOptions
 from ...tiler.engines.precision_loss import PrecisionLoss
 from ...tiler.engines.quantise import require_quantiser
-from ...tiler.output.store import ZarrFormat
+from ...tiler.output.options import WriteOptions
+from ...tiler.planning.options import PlanOptions
 from ...tiler.planning.plan import TilePlan
 from ...tiler.planning.planner import plan_tiles
 from ...tiler.rasters.bands import BandMatch, match_bands
-from ...tiler.rasters.bounds import window_of_bounds
 from ...tiler.rasters.notes import list_notes
 from ...tiler.rasters.opening import open_with
 from ...tiler.rasters.parts import open_stack
@@ -52,7 +51,8 @@ from ...tiler.runs.events import (
 )
 from ...tiler.runs.memory_probe import memory_lookup
 from ...tiler.runs.proof import prove_network
-from ...tiler.runs.run import predict
+from ...tiler.runs.request import RunRequest, Scope
+from ...tiler.runs.run import run_raster
 from ...tiler.runs.summary import RunSummary
 from ...tiler.system.machine import has_int8_instructions, measure_flops_per_s
 from ..base.console import Console, Step, count_of, refuse_picture_name
@@ -67,23 +67,7 @@ class SegmentOptions:
     model: str | None
     output: Output | None
     """None: as the model has it."""
-    memory: str | None
-    """Of all processes; None: what `find_budget` says."""
-    engine: str | None
-    method: str | None
-    precision: str | None
-    workers: int | None
-    threads: int | None
-    core: int | None
-    region: tuple[int, int, int, int] | None = None
-    """(y, x, height, width) in pixels of the raster."""
-    bounds: tuple[float, float, float, float] | None = None
-    """(west, south, east, north) in the raster's CRS."""
-    mark_nodata_context: bool = False
-    device: str | None = None
-    device_memory: str | None = None
-    batch: int | None = None
-    compiles: bool = False
+    planning: PlanOptions
     weights: str | None = None
     weights_key: str | None = None
     task: Task | None = None
@@ -95,37 +79,6 @@ class SegmentOptions:
     halo: int | None = None
     """Stated by the user, for a network that cannot be traced."""
     halo_stride: int | None = None
-
-
-def _region(options: SegmentOptions, raster: Raster) -> Window | None:
-    if options.region is not None and options.bounds is not None:
-        raise UsageError("a region is given in pixels or in the CRS, got both --region and --bounds; choose one")
-    if options.bounds is not None:
-        return window_of_bounds(raster.place, options.bounds, raster.shape_yx)
-    if options.region is not None:
-        y, x, height, width = options.region
-        return Window(y=y, x=x, height=height, width=width)
-    return None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WriteOptions:
-    """How `segment` treats outputs."""
-
-    resume: bool = True
-    overwrite: bool = False
-    retry_failed: bool = False
-    source_unchanged: bool = False
-    """The user vouches that files that were put back hold what they held."""
-    patience: float = 300.0
-    zarr_format: ZarrFormat = 3
-    space_check: bool = True
-    redo: frozenset[tuple[int, int]] = frozenset()
-    """Tiles to compute again, done or not."""
-    rest: bool = True
-    """Also what no call has done yet."""
-    report: Path | None = None
-    """A page on the run; written also when the run failed."""
 
 
 class Preparation:
@@ -240,23 +193,11 @@ PROBING = "memory    measuring what the engine adds to this network, once on thi
 def make_plan(
     console: Console, options: SegmentOptions, raster: Raster, network: Network, *, dashboard: bool, to_store: bool
 ) -> TilePlan:
-    budget = find_budget(options.memory)
+    budget = find_budget(options.planning.memory)
     return plan_tiles(
         raster,
         network,
-        memory=options.memory,
-        engine=options.engine,
-        device=options.device,
-        device_memory=options.device_memory,
-        batch=options.batch,
-        workers=options.workers,
-        threads=options.threads,
-        core=options.core,
-        region=_region(options, raster),
-        method=options.method,
-        precision=options.precision,
-        compiles=options.compiles,
-        mark_nodata_context=options.mark_nodata_context,
+        options.planning,
         dashboard=dashboard,
         to_store=to_store,
         memory_of=memory_lookup(network, raster.shape_yx, budget, lambda: console.remark(PROBING)),
@@ -312,7 +253,7 @@ def run_proof(console: Console, options: SegmentOptions) -> bool:
     """Try on a small image what the plan takes for granted; returns whether it holds."""
     _, model, network = Preparation(options, console).open([options.source])
     began = time.perf_counter()
-    proof = prove_network(network, options.method)
+    proof = prove_network(network, options.planning.method)
     verdict = "proved: tiles equal the whole image" if proof.passed else "NOT proved: see above"
     rows = [[step.name, "holds" if step.passed else "FAILS", step.text] for step in proof.steps]
     width = max(len(row[0]) for row in rows)
@@ -340,17 +281,27 @@ def run_proof(console: Console, options: SegmentOptions) -> bool:
 
 
 def run_segment(
-    console: Console, options: SegmentOptions, out: Path, cluster: ClusterOptions, writing: WriteOptions
+    console: Console,
+    options: SegmentOptions,
+    out: Path,
+    cluster: ClusterOptions,
+    writing: WriteOptions,
+    *,
+    report: Path | None = None,
 ) -> RunSummary:
-    """Segment a raster; returns what was done, start-up counted from here."""
+    """Segment a raster; returns what was done, start-up counted from here.
+
+    Args:
+        report: a page on the run; written also when the run failed.
+    """
     refuse_picture_name("segment", out)
     listener = RunListener(console, own_page=cluster.dashboard_address is not None)
-    if writing.report is None:
+    if report is None:
         return _segment(console, options, out, cluster, writing, listener)
     from ..base.page import require_page_target
     from .report import StoppedRun, write_report
 
-    require_page_target(writing.report, overwrite=True)
+    require_page_target(report, overwrite=True)
     stop = StoppedRun(source=options.source, command=tuple(sys.argv), model=options.model or "the shipped one")
     try:
         return _segment(console, options, out, cluster, writing, listener)
@@ -363,8 +314,8 @@ def run_segment(
         stop.loss = listener.loss
         stop.model = listener.model or stop.model
         try:
-            write_report(console, out, writing.report, stop if stop.error else None, trust=options.reading.trust)
-            console.remark(f"report    {writing.report}")
+            write_report(console, out, report, stop if stop.error else None, trust=options.reading.trust)
+            console.remark(f"report    {report}")
         except Exception as error:  # noqa: BLE001 - what became of the run is what is to be told
             console.remark(f"report    cannot be written: {error}")
 
@@ -410,41 +361,26 @@ def segment_raster(
     writing: WriteOptions,
     listener: Listener,
     *,
+    scope: Scope | None = None,
     since: float | None = None,
 ) -> RunSummary:
-    """One raster, as the options say; start-up counted from `since`, as `predict` has it."""
-    return predict(
-        raster,
-        network,
-        out,
+    """One raster, as the options say.
+
+    Args:
+        scope: which tiles; None: those that no call has done yet.
+        since: `time.perf_counter()` from which start-up is counted; None: the call.
+    """
+    request = RunRequest(
+        planning=options.planning,
+        writing=writing,
         description=describe_output(model, options.output),
         fill=model.fill,
         cluster=cluster,
-        memory=options.memory,
-        engine=options.engine,
-        device=options.device,
-        device_memory=options.device_memory,
-        batch=options.batch,
-        workers=options.workers,
-        threads=options.threads,
-        core=options.core,
-        region=_region(options, raster),
-        method=options.method,
-        precision=options.precision,
-        compiles=options.compiles,
-        mark_nodata_context=options.mark_nodata_context,
-        zarr_format=writing.zarr_format,
-        space_check=writing.space_check,
-        resume=writing.resume,
-        overwrite=writing.overwrite,
-        retry_failed=writing.retry_failed,
-        source_unchanged=writing.source_unchanged,
-        redo=writing.redo,
-        rest=writing.rest,
-        patience=writing.patience,
         listener=listener,
+        scope=scope or Scope(),
         since=since,
     )
+    return run_raster(raster, network, out, request)
 
 
 def _sentence(summary: RunSummary, out: Path) -> str:

@@ -17,17 +17,20 @@ from ...tiler.engines.loading import compile_program, load_windows
 from ...tiler.engines.quantise import QuantisedNetwork
 from ...tiler.engines.torch import AUTOCAST, load_reference
 from ...tiler.output.fingerprint import find_differences, fingerprint_raster, state_before
+from ...tiler.output.options import WriteOptions
 from ...tiler.output.records import run_folder
 from ...tiler.output.resume import source_paths
 from ...tiler.output.small_parts import mend_parts
 from ...tiler.output.store import plan_of, read_header
+from ...tiler.planning.options import PlanOptions
 from ...tiler.planning.plan import TilePlan
 from ...tiler.rasters.parts import open_reference, reference_to
 from ...tiler.rasters.raster import Raster, ReadOptions
 from ...tiler.runs.reference import Reference
+from ...tiler.runs.request import Scope
 from ...tiler.runs.verify import Fault, Recomputation, Verification, recompute_samples, tile_states, verify_output
 from ..base.console import Console, count_of
-from .run import Preparation, RunListener, SegmentOptions, WriteOptions, segment_raster
+from .run import Preparation, RunListener, SegmentOptions, segment_raster
 
 SHOWN = 20
 """Faults that are listed; JSON has all."""
@@ -135,17 +138,16 @@ def _find_maker(
         reading=ReadOptions.from_json(reference["options"]),
         model=options.model,
         output=header["kind"],
-        memory=options.memory,
-        engine=plan.engine,
-        method=plan.method,
-        precision=plan.precision,
-        device=plan.device.partition(":")[0],
-        compiles=plan.compiles,
-        workers=None,
-        threads=None,
-        core=None,
-        region=plan.region,
-        mark_nodata_context=plan.receptive is not None,
+        planning=PlanOptions(
+            memory=options.memory,
+            engine=plan.engine,
+            method=plan.method,
+            precision=plan.precision,
+            device=plan.device.partition(":")[0],
+            compiles=plan.compiles,
+            region=plan.wanted_region,
+            mark_nodata_context=plan.receptive is not None,
+        ),
         weights=options.weights,
         weights_key=options.weights_key,
         task=header.get("task"),
@@ -220,15 +222,21 @@ def _repair(
         OutputError: they are damaged after that too.
     """
     writing = WriteOptions(
-        redo=bad,
-        rest=False,
         source_unchanged=maker.source_unchanged,
         zarr_format=header["fingerprint"].get("zarr_format", 3),
     )
     listener = RunListener(console, own_page=cluster.dashboard_address is not None)
     try:
         summary = segment_raster(
-            maker.raster, maker.model, maker.network, out, maker.options, cluster, writing, listener
+            maker.raster,
+            maker.model,
+            maker.network,
+            out,
+            maker.options,
+            cluster,
+            writing,
+            listener,
+            scope=Scope(redo=bad, rest=False),
         )
     finally:
         listener.close()

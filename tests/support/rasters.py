@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import rasterio
 from affine import Affine
+from outsize.tiler.base.choices import ZarrFormat
 from outsize.tiler.base.geometry import Window
 from outsize.tiler.base.tile import Tile
-from outsize.tiler.output.store import ZarrFormat, chunks_of
+from outsize.tiler.output.store import chunks_of
 from outsize.tiler.planning.plan import TilePlan
 from outsize.tiler.rasters.raster import Raster
 from rasterio.errors import NotGeoreferencedWarning

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from outsize.tiler.analysis.network import Network, analyze_network
 from outsize.tiler.base.geometry import Window
 from outsize.tiler.output.store import open_array, read_header
 from outsize.tiler.planning.check_windows import larger_window
+from outsize.tiler.planning.options import PlanOptions
 from outsize.tiler.rasters.opening import open_raster
 from outsize.tiler.runs.check import StartCheck
-from outsize.tiler.runs.run import predict
+from outsize.tiler.runs.request import RunRequest, Scope
+from outsize.tiler.runs.run import predict, run_raster
 from outsize.tiler.runs.summary import RunSummary
 from torch import Tensor, nn
 
@@ -69,6 +72,18 @@ def scene(folder: Path, height: int, width: int, *, nodata: bool = False) -> Pat
 def run(source: Path, network: Network, out: Path, client: Client, **options: Any) -> RunSummary:
     settings: dict[str, Any] = {"engine": "torch", "core": 64, "memory": "4GB", **options}
     return predict(source, network, out, client=client, **settings)
+
+
+def run_again(
+    source: Path, network: Network, out: Path, client: Client, redo: Iterable[tuple[int, int]], *, rest: bool = True
+) -> RunSummary:
+    """The same run once more, some of its tiles done again."""
+    request = RunRequest(
+        planning=PlanOptions(engine="torch", core=64, memory="4GB"),
+        client=client,
+        scope=Scope(redo=frozenset(redo), rest=rest),
+    )
+    return run_raster(source, network, out, request)
 
 
 def whole(network: Network, source: Path, fill: tuple[float, ...] = (0, 0, 0)) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Names of what computes a tile: engine, method, precision."""
+"""Names of what computes a tile, and of what it is written into: engine, method, precision, format."""
 
 from __future__ import annotations
 
@@ -13,3 +13,7 @@ Method = Literal["window", "program"]
 
 Precision = Literal["float32", "int8", "bfloat16", "float16", "tf32"]
 """What an engine computes in: the network's own numbers, or fewer bits for each."""
+
+
+ZarrFormat = Literal[2, 3]
+"""Of the output store."""

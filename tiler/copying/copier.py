@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from ..base.choices import ZarrFormat
 from ..base.errors import RasterError
 from ..base.geometry import Grid, Interval, Window
 from ..cluster.tile_map import make_sketch
 from ..output.records import require_owner, writing
-from ..output.store import MASK, VALID, ZarrFormat, chunk_name, open_array, seal_chunks
+from ..output.store import MASK, VALID, chunk_name, open_array, seal_chunks
 from ..rasters.nodata import Array, Mask
 from ..rasters.raster import Raster, RasterReader
 from ..system.places import place_of

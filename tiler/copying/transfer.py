@@ -13,6 +13,7 @@ from typing import Any
 import zarr
 from distributed import Client
 
+from ..base.choices import ZarrFormat
 from ..base.errors import OutputError, RasterError
 from ..cluster.client import ClusterOptions, open_client
 from ..cluster.schedule import Lost, job_on, run_cells
@@ -22,7 +23,6 @@ from ..output.records import RunFolder, is_there, writing
 from ..output.resume import SourceChangedError, SourceGuard
 from ..output.store import (
     MASK,
-    ZarrFormat,
     add_mask,
     create_raster_group,
     find_chunk_fault,

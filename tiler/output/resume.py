@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..base.choices import ZarrFormat
 from ..base.errors import BudgetError, DamagedError, OutputError, RasterError
 from ..base.text import format_bytes
 from ..planning.plan import TilePlan
@@ -18,7 +19,7 @@ from ..system.logs import log
 from ..system.places import place_of, scheme_of, url_of
 from .fingerprint import find_differences, fingerprint_raster
 from .records import RunFolder
-from .store import ZarrFormat, chunks_of, find_chunk_fault, plan_of, read_header
+from .store import chunks_of, find_chunk_fault, plan_of, read_header
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from numcodecs import Zstd
 from zarr.codecs import ZstdCodec
 from zarr.errors import BaseZarrError
 
+from ..base.choices import ZarrFormat
 from ..base.dtypes import output_nodata
 from ..base.errors import DamagedError, OutputError, TilerError
 from ..base.geometry import Grid, Window
@@ -58,7 +59,6 @@ _MOST_CENTRES = 1 << 20
 
 
 OutputKind = Literal["class", "probability", "logits", "values"]
-ZarrFormat = Literal[2, 3]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

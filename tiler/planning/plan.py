@@ -99,6 +99,12 @@ class TilePlan:
     marked."""
 
     @property
+    def wanted_region(self) -> Window:
+        """What is wanted, in pixels of the raster."""
+        y, x, height, width = self.region
+        return Window(y=y, x=x, height=height, width=width)
+
+    @property
     def grid(self) -> Grid:
         return Grid(shape=self.output_shape[1:], cell=self.core)
 

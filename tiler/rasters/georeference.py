@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -43,6 +44,17 @@ class Georeference:
     @property
     def crs(self) -> CRS | None:
         return CRS.from_wkt(self.crs_wkt) if self.crs_wkt else None
+
+    @property
+    def crs_name(self) -> str:
+        """For people: EPSG:32632, or its name."""
+        if self.crs_wkt is None or self.crs is None:
+            return "no CRS"
+        authority = self.crs.to_authority()
+        if authority is not None:
+            return ":".join(authority)
+        quoted = re.search(r'"([^"]*)"', self.crs_wkt)
+        return quoted[1] if quoted else "a CRS of its own"
 
     @property
     def affine(self) -> Affine:

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from affine import Affine
+from rasterio.crs import CRS
 
 from ..base.errors import OutputError, RasterError, UsageError
 from ..base.exact_numbers import parse_number
 from ..base.geometry import Window
+from ..base.html import render_table
 from ..base.typed import find_misfit
 from ..system.places import is_far, place_of, scheme_of, url_of
 from .band_names import find_named
@@ -94,7 +97,7 @@ class Part:
     x: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Raster:
     """A georeferenced (bands, y, x) array on disk, described; pixels are read through `open_reader`."""
 
@@ -145,6 +148,24 @@ class Raster:
     @property
     def shape_yx(self) -> tuple[int, int]:
         return self.shape[1:]
+
+    @property
+    def crs(self) -> CRS | None:
+        """None: the raster does not say where on the Earth it lies."""
+        return self.place.crs
+
+    @property
+    def transform(self) -> Affine:
+        """From (column, row) of a pixel's corner to (x, y) in the CRS; the identity where there is none."""
+        return self.place.affine
+
+    @property
+    def bounds(self) -> tuple[float, float, float, float]:
+        """(west, south, east, north) in the CRS; of a rotated grid those of the rectangle around it."""
+        height, width = self.shape_yx
+        corners = [self.place.position_of(row, column) for row in (0, height) for column in (0, width)]
+        xs, ys = zip(*corners, strict=True)
+        return min(xs), min(ys), max(xs), max(ys)
 
     @property
     def nodata(self) -> float | None:
@@ -221,6 +242,55 @@ class Raster:
         places = [self.decoded.index(band) for band in bands]
         run = slice(places[0], places[0] + len(places))
         return run if places == list(range(run.start, run.stop)) else places
+
+    def read(self, window: Window | None = None, *, masked: bool = False) -> Array:
+        """(bands, height, width) of a window inside the raster, in its dtype. None: the whole raster.
+
+        For many windows `open_reader` is faster: it opens the file once.
+
+        Args:
+            masked: a numpy.ma array, nodata pixels masked in all bands.
+
+        Raises:
+            UsageError: the window reaches beyond the raster.
+            RasterError: it cannot be read; names file and window.
+        """
+        whole = Window.whole(self.shape_yx)
+        window = whole if window is None else window
+        if not whole.contains(window):
+            raise UsageError(f"a window must lie inside the raster of {whole.height} x {whole.width} px, got {window}")
+        reader = self.open_reader()
+        try:
+            image = reader.read(window)
+            if not masked:
+                return image
+            missing = reader.read_missing(window, image)
+            mask = np.ma.nomask if missing is None else np.broadcast_to(missing, image.shape)
+            return np.ma.MaskedArray(image, mask, fill_value=self.nodata)
+        finally:
+            reader.close()
+
+    @property
+    def name(self) -> str:
+        """For people: its path, with the array's in it."""
+        return f"{self.path}/{self.array_path}".rstrip("/") if self.path else "array"
+
+    def __repr__(self) -> str:
+        height, width = self.shape_yx
+        nodata = "" if self.nodata is None else f", nodata {self.nodata:g}"
+        bands = f"{self.bands} band{'s' if self.bands != 1 else ''}"
+        return f"<Raster {self.name}: {bands} of {height} x {width} px, {self.dtype}{nodata}, {self.place.crs_name}>"
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "shape": f"{self.bands} x {self.shape_yx[0]} x {self.shape_yx[1]}, {self.dtype}",
+            "bands": ", ".join(self.band_names[:_LISTED_BANDS]) + (", …" if self.bands > _LISTED_BANDS else ""),
+            "nodata": "none" if self.nodata is None else f"{self.nodata:g}",
+            "CRS": self.place.crs_name,
+            "bounds": ", ".join(f"{number:.10g}" for number in self.bounds),
+            "blocks": f"{self.block[0]} x {self.block[1]} px",
+        }
+        return render_table(f"Raster {self.name}", rows)
 
     def open_reader(self, blocks: BlockStore | None = None) -> RasterReader:
         """A reader for one thread at a time.

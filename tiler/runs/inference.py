@@ -31,7 +31,7 @@ from ..engines.loading import compile_program, load_tiles
 from ..engines.pixel_types import fit_engine
 from ..engines.torch import TorchEngine
 from ..output.values import as_stored, missing_in_output
-from ..planning.planner import choose_method
+from ..planning.method import choose_method
 from ..rasters.bands import match_network
 from ..rasters.opening import as_raster
 from ..rasters.raster import Raster, read_filled

@@ -189,7 +189,8 @@ def probe_core(
         ValueError: the process failed; carries its last line.
     """
     from ..engines.loading import compile_program
-    from ..planning.planner import count_live_bytes, plan_tiles
+    from ..planning.planner import plan_tiles
+    from ..planning.work import count_live_bytes
 
     halo = network.halo if not network.window_refusal else None
     margin = max(halo.top, halo.bottom, halo.left, halo.right) if halo is not None else core

@@ -15,7 +15,7 @@ from ..analysis.network import Network, analyze_network
 from ..analysis.program import make_program
 from ..base.errors import UntileableError
 from ..base.geometry import Grid, Window, align_up
-from ..planning.planner import choose_method
+from ..planning.method import choose_method
 from ..system.process_locks import TRACING
 
 TOLERANCE = 1e-10

@@ -19,8 +19,8 @@ from ..engines.precision_loss import Pair, PrecisionLoss, compare_with_float32
 from ..engines.torch import TorchEngine
 from ..output.values import missing_in_output
 from ..planning.check_windows import larger_core, larger_window, sample_patches
+from ..planning.method import choose_method
 from ..planning.plan import TilePlan
-from ..planning.planner import choose_method
 from ..rasters.nodata import Array, Mask
 from ..rasters.raster import Raster, RasterReader, read_filled
 from ..system.machine import one_thread

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from zarr.errors import BaseZarrError
 
+from ..base.choices import ZarrFormat
 from ..base.dtypes import output_nodata
 from ..base.errors import EngineError, NotFiniteError, OutputError, RasterError, WorkerError
 from ..base.tile import Tile
@@ -23,7 +24,7 @@ from ..engines.engine import EngineProgram, TileEngine
 from ..engines.loading import load_tiles
 from ..output.records import require_owner, writing
 from ..output.resume import require_source
-from ..output.store import CONTEXT, NODATA, ZarrFormat, chunks_of, open_array, seal_chunks, write_core
+from ..output.store import CONTEXT, NODATA, chunks_of, open_array, seal_chunks, write_core
 from ..output.tile_record import TileRecord
 from ..output.values import as_stored, count_not_finite, count_under, missing_in_output, touches_nodata
 from ..planning.plan import TilePlan

@@ -15,7 +15,8 @@ from ..analysis.network import Network
 from ..base.errors import BudgetError, UsageError
 from ..base.geometry import Interval, Window
 from ..base.text import MB, format_bytes, parse_bytes
-from ..planning.planner import compute_program_spans, count_program_flops
+from ..planning.spans import compute_program_spans
+from ..planning.work import count_program_flops
 from ..rasters.raster import Raster
 from ..rasters.reading import GDAL_CACHE_BYTES
 from ..system.meter import process_bytes

@@ -8,9 +8,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from outsize.pipelines.base.console import Console
+from outsize.pipelines.segment import evaluate
 from outsize.pipelines.segment.evaluate import Comparison, run_evaluate
 from outsize.pipelines.segment.quicklook import find_classes
-from outsize.pipelines.segment import evaluate
 from outsize.tiler.base.errors import UsageError
 from outsize.tiler.labels.labels import LabelOptions, Labels
 

@@ -9,7 +9,7 @@ from outsize.tiler.analysis.network import analyze_network
 from outsize.tiler.analysis.operations import nearest_is_exact
 from outsize.tiler.base.errors import UntileableError, UsageError
 from outsize.tiler.base.geometry import Window
-from outsize.tiler.planning.planner import choose_method
+from outsize.tiler.planning.method import choose_method
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -16,7 +16,8 @@ from outsize.tiler.base.geometry import Grid, Window
 from outsize.tiler.base.tile import Tile
 from outsize.tiler.engines.programs import TorchPrograms, open_programs
 from outsize.tiler.output.store import open_array
-from outsize.tiler.planning.planner import choose_method, plan_tiles
+from outsize.tiler.planning.method import choose_method
+from outsize.tiler.planning.planner import plan_tiles
 from outsize.tiler.rasters.opening import open_raster
 from outsize.tiler.runs.inference import predict_window
 from outsize.tiler.runs.run import predict

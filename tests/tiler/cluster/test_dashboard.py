@@ -31,7 +31,7 @@ from outsize.tiler.runs.events import ClusterReady, Event, TileFinished
 from outsize.tiler.runs.worker import TileRunner
 
 from ...support.rasters import damage, write_geotiff
-from ...support.runs import class_network, run, scene, stored, whole
+from ...support.runs import class_network, run, run_again, scene, stored, whole
 
 pytestmark = pytest.mark.system
 
@@ -88,7 +88,7 @@ def test_a_run_is_on_the_map(tmp_path: Path, client: Client) -> None:
     (worker,) = last["workers"]
     assert (worker["done"], worker["running"]) == (16 - len(summary.failed_tiles), 0)
     # Continued: what is there is shown as such, and both runs can be chosen.
-    run(source, class_network(), tmp_path / "o.zarr", client, redo=[(0, 0)])
+    run_again(source, class_network(), tmp_path / "o.zarr", client, [(0, 0)])
     runs = fetch_runs(client)
     assert [entry["tiles"]["kept"] for entry in runs] == [15, 0]
     assert runs[0]["tiles"]["done"] == 1

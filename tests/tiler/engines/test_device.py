@@ -30,8 +30,9 @@ from outsize.tiler.engines.torch import Forward
 from outsize.tiler.output import resume
 from outsize.tiler.output.fingerprint import find_differences, make_fingerprint
 from outsize.tiler.output.store import OutputDescription, read_header
+from outsize.tiler.planning.candidates import BATCH_PIXELS
 from outsize.tiler.planning.plan import TilePlan
-from outsize.tiler.planning.planner import BATCH_PIXELS, plan_tiles
+from outsize.tiler.planning.planner import plan_tiles
 from outsize.tiler.rasters.opening import open_raster
 from outsize.tiler.runs.inference import predict_window
 from outsize.tiler.runs.memory_probe import MARGIN, ProbedCore, fit_memory
@@ -298,7 +299,7 @@ def test_a_window_that_is_too_short_is_found_in_bfloat16_too(
         needed = real(self, axis, wanted)
         return needed if wanted.length <= 64 - 1 else replace(needed, start=wanted.start, stop=wanted.stop)
 
-    monkeypatch.setattr("outsize.tiler.planning.planner.Network.needed_interval", short)
+    monkeypatch.setattr("outsize.tiler.planning.spans.Network.needed_interval", short)
     with pytest.raises(ExactnessError, match="differ from larger windows"):
         predict(
             source,

@@ -234,7 +234,7 @@ def test_a_bad_tile_is_recorded_becomes_nodata_and_is_tried_again_when_asked(
             raise RasterError(f"window {window} cannot be read: bad sector")
         return readable(self, window)
 
-    monkeypatch.setattr("outsize.tiler.runs.run.run_start_check", lambda *_: passed_check())
+    monkeypatch.setattr("outsize.tiler.runs.execution.run_start_check", lambda *_: passed_check())
     monkeypatch.setattr(GdalReader, "read", unreadable)
     summary = run(source, class_network(), out, client)
     monkeypatch.undo()

@@ -63,7 +63,7 @@ def run_here(raster: Path | Raster, out: Path, **options: Any) -> RunSummary:
 @pytest.fixture
 def _no_start_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its reference would read the deadly pixel in this process."""
-    monkeypatch.setattr("outsize.tiler.runs.run.run_start_check", lambda *_: passed_check())
+    monkeypatch.setattr("outsize.tiler.runs.execution.run_start_check", lambda *_: passed_check())
 
 
 LAST = (319, 319)

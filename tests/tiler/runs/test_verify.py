@@ -26,7 +26,7 @@ from outsize.tiler.runs.events import Event, TileFinished
 from outsize.tiler.runs.reference import Reference
 from outsize.tiler.runs.verify import recompute_samples, tile_states, verify_output
 
-from ...support.runs import class_network, logit_network, run, scene, stored, whole
+from ...support.runs import class_network, logit_network, run, run_again, scene, stored, whole
 
 pytestmark = pytest.mark.system
 
@@ -54,7 +54,7 @@ def test_flipped_cut_and_deleted_chunks_are_found_and_just_these_repaired(tmp_pa
     found = verify_output(out)
     assert found.damaged == set(said)
     assert all(said[fault.row, fault.column] in fault.reason for fault in found.faults)
-    repaired = run(source, class_network(), out, client, redo=found.damaged)
+    repaired = run_again(source, class_network(), out, client, found.damaged)
     assert (repaired.tiles, repaired.resumed_tiles) == (3, 13)
     assert hash_chunks(out) == expected
     assert verify_output(out).faults == ()
@@ -128,7 +128,7 @@ def test_an_interrupted_output_is_unfinished_and_its_repair_does_damaged_tiles_a
     (out / f"class/c/{done[0][0]}/{done[0][1]}").unlink()
     found = verify_output(out)
     assert (found.state, found.damaged) == ("damaged", {done[0]})
-    again = run(source, class_network(), out, client, redo=found.damaged, rest=False)
+    again = run_again(source, class_network(), out, client, found.damaged, rest=False)
     assert (again.tiles, again.resumed_tiles) == (1, 4)
     assert sorted(read_records(out)) == done
     assert (verify_output(out).state, verify_output(out).faults) == ("unfinished", ())

@@ -17,9 +17,9 @@ import pytest
 import torch
 from outsize.models.faceid.base.errors import GalleryError, HeadError
 from outsize.models.faceid.base.name_list import NameList, compose
+from outsize.models.faceid.gallery import files as gallery_file
 from outsize.models.faceid.gallery.files import HEADER_BYTES, Manifest, find_damage, read_newest, write_manifest
 from outsize.models.faceid.gallery.gallery import Gallery
-from outsize.models.faceid.gallery import files as gallery_file
 from outsize.models.faceid.gallery.top_k import unit_rows
 from outsize.models.faceid.pictures.images import ImageError, find_people, read_picture
 
