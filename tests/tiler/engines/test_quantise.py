@@ -73,7 +73,7 @@ def quantised_small() -> QuantisedNetwork:
 @pytest.fixture
 def _made_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of the small network take one that is there."""
-    monkeypatch.setattr("outsize.tiler.runs.run.quantise_network", lambda *_: quantised_small())
+    monkeypatch.setattr("outsize.tiler.runs.conversion.quantise_network", lambda *_: quantised_small())
 
 
 @pytest.fixture(autouse=True)
