@@ -257,14 +257,14 @@ def test_an_enrolment_that_is_stopped_while_it_reads_leaves_nothing(
     # The last picture takes its time.
     waiting = f"""
         import pathlib, time
-        from outsize.pipelines import face_pictures
-        read_picture = face_pictures.read_picture
+        from outsize.pipelines.faces import pictures
+        read_picture = pictures.read_picture
         def read_slowly(path, *size, **options):
             if path.name == "{name(PEOPLE - 1)}_0003.png":
                 pathlib.Path({str(tmp_path / "reading")!r}).touch()
                 time.sleep(600)
             return read_picture(path, *size, **options)
-        face_pictures.read_picture = read_slowly
+        pictures.read_picture = read_slowly
     """
     with (tmp_path / "said.txt").open("w") as errors:
         command = commands.Command(*words, stderr=errors, start_new_session=True, first=textwrap.dedent(waiting))

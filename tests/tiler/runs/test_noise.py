@@ -48,7 +48,7 @@ def test_warnings_of_libraries_to_their_authors_are_not_shown() -> None:
     """From wherever they come, and though Python were told to show all: -W of its command line goes first."""
     code = """
 import warnings
-from outsize.pipelines import cli
+from outsize.pipelines.commands import cli
 
 def main():
     for category in (FutureWarning, DeprecationWarning):
