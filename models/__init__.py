@@ -26,6 +26,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "faceid.scores.verification": ["measure_folds", "measure_verification"],
         "segmentation.networks.model": [
+            "Model",
             "SegmentationClass",
             "SegmentationModel",
             "as_tile_network",

@@ -102,6 +102,26 @@ class Console:
             lines.close()
 
 
+class SilentConsole(Console):
+    """Shows nothing: for callers that are no commands."""
+
+    def remark(self, text: str) -> None:
+        del text
+
+    def result(self, text: str, values: dict[str, Any]) -> None:
+        del text, values
+
+    @contextmanager
+    def step(self, label: str, pixels: int, *, counts_pixels: bool = True, done: int = 0) -> Iterator[Step]:
+        del label, pixels, counts_pixels, done
+        yield _Unseen()
+
+
+class _Unseen:
+    def advance(self, pixels: int, detail: str = "") -> None:
+        del pixels, detail
+
+
 def printable(text: str) -> str:
     """A text of several lines; each moves no cursor and paints nothing."""
     return "".join(c if c in "\n\t" else one_line(c) for c in text)

@@ -13,7 +13,6 @@ from torch import nn
 from ...models.segmentation.files.factory import is_factory
 from ...models.segmentation.files.mlm import (
     Description,
-    default_classes,
     parse_colour,
     read_description,
     scaling_objects,
@@ -28,7 +27,13 @@ from ...models.segmentation.files.sources import (
 )
 from ...models.segmentation.networks.exported import ExportedNetwork, export_network
 from ...models.segmentation.networks.meaning import Meaning, Statement
-from ...models.segmentation.networks.model import SegmentationClass, SegmentationModel, fit_classes, meaning_of
+from ...models.segmentation.networks.model import (
+    SegmentationClass,
+    SegmentationModel,
+    default_classes,
+    fit_classes,
+    meaning_of,
+)
 from ...models.segmentation.networks.palette import default_colour
 from ...models.segmentation.networks.scaling import Scaling
 from ...models.segmentation.networks.trust import hash_file

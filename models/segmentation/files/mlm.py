@@ -12,7 +12,7 @@ from typing import Any
 from ....tiler.base.errors import UsageError, reason_of
 from ....tiler.system.files import MOST_TEXT, read_regular
 from ..networks.meaning import Meaning, Statement
-from ..networks.model import SegmentationClass, SegmentationModel, meaning_of
+from ..networks.model import SegmentationClass, SegmentationModel, default_bands, meaning_of
 from ..networks.palette import default_colour
 from ..networks.scaling import Scaling, ScalingKind
 from ..networks.trust import ModelFileError
@@ -253,16 +253,6 @@ def _count(extent: Any, what: str) -> int:
     if int(extent) > _MOST_CHANNELS:
         raise ModelFileError(f"a network has at most {_MOST_CHANNELS} {what}, got {extent}")
     return int(extent)
-
-
-def default_bands(count: int) -> tuple[str, ...]:
-    """Names of bands that nobody named."""
-    return tuple(f"band {number}" for number in range(1, count + 1))
-
-
-def default_classes(count: int, kind: str = "class") -> tuple[SegmentationClass, ...]:
-    """Classes that nobody named."""
-    return tuple(SegmentationClass(name=f"{kind} {value}", colour=default_colour(value)) for value in range(count))
 
 
 def parse_colour(text: str) -> tuple[int, int, int]:

@@ -21,14 +21,14 @@ from ....tiler.base.errors import OutputError, UsageError
 from ....tiler.system.files import flush_file, sync_folder, use_default_mode
 from ..networks.exported import ExportedNetwork, load_exported, load_script
 from ..networks.finite import require_finite_weights
-from ..networks.meaning import Activation, Meaning, Statement, Task
-from ..networks.model import SegmentationClass, SegmentationModel, fit_classes
+from ..networks.meaning import Activation, Statement, Task
+from ..networks.model import SegmentationModel, default_bands, fit_classes, name_classes
 from ..networks.probe import find_meaning, guess_bands, run_small, same_result
 from ..networks.scaling import Scaling
 from ..networks.trust import ModelFile, ModelFileError, Trust, hash_file, read_model_file
 from ..networks.unet import UNet
 from .factory import build_network, is_factory
-from .mlm import Artifact, Description, default_bands, default_classes, describe, read_description, spare_path
+from .mlm import Artifact, Description, describe, read_description, spare_path
 from .state import States, find_network, find_states, fit_state, read_pickle, read_states, require_fit
 
 UNET_ARCHITECTURE = "outsize.models.segmentation.UNet"
@@ -321,11 +321,6 @@ def _complete(
         meaning=meaning,
         **known,
     )
-
-
-def name_classes(meaning: Meaning) -> tuple[SegmentationClass, ...]:
-    """Classes that nobody named: as many as there are; of class numbers of which nobody knows how many, none."""
-    return default_classes(meaning.class_count or 0, "channel" if meaning.task == "regression" else "class")
 
 
 def _how_built(model: SegmentationModel) -> tuple[str, dict[str, Any]]:

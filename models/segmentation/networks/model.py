@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ....tiler.base.errors import UsageError
+from ....tiler.base.html import render_table
 from ....tiler.output.store import LEVELS, OutputDescription
 from .finite import require_finite_weights
 from .meaning import Activation, Meaning, Statement, Task
@@ -24,6 +27,8 @@ OUTPUTS: tuple[Output, ...] = ("class", "probability", "logits", "values")
 MOST_CLASSES = 65535
 """As many as a class map can have: its nodata value is none."""
 _BYTE_CLASSES = 255
+_MOST_LISTED = 8
+"""Names of bands or classes that are shown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,13 +40,18 @@ class SegmentationClass:
     """RGB, 0..255."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, init=False, repr=False)
 class SegmentationModel:
-    """A network with its bands, scaling, fill value and classes."""
+    """A network with its bands, scaling, fill value and classes. `outsize.Model` is its short name.
 
-    name: str
-    network: nn.Module = field(repr=False)
+    Raises:
+        UsageError: values that do not fit each other.
+        ModelFileError: where classes are not named, a network that fails on images of that many bands.
+    """
+
+    network: nn.Module
     """(1, bands, h, w) scaled floats -> (1, channels, h, w), or (1, h, w) of one channel."""
+    name: str
     bands: tuple[str, ...]
     scaling: Scaling
     fill: tuple[float, ...]
@@ -54,9 +64,9 @@ class SegmentationModel:
     """What the network has applied to them already; None as before."""
     threshold: float | None = None
     """Of a binary task: yes where the probability is greater; None: 0.5."""
-    meaning: Meaning | None = field(default=None, repr=False, compare=False)
+    meaning: Meaning | None = field(default=None, compare=False)
     """What was found of the three, by a small run of the network; None: it was not run."""
-    remarks: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    remarks: tuple[str, ...] = field(default=(), compare=False)
     """What its user should know of how it was loaded."""
     sha256: str = ""
     """Of the weights file; empty for a model that was never saved."""
@@ -65,14 +75,106 @@ class SegmentationModel:
     hyperparameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Keyword arguments of the factory; plain JSON values."""
 
-    def __post_init__(self) -> None:
-        for what, values in (("scaling constants", self.scaling.subtract), ("fill values", self.fill)):
-            if len(values) != len(self.bands):
-                raise UsageError(f"a model of {len(self.bands)} bands needs as many {what}, got {len(values)}")
-        least = 0 if self.activation == "argmax" else 1
-        if not least <= len(self.classes) <= MOST_CLASSES:
-            raise UsageError(f"a model has {least}..{MOST_CLASSES} classes, got {len(self.classes)}")
-        Statement(task=self.task, activation=self.activation, threshold=self.threshold)
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        bands: int | Sequence[str],
+        scaling: Scaling | None = None,
+        scale: float | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        fill: float | Sequence[float] = 0.0,
+        classes: Sequence[str | SegmentationClass] | None = None,
+        name: str | None = None,
+        task: Task | None = None,
+        activation: Activation | None = None,
+        threshold: float | None = None,
+        meaning: Meaning | None = None,
+        remarks: tuple[str, ...] = (),
+        sha256: str = "",
+        architecture: str = "",
+        hyperparameters: Mapping[str, Any] | None = None,
+    ) -> None:
+        """A model of a network.
+
+        Args:
+            network: (1, bands, h, w) scaled floats -> (1, channels, h, w), or (1, h, w) of one channel.
+            bands: names, which a raster's own are matched with, or how many.
+            scaling: from raw pixels to what the network was trained on; None: as the next three say.
+            scale: pixels are multiplied by it first, such as 1 / 255; None: 1.
+            mean: subtracted then, one number or one a band; None: 0.
+            std: divided by then, one number or one a band; None: 1.
+            fill: raw value that stands in for nodata pixels, one or one a band.
+            classes: names, in the order of the channels; None: "class 0", "class 1", ..., as many as a small run of
+                the network shows.
+            name: None: that of the network's class.
+            task: "multiclass", "binary", "multilabel" or "regression"; None: as number of channels and last operation
+                tell.
+            activation: what the network has applied to its result: "none", "sigmoid", "softmax" or "argmax"; None:
+                as before.
+            threshold: of a binary task: yes where the probability is greater; None: 0.5.
+        """
+        name = type(network).__name__ if name is None else name
+        names = _band_names(bands)
+        stated = Statement(task=task, activation=activation, threshold=threshold)
+        if scaling is None:
+            scaling = _affine_scaling(len(names), scale, mean, std)
+        elif (scale, mean, std) != (None, None, None):
+            raise UsageError("a model has a scaling, or scale, mean and std; got both, leave one out")
+        if len(scaling.subtract) != len(names):
+            raise UsageError(
+                f"a model of {len(names)} bands needs as many scaling constants, got {len(scaling.subtract)}"
+            )
+        if classes is None:
+            meaning = meaning or find_meaning(network, len(names), name, stated)
+            known = name_classes(meaning)
+        else:
+            if isinstance(classes, str):
+                raise UsageError(f"classes are a list of names, got {classes!r}")
+            known = tuple(
+                SegmentationClass(name=entry, colour=default_colour(value)) if isinstance(entry, str) else entry
+                for value, entry in enumerate(classes)
+            )
+        values: dict[str, Any] = {
+            "network": network,
+            "name": name,
+            "bands": names,
+            "scaling": scaling,
+            "fill": _per_band("fill values", fill, len(names)),
+            "classes": known,
+            "task": task,
+            "activation": activation,
+            "threshold": threshold,
+            "meaning": meaning,
+            "remarks": remarks,
+            "sha256": sha256,
+            "architecture": architecture,
+            "hyperparameters": {} if hyperparameters is None else hyperparameters,
+        }
+        for field_name, value in values.items():
+            object.__setattr__(self, field_name, value)
+        least = 0 if activation == "argmax" else 1
+        if not least <= len(known) <= MOST_CLASSES:
+            raise UsageError(f"a model has {least}..{MOST_CLASSES} classes, got {len(known)}")
+
+    def __repr__(self) -> str:
+        return (
+            f"<Model {self.name}: {len(self.bands)} bands ({_listed(self.bands)}), {len(self.classes)} classes "
+            f"({_listed([entry.name for entry in self.classes])}), {self.parameters:,} parameters>"
+        )
+
+    def _repr_html_(self) -> str:
+        said = self.meaning.sentence() if self.meaning is not None else self.task or "told by a small run"
+        rows = {
+            "network": f"{type(self.network).__name__}, {self.parameters:,} parameters",
+            "bands": _listed(self.bands),
+            "scaling": ", ".join(dict.fromkeys(self.scaling.kinds)),
+            "fill": ", ".join(f"{value:g}" for value in dict.fromkeys(self.fill)),
+            "classes": _listed([entry.name for entry in self.classes]),
+            "task": said,
+        }
+        return render_table(f"Model {self.name}", rows)
 
     @property
     def parameters(self) -> int:
@@ -80,6 +182,64 @@ class SegmentationModel:
         # A network that was TorchScript keeps its own as buffers.
         learnt = list(self.network.parameters()) or list(self.network.buffers())
         return sum(tensor.numel() for tensor in learnt)
+
+
+Model = SegmentationModel
+
+
+def default_bands(count: int) -> tuple[str, ...]:
+    """Names of bands that nobody named."""
+    return tuple(f"band {number}" for number in range(1, count + 1))
+
+
+def default_classes(count: int, kind: str = "class") -> tuple[SegmentationClass, ...]:
+    """Classes that nobody named."""
+    return tuple(SegmentationClass(name=f"{kind} {value}", colour=default_colour(value)) for value in range(count))
+
+
+def name_classes(meaning: Meaning) -> tuple[SegmentationClass, ...]:
+    """Classes that nobody named: as many as there are; of class numbers of which nobody knows how many, none."""
+    return default_classes(meaning.class_count or 0, "channel" if meaning.task == "regression" else "class")
+
+
+def _band_names(bands: int | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(bands, int) and not isinstance(bands, bool):
+        if bands < 1:
+            raise UsageError(f"a model has at least one band, got {bands}")
+        return default_bands(bands)
+    if isinstance(bands, str | bool) or not bands or not all(isinstance(name, str) for name in bands):
+        raise UsageError(f"bands are a number or a list of names, got {bands!r}")
+    return tuple(bands)
+
+
+def _per_band(what: str, values: float | Sequence[float], bands: int) -> tuple[float, ...]:
+    try:
+        found = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise UsageError(f"{what} are a number, or one number a band, got {values!r:.60}") from None
+    if found.ndim == 0:
+        return (found.item(),) * bands
+    if found.shape != (bands,):
+        raise UsageError(f"a model of {bands} bands needs as many {what}, got {found.size}")
+    return tuple(float(value) for value in found)
+
+
+def _affine_scaling(
+    bands: int, scale: float | None, mean: float | Sequence[float] | None, std: float | Sequence[float] | None
+) -> Scaling:
+    """y = (x * scale - mean) / std."""
+    factor = 1.0 if scale is None else float(scale)
+    if not isfinite(factor) or factor == 0:
+        raise UsageError(f"scale multiplies pixels, and is a number other than 0, got {scale}")
+    means = _per_band("means", 0.0 if mean is None else mean, bands)
+    deviations = _per_band("standard deviations", 1.0 if std is None else std, bands)
+    return Scaling.offset_scale(
+        offset=[value / factor for value in means], scale=[value / factor for value in deviations]
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MOST_LISTED]) + (", ..." if len(names) > _MOST_LISTED else "")
 
 
 def meaning_of(model: SegmentationModel) -> Meaning:

@@ -21,11 +21,11 @@ import pytest
 import torch
 from outsize.models import Scaling, SegmentationModel, UNet, as_tile_network
 from outsize.models.segmentation.files import sources
-from outsize.models.segmentation.files.mlm import default_classes
 from outsize.models.segmentation.files.sources import load_model, save_model
 from outsize.models.segmentation.networks import exported, trust
 from outsize.models.segmentation.networks.exported import ExportedNetwork, export_network
 from outsize.models.segmentation.networks.finite import require_finite_weights
+from outsize.models.segmentation.networks.model import default_classes
 from outsize.models.segmentation.networks.palette import default_colour
 from outsize.models.segmentation.networks.trust import ModelFileError, read_model_file
 from outsize.tiler.analysis.network import analyze_network
