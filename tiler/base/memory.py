@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .text import _UNITS, MB, parse_bytes
+from .text import MB, parse_bytes
 
 DEFAULT_BUDGET = "2GB"
 CUDA_HOST_BYTES = 2000 * MB
@@ -16,8 +16,6 @@ CUDA_CONTEXT_BYTES = 500 * MB
 """Of a CUDA context on its device, beside what torch holds there; by reports of others."""
 DEVICE_SHARE = 0.8
 """Of a CUDA device's free memory that a run takes if it is not told."""
-
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def find_budget(memory: str | int | None, cuda_devices: int = 0) -> int:
@@ -39,6 +37,9 @@ class EngineMemory:
     """A worker process before it loads the engine."""
     factor: float
     """Peak of a running program, in units of `cost.compute_peak_bytes`."""
+    uneven_factor: float = 0.0
+    """The same of a window that ends off the network's stride, whose enlarged tensors are cropped: fewer operations
+    can be rewritten there. 0: as `factor`."""
     constant_bytes: int
     """The engine itself, and what a program holds whatever its size; measured with this network, its weights too."""
     weights: float = 0.0
@@ -82,6 +83,9 @@ def predict_memory(
     cache_bytes: int,
     weight_bytes: int = 0,
     pinned_bytes: int = 0,
+    uneven_bytes: int = 0,
+    logit_bytes: int = 0,
+    with_logits: bool = False,
 ) -> MemoryPrediction:
     """The sum for `workers` processes that each run one program and hold `in_flight` tiles.
 
@@ -93,12 +97,19 @@ def predict_memory(
         cache_bytes: block cache of one process.
         weight_bytes: of the network. Each worker keeps what it was sent, once for all programs.
         pinned_bytes: what one process copies to its device from, and back to.
+        uneven_bytes: peak of the graph's tensors on the largest window that ends off the stride.
+        logit_bytes: what a run takes more that gives the logits too. The start check's do, before there are buffers.
+        with_logits: so do all others.
     """
     weights = int((SENT_WEIGHTS + engine.weights) * weight_bytes)
-    program_bytes = workers * (int(engine.factor * activation_bytes) + engine.constant_bytes + weights)
-    buffer_bytes = workers * (
-        (in_flight + 1) * window_bytes + in_flight * (result_bytes + chunk_bytes) + cache_bytes + pinned_bytes
-    )
+    peak = max(engine.factor * activation_bytes, (engine.uneven_factor or engine.factor) * uneven_bytes)
+    program = int(peak) + engine.constant_bytes + weights
+    buffers = (in_flight + 1) * window_bytes + in_flight * (result_bytes + chunk_bytes) + cache_bytes + pinned_bytes
+    if with_logits:
+        program += logit_bytes
+    else:
+        buffers = max(buffers, window_bytes + logit_bytes)
+    program_bytes, buffer_bytes = workers * program, workers * buffers
     return MemoryPrediction(
         # Calibration comes before programs and buffers, and takes their place.
         client_bytes=client_bytes + max(0, engine.calibration_bytes - program_bytes - buffer_bytes),

@@ -21,13 +21,20 @@ from ..rasters.parts import count_pixel_bytes, has_gdal
 from ..rasters.raster import Raster
 from ..rasters.reading import ReadingPlan, Source, least_held_bytes, plan_reading
 from ..system.machine import one_thread
-from .check_windows import CHECK_FACTOR, CheckMargin, check_margins
+from .check_margins import CHECK_FACTOR, CheckMargin, check_margins
 from .load import CLIENT_BYTES, CLIENT_WEIGHTS, DASHBOARD_BYTES, FEWER_BITS_WEIGHTS, IN_FLIGHT, Load
 from .method import choose_method
 from .plan import STORE_BYTES, TilePlan, largest_window
 from .resolved import Resolved
 from .spans import Geometries, compute_program_spans, compute_spans, span_halo
-from .work import count_program_flops, count_window_flops, largest_peak, window_output_bytes
+from .work import (
+    count_logit_bytes,
+    count_program_flops,
+    count_uneven_bytes,
+    count_window_flops,
+    largest_peak,
+    window_output_bytes,
+)
 
 CORES = (4096, 3072, 2048, 1024, 512, 256, 128, 64)
 """Sides of a core that a plan may choose, in output pixels."""
@@ -182,10 +189,15 @@ def _load_of(resolved: Resolved, common: Common, layout: Layout) -> Load:
         activation_bytes = largest_peak(network, layout.by_row, layout.by_column)
     else:
         activation_bytes = network.count_live_bytes(window)
+    gives_logits = resolved.method == "window" and resolved.choice.engine == "openvino" and network.has_logits
     return replace(
         common.load,
         tiles=layout.tiles,
         activation_bytes=activation_bytes,
+        uneven_bytes=count_uneven_bytes(
+            network, resolved.shape_yx, layout.rows, layout.columns, layout.by_row, layout.by_column
+        ),
+        logit_bytes=count_logit_bytes(network, window) if gives_logits else 0,
         window_bytes=pixels * resolved.shape[0] * _pixel_dtype(network).itemsize,
         mask_bytes=pixels * mask_bytes,
         result_bytes=network.channels
@@ -207,6 +219,9 @@ def _make_plan(resolved: Resolved, common: Common, layout: Layout, load: Load) -
     """The plan with cores of that size, which fit the budgets."""
     network, choice, rows, columns = resolved.network, resolved.choice, layout.rows, layout.columns
     batch = resolved.options.batch or _choose_batch(resolved, load, layout.window[0] * layout.window[1])
+    if load.logit_bytes and layout.tiles <= FEW_TILES:
+        generous = replace(load, with_logits=True)
+        load = generous if generous.predict_host(batch).total_bytes <= resolved.budget_bytes else load
     # What is left of the budget goes to a start check that looks further, then to blocks that are kept.
     left = resolved.budget_bytes - load.predict_host(batch).total_bytes
     further = CHECK_FACTOR * (common.check_far.live_bytes - common.check_near.live_bytes)
@@ -253,10 +268,7 @@ def _make_plan(resolved: Resolved, common: Common, layout: Layout, load: Load) -
         device_bytes=load.predict_device(batch),
         device_budget_bytes=resolved.device_budget_bytes,
         batch=batch,
-        with_logits=resolved.method == "window"
-        and choice.engine == "openvino"
-        and network.has_logits
-        and layout.tiles <= FEW_TILES,
+        with_logits=load.with_logits,
         compiles=resolved.options.compiles,
         memory_budget_bytes=resolved.budget_bytes,
         memory=memory,

@@ -39,6 +39,11 @@ class Load:
     tiles: int = 0
     activation_bytes: int = 0
     """Of the graph's tensors on the largest window."""
+    uneven_bytes: int = 0
+    """The same on the largest window that ends off the stride."""
+    logit_bytes: int = 0
+    """What a run with logits takes more."""
+    with_logits: bool = False
     window_bytes: int = 0
     """Of its pixels."""
     mask_bytes: int = 0
@@ -63,6 +68,9 @@ class Load:
             chunk_bytes=self.chunk_bytes,
             cache_bytes=self.cache_bytes,
             weight_bytes=self.weight_bytes,
+            uneven_bytes=batch * self.uneven_bytes,
+            logit_bytes=self.logit_bytes,
+            with_logits=self.with_logits,
             pinned_bytes=predict_pinned(batch=batch, lanes=LANES, **copied) if self.on_cuda or batch > 1 else 0,
         )
 

@@ -34,6 +34,11 @@ def compute_spans(
     )
 
 
+def is_uneven(span: Span, extent: int, period: int) -> bool:
+    """Whether a tile reads up to the image's end, which lies off the network's period there."""
+    return span.window[1] == extent and extent % period != 0
+
+
 Geometries = dict[str, AxisGeometry]
 """Of programs along one axis, by the kind of span that they serve."""
 

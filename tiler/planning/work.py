@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import lcm
 
 from ..analysis.axis_geometry import compute_geometry
 from ..analysis.cost import count_flops, count_output_bytes, count_peak_bytes, image_shapes, program_shapes
 from ..analysis.network import Network
 from ..base.choices import Method
-from ..base.geometry import Window
+from ..base.geometry import Window, align_up
 from ..base.tile import Span, Tile
-from .spans import Geometries
+from .spans import Geometries, is_uneven
 
 
 def count_program_flops(
@@ -53,6 +54,59 @@ def count_live_bytes(network: Network, method: Method, shape_yx: tuple[int, int]
     if method == "window":
         return network.count_live_bytes(tile.window.shape)
     return count_program_bytes(network, shape_yx, tile.core)
+
+
+def largest_uneven(
+    network: Network, shape_yx: tuple[int, int], rows: Sequence[Span], columns: Sequence[Span]
+) -> tuple[tuple[Span, Span], ...]:
+    """The largest tiles of those that read up to an end of the image off the network's stride; none: empty."""
+    extents, periods = network.padded_shape(shape_yx), [lcm(step, network.size_multiple) for step in network.stride]
+    uneven_rows, uneven_columns = (
+        [span for span in spans if is_uneven(span, extent, period)]
+        for spans, extent, period in zip((rows, columns), extents, periods, strict=True)
+    )
+    pairs = [(uneven_rows, columns), (rows, uneven_columns)]
+    return tuple((max(down, key=_length), max(across, key=_length)) for down, across in pairs if down and across)
+
+
+def _length(span: Span) -> int:
+    return span.window[1] - span.window[0]
+
+
+def count_uneven_bytes(
+    network: Network,
+    shape_yx: tuple[int, int],
+    rows: Sequence[Span],
+    columns: Sequence[Span],
+    by_row: Geometries,
+    by_column: Geometries,
+) -> int:
+    """Live bytes of the largest of those tiles; 0: there are none.
+
+    Args:
+        by_row, by_column: of programs; empty: of windows.
+    """
+    found = [0]
+    for row, column in largest_uneven(network, shape_yx, rows, columns):
+        if by_row:
+            shapes = program_shapes(network.graph, network.pixels, by_row[row.kind], by_column[column.kind])
+            found.append(count_peak_bytes(network.graph, shapes))
+        else:
+            found.append(network.count_live_bytes((_length(row), _length(column))))
+    return max(found)
+
+
+def count_logit_bytes(network: Network, window: tuple[int, int]) -> int:
+    """What an engine takes more for a window where it gives the logits too: them, and them in blocks of channels."""
+    pixels = int(window[0] * network.scale[0] + 1) * int(window[1] * network.scale[1] + 1)
+    results = network.channels * network.output_dtype.itemsize * pixels
+    logits = max(0, window_output_bytes(network, window) - results)
+    channels = -(-logits // (4 * pixels))
+    return logits + 4 * pixels * align_up(channels, _CHANNEL_BLOCK)
+
+
+_CHANNEL_BLOCK = 16
+"""Channels that OpenVINO's convolutions keep together, at most."""
 
 
 def window_output_bytes(network: Network, window: tuple[int, int]) -> int:

@@ -100,13 +100,16 @@ def _find(
         quantised = _quantise_noise(network, threads) if precision == "int8" else None
         packed = quantised.pack(network, threads) if quantised else None
         points = [probe_core(network, engine, method, precision, threads, core, device, packed) for core in cores]
+        uneven = None
+        if engine == "openvino" and max(network.stride) > 1:
+            uneven = probe_core(network, engine, method, precision, threads, cores[0], device, packed, uneven=True)
     except (OSError, ValueError, EngineError, subprocess.SubprocessError) as error:
         if not network.is_known:
             raise EngineError(f"what this network's tensors take cannot be measured: {error}") from error
         log.warning("the engine's memory could not be measured, planning with constants: %s", error)
         return usual
     found = replace(
-        fit_memory(points, usual, on_device=device != "cpu"),
+        fit_memory(points, usual, on_device=device != "cpu", uneven=uneven),
         calibration_bytes=round(MARGIN * quantised.peak_bytes) if quantised else 0,
     )
     kept.write_text(name, json.dumps(asdict(found)))
@@ -137,8 +140,14 @@ class ProbedCore:
     """That torch held on a CUDA device."""
 
 
-def fit_memory(points: Sequence[ProbedCore], usual: EngineMemory, *, on_device: bool) -> EngineMemory:
-    """The line through two cores; on a CUDA device that of the device, while the host holds the same for any core."""
+def fit_memory(
+    points: Sequence[ProbedCore], usual: EngineMemory, *, on_device: bool, uneven: ProbedCore | None = None
+) -> EngineMemory:
+    """The line through two cores; on a CUDA device that of the device, while the host holds the same for any core.
+
+    Args:
+        uneven: a core at the image's end, off the network's stride; None: as any other.
+    """
     small, large = sorted(points, key=lambda point: point.live_bytes)
 
     def line(low: int, high: int) -> tuple[float, int]:
@@ -147,7 +156,15 @@ def fit_memory(points: Sequence[ProbedCore], usual: EngineMemory, *, on_device: 
 
     if not on_device:
         factor, constant = line(small.host_bytes, large.host_bytes)
-        return EngineMemory(worker_bytes=usual.worker_bytes, factor=factor, constant_bytes=constant)
+        uneven_factor = 0.0
+        if uneven is not None:
+            uneven_factor = (MARGIN * uneven.host_bytes - constant) / max(1, uneven.live_bytes)
+        return EngineMemory(
+            worker_bytes=usual.worker_bytes,
+            factor=factor,
+            uneven_factor=max(factor, uneven_factor),
+            constant_bytes=constant,
+        )
     factor, constant = line(small.device_bytes, large.device_bytes)
     return EngineMemory(
         worker_bytes=usual.worker_bytes,
@@ -179,11 +196,14 @@ def probe_core(
     core: int,
     device: str = "cpu",
     packed: EngineProgram | None = None,
+    *,
+    uneven: bool = False,
 ) -> ProbedCore:
     """What one inner tile of that core takes.
 
     Args:
         packed: the network for windows; None: it is converted here.
+        uneven: the last tile in its place, of an image that ends off the network's stride.
 
     Raises:
         ValueError: the process failed; carries its last line.
@@ -196,6 +216,8 @@ def probe_core(
     margin = max(halo.top, halo.bottom, halo.left, halo.right) if halo is not None else core
     scale = max(float(s) for s in network.scale)
     side = int(3 * core / min(1.0, scale)) + 2 * margin + 1
+    if uneven:
+        side = _find_uneven(network, side, core)
     plan = plan_tiles(
         (network.bands, side, side),
         network,
@@ -209,7 +231,7 @@ def probe_core(
         batch=1,
     )
     rows, columns = plan.grid.counts
-    tile = plan.tile(rows // 2, columns // 2)
+    tile = plan.tile(rows - 1, columns - 1) if uneven else plan.tile(rows // 2, columns // 2)
     if method == "program":
         from ..engines.programs import pack_programs
 
@@ -223,6 +245,15 @@ def probe_core(
     dtype = str(network.dtype).removeprefix("torch.")
     host, on_device = _measure(replace(packed, device=device), tile, shape, dtype)
     return ProbedCore(live_bytes=live, host_bytes=host, device_bytes=on_device)
+
+
+def _find_uneven(network: Network, side: int, core: int) -> int:
+    """Side of an image whose last tile is nearly a whole core, and ends off the network's stride."""
+    for found in range(side, side - int(4 * core / min(network.scale)), -1):
+        last = network.output_shape((found, found))[0] % core
+        if found % 2 and found % max(network.stride) and last > 0.6 * core:
+            return found
+    return side - 1
 
 
 def _measure(packed: EngineProgram, tile: Tile, shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
