@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from ...tiler.rasters.raster import Raster, ReadOptions
 from ...tiler.runs.events import Listener
 from ...tiler.runs.request import RunKeywords, RunRequest, ignore, split_keywords
 from ...tiler.runs.run import run_raster
+from ...tiler.system.places import is_path
 from ..base.console import Console
 from ..segment.run import RunListener
 from .result import Result, result_of
@@ -105,9 +105,9 @@ def _open(source: Any, reading: ReadOptions | None) -> Raster:
         if reading is not None:
             raise UsageError("an open raster is read as it was opened; leave reading out, or give its path")
         return source
-    if isinstance(source, str | os.PathLike):
+    if is_path(source):
         return open_with(source, reading or ReadOptions())
-    if isinstance(source, Sequence) and source and all(isinstance(each, str | os.PathLike) for each in source):
+    if isinstance(source, Sequence) and source and all(map(is_path, source)):
         return open_stack([str(each) for each in source], reading or ReadOptions())
     if reading is not None:
         raise UsageError("options of reading are for files; an array is what it is, leave reading out")
@@ -119,7 +119,7 @@ def _as_model(model: SegmentationModel | nn.Module | str | Path | None, raster: 
         return model
     if isinstance(model, nn.Module):
         return SegmentationModel(model, bands=raster.bands)
-    if model is None or isinstance(model, str | os.PathLike):
+    if model is None or is_path(model):
         return load_model(model, bands=raster.bands)
     kind = type(model).__name__
     raise UsageError(f"a model is an outsize.Model, a module of torch or the path of a model file, got {kind}")

@@ -10,8 +10,8 @@ class TilerError(Exception):
     exit_code = 1
 
 
-class UsageError(TilerError):
-    """An option or argument that cannot be right, whatever the data."""
+class UsageError(TilerError, ValueError):
+    """An option or argument that cannot be right, whatever the data; a ValueError as well."""
 
     exit_code = 2
 

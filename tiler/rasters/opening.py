@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.errors import RasterError, UsageError
 from ..base.exact_numbers import exact_number
-from ..system.places import archive_name, gdal_name, is_remote, place_of
+from ..system.places import archive_name, gdal_name, is_path, is_remote, place_of
 from .nodata import can_hold, exact_text
 from .raster import Raster, ReadOptions, find_bands, pick_bands
 
@@ -73,7 +73,7 @@ def open_raster(
         apply_scale=apply_scale,
         trust=trust,
     )
-    if isinstance(src, str | os.PathLike):
+    if is_path(src):
         return open_with(src, options)
     from .arrays import keep_array
 

@@ -43,6 +43,13 @@ def scheme_of(name: str | os.PathLike[str]) -> str:
     return scheme.lower() if mark and scheme.isalnum() else ""
 
 
+def is_path(value: object) -> bool:
+    """Whether a value names a place: a string, a path, or universal-pathlib's object for a URL (no PathLike)."""
+    return isinstance(value, str | os.PathLike) or any(
+        kind.__module__.partition(".")[0] == "upath" for kind in type(value).__mro__
+    )
+
+
 def place_of(name: str | os.PathLike[str]) -> Path:
     """A path; for s3:// and other URLs an object with a path's methods.
 

@@ -135,6 +135,7 @@ def test_a_geotiff_and_a_zarr_in_a_bucket_give_the_local_result(
         out = tmp_path / f"{Path(name).suffix}.out.zarr"
         run(url, class_network(), out, client)  # pyright: ignore[reportArgumentType]
         assert np.array_equal(stored(out), expected)
+        assert open_raster(place_of(url)).identity == remote.identity  # the object that a URL is, too
         again = open_reference(reference_to(remote))
         assert again.identity == remote.identity
         assert np.array_equal(

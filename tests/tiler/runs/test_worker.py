@@ -6,14 +6,18 @@ import subprocess
 import sys
 from fractions import Fraction
 from math import ceil, floor
+from pathlib import Path
 
 import numpy as np
 import pytest
+from distributed import Client, LocalCluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from outsize.tiler.base.geometry import Window
 from outsize.tiler.output.values import missing_in_output
 from outsize.tiler.runs.check import compare_patches
+
+from ...support.runs import class_network, run, scene
 
 pytestmark = pytest.mark.system
 
@@ -72,3 +76,17 @@ def test_a_worker_never_imports_torch() -> None:
     )
     completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert completed.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("method", ["window", "program"])
+def test_openvinos_workers_never_import_torch(tmp_path: Path, method: str) -> None:
+    """It would take a quarter of a small budget; nothing that a worker is sent may bring it."""
+    source = scene(tmp_path, 200, 210)
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None, processes=True) as cluster,
+        Client(cluster) as client,
+    ):
+        run(source, class_network(), tmp_path / "o.zarr", client, engine="openvino", method=method)
+        # By a builtin: a function of this module would be found by importing it.
+        found = client.run(eval, "sorted({'torch', 'sympy'} & set(__import__('sys').modules))")
+    assert list(found.values()) == [[]]
