@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import stat
@@ -26,6 +27,8 @@ def heed_interrupts(end: Callable[[], None]) -> None:
             _leave_lost_terminal()
         if not stopping:
             stopping = True
+            # What Dask's threads meet while their cluster is taken down in the midst of work is no news to anybody.
+            logging.getLogger("tornado.application").disabled = True
             raise KeyboardInterrupt
         if number == signal.SIGINT:
             end()
