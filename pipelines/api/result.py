@@ -229,6 +229,8 @@ class Result:
         placed = self.crs is not None and not self._raster.place.is_rotated
         height, width = self._raster.shape_yx
         ax.imshow(quicklook.result, extent=(west, east, south, north) if placed else (0, width, height, 0))
+        ax.ticklabel_format(useOffset=False, style="plain")
+        ax.locator_params(axis="x", nbins=4)
         ax.set_title(f"{self.kind}, {self.model}" if self.model else self.kind)
         handles = [
             Patch(color=[part / 255 for part in colour], label=f"{name} {100 * share:.1f} %")
