@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from outsize.tiler.base.memory import EngineMemory
+from outsize.tiler.planning.check_margins import CHECK_FACTOR, check_margins
 from outsize.tiler.planning.planner import plan_tiles
 from outsize.tiler.planning.spans import compute_spans, is_uneven
 from outsize.tiler.planning.work import count_uneven_bytes
@@ -67,5 +68,12 @@ def test_logits_are_counted_where_a_run_gives_them() -> None:
     pixels = few.largest_window[0] * few.largest_window[1]
     # Four channels of float32, and the same in blocks of sixteen.
     assert few.memory.program_bytes - many.memory.program_bytes == pytest.approx(pixels * 4 * (4 + 16), rel=0.02)
-    tight = plan_tiles((3, 384, 384), class_network(), core=128, memory=few.memory.total_bytes - 80 * pixels)
-    assert not tight.with_logits
+    # The start check's longer look gives way first, then they do.
+    near, far = check_margins(class_network(), "window", (384, 384))
+    longer = CHECK_FACTOR * (far.live_bytes - near.live_bytes)
+    tight, tighter = (
+        plan_tiles((3, 384, 384), class_network(), core=128, memory=few.memory.total_bytes - longer - less)
+        for less in (0, 1)
+    )
+    assert tight.with_logits
+    assert not tighter.with_logits
