@@ -1,4 +1,4 @@
-# demo, test, test-unit, test-long, test-cpus, check, bench: each makes and reuses .venv by itself.
+# demo, test, test-unit, test-long, test-cpus, check, docs, bench: each makes and reuses .venv by itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,13 +16,13 @@ TESTS ?= tests
 # Instruction sets that `make test-cpus` limits engines to; what this machine lacks changes nothing.
 CPUS ?= AVX2 AVX512_CORE AVX512_CORE_BF16
 
-.PHONY: setup demo test test-unit test-long test-cpus check format bench clean
+.PHONY: setup demo test test-unit test-long test-cpus check format docs bench clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs]"
 	@touch $@
 
 demo: $(STAMP)
@@ -57,6 +57,10 @@ check: $(STAMP)
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
+# The site: open site/index.html; it needs no server and asks no other host.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -69,4 +73,4 @@ bench: $(STAMP)
 	$(BIN)/python -m outsize.tests.benchmarks.figures bench/*.json --folder bench
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info $(DEMO)
+	rm -rf $(VENV) build dist site *.egg-info $(DEMO)

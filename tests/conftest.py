@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 if not os.environ.get("OUTSIZE_TEST_CUDA"):
-    # Tests say what comes out on the CPU; those of CUDA devices alone (docs/engines.md) want to see them.
+    # Tests say what comes out on the CPU; those of CUDA devices alone (docs/reference/engines.md) want to see them.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch

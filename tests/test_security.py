@@ -1,4 +1,4 @@
-"""What docs/security.md says: loopback only, TLS passed through, no pickle from files, no shell."""
+"""What docs/reference/security.md says: loopback only, TLS passed through, no pickle from files, no shell."""
 
 from __future__ import annotations
 

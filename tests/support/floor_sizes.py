@@ -87,6 +87,6 @@ def make_image(network: Network, shape: tuple[int, int]) -> Tensor:
 
 
 def pad_image(image: Tensor, multiple: int, fill: float = 0.0) -> Tensor:
-    """As docs/exactness.md defines it: at bottom and right, to the multiple."""
+    """As docs/explanation/exactness.md defines it: at bottom and right, to the multiple."""
     height, width = image.shape[2:]
     return F.pad(image, (0, -width % multiple, 0, -height % multiple), value=fill)

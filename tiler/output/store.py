@@ -1,4 +1,4 @@
-"""The output store, format 1 (docs/output-format.md): a Zarr group whose chunks belong to tiles."""
+"""The output store, format 1 (docs/reference/output-format.md): a Zarr group whose chunks belong to tiles."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ CLIENT_BYTES = {
     ("torch", "window"): 390 * MB,
     ("torch", "program"): 390 * MB,
 }
-"""The planning process with torch and Dask loaded, and the traced network; measured, see docs/memory.md."""
+"""The planning process with torch and Dask loaded, and the traced network; measured, see docs/explanation/memory.md."""
 DASHBOARD_BYTES = 60 * MB
 """Of Dask's dashboard with the tile map and a visitor; measured."""
 CLIENT_WEIGHTS = 4

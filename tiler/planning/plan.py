@@ -23,7 +23,7 @@ from ..rasters.reading import MUCH_READ, kind_of
 SLOW_FLOPS_PER_S = 5e9
 """Less than any machine makes of a network that would be used for one: it tells a long tile from a hanging worker."""
 STORE_BYTES = 70 * MB
-"""Of the libraries that talk to an object store, in each process that does; measured, see docs/memory.md."""
+"""Of the libraries that talk to an object store, in each process that does; measured, see docs/explanation/memory.md."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,11 +23,11 @@ from .trainable import TrainableNetwork
 
 PROCESS_BYTES = 500 * MB
 """A process that trains, with torch, Dask, rasterio, the traced network and what they load in the first step; measured,
-see docs/memory.md."""
+see docs/explanation/memory.md."""
 WARM_UP_BYTES = 30 * MB
 """Of that, what the first step loads."""
 TILE_FACTOR = 1.12
-"""Of the live bytes of a tile, and the constant beside them: what torch and oneDNN hold in fact; docs/memory.md."""
+"""Of the live bytes of a tile, and the constant beside them: what torch and oneDNN hold in fact; docs/explanation/memory.md."""
 TILE_CONSTANT_BYTES = 15 * MB
 
 BLOCK_CHANNELS = 16

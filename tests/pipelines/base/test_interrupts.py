@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 from collections.abc import Iterator
 
@@ -33,16 +32,16 @@ def test_a_signal_interrupts_once_and_silences_callbacks(
     log = logging.getLogger("tornado.application")
     log.error("Exception in callback: before")
     with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
     log.error("Exception in callback: after")
     assert "after" not in capsys.readouterr().err
     assert log.disabled
-    os.kill(os.getpid(), number)
+    signal.raise_signal(number)
     assert ended == ([1] if number == signal.SIGINT else [])
 
 
 def test_what_was_ignored_stays_so() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     heed_interrupts(lambda: None)
-    os.kill(os.getpid(), signal.SIGHUP)
+    signal.raise_signal(signal.SIGHUP)
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

@@ -304,7 +304,7 @@ def test_a_compiled_module_gives_the_same() -> None:
     assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-# What follows runs on machines with a CUDA device only; docs/engines.md has what to expect.
+# What follows runs on machines with a CUDA device only; docs/reference/engines.md has what to expect.
 
 
 def _on_cuda(network: Network, **settings: Any) -> EngineProgram:

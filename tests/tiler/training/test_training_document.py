@@ -1,4 +1,4 @@
-"""Code in docs/training.md runs as it is written."""
+"""Code in docs/how-to/training-loop.md runs as it is written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...support.rasters import write_geotiff
 
 pytestmark = pytest.mark.system
 
-DOCUMENT = Path(__file__).parents[3] / "docs/training.md"
+DOCUMENT = Path(__file__).parents[3] / "docs/how-to/training-loop.md"
 SHAPE = (53, 67)
 PROGRAM = """
 import pytest
