@@ -12,7 +12,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ... import __version__
-from ...tiler.base.errors import OutputError, reason_of
+from ...tiler.base.errors import OutputError
+from ...tiler.base.text import reason_of
 from ...tiler.system.files import write_durably
 from ...tiler.system.machine import find_versions
 

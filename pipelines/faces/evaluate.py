@@ -14,7 +14,6 @@ import torch
 
 from ...models.faceid.base.errors import HeadError
 from ...models.faceid.base.name_list import compose
-from ...models.faceid.base.plain_file import open_plain
 from ...models.faceid.embedder.file import load_embedder
 from ...models.faceid.gallery.top_k import exact_scores, unit_rows
 from ...models.faceid.pictures.images import ImageError, find_people
@@ -28,11 +27,13 @@ from ...models.faceid.scores.verification import (
     measure_verification,
     parse_rates,
 )
-from ...tiler.base.errors import UsageError, reason_of
+from ...tiler.base.errors import UsageError
+from ...tiler.base.text import reason_of
 from ...tiler.output.records import writing
 from ...tiler.system.files import upload_bytes
 from ...tiler.system.machine import find_versions
 from ...tiler.system.meter import MemoryMeter
+from ...tiler.system.plain_file import open_plain
 from ..base.console import Console, count_of, format_rate, format_table
 from ..base.page import render_page, require_page_target
 from .charts import BINS, draw_cmc, draw_det, draw_roc, draw_scores

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...models.faceid.base.plain_file import open_plain
 from ...models.faceid.pictures.image_list import SUFFIXES, read_image_list
 from ...models.faceid.pictures.images import find_people
 from ...models.faceid.pictures.record_io import RecordFile
@@ -31,7 +30,9 @@ from ...models.faceid.pictures.source import (
 from ...sample_data.faces import OUTSIDE_TRAINING
 from ...sample_data.identities import Nuisances, draw_faces
 from ...sample_data.identity_list import IdentityList
-from ...tiler.base.errors import TilerError, UsageError, reason_of
+from ...tiler.base.errors import TilerError, UsageError
+from ...tiler.base.text import reason_of
+from ...tiler.system.plain_file import open_plain
 from ..base.console import count_of
 from .pictures import describe_stray
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from ...tiler.base.errors import UsageError, one_line, reason_of
+from ...tiler.base.errors import UsageError
+from ...tiler.base.text import one_line, reason_of
 from ...tiler.rasters.band_names import band_name_of
 from ...tiler.rasters.zarr_arrays import split_zarr_path
 from ...tiler.system.files import MOST_TEXT, find_matching, read_place, read_regular

@@ -29,11 +29,10 @@ from ...models.segmentation.training.split import Split, choose_block, choose_sp
 from ...models.segmentation.training.step import StepEngine
 from ...models.segmentation.training.survey import Counts, count_labels, measure_bands
 from ...models.segmentation.training.validation import ValidationTile, list_validation_tiles
-from ...tiler.analysis.graph import first_line
 from ...tiler.analysis.network import Network, analyze_network
 from ...tiler.base.errors import OutputError, UsageError
 from ...tiler.base.geometry import Window
-from ...tiler.base.text import MB, parse_bytes
+from ...tiler.base.text import MB, first_line, parse_bytes
 from ...tiler.labels.labels import RasterLabels, describe_ignored, open_labels
 from ...tiler.rasters.raster import Raster
 from ...tiler.system.files import write_durably

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from ..analysis.axis_geometry import AxisGeometry, ImageAxis, compute_geometry, geometry_key, tap_arrays
 from ..base.errors import EngineError, NotFiniteError
+from ..base.text import first_line
 from ..system.process_locks import TRACING
 from .engine import EngineProgram
 
@@ -54,7 +55,7 @@ def convert_network(network: Network, threads: int) -> EngineProgram:
     except EngineError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise EngineError(f"OpenVINO cannot run this network: {reason}; use --engine torch") from error
     return EngineProgram(
         engine="openvino",
@@ -250,7 +251,7 @@ class OpenVinoPrograms:
             model = self._core.read_model(graph, ov.Tensor(np.frombuffer(weights, np.uint8)))
             request = self._core.compile_model(model, "CPU", self._options).create_infer_request()
         except RuntimeError as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise EngineError(f"OpenVINO cannot run this network: {reason}; use --engine torch") from error
         self._requests[key] = (request, weights)  # the model's constants point into the weights
         return request

@@ -24,6 +24,7 @@ from ..analysis.program import Program, graph_tensors, hash_sizes
 from ..base.choices import Precision
 from ..base.errors import EngineError
 from ..base.geometry import Interval
+from ..base.text import first_line
 from ..system.machine import release_freed_memory
 from ..system.process_locks import TRACING
 from .engine import EngineProgram, TileEngine
@@ -150,7 +151,7 @@ def _convert(program: Program, kept: dict[str, bytes]) -> ModelParts:
             exported = torch.export.export(program, examples, strict=False)
             return convert_exported(exported, [tuple(tensor.shape) for tensor in examples], kept)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise EngineError(f"OpenVINO cannot run this network: {reason}; use --engine torch") from error
 
 

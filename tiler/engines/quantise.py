@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..base.errors import EngineError, OutputError
+from ..base.text import last_line
 from ..rasters.nodata import Array
 from ..system.files import flush_file, remove_file, write_whole
 from ..system.machine import die_with_parent
@@ -134,7 +135,7 @@ def quantise_network(network: Network, images: Sequence[Array], threads: int) ->
         capture_output=True,
     )
     if completed.returncode:
-        reason = (completed.stderr.decode(errors="replace").strip().splitlines() or ["its process was killed"])[-1]
+        reason = last_line(completed.stderr, "its process was killed")
         raise EngineError(f"NNCF cannot quantise this network: {reason}; use --precision float32")
     peak, graph = (int.from_bytes(completed.stdout[at : at + 8], "big") for at in (0, 8))
     return QuantisedNetwork(

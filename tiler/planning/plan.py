@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from ..base.choices import EngineName, Method, Precision
-from ..base.errors import one_line
 from ..base.geometry import Grid, Halo, Interval, Window, order_cells
 from ..base.memory import MemoryPrediction
-from ..base.text import MB, format_bytes, format_seconds
+from ..base.text import MB, format_bytes, format_seconds, one_line
 from ..base.tile import Span, Tile
 from ..engines.devices import pick_index
 from ..engines.engine import ENGINE_EFFICIENCY, PRECISION_SPEED

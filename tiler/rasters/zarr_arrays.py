@@ -18,6 +18,7 @@ from zarr.errors import BaseZarrError
 from ..base.errors import RasterError, TilerError
 from ..base.exact_numbers import exact_number, parse_number
 from ..base.geometry import Window
+from ..base.text import first_line
 from ..system.file_state import keeps_numbers, state_of
 from ..system.places import is_remote, place_of
 from ..system.stores import store_at
@@ -75,7 +76,7 @@ def _describe(store: Path, inner: str, name: str, axes: str | None, *, trust: bo
     try:
         node = zarr.open(store_at(store, read_only=True), mode="r", path=inner or None)
     except (BaseZarrError, OSError, ValueError, KeyError) as error:
-        raise RasterError(f"{name} is not a Zarr raster: {str(error).splitlines()[0]}") from error
+        raise RasterError(f"{name} is not a Zarr raster: {first_line(error)}") from error
     if isinstance(node, zarr.Group):
         inner = f"{inner}/{find_array(node, name)}".lstrip("/")
         node = zarr.open(store_at(store, read_only=True), mode="r", path=inner)
@@ -326,7 +327,7 @@ class ZarrReader:
             return np.asarray(array.oindex[pick] if any(isinstance(p, list) for p in pick) else array[pick])
         except Exception as error:  # codecs raise what they like
             name = f"{self._raster.path}/{array.path}".rstrip("/")
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise RasterError(f"{name}: window {window} cannot be read: {reason}") from error
 
     def _read_bands(self, window: Window, indexes: tuple[int, ...]) -> Array:

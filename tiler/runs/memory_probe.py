@@ -21,7 +21,7 @@ import numpy as np
 
 from ..base.errors import EngineError
 from ..base.memory import EngineMemory
-from ..base.text import MB
+from ..base.text import MB, last_line
 from ..engines.devices import find_cuda, pick_index
 from ..engines.loading import load_tiles
 from ..engines.memory import MemoryLookup, constant_memory
@@ -270,7 +270,7 @@ def _measure(packed: EngineProgram, tile: Tile, shape: tuple[int, ...], dtype: s
         timeout=TIMEOUT_S,
     )
     if completed.returncode:
-        raise ValueError((completed.stderr.decode().strip().splitlines() or ["it was killed"])[-1])
+        raise ValueError(last_line(completed.stderr, "it was killed"))
     host, on_device = completed.stdout.split()[-2:]
     return int(host), int(on_device)
 

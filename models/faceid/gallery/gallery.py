@@ -14,8 +14,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch import distributed as dist
 
-from ....tiler.base.errors import reason_of
-from ....tiler.base.text import parse_bytes
+from ....tiler.base.text import parse_bytes, reason_of
 from ..base.collectives import Ranks
 from ..base.errors import GalleryError, HeadError
 from ..base.name_list import NameList, compose, compose_all, require_name

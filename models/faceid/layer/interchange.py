@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ....tiler.base.text import first_line
 from ....tiler.system.files import use_default_mode
+from ....tiler.system.plain_file import open_plain
 from ..base.errors import HeadError
-from ..base.plain_file import open_plain
 from .head import ShardedMarginHead
 
 INDEX = "head.safetensors.index.json"
@@ -226,7 +227,7 @@ def _load(path: Path) -> Any:
         # Before torch 1.6 files were no archives, which alone can be mapped.
         return torch.load(path, weights_only=True, mmap=zipfile.is_zipfile(path), map_location="cpu")
     except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         if isinstance(error, pickle.UnpicklingError):
             reason = "it holds more than tensors and plain values, which may run code"
         raise HeadError(

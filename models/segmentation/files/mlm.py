@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ....tiler.base.errors import UsageError, reason_of
+from ....tiler.base.errors import UsageError
+from ....tiler.base.text import reason_of
 from ....tiler.system.files import MOST_TEXT, read_regular
 from ..networks.meaning import Meaning, Statement
 from ..networks.model import SegmentationClass, SegmentationModel, default_bands, meaning_of

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from ....tiler.analysis.graph import first_line
+from ....tiler.base.text import first_line
 from ..networks.trust import ModelFile, ModelFileError, Trust
 from .factory import importing_from_here
 

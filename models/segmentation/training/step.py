@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ....tiler.analysis.graph import first_line
 from ....tiler.analysis.network import analyze_network, torch_dtype
 from ....tiler.base.errors import LabelError, RasterError
 from ....tiler.base.geometry import Window
-from ....tiler.base.text import MB
+from ....tiler.base.text import MB, first_line
 from ....tiler.labels.labels import UNLABELLED, Classes
 from ....tiler.rasters.block_cache import BlockStore
 from ....tiler.rasters.nodata import Mask
