@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..base.dtypes import dtype_name
 from ..base.errors import EngineError, OutputError
 from ..base.text import last_line
 from ..rasters.nodata import Array
@@ -122,11 +123,10 @@ def quantise_network(network: Network, images: Sequence[Array], threads: int) ->
     from ..rasters.reading import GDAL_CACHE_BYTES
     from ..system.environment import worker_environment
     from .openvino import convert_network
-    from .pixel_types import name_of
 
     require_quantiser()
     # In few bits the CPU plugin takes no pixels of int16.
-    wider = analyze_network(network.module, network.bands, "int32") if name_of(network) == "int16" else network
+    wider = analyze_network(network.module, network.bands, "int32") if dtype_name(network.dtype) == "int16" else network
     converted = convert_network(wider, threads)
     completed = subprocess.run(
         [sys.executable, "-P", "-m", __name__],

@@ -10,6 +10,7 @@ import numpy as np
 from ..analysis.agreement import takes_batches
 from ..analysis.network import Network
 from ..base.choices import EngineName, Method
+from ..base.dtypes import dtype_name
 from ..base.errors import UsageError
 from ..base.geometry import Interval, align_up
 from ..base.memory import MemoryPrediction
@@ -328,7 +329,7 @@ def _takes_batches(network: Network) -> bool:
 
 
 def _pixel_dtype(network: Network) -> np.dtype:
-    return np.dtype(str(network.dtype).removeprefix("torch."))
+    return np.dtype(dtype_name(network.dtype))
 
 
 def _describe_source(raster: Raster) -> Source:

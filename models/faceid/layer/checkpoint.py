@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ....tiler.base.dtypes import dtype_name
 from ....tiler.system.files import sync_folder
 from ..base.errors import HeadError
 from .head import ShardedMarginHead
@@ -99,10 +100,10 @@ def save_checkpoint(
             "step": step,
             "classes": head.classes,
             "dim": head.dim,
-            "storage": str(head.storage).removeprefix("torch."),
+            "storage": dtype_name(head.storage),
             "tablet_rows": head.layout.tablet_rows,
             "state_width": head.state.shape[1],
-            "state_dtype": str(head.state.dtype).removeprefix("torch."),
+            "state_dtype": dtype_name(head.state.dtype),
             "seed": head.seed,
             "updates": head.step,
             "extra": sorted(extra),
@@ -163,7 +164,7 @@ def load_checkpoint(
 def _check_layer(head: ShardedMarginHead, manifest: dict[str, Any], *, grow: bool) -> str:
     for name, ours in (
         ("dim", head.dim),
-        ("storage", str(head.storage).removeprefix("torch.")),
+        ("storage", dtype_name(head.storage)),
         ("tablet_rows", head.layout.tablet_rows),
         ("state_width", head.state.shape[1]),
     ):

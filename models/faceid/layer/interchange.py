@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ....tiler.base.dtypes import dtype_name
 from ....tiler.base.text import first_line
 from ....tiler.system.files import use_default_mode
 from ....tiler.system.plain_file import open_plain
@@ -139,7 +140,7 @@ def _check(head: ShardedMarginHead, path: Path, what: str, values: Tensor, first
 
         require(wide.isfinite().all(dim=1), "is not finite; that training has gone wrong, take an earlier one")
         reach = torch.finfo(head.storage).max
-        kind = str(head.storage).removeprefix("torch.")
+        kind = dtype_name(head.storage)
         require(
             stored.isfinite().all(dim=1),
             f"goes beyond {reach:.3g}, the largest {kind}; give the layer storage=torch.float32",

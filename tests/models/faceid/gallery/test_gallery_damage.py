@@ -213,7 +213,7 @@ def test_a_name_is_one_person_s_however_its_accents_are_written(tmp_path: Path) 
 def write_uncomposed(folder: Path, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A gallery as it was made before names were composed."""
     with monkeypatch.context() as patched:
-        patched.setattr("unicodedata.normalize", lambda form, name: name)
+        patched.setattr("unicodedata.normalize", lambda _, name: name)
         gallery = Gallery.create(folder, dim=DIM, embedder="e", tablet_rows=2, threads=1)
         gallery.enroll(names, vectors(len(names), 0), calibrate=True)
         assert list(gallery.names()) == names
