@@ -23,6 +23,7 @@ from ...models.faceid.layer.row_rules import RULES
 from ...models.faceid.pictures.augmentation import FaceAugmentation
 from ...models.faceid.pictures.batch_loader import BatchLoader
 from ...models.faceid.pictures.sample_order import share_of
+from ...models.training.optimiser import make_optimiser, set_rate
 from ...tiler.base.errors import TilerError
 from ...tiler.base.text import format_bytes
 from ...tiler.system.machine import one_thread, torch_threads
@@ -84,7 +85,9 @@ class _Run:
             denominator=training.denominator,
             seed=training.seed,
         )
-        self.optimiser = make_optimiser(training, self.model)
+        self.optimiser = make_optimiser(
+            training.optimiser, self.model.parameters(), training.weight_decay, nesterov=False, foreach=False
+        )
         self.first = load_face_training(self.head, self.model, self.optimiser, self.out, console)
         self.step = self.saved = self.first
         self.is_first = self.ranks.rank == 0
@@ -129,7 +132,7 @@ class _Run:
             for batches in loader.run(self.first, training.steps, training.threads):
                 share = training.rates.share(self.step)
                 assert self.head.rule is not None
-                self.optimiser.param_groups[0]["lr"] = training.lr * share
+                set_rate(self.optimiser, training.lr * share)
                 self.head.rule.lr = training.head_lr * share
                 for batch in batches:
                     self.unusable.add(batch.failed)
@@ -287,15 +290,6 @@ class _Run:
         }
         write_face_report(self.out, values, measured, unusable)
         return values
-
-
-def make_optimiser(training: FaceTraining, model: nn.Module) -> torch.optim.Optimizer:
-    """Of the embedder."""
-    if training.optimiser == "sgd":
-        return torch.optim.SGD(
-            model.parameters(), lr=training.lr, momentum=0.9, weight_decay=training.weight_decay, foreach=False
-        )
-    return torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=training.weight_decay, foreach=False)
 
 
 class _Silent(Console):
