@@ -134,7 +134,7 @@ def test_shared_weights_learn_by_whichever_name_their_gradient_has() -> None:
     trainer = Trainer(ours, recipe, lambda _: [], compute)
     optimiser = make_optimiser("sgd", theirs.parameters(), 0)
     for step in range(5):
-        rate = trainer.schedule.rate(step, trainer.progress)
+        rate = trainer.learning_rate.rate(step, trainer.progress)
         trainer.make_step()
         set_rate(optimiser, rate)
         optimiser.zero_grad()
