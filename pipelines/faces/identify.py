@@ -13,7 +13,8 @@ import torch
 
 from ...models.faceid.base.collectives import Ranks
 from ...models.faceid.embedder.file import load_embedder
-from ...models.faceid.gallery.gallery import Answer, Gallery
+from ...models.faceid.gallery.gallery import Gallery
+from ...models.faceid.gallery.lookup import Answer
 from ...models.faceid.layer.head_plan import PROCESS_BYTES
 from ...models.faceid.pictures.images import FORMATS, ImageError, is_picture
 from ...tiler.base.errors import TilerError, UsageError

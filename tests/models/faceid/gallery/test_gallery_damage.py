@@ -243,7 +243,7 @@ def test_a_gallery_whose_names_cannot_be_composed_says_why(tmp_path: Path, monke
     def refuse(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("outsize.models.faceid.gallery.gallery.write_rows", refuse)
+    monkeypatch.setattr("outsize.models.faceid.gallery.editing.write_rows", refuse)
     with pytest.raises(GalleryError, match="to be composed, and cannot be written: Permission denied; open it once"):
         Gallery.open(tmp_path / "g")
 
