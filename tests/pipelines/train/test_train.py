@@ -22,7 +22,7 @@ from outsize.models.segmentation.training.split import Split
 from outsize.models.segmentation.training.trainer import Trainer
 from outsize.pipelines.base.training_log import TrainingLog, read_log
 from outsize.pipelines.train import run as train
-from outsize.pipelines.train.data import Survey
+from outsize.pipelines.train.survey import Survey
 from outsize.tests.support import commands
 from outsize.tiler.base.errors import LabelError, OutputError
 from outsize.tiler.output.store import open_array
