@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...models.segmentation.files.classes import LabelClasses
 from ...models.segmentation.networks.meaning import Meaning
@@ -88,12 +88,12 @@ class TrainingData:
             "tiles": {"core": self.plan.core[0], "cuts": list(self.plan.cuts)},
         }
 
-    def calibrate(self, network: nn.Module) -> None:
+    def calibrate(self) -> None:
         """Give frozen norms their statistics from a batch of the first steps' tiles."""
         shapes = [scene.raster.shape_yx for scene in self.scenes if scene.trains]
         side = choose_batch_side(self.engine.network, self.plan, shapes, _CALIBRATED)
         batch = self.engine.read_batch(self.draw, side, _CALIBRATED)
-        with calibrating(network):
+        with calibrating(self.module.network):
             self.module.logits(batch)
 
     def make_model(self, name: str, weights: dict[str, Tensor]) -> SegmentationModel:
