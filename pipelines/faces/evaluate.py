@@ -21,7 +21,7 @@ from ...models.faceid.scores.identification import RANKS, Identification, measur
 from ...models.faceid.scores.pair_list import PairList, Shot, read_pairs
 from ...models.faceid.scores.verification import (
     FoldAccuracy,
-    Verification,
+    PairVerification,
     count_blocks,
     measure_folds,
     measure_verification,
@@ -232,7 +232,7 @@ def _describe_folds(accuracy: FoldAccuracy, left_out: int, path: Path | None) ->
     }
 
 
-def _describe_verification(verification: Verification) -> Values:
+def _describe_verification(verification: PairVerification) -> Values:
     return {
         "genuine_pairs": verification.genuine_pairs,
         "impostor_pairs": verification.impostor_pairs,
@@ -292,7 +292,7 @@ def _cells(threshold: float | None, share: float | None, count: int, is_sure: bo
 
 
 def _render(
-    source: str, values: Values, verification: Verification | None, identification: Identification | None
+    source: str, values: Values, verification: PairVerification | None, identification: Identification | None
 ) -> str:
     """The page's text."""
     sure = [point for point in verification.points if point.is_sure] if verification else []

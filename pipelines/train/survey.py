@@ -16,7 +16,7 @@ from ...models.segmentation.networks.model import SegmentationModel
 from ...models.segmentation.networks.scaling import Scaling, ScalingKind
 from ...models.segmentation.training.moments import Moments
 from ...models.segmentation.training.scene import TrainingScene
-from ...models.segmentation.training.split import Split, choose_block, choose_split
+from ...models.segmentation.training.split import BlockSplit, choose_block, choose_split
 from ...models.segmentation.training.survey import Counts, count_labels, measure_bands
 from ...tiler.base.errors import OutputError, UsageError
 from ...tiler.base.text import first_line
@@ -34,7 +34,7 @@ SURVEY, COUNTS = "survey.json", "survey.safetensors"
 class Survey:
     """What the passes over scenes and labels found; kept, so that going on needs none of them."""
 
-    splits: tuple[Split | None, ...]
+    splits: tuple[BlockSplit | None, ...]
     """Of each scene."""
     scaling: Scaling
     fill: tuple[float, ...]
@@ -88,7 +88,7 @@ class Survey:
             counts = load_file(folder / COUNTS)
             kind = values["scaling"]["kind"]
             return cls(
-                splits=tuple(Split(**split) if split else None for split in values["splits"]),
+                splits=tuple(BlockSplit(**split) if split else None for split in values["splits"]),
                 scaling=Scaling(
                     kind=cast("ScalingKind | tuple[ScalingKind, ...]", kind if isinstance(kind, str) else tuple(kind)),
                     subtract=tuple(values["scaling"]["subtract"]),
@@ -128,11 +128,11 @@ def run_survey(
     share = 0.0 if options.validate_on else options.validation
     seed, cell = options.recipe.seed, max(1, core // 2)
     moments = Moments.none(scenes[0].raster.bands)
-    splits: list[Split | None] = []
+    splits: list[BlockSplit | None] = []
     counted: list[_Counted] = []
     with console.step("survey", _count_pixels(scenes, share)) as step:
         for index, scene in enumerate(scenes):
-            split: Split | None = None
+            split: BlockSplit | None = None
             if share:
                 counts = count_labels(scene, cell=block, classes=classes, advance=step.advance)
                 split = choose_split(counts, share=share, block=block, guard=reach, seed=seed, scene=index)

@@ -23,7 +23,7 @@ from .tile_map import TOPIC, tile_message
 class Runner(Protocol):
     """One process's share of a run: open files, a loaded engine."""
 
-    def run(self, row: int, column: int) -> Record:
+    def run(self, row: int, column: int) -> CellResult:
         """Do one cell; returns its record, a failure's too."""
         ...
 
@@ -34,7 +34,7 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
-class Record(Protocol):
+class CellResult(Protocol):
     """What became of a cell."""
 
     @property

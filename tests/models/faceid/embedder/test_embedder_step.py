@@ -7,7 +7,7 @@ import torch
 from outsize.models.faceid.base.collectives import Ranks
 from outsize.models.faceid.embedder.feature_norm import normalise_batch
 from outsize.models.faceid.embedder.network import SmallEmbedder
-from outsize.models.faceid.embedder.step import GradientSum, StepResult, compute_full_loss, compute_step
+from outsize.models.faceid.embedder.step import MicroBatchSum, StepResult, compute_full_loss, compute_step
 from outsize.models.faceid.layer.head import ShardedMarginHead
 from outsize.models.faceid.layer.reference import compute_dense_loss
 from outsize.models.faceid.layer.row_rules import SGD
@@ -147,7 +147,7 @@ def test_a_sum_does_not_depend_on_the_order_of_its_parts() -> None:
     parts = [torch.randn(1000, generator=generator) * 10.0**-power for power in range(7)]
     found: list[Tensor] = []
     for order in (parts, parts[::-1], parts[3:] + parts[:3]):
-        total = GradientSum([parameter], len(parts))
+        total = MicroBatchSum([parameter], len(parts))
         for part in order:
             total.add([part])
         assert total.finish(Ranks.of(None))
@@ -162,7 +162,7 @@ def test_a_sum_does_not_depend_on_the_order_of_its_parts() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 9000.0])
 def test_what_is_not_finite_moves_nothing(bad: float) -> None:
     parameter = torch.nn.Parameter(torch.zeros(3))
-    total = GradientSum([parameter], 2)
+    total = MicroBatchSum([parameter], 2)
     total.add([torch.ones(3)])
     total.add([torch.tensor([0.0, bad, 0.0])])
     assert not total.finish(Ranks.of(None))
