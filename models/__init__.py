@@ -7,7 +7,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "faceid.layer.checkpoint": ["list_generations", "load_checkpoint", "save_checkpoint"],
         "faceid.base.errors": ["GalleryError", "HeadError", "HeadMemoryError"],
-        "faceid.gallery.gallery": ["Answer", "Gallery", "Match"],
+        "faceid.gallery.gallery": ["Gallery"],
+        "faceid.gallery.lookup": ["Answer", "Match"],
         "faceid.embedder.file": ["Embedder", "load_embedder"],
         "faceid.layer.head": ["ShardedMarginHead"],
         "faceid.layer.head_plan": ["HeadPlan", "plan_head"],

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...tiler.base.errors import UsageError, one_line
-from ...tiler.base.text import format_bytes, format_seconds
+from ...tiler.base.errors import UsageError
+from ...tiler.base.text import format_bytes, format_seconds, one_line
 
 MOST_SHOWN = 20
 """Lines on a terminal of things of one kind that went wrong."""

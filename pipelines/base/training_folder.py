@@ -12,7 +12,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ... import __version__
-from ...tiler.base.errors import OutputError, reason_of
+from ...tiler.base.differences import say_differences, shorten
+from ...tiler.base.errors import OutputError
+from ...tiler.base.text import reason_of
 from ...tiler.system.files import write_durably
 from ...tiler.system.machine import find_versions
 
@@ -84,15 +86,10 @@ def require_same_training(out: Path, ours: dict[str, Any], remedy: str) -> None:
         theirs = ours if found is None else found["fingerprint"]
     except (OSError, ValueError, KeyError) as error:
         raise OutputError(f"{out / TRAINING} cannot be read: {reason_of(error)}; {remedy}") from error
-    said = [
-        f"{key.replace('_', ' ')} {_short(theirs.get(key))} there, {_short(ours.get(key))} now"
-        for key in sorted({*ours, *theirs})
-        if ours.get(key) != theirs.get(key)
-    ]
+    said = say_differences(theirs, ours, _say)
     if said:
         raise OutputError(f"{out} holds another training: {'; '.join(said[:4])}; {remedy}")
 
 
-def _short(value: Any) -> str:
-    text = "not given" if value is None else json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _say(value: Any) -> str:
+    return shorten("not given" if value is None else json.dumps(value), 60)

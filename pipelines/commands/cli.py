@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 import click
 
 from ... import __version__
-from ...tiler.base.errors import TilerError, one_line, reason_of
+from ...tiler.base.errors import TilerError
+from ...tiler.base.text import first_line, one_line, reason_of
 from ...tiler.cluster.dask_trouble import find_dask_trouble
 from ...tiler.system.files import MOST_TEXT, read_regular
 from ...tiler.system.process_end import end_with
@@ -516,7 +517,7 @@ def main(arguments: list[str] | None = None) -> None:
         if reason:
             print(one_line(f"outsize: error: {reason}"), file=sys.stderr)
             _end(words, EXIT_FAILED, reason)
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error, "")
         print(one_line(f"outsize: unexpected {type(error).__name__}: {reason} (--debug shows where)"), file=sys.stderr)
         _end(words, EXIT_FAILED, f"{type(error).__name__}: {reason}")
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..base.option_types import Folder, Numbers, Texts, option, together
+
+if TYPE_CHECKING:
+    from ...models.segmentation.training.recipe import Recipe
+    from ..segment.model import SourceOptions
 
 label_options = together(
     option("--label-field", metavar="NAME", help="Attribute of polygons that tells the class."),
@@ -166,13 +170,43 @@ def run_train_command(
     Args:
         cluster: `ClusterOptions`.
     """
-    from ..segment.model import SourceOptions
     from ..train.options import TrainOptions
-    from ..train.run import make_recipe, run_train
+    from ..train.run import run_train
     from ..train.workers import WorkerOptions
 
+    recipe, start = _read_recipe(options), _read_start(options)
+    run_train(
+        console,
+        TrainOptions(
+            scenes=scenes,
+            labels=options["labels"],
+            out=options["out"],
+            recipe=recipe,
+            reading=reading,
+            label_options=make_label_options(options, options["labels"]),
+            classes=options["classes"] or (),
+            task=options["task"],
+            balanced=options["class_weights"] == "balanced",
+            validation=options["validation"],
+            validate_on=options["validate_on"],
+            block=options["block"],
+            validate_every=options["val_every"],
+            core=options["core"],
+            memory=options["memory"],
+            model=start,
+            widths=options["widths"],
+            norm=options["norm"],
+            overwrite=options["overwrite"],
+            workers=WorkerOptions(cluster=cluster, workers=options["workers"], threads=options["threads"]),
+        ),
+    )
+
+
+def _read_recipe(options: dict[str, Any]) -> Recipe:
+    from ..train.run import make_recipe
+
     weights, minutes, steps = options["class_weights"] or (), options["minutes"], options["steps"]
-    recipe = make_recipe(
+    return make_recipe(
         options["step"],
         options["augment"],
         loss=options["loss"] or "",
@@ -187,39 +221,24 @@ def run_train_command(
         minutes=minutes,
         seed=options["seed"],
     )
-    model = None
-    if options["model"] is not None:
-        model = SourceOptions(
-            source=options["model"],
-            weights=options["weights"],
-            weights_key=options["weights_key"],
-            trust_model=options["trust_model"],
-            sha256=options["sha256"],
-        )
-    elif options["weights"]:
-        raise click.UsageError("--weights goes with --model package.module:factory")
-    run_train(
-        console,
-        TrainOptions(
-            scenes=scenes,
-            labels=options["labels"],
-            out=options["out"],
-            recipe=recipe,
-            reading=reading,
-            label_options=make_label_options(options, options["labels"]),
-            classes=options["classes"] or (),
-            task=options["task"],
-            balanced=weights == "balanced",
-            validation=options["validation"],
-            validate_on=options["validate_on"],
-            block=options["block"],
-            validate_every=options["val_every"],
-            core=options["core"],
-            memory=options["memory"],
-            model=model,
-            widths=options["widths"],
-            norm=options["norm"],
-            overwrite=options["overwrite"],
-            workers=WorkerOptions(cluster=cluster, workers=options["workers"], threads=options["threads"]),
-        ),
+
+
+def _read_start(options: dict[str, Any]) -> SourceOptions | None:
+    """Where the training starts; None: at a new network.
+
+    Raises:
+        click.UsageError: --weights without --model.
+    """
+    from ..segment.model import SourceOptions
+
+    if options["model"] is None:
+        if options["weights"]:
+            raise click.UsageError("--weights goes with --model package.module:factory")
+        return None
+    return SourceOptions(
+        source=options["model"],
+        weights=options["weights"],
+        weights_key=options["weights_key"],
+        trust_model=options["trust_model"],
+        sha256=options["sha256"],
     )

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any, cast
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...models.faceid.base.errors import HeadError
 from ...models.faceid.embedder.file import BACKBONE, DESCRIPTION, EmbedderDescription
 from ...models.faceid.layer.checkpoint import MANIFEST, list_generations, load_checkpoint, save_checkpoint
 from ...models.faceid.layer.head import ShardedMarginHead
+from ...models.training.optimiser import load_optimiser, optimiser_tensors
 from ..base.console import Console
 
 OPTIMISER, CURSOR = "optimiser.safetensors", "cursor.json"
@@ -35,16 +35,10 @@ def save_face_training(
     """
     extra = None
     if head.ranks.rank == 0:
-        moments = {
-            f"{index}.{name}": cast("Tensor", value)
-            for index, state in optimiser.state_dict()["state"].items()
-            for name, value in state.items()
-            if value is not None
-        }
         extra = {
             DESCRIPTION: description.to_bytes(),
             BACKBONE: safetensors.torch.save(model.state_dict()),
-            OPTIMISER: safetensors.torch.save(moments),
+            OPTIMISER: safetensors.torch.save(optimiser_tensors(optimiser)),
             CURSOR: json.dumps(cursor).encode(),
         }
     save_checkpoint(head, out, cursor["step"], extra=extra)
@@ -77,10 +71,6 @@ def load_face_training(
                 shutil.rmtree(generation.folder, ignore_errors=True)
             continue
         model.load_state_dict(safetensors.torch.load(backbone))
-        values: dict[str, Any] = optimiser.state_dict()
-        for key, value in safetensors.torch.load(moments).items():
-            index, _, name = key.partition(".")
-            values["state"].setdefault(int(index), {})[name] = value
-        optimiser.load_state_dict(values)
+        load_optimiser(optimiser, safetensors.torch.load(moments))
         return int(cursor["step"])
     return 0

@@ -14,7 +14,6 @@ import torch
 
 from ...models.faceid.base.errors import HeadError
 from ...models.faceid.base.name_list import compose
-from ...models.faceid.base.plain_file import open_plain
 from ...models.faceid.embedder.file import load_embedder
 from ...models.faceid.gallery.top_k import exact_scores, unit_rows
 from ...models.faceid.pictures.images import ImageError, find_people
@@ -22,17 +21,19 @@ from ...models.faceid.scores.identification import RANKS, Identification, measur
 from ...models.faceid.scores.pair_list import PairList, Shot, read_pairs
 from ...models.faceid.scores.verification import (
     FoldAccuracy,
-    Verification,
+    PairVerification,
     count_blocks,
     measure_folds,
     measure_verification,
     parse_rates,
 )
-from ...tiler.base.errors import UsageError, reason_of
+from ...tiler.base.errors import UsageError
+from ...tiler.base.text import reason_of
 from ...tiler.output.records import writing
 from ...tiler.system.files import upload_bytes
 from ...tiler.system.machine import find_versions
 from ...tiler.system.meter import MemoryMeter
+from ...tiler.system.plain_file import open_plain
 from ..base.console import Console, count_of, format_rate, format_table
 from ..base.page import render_page, require_page_target
 from .charts import BINS, draw_cmc, draw_det, draw_roc, draw_scores
@@ -231,7 +232,7 @@ def _describe_folds(accuracy: FoldAccuracy, left_out: int, path: Path | None) ->
     }
 
 
-def _describe_verification(verification: Verification) -> Values:
+def _describe_verification(verification: PairVerification) -> Values:
     return {
         "genuine_pairs": verification.genuine_pairs,
         "impostor_pairs": verification.impostor_pairs,
@@ -291,7 +292,7 @@ def _cells(threshold: float | None, share: float | None, count: int, is_sure: bo
 
 
 def _render(
-    source: str, values: Values, verification: Verification | None, identification: Identification | None
+    source: str, values: Values, verification: PairVerification | None, identification: Identification | None
 ) -> str:
     """The page's text."""
     sure = [point for point in verification.points if point.is_sure] if verification else []

@@ -16,9 +16,9 @@ from ...models.faceid.gallery.search import Tell
 from ...models.faceid.layer.head_plan import PROCESS_BYTES
 from ...models.faceid.pictures.images import ImageError, find_people
 from ...tiler.base.errors import OutputError, UsageError
-from ...tiler.base.text import format_bytes, parse_bytes
+from ...tiler.base.text import format_bytes, one_line, parse_bytes
 from ...tiler.system.meter import MemoryMeter
-from ..base.console import Console, count_of, format_table, one_line
+from ..base.console import Console, count_of, format_table
 from .pictures import BATCH, Pictures, embed_people, group_by_person
 
 SHOWN = 20

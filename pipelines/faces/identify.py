@@ -13,15 +13,16 @@ import torch
 
 from ...models.faceid.base.collectives import Ranks
 from ...models.faceid.embedder.file import load_embedder
-from ...models.faceid.gallery.gallery import Answer, Gallery
+from ...models.faceid.gallery.gallery import Gallery
+from ...models.faceid.gallery.lookup import Answer
 from ...models.faceid.layer.head_plan import PROCESS_BYTES
 from ...models.faceid.pictures.images import FORMATS, ImageError, is_picture
 from ...tiler.base.errors import TilerError, UsageError
-from ...tiler.base.text import parse_bytes
+from ...tiler.base.text import one_line, parse_bytes
 from ...tiler.system.machine import cpu_count, torch_threads
 from ...tiler.system.meter import MemoryMeter
 from ...tiler.system.process_end import end_with
-from ..base.console import Console, count_of, one_line
+from ..base.console import Console, count_of
 from .benchmark import require_cores
 from .gallery import open_gallery, require_memory, searching
 from .pictures import BATCH, Pictures, embed_files

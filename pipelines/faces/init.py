@@ -18,7 +18,8 @@ from ...models.faceid.layer.tablets import TabletLayout
 from ...models.segmentation.files.state import States, fit_state, read_states
 from ...models.segmentation.networks.trust import Trust, read_model_file
 from ...tiler.base.errors import UsageError
-from ..base.console import count_of, one_line
+from ...tiler.base.text import one_line
+from ..base.console import count_of
 from ..base.training_folder import read_training
 from .roll import read_roll
 from .sources import SYNTHETIC

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ...models.faceid.embedder.file import EmbedderDescription
-from ...models.faceid.embedder.rate_schedule import RateSchedule
+from ...models.training.learning_rate import StepRate
+from ...models.training.optimiser import OptimiserName
 from ...sample_data.identities import PIXEL_MEAN, PIXEL_SCALE
 from .roll import read_roll
 from .sources import OpenedFaces, SyntheticOptions, open_faces
@@ -38,7 +39,7 @@ class FaceTraining:
     micro_batch: int
     """Samples that go through the network together; other sizes give other last bits."""
     steps: int
-    optimiser: str
+    optimiser: OptimiserName
     lr: float
     """Of the embedder, at its highest."""
     head_lr: float
@@ -73,8 +74,8 @@ class FaceTraining:
         return cls(**{**values, **tuples})
 
     @property
-    def rates(self) -> RateSchedule:
-        return RateSchedule(kind=self.schedule, steps=self.steps, warm_up=self.warm_up, falls=self.falls)
+    def rates(self) -> StepRate:
+        return StepRate(kind=self.schedule, steps=self.steps, warm_up=self.warm_up, falls=self.falls)
 
     def open(self) -> OpenedFaces:
         synthetic = SyntheticOptions(**self.synthetic)

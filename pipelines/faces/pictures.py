@@ -17,11 +17,12 @@ import torch
 
 from ...models.faceid.base.errors import HeadError
 from ...models.faceid.base.name_list import require_name
-from ...models.faceid.base.plain_file import open_plain
 from ...models.faceid.embedder.file import Embedder
 from ...models.faceid.gallery.top_k import unit_rows
 from ...models.faceid.pictures.images import ImageError, PeopleFolder, read_picture
-from ..base.console import Console, count_of, one_line
+from ...tiler.base.text import one_line
+from ...tiler.system.plain_file import open_plain
+from ..base.console import Console, count_of
 
 BATCH = 32
 """Pictures that are embedded at once."""

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ...models.faceid.base.errors import HeadError
-from ...models.faceid.base.plain_file import open_plain
 from ...models.faceid.pictures.source import FaceSource, Roll
-from ...tiler.base.errors import OutputError, reason_of
+from ...tiler.base.errors import OutputError
+from ...tiler.base.text import one_line, reason_of
 from ...tiler.system.files import write_durably
-from ..base.console import count_of, one_line
+from ...tiler.system.plain_file import open_plain
+from ..base.console import count_of
 from ..base.training_folder import TRAINING, read_training, require_same_training
 
 ROLL = "identities.json"

@@ -6,7 +6,7 @@ import hashlib
 import io
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...models.faceid.base.plain_file import open_plain
 from ...models.faceid.pictures.image_list import SUFFIXES, read_image_list
 from ...models.faceid.pictures.images import find_people
 from ...models.faceid.pictures.record_io import RecordFile
@@ -31,7 +30,9 @@ from ...models.faceid.pictures.source import (
 from ...sample_data.faces import OUTSIDE_TRAINING
 from ...sample_data.identities import Nuisances, draw_faces
 from ...sample_data.identity_list import IdentityList
-from ...tiler.base.errors import TilerError, UsageError, reason_of
+from ...tiler.base.errors import TilerError, UsageError
+from ...tiler.base.text import reason_of
+from ...tiler.system.plain_file import open_plain
 from ..base.console import count_of
 from .pictures import describe_stray
 
@@ -139,61 +140,81 @@ def open_faces(
     """
     if text.startswith(SYNTHETIC):
         return _open_synthetic(text, size or (32, 32), HELD_OUT if held_out is None else held_out, seed, synthetic)
-    path, remarks, left_out = Path(text), list[str](), list[tuple[str, str]]()
-    source: FaceSource
+    path = Path(text)
     if path.suffix.lower() == ".rec":
-        records = RecordFile(path)
-        left_out += records.damaged
-        if records.mixed:
-            remarks.append(
-                f"{records.mixed:,} of {count_of(records.identity_records, 'identity record')} in {path.name} list "
-                "pictures of several labels: the pictures' own labels count"
-            )
-        tried = _spread(len(records.keys))
-        named = [(records.name_of(int(records.keys[place])), partial(records.read, place)) for place in tried]
-        source = RecordPictures(records, _choose_size(named, size, resize=resize), resize=resize)
+        found = _open_records(path, size, resize=resize)
+    elif path.is_dir():
+        found = _open_folder(path, size, resize=resize)
+    elif path.suffix.lower() in SUFFIXES:
+        found = _open_list(path, size, resize=resize)
     else:
-        if path.is_dir():
-            found = find_people(path)
-            names = list(found.people)
-            paths = [str(picture) for pictures in found.people.values() for picture in pictures]
-            labels = np.repeat(np.arange(len(names)), [len(pictures) for pictures in found.people.values()])
-            left_out += [(name, "its folder has no picture") for name in found.empty]
-            if found.stray:
-                remarks.append(f"{describe_stray(found)}: no pictures, or in no identity's folder")
-        elif path.suffix.lower() in SUFFIXES:
-            listed = read_image_list(path)
-            paths, labels, names = listed.paths, listed.labels, listed.names
-            if listed.repeated:
-                remarks.append(
-                    f"{count_of(listed.repeated, 'line')} of {path.name} left out: the picture is listed before"
-                )
-        else:
-            raise UsageError(
-                f"faces come from synthetic:N, a folder with a folder for each identity, NAME.csv, NAME.parquet or "
-                f"NAME.rec, got {text}{'' if path.exists() else ', which is not there'}"
-            )
-        if len(paths) <= MOST_COMPARED:
-            twins = _find_twins(paths, labels)
-            left_out += [(paths[place], reason) for place, reason in twins.items()]
-            kept = np.setdiff1d(np.arange(len(paths)), np.fromiter(twins, np.int64, len(twins)))
-            paths, labels = [paths[place] for place in kept], labels[kept]
-        else:
-            remarks.append(f"{len(paths):,} pictures: not compared with each other, as up to {MOST_COMPARED:,} are")
-        named = [(paths[place], partial(Path, paths[place])) for place in _spread(len(paths))]
-        source = PictureFiles(paths, labels, names, _choose_size(named, size, resize=resize), resize=resize)
-    return _part(text, source, held_out, seed, roll, remarks, left_out)
+        raise UsageError(
+            f"faces come from synthetic:N, a folder with a folder for each identity, NAME.csv, NAME.parquet or "
+            f"NAME.rec, got {text}{'' if path.exists() else ', which is not there'}"
+        )
+    return _part(text, found, held_out, seed, roll)
 
 
-def _part(
-    text: str,
-    source: FaceSource,
-    held_out: int | None,
-    seed: int,
-    roll: Roll | None,
-    remarks: list[str],
-    left_out: list[tuple[str, str]],
-) -> OpenedFaces:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """A source as it lies there, before anybody is held out."""
+
+    source: FaceSource
+    remarks: tuple[str, ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
+    """(picture or identity, reason) of what is not used."""
+
+
+def _open_records(path: Path, size: tuple[int, int] | None, *, resize: bool) -> _Found:
+    records = RecordFile(path)
+    remarks = (
+        f"{records.mixed:,} of {count_of(records.identity_records, 'identity record')} in {path.name} list pictures of "
+        "several labels: the pictures' own labels count",
+    )
+    tried = _spread(len(records.keys))
+    named = [(records.name_of(int(records.keys[place])), partial(records.read, place)) for place in tried]
+    source = RecordPictures(records, _choose_size(named, size, resize=resize), resize=resize)
+    return _Found(source=source, remarks=remarks if records.mixed else (), left_out=tuple(records.damaged))
+
+
+def _open_folder(path: Path, size: tuple[int, int] | None, *, resize: bool) -> _Found:
+    found = find_people(path)
+    paths = [str(picture) for pictures in found.people.values() for picture in pictures]
+    labels = np.repeat(np.arange(len(found.people)), [len(pictures) for pictures in found.people.values()])
+    remarks = [f"{describe_stray(found)}: no pictures, or in no identity's folder"] if found.stray else []
+    opened = _open_files(paths, labels, list(found.people), size, resize=resize)
+    empty = [(name, "its folder has no picture") for name in found.empty]
+    return replace(opened, remarks=(*remarks, *opened.remarks), left_out=(*empty, *opened.left_out))
+
+
+def _open_list(path: Path, size: tuple[int, int] | None, *, resize: bool) -> _Found:
+    listed = read_image_list(path)
+    left_out = f"{count_of(listed.repeated, 'line')} of {path.name} left out: the picture is listed before"
+    opened = _open_files(listed.paths, listed.labels, listed.names, size, resize=resize)
+    return replace(opened, remarks=(*([left_out] if listed.repeated else []), *opened.remarks))
+
+
+def _open_files(
+    paths: list[str], labels: Whole, names: list[str], size: tuple[int, int] | None, *, resize: bool
+) -> _Found:
+    """Picture files of identities by number, but for files that are others' equals."""
+    remarks: list[str] = []
+    left_out: list[tuple[str, str]] = []
+    if len(paths) <= MOST_COMPARED:
+        twins = _find_twins(paths, labels)
+        left_out += [(paths[place], reason) for place, reason in twins.items()]
+        kept = np.setdiff1d(np.arange(len(paths)), np.fromiter(twins, np.int64, len(twins)))
+        paths, labels = [paths[place] for place in kept], labels[kept]
+    else:
+        remarks.append(f"{len(paths):,} pictures: not compared with each other, as up to {MOST_COMPARED:,} are")
+    named = [(paths[place], partial(Path, paths[place])) for place in _spread(len(paths))]
+    source = PictureFiles(paths, labels, names, _choose_size(named, size, resize=resize), resize=resize)
+    return _Found(source=source, remarks=tuple(remarks), left_out=tuple(left_out))
+
+
+def _part(text: str, found: _Found, held_out: int | None, seed: int, roll: Roll | None) -> OpenedFaces:
+    """Whom a source trains on, and whom it is measured with."""
+    source, remarks, left_out = found.source, list(found.remarks), list(found.left_out)
     everything = np.arange(len(source))
     pictures = np.bincount(source.labels_of(everything, np.zeros_like(everything)), minlength=source.identities)
     if (pictures > 0).sum() < 2:

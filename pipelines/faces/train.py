@@ -126,9 +126,7 @@ def _prepared(
 def _prepare(console: Console, training: FaceTraining, ranks: int, memory: str | None) -> OpenedFaces:
     """Everything that can be refused before the first step; leaves training.json."""
     map_large_blocks()
-    _ = training.rates, FaceAugmentation.parse(training.augment), margin_from(training.margin, training.margin_value)
-    if training.batch < 2:
-        raise UsageError(f"--batch must be 2 or more, since features are normalised over a step, got {training.batch}")
+    _require_choices(training)
     faces = training.open()
     for line in faces.remarks:
         console.remark(line)
@@ -158,8 +156,46 @@ def _prepare(console: Console, training: FaceTraining, ranks: int, memory: str |
         said.append(describe_growth(read_roll(out), before["data"], faces.training))
     for line in said:
         console.remark(f"{out}: {line}")
+    data = {
+        "source": training.source,
+        "identities": faces.training.identities,
+        "samples": len(faces.training),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "predicted_bytes": _plan_memory(console, training, loader, model, memory),
+    }
+    describe_training(out, fingerprint, data)
+    if change:
+        note_change(out, fingerprint, change, data)
+    if not training.source.startswith(SYNTHETIC):
+        write_roll(out, faces.training, faces.held_out)
+    return faces
+
+
+def _require_choices(training: FaceTraining) -> None:
+    """What can be refused before a source is opened.
+
+    Raises:
+        UsageError, HeadError: a choice that breaks a rule.
+    """
+    _ = training.rates, FaceAugmentation.parse(training.augment), margin_from(training.margin, training.margin_value)
+    if training.batch < 2:
+        raise UsageError(f"--batch must be 2 or more, since features are normalised over a step, got {training.batch}")
+
+
+def _plan_memory(
+    console: Console, training: FaceTraining, loader: BatchLoader, model: nn.Module, memory: str | None
+) -> int:
+    """Bytes of layer and embedder on all ranks, which are within the budget; shows the plan.
+
+    Args:
+        loader: of the ranks that there are.
+
+    Raises:
+        BudgetError: they are not.
+    """
+    source, ranks = loader.source, loader.ranks
     plan = plan_head(
-        faces.training.identities,
+        source.identities,
         training.dim,
         batch=training.batch,
         ranks=ranks,
@@ -169,34 +205,21 @@ def _prepare(console: Console, training: FaceTraining, ranks: int, memory: str |
         sample=training.sample,
     )
     console.remark_lines(plan.explain().split("\n"))
+    size, budget = source.size, available_bytes(memory)
     held = -(-loader.micro_batches // ranks) * training.micro_batch
-    embedder = ranks * plan_embedder_bytes(model, faces.training.size, held, training.micro_batch * training.threads)
-    total, budget = plan.machine_bytes + embedder, available_bytes(memory)
+    embedder = ranks * plan_embedder_bytes(model, size, held, training.micro_batch * training.threads)
+    total = plan.machine_bytes + embedder
     console.remark(
         f"embedder  {training.network}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, images "
-        f"{faces.training.size[0]} x {faces.training.size[1]}: {format_bytes(embedder)}, with the layer "
-        f"{format_bytes(total)}"
+        f"{size[0]} x {size[1]}: {format_bytes(embedder)}, with the layer {format_bytes(total)}"
     )
-    if embedder < budget:
-        plan.require(budget - embedder)  # says how many classes would fit
-    else:
+    if embedder >= budget:
         raise BudgetError(
             f"layer and embedder need {format_bytes(total)}, there are {format_bytes(budget)}; make --batch smaller, "
             "or give --recompute"
         )
-    data = {
-        "source": training.source,
-        "identities": faces.training.identities,
-        "samples": len(faces.training),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "predicted_bytes": total,
-    }
-    describe_training(out, fingerprint, data)
-    if change:
-        note_change(out, fingerprint, change, data)
-    if not training.source.startswith(SYNTHETIC):
-        write_roll(out, faces.training, faces.held_out)
-    return faces
+    plan.require(budget - embedder)  # says how many classes would fit
+    return total
 
 
 def _settle_init(out: Path, training: FaceTraining, initial: InitialWeights | None) -> dict[str, str] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +16,14 @@ from torch import nn
 
 from ...models.faceid.base.collectives import Ranks
 from ...models.faceid.embedder.feature_norm import FeatureNorm
-from ...models.faceid.embedder.step import compute_full_loss, compute_step
+from ...models.faceid.embedder.step import StepResult, compute_full_loss, compute_step
 from ...models.faceid.layer.checkpoint import list_generations
 from ...models.faceid.layer.head import ShardedMarginHead
 from ...models.faceid.layer.row_rules import RULES
 from ...models.faceid.pictures.augmentation import FaceAugmentation
-from ...models.faceid.pictures.batch_loader import BatchLoader
+from ...models.faceid.pictures.batch_loader import BatchLoader, MicroBatch
 from ...models.faceid.pictures.sample_order import share_of
+from ...models.training.optimiser import make_optimiser, set_rate
 from ...tiler.base.errors import TilerError
 from ...tiler.base.text import format_bytes
 from ...tiler.system.machine import one_thread, torch_threads
@@ -84,7 +85,9 @@ class _Run:
             denominator=training.denominator,
             seed=training.seed,
         )
-        self.optimiser = make_optimiser(training, self.model)
+        self.optimiser = make_optimiser(
+            training.optimiser, self.model.parameters(), training.weight_decay, nesterov=False, foreach=False
+        )
         self.first = load_face_training(self.head, self.model, self.optimiser, self.out, console)
         self.step = self.saved = self.first
         self.is_first = self.ranks.rank == 0
@@ -115,10 +118,8 @@ class _Run:
         """Step after step; all ranks stop after the same one."""
         training = self.training
         loader = self._make_loader(FaceAugmentation.parse(training.augment))
-        feature_norm = self.model.feature_norm
-        assert isinstance(feature_norm, FeatureNorm)
-        label = f"train {self.out.name}"
         quiet = Console() if self.is_first else _Silent()
+        label = f"train {self.out.name}"
         with quiet.step(label, training.steps, counts_pixels=False, done=self.first) as bar, self.stop.heeded():
             if self.first:
                 bar.advance(0, f"goes on after step {self.first}")
@@ -127,54 +128,9 @@ class _Run:
                 self._measure()  # which a kill cut off
             began = time.perf_counter()
             for batches in loader.run(self.first, training.steps, training.threads):
-                share = training.rates.share(self.step)
-                assert self.head.rule is not None
-                self.optimiser.param_groups[0]["lr"] = training.lr * share
-                self.head.rule.lr = training.head_lr * share
-                for batch in batches:
-                    self.unusable.add(batch.failed)
-                result = compute_step(
-                    self.model,
-                    feature_norm,
-                    self.head,
-                    batches,
-                    micro_batches=loader.micro_batches,
-                    mean=self.description.mean,
-                    scale=self.description.scale,
-                    precision=getattr(torch, training.precision),
-                )
-                norm = self._follow(result.is_finite)
-                self.step += 1
-                now = time.perf_counter()
-                seconds, began = now - began, now
-                self.seconds += seconds
-                loss = result.loss if math.isfinite(result.loss) else None
-                self.losses = [*self.losses[-49:], loss] if loss is not None else self.losses
-                grey = sum(batch.grey for batch in batches)
-                shared = torch.tensor([int(self.stop.is_asked), self.meter.current_bytes, result.samples, grey])
-                asked, memory, samples, grey = self.ranks.add(shared).tolist()
-                if grey and self.is_first:
-                    self._remark_grey("trained on", f"{grey} of the {samples} pictures of step {self.step}")
-                entry = {
-                    "step": self.step,
-                    "loss": loss,
-                    "rate": training.lr * share,
-                    "gradient_norm": norm,
-                    "skipped": not result.is_finite,
-                    "samples": samples,
-                    "seconds": round(seconds, 4),
-                    "memory_bytes": memory,
-                }
-                if self.log:
-                    self.log.add(entry)
-                detail = (
-                    f"step {self.step}/{training.steps}, loss {sum(self.losses) / max(1, len(self.losses)):.3f}, "
-                    f"{(self.step - self.first) * training.batch / self.seconds:.0f} images/s, memory "
-                    f"{format_bytes(memory)}"
-                )
-                bar.advance(1, detail)
-                self._require_progress(samples, result.is_finite)
-                if asked:
+                result, norm = self._make_step(batches, loader.micro_batches)
+                seconds = time.perf_counter() - began
+                if self._tell(bar, batches, result, norm, seconds):
                     self._save()
                     raise KeyboardInterrupt
                 if self.step % training.save_every == 0:
@@ -183,6 +139,68 @@ class _Run:
                     self._measure()
                 began = time.perf_counter()
             self._save()
+
+    def _make_step(self, batches: Sequence[MicroBatch], micro_batches: int) -> tuple[StepResult, float | None]:
+        """(what came of the next step, the norm of its gradient; None: it was not finite, and nothing moved)."""
+        training = self.training
+        feature_norm = self.model.feature_norm
+        assert isinstance(feature_norm, FeatureNorm)
+        assert self.head.rule is not None
+        share = training.rates.share(self.step)
+        set_rate(self.optimiser, training.lr * share)
+        self.head.rule.lr = training.head_lr * share
+        for batch in batches:
+            self.unusable.add(batch.failed)
+        result = compute_step(
+            self.model,
+            feature_norm,
+            self.head,
+            batches,
+            micro_batches=micro_batches,
+            mean=self.description.mean,
+            scale=self.description.scale,
+            precision=getattr(torch, training.precision),
+        )
+        norm = self._follow(result.is_finite)
+        self.step += 1
+        return result, norm
+
+    def _tell(
+        self, bar: Any, batches: Sequence[MicroBatch], result: StepResult, norm: float | None, seconds: float
+    ) -> bool:
+        """Log and show the step that was made; whether a rank was asked to stop.
+
+        Raises:
+            TrainingError: it had no picture, or the loss is not finite again and again.
+        """
+        training = self.training
+        self.seconds += seconds
+        loss = result.loss if math.isfinite(result.loss) else None
+        self.losses = [*self.losses[-49:], loss] if loss is not None else self.losses
+        grey = sum(batch.grey for batch in batches)
+        shared = torch.tensor([int(self.stop.is_asked), self.meter.current_bytes, result.samples, grey])
+        asked, memory, samples, grey = self.ranks.add(shared).tolist()
+        if grey and self.is_first:
+            self._remark_grey("trained on", f"{grey} of the {samples} pictures of step {self.step}")
+        entry = {
+            "step": self.step,
+            "loss": loss,
+            "rate": training.lr * training.rates.share(self.step - 1),
+            "gradient_norm": norm,
+            "skipped": not result.is_finite,
+            "samples": samples,
+            "seconds": round(seconds, 4),
+            "memory_bytes": memory,
+        }
+        if self.log:
+            self.log.add(entry)
+        detail = (
+            f"step {self.step}/{training.steps}, loss {sum(self.losses) / max(1, len(self.losses)):.3f}, "
+            f"{(self.step - self.first) * training.batch / self.seconds:.0f} images/s, memory {format_bytes(memory)}"
+        )
+        bar.advance(1, detail)
+        self._require_progress(samples, result.is_finite)
+        return bool(asked)
 
     def _is_measured_now(self) -> bool:
         every = self.training.evaluate_every
@@ -287,15 +305,6 @@ class _Run:
         }
         write_face_report(self.out, values, measured, unusable)
         return values
-
-
-def make_optimiser(training: FaceTraining, model: nn.Module) -> torch.optim.Optimizer:
-    """Of the embedder."""
-    if training.optimiser == "sgd":
-        return torch.optim.SGD(
-            model.parameters(), lr=training.lr, momentum=0.9, weight_decay=training.weight_decay, foreach=False
-        )
-    return torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=training.weight_decay, foreach=False)
 
 
 class _Silent(Console):

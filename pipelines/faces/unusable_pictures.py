@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..base.console import MOST_SHOWN, Console, one_line
+from ...tiler.base.text import one_line
+from ..base.console import MOST_SHOWN, Console
 
 
 class UnusablePictures:

@@ -14,7 +14,7 @@ from ...models.faceid.embedder.file import Embedder, EmbedderDescription
 from ...models.faceid.gallery.top_k import unit_rows
 from ...models.faceid.pictures.source import FaceSource
 from ...models.faceid.scores.identification import measure_identification, split_pictures
-from ...models.faceid.scores.verification import Verification, measure_verification
+from ...models.faceid.scores.verification import PairVerification, measure_verification
 
 RATES = ("1e-1", "1e-2", "1e-3", "1e-4")
 SHOWN_RATE = "1e-3"
@@ -30,7 +30,7 @@ class Measured:
 
     scores: dict[str, Any]
     """Plain values: full_loss, rank_1, tar at each rate that the pairs can tell, counts."""
-    verification: Verification | None
+    verification: PairVerification | None
     failed: list[tuple[str, str]]
     """(picture, reason) of those that cannot be used."""
     grey: int

@@ -23,7 +23,7 @@ from ...tiler.system.machine import measure_flops_per_s
 from ...tiler.system.places import is_remote, require_lasting
 from ..base.console import Console, Step, count_of, format_table
 from .run import PROBING, Preparation, SegmentOptions, explain_model, make_plan, segment_raster
-from .scenes import Scene
+from .scenes import BatchScene
 
 SUMMARY = "batch.jsonl"
 """In the output folder: one line for each scene of each call."""
@@ -33,7 +33,7 @@ SUMMARY = "batch.jsonl"
 class SceneResult:
     """What became of a scene."""
 
-    scene: Scene
+    scene: BatchScene
     out: Path
     state: str
     """"done"; "partial": with failed tiles; "failed"."""
@@ -51,7 +51,9 @@ class SceneResult:
         }
 
 
-def run_dry(console: Console, scenes: list[Scene], options: SegmentOptions, folder: Path, *, dashboard: bool) -> bool:
+def run_dry(
+    console: Console, scenes: list[BatchScene], options: SegmentOptions, folder: Path, *, dashboard: bool
+) -> bool:
     """List plan and cost of each scene, without reading a pixel; whether all can be planned."""
     preparation, speed_on = Preparation(options, console), cache(lambda device: measure_flops_per_s(device=device))
     rows: list[list[str]] = []
@@ -101,7 +103,7 @@ def run_dry(console: Console, scenes: list[Scene], options: SegmentOptions, fold
 
 def run_batch(
     console: Console,
-    scenes: list[Scene],
+    scenes: list[BatchScene],
     options: SegmentOptions,
     folder: Path,
     cluster: ClusterOptions,
@@ -180,11 +182,11 @@ def _note(folder: Path, result: SceneResult) -> None:
         append_line(folder / SUMMARY, json.dumps(said))
 
 
-def _place(folder: Path, scene: Scene) -> Path:
+def _place(folder: Path, scene: BatchScene) -> Path:
     return folder / f"{scene.name}.zarr"
 
 
-def _count_pixels(preparation: Preparation, scene: Scene) -> int:
+def _count_pixels(preparation: Preparation, scene: BatchScene) -> int:
     """Of one scene, for the display; 0 where it cannot be opened, which its turn tells."""
     try:
         height, width = preparation.open(scene.paths, scene.bands)[0].shape_yx

@@ -19,7 +19,7 @@ from rasterio.windows import Window as RasterioWindow
 from ...tiler.base.dtypes import output_nodata
 from ...tiler.base.errors import OutputError, UsageError
 from ...tiler.base.geometry import Grid
-from ...tiler.base.text import format_bytes
+from ...tiler.base.text import first_line, format_bytes
 from ...tiler.output.records import writing
 from ...tiler.output.store import LEVELS, channel_numbers, open_array, read_header
 from ...tiler.rasters.georeference import to_rasterio
@@ -128,7 +128,7 @@ def _write_cog(console: Console, out: Path, header: dict[str, Any], target: Path
                 num_threads="ALL_CPUS",
             )
     except RasterioError as error:
-        raise OutputError(f"{target} cannot be written: {str(error).splitlines()[0]}") from error
+        raise OutputError(f"{target} cannot be written: {first_line(error)}") from error
     finally:
         for leftover in (plain, plain.with_name(plain.name + ".aux.xml")):
             leftover.unlink(missing_ok=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from ...tiler.base.errors import UsageError, one_line, reason_of
+from ...tiler.base.errors import UsageError
+from ...tiler.base.text import one_line, reason_of
 from ...tiler.rasters.band_names import band_name_of
 from ...tiler.rasters.zarr_arrays import split_zarr_path
 from ...tiler.system.files import MOST_TEXT, find_matching, read_place, read_regular
@@ -22,7 +23,7 @@ SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scene:
+class BatchScene:
     """One input of a batch."""
 
     name: str
@@ -37,7 +38,7 @@ class Scene:
         return one_line(self.paths[0] if len(self.paths) == 1 else f"{self.name} ({len(self.paths)} files)")
 
 
-def find_scenes(sources: Sequence[str], lists: Sequence[Path] = (), assets: Sequence[str] = ()) -> list[Scene]:
+def find_scenes(sources: Sequence[str], lists: Sequence[Path] = (), assets: Sequence[str] = ()) -> list[BatchScene]:
     """All scenes that are named, in the order given; those of a folder or a pattern by name.
 
     Args:
@@ -52,7 +53,7 @@ def find_scenes(sources: Sequence[str], lists: Sequence[Path] = (), assets: Sequ
     scenes += [scene for file in lists for scene in _read_list(file)]
     if not scenes:
         raise UsageError("a batch needs an input, got none")
-    by_name: dict[str, Scene] = {}
+    by_name: dict[str, BatchScene] = {}
     for scene in scenes:
         if scene.name in ("", ".", "..") or "/" in scene.name or not scene.name.isprintable():
             raise UsageError(
@@ -67,7 +68,7 @@ def find_scenes(sources: Sequence[str], lists: Sequence[Path] = (), assets: Sequ
     return scenes
 
 
-def _expand(source: str, assets: Sequence[str]) -> list[Scene]:
+def _expand(source: str, assets: Sequence[str]) -> list[BatchScene]:
     in_store = scheme_of(source) in OBJECT_STORES
     path = place_of(source) if in_store else Path(source)
     if path.suffix.lower() == ".json" and path.is_file():
@@ -92,11 +93,11 @@ def _is_raster(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES if path.is_file() else path.suffix == ".zarr"
 
 
-def _scene_of(source: str, name: str | None = None) -> Scene:
-    return Scene(name=name or Path(source.rstrip("/")).stem, paths=(source,))
+def _scene_of(source: str, name: str | None = None) -> BatchScene:
+    return BatchScene(name=name or Path(source.rstrip("/")).stem, paths=(source,))
 
 
-def _read_list(file: Path) -> Iterator[Scene]:
+def _read_list(file: Path) -> Iterator[BatchScene]:
     try:
         # By newlines alone: names may hold what else ends a line somewhere.
         lines = read_regular(file, MOST_TEXT).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
@@ -109,7 +110,7 @@ def _read_list(file: Path) -> Iterator[Scene]:
             yield _scene_of(source.strip(), name.strip() or None)
 
 
-def _read_stac(file: Path, assets: Sequence[str]) -> Iterator[Scene]:
+def _read_stac(file: Path, assets: Sequence[str]) -> Iterator[BatchScene]:
     try:
         found = json.loads(read_place(file, MOST_TEXT).decode("utf-8-sig"))
         features = found["features"] if found["type"] == "FeatureCollection" else [found]
@@ -134,7 +135,7 @@ def _read_stac(file: Path, assets: Sequence[str]) -> Iterator[Scene]:
             if key not in known or "href" not in known[key]:
                 raise UsageError(f"{item} has no asset {key}, it has: {there}")
         named = [_find_band_names(known[key]) for key in chosen]
-        yield Scene(
+        yield BatchScene(
             name=_as_file_name(name),
             paths=tuple(_resolve(file, known[key]) for key in chosen),
             # What one of them leaves open the files may say.

@@ -24,7 +24,7 @@ import numpy as np
 import rasterio
 from outsize.models.segmentation.training.metrics import Confusion
 from outsize.models.segmentation.training.scene import SceneLabels, TrainingScene
-from outsize.models.segmentation.training.split import Split
+from outsize.models.segmentation.training.split import BlockSplit
 from outsize.tiler.base.geometry import Window
 from outsize.tiler.labels.labels import UNLABELLED, LabelOptions, open_labels
 from outsize.tiler.rasters.opening import open_raster
@@ -73,7 +73,10 @@ def open_scenes(
         opened = open_labels(str(labels), raster.place, raster.shape_yx, of=str(scene), names=names, options=options)
         found.append(
             TrainingScene(
-                raster=raster, labels=opened, split=Split(**split) if split else None, is_held_out=scene in held_out
+                raster=raster,
+                labels=opened,
+                split=BlockSplit(**split) if split else None,
+                is_held_out=scene in held_out,
             )
         )
     return found

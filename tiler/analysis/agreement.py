@@ -18,7 +18,8 @@ from torch.fx import Node
 
 from ..base.errors import UntileableError
 from ..base.geometry import align_up
-from .graph import TracedGraph, first_line, operation_name, where
+from ..base.text import first_line
+from .graph import TracedGraph, operation_name, where
 from .sizes import evaluate_at, evaluate_both, expression_of, sample_extents
 
 _SMALL = ((1, 1), (1, 5), (5, 1), (2, 3), (8, 9), (9, 8), (16, 25), (41, 22), (64, 31))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 from ..base.errors import UntileableError, UntraceableError
+from ..base.text import first_line
 from ..system.cache_folder import keep_compiled_here
 from ..system.time_limit import time_limit
 from .sizes import expression_of, find_whole_multiple
@@ -117,11 +118,6 @@ def shows_logits(module: nn.Module, example: Tensor) -> bool:
         if finished is logits or finished.shape[2:] != logits.shape[2:]:
             return False
         return bool(torch.equal(finished, cast("nn.Module", module)(example)))
-
-
-def first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def find_accepted_sizes(module: nn.Module, bands: int, dtype: torch.dtype) -> tuple[int, tuple[int, int]]:

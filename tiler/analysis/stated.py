@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.errors import UntileableError, UntraceableError, UsageError
 from ..base.geometry import Halo, Interval, align_up
+from ..base.text import first_line
 from ..system.process_locks import TRACING
-from .graph import LARGEST_MULTIPLE, find_accepted_sizes, first_line, shows_logits
+from .graph import LARGEST_MULTIPLE, find_accepted_sizes, shows_logits
 from .network import Network, analyze_network, torch_dtype
 from .receptive import footprint
 

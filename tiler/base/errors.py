@@ -60,15 +60,3 @@ class WorkerError(TilerError):
 
 class LabelError(TilerError):
     """Labels that do not fit the network's output, or of which no pixel counts."""
-
-
-def reason_of(error: BaseException) -> str:
-    """What was wrong, in words and one line: of the system's errors without their number and path."""
-    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(said).splitlines()[0]
-
-
-def one_line(text: object) -> str:
-    """A text that is one line of a terminal or a log, moves no cursor and paints nothing: names of files, of bands and
-    of items may hold anything."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))

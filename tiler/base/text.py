@@ -1,4 +1,4 @@
-"""Sizes and durations as people write them."""
+"""Texts of one line: sizes and durations as people write them, and what an error says."""
 
 from __future__ import annotations
 
@@ -45,3 +45,36 @@ def format_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def first_line(said: object, otherwise: str | None = None) -> str:
+    """The first line of what an error, or another object, says of itself.
+
+    Args:
+        otherwise: what to say of an object that says nothing; None: the name of its type.
+    """
+    text = str(said).strip()
+    if text:
+        return text.splitlines()[0]
+    return type(said).__name__ if otherwise is None else otherwise
+
+
+def last_line(said: str | bytes, otherwise: str) -> str:
+    """The last line that a process has printed, in which Python names the error that ended it.
+
+    Args:
+        otherwise: what to say of a process that printed nothing.
+    """
+    text = said.decode(errors="replace") if isinstance(said, bytes) else said
+    return (text.strip().splitlines() or [otherwise])[-1]
+
+
+def reason_of(error: BaseException) -> str:
+    """What was wrong, in words and one line: of the system's errors without their number and path."""
+    return first_line(getattr(error, "strerror", None) or error)
+
+
+def one_line(text: object) -> str:
+    """A text that is one line of a terminal or a log, moves no cursor and paints nothing: names of files, of bands and
+    of items may hold anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))

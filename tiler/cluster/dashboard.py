@@ -15,6 +15,7 @@ from distributed import Client
 from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado.web import RequestHandler
 
+from ..base.text import first_line
 from ..system.logs import log
 from .tile_map import TOPIC, Message, TileMap, end_message
 
@@ -203,7 +204,7 @@ def watch_run(client: Client, begin: Message | None) -> Iterator[Watch]:
     try:
         yield watch
     except BaseException as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error, "")
         watch.tell(end_message(begin["run"], f"{type(error).__name__}: {reason}".rstrip(": ")))
         _let_pages_see(client)
         raise

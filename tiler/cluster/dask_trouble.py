@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import traceback
 
-from ..base.errors import UsageError, reason_of
+from ..base.errors import UsageError
+from ..base.text import reason_of
 
 
 def find_dask_trouble(error: Exception) -> UsageError | None:

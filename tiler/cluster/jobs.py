@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from distributed import Reschedule, Status, Worker, WorkerPlugin, get_worker
 
 from ..base.errors import TilerError, WorkerError
+from ..base.text import first_line
 from ..system.environment import complete_environment
 from ..system.machine import find_versions
 from .client import follow
@@ -22,7 +23,7 @@ from .tile_map import TOPIC, tile_message
 class Runner(Protocol):
     """One process's share of a run: open files, a loaded engine."""
 
-    def run(self, row: int, column: int) -> Record:
+    def run(self, row: int, column: int) -> CellResult:
         """Do one cell; returns its record, a failure's too."""
         ...
 
@@ -33,7 +34,7 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
-class Record(Protocol):
+class CellResult(Protocol):
     """What became of a cell."""
 
     @property
@@ -140,7 +141,7 @@ def unfit_worker(reason: Exception, worker: Worker | None = None) -> WorkerError
     name = f"process {os.getpid()} on {socket.gethostname()}"
     if worker is not None:
         name = f"worker {worker.address} ({name})"
-    text = (str(reason).strip().splitlines() or [""])[0]
+    text = first_line(reason, "")
     kind = "" if isinstance(reason, TilerError) else f"{type(reason).__name__}: "
     return WorkerError(f"{name} cannot do this run: {kind}{text}; mend or remove it, then the same command goes on")
 

@@ -18,7 +18,8 @@ from distributed import Nanny, Scheduler, SpecCluster, Worker, utils
 from distributed.security import Security
 from tornado.web import Application
 
-from ..base.errors import TilerError, reason_of
+from ..base.errors import TilerError
+from ..base.text import reason_of
 from ..system.logs import log
 from ..system.process_locks import after_fork
 from .certificate import make_security

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from ..base.errors import EngineError
+from ..base.text import last_line
 
 TIMEOUT_S = 120
 
@@ -74,7 +75,7 @@ def find_cuda() -> tuple[CudaDevice, ...]:
             [sys.executable, "-P", "-m", __name__], capture_output=True, text=True, timeout=TIMEOUT_S
         )
         if completed.returncode:
-            raise ValueError((completed.stderr.strip().splitlines() or ["it was killed"])[-1])
+            raise ValueError(last_line(completed.stderr, "it was killed"))
         return read_devices(completed.stdout)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise EngineError(f"the CUDA devices that torch sees do not answer: {error}; use --device cpu") from error

@@ -17,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..analysis.axis_geometry import AxisGeometry, ImageAxis, compute_geometry, geometry_key, tap_arrays
+from ..base.dtypes import dtype_name
 from ..base.errors import EngineError, NotFiniteError
+from ..base.text import first_line
 from ..system.process_locks import TRACING
 from .engine import EngineProgram
 
@@ -41,20 +43,20 @@ def convert_network(network: Network, threads: int) -> EngineProgram:
     Raises:
         EngineError: OpenVINO has no counterpart for an operation or dtype.
     """
-    from .pixel_types import WIDER, name_of
+    from .pixel_types import WIDER
 
     try:
         with TRACING, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = ov.convert_model(_convertible(network))
-            if (dtype := name_of(network)) in WIDER:
+            if (dtype := dtype_name(network.dtype)) in WIDER:
                 prepared = ov.preprocess.PrePostProcessor(model)
                 prepared.input().tensor().set_element_type(ov.Type(np.dtype(dtype)))
                 model = prepared.build()
     except EngineError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise EngineError(f"OpenVINO cannot run this network: {reason}; use --engine torch") from error
     return EngineProgram(
         engine="openvino",
@@ -66,10 +68,10 @@ def convert_network(network: Network, threads: int) -> EngineProgram:
 
 def _convertible(network: Network) -> Any:
     """The traced program; where pixels enter in another type, traced again with that one."""
-    from .pixel_types import name_of, require_entering
+    from .pixel_types import require_entering
 
     entering = require_entering(network)
-    if entering == name_of(network):
+    if entering == dtype_name(network.dtype):
         return network.graph.program
     import torch  # only the planning process converts; workers do without torch
 
@@ -250,7 +252,7 @@ class OpenVinoPrograms:
             model = self._core.read_model(graph, ov.Tensor(np.frombuffer(weights, np.uint8)))
             request = self._core.compile_model(model, "CPU", self._options).create_infer_request()
         except RuntimeError as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise EngineError(f"OpenVINO cannot run this network: {reason}; use --engine torch") from error
         self._requests[key] = (request, weights)  # the model's constants point into the weights
         return request

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..analysis.graph import operation_name
+from ..base.dtypes import dtype_name
 from ..base.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -55,11 +56,6 @@ _PROMOTING = frozenset({"aten.add", "aten.sub", "aten.mul", "aten.div", "aten.tr
 """Operations that cast their operands to the type of their result before anything else."""
 
 
-def name_of(network: Network) -> str:
-    """Of the pixels that the network takes, as numpy has it."""
-    return str(network.dtype).removeprefix("torch.")
-
-
 def require_entering(network: Network) -> str:
     """The type in which pixels enter OpenVINO.
 
@@ -76,7 +72,7 @@ def require_entering(network: Network) -> str:
 
 
 def _entering(network: Network) -> str | None:
-    name = name_of(network)
+    name = dtype_name(network.dtype)
     if name in NATIVE:
         return name
     if name in WIDER:
@@ -111,15 +107,16 @@ def find_refusal(network: Network) -> str:
     for node in network.graph.nodes:
         kind = _dtype(node)
         if node.op == "call_function" and kind is not None and kind.is_floating_point and kind != torch.float32:
-            return f"the network computes in {_plain(kind)}, and OpenVINO in float32"
+            return f"the network computes in {dtype_name(kind)}, and OpenVINO in float32"
     if (arithmetic := _find_integer_arithmetic(network)) is not None:
         return (
-            f"the network reckons with {name_of(network)} pixels ({operation_name(arithmetic)}) before it casts them, "
-            "which OpenVINO does in another type"
+            f"the network reckons with {dtype_name(network.dtype)} pixels ({operation_name(arithmetic)}) before it "
+            "casts them, which OpenVINO does in another type"
         )
     if _entering(network) is None:
         return (
-            f"the network does not begin by casting its {name_of(network)} pixels to float32, and OpenVINO has no such"
+            f"the network does not begin by casting its {dtype_name(network.dtype)} pixels to float32, and OpenVINO "
+            "has no such"
         )
     return ""
 
@@ -131,7 +128,7 @@ def find_numbers(network: Network) -> str:
     else:
         kinds = {parameter.dtype for parameter in network.module.parameters()}
     floats = [kind for kind in kinds if kind is not None and kind.is_floating_point]
-    return _plain(max(floats, key=lambda kind: kind.itemsize, default=torch.float32))
+    return dtype_name(max(floats, key=lambda kind: kind.itemsize, default=torch.float32))
 
 
 def _find_integer_arithmetic(network: Network) -> Node | None:
@@ -160,7 +157,3 @@ def _becomes_float32(node: Node) -> bool:
 def _dtype(node: Node) -> torch.dtype | None:
     value = node.meta.get("val")
     return value.dtype if isinstance(value, torch.Tensor) else None
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

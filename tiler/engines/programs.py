@@ -22,12 +22,14 @@ from ..analysis.network import Network, analyze_network
 from ..analysis.network_hash import hash_network
 from ..analysis.program import Program, graph_tensors, hash_sizes
 from ..base.choices import Precision
+from ..base.dtypes import dtype_name
 from ..base.errors import EngineError
 from ..base.geometry import Interval
+from ..base.text import first_line
 from ..system.machine import release_freed_memory
 from ..system.process_locks import TRACING
 from .engine import EngineProgram, TileEngine
-from .pixel_types import name_of, require_entering
+from .pixel_types import require_entering
 from .program_cache import ProgramCache
 from .program_ir import ModelParts, join_models, split_model
 
@@ -82,7 +84,7 @@ class Converter:
     def __init__(self, network: Network, shape_yx: tuple[int, int]) -> None:
         entering = require_entering(network)
         self.network = network
-        if entering != name_of(network):
+        if entering != dtype_name(network.dtype):
             self.network = analyze_network(network.module, network.bands, entering)
         self.axes = self.network.on_image(shape_yx)
         self._sizes = hash_sizes(self.network, self.network.padded_shape(shape_yx))
@@ -118,7 +120,7 @@ class Converter:
 
 def cache_name(network: Network) -> str:
     """Of what is kept on this machine for a network: equal only where the same weights go through the same code."""
-    parts = [hash_network(network), name_of(network), _hash_sources(), version("torch"), _openvino_version()]
+    parts = [hash_network(network), dtype_name(network.dtype), _hash_sources(), version("torch"), _openvino_version()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
@@ -150,7 +152,7 @@ def _convert(program: Program, kept: dict[str, bytes]) -> ModelParts:
             exported = torch.export.export(program, examples, strict=False)
             return convert_exported(exported, [tuple(tensor.shape) for tensor in examples], kept)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise EngineError(f"OpenVINO cannot run this network: {reason}; use --engine torch") from error
 
 
@@ -174,7 +176,7 @@ def pack_programs(
     if engine == "torch":
         buffer = io.BytesIO()
         try:
-            cloudpickle.dump((network.module, network.bands, name_of(network)), buffer)
+            cloudpickle.dump((network.module, network.bands, dtype_name(network.dtype)), buffer)
         except (pickle.PicklingError, TypeError, AttributeError) as error:
             raise EngineError(
                 f"the module cannot be sent to workers: {error}; define it at the top of a module"
@@ -195,7 +197,7 @@ def pack_programs(
                 report(len(graphs), len(pairs))
         converter.tidy()
         graphs, weights = join_models(graphs, constants)
-        payload = (pickle.dumps((converter.axes, name_of(converter.network), graphs)), weights)
+        payload = (pickle.dumps((converter.axes, dtype_name(converter.network.dtype), graphs)), weights)
     return EngineProgram(
         engine="openvino" if engine == "openvino" else "torch",
         payload=payload,
@@ -244,7 +246,7 @@ def open_programs(
         graphs, weights = join_models({"": converter.convert(rows, columns, constants)}, constants)
         return graphs[""], weights
 
-    return _openvino(converter.axes, name_of(converter.network), network.has_logits, threads, graph)
+    return _openvino(converter.axes, dtype_name(converter.network.dtype), network.has_logits, threads, graph)
 
 
 def _openvino(*arguments: Any) -> OpenVinoPrograms:

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..base.dtypes import dtype_name
 from ..base.errors import EngineError, OutputError
+from ..base.text import last_line
 from ..rasters.nodata import Array
 from ..system.files import flush_file, remove_file, write_whole
 from ..system.machine import die_with_parent
@@ -121,11 +123,10 @@ def quantise_network(network: Network, images: Sequence[Array], threads: int) ->
     from ..rasters.reading import GDAL_CACHE_BYTES
     from ..system.environment import worker_environment
     from .openvino import convert_network
-    from .pixel_types import name_of
 
     require_quantiser()
     # In few bits the CPU plugin takes no pixels of int16.
-    wider = analyze_network(network.module, network.bands, "int32") if name_of(network) == "int16" else network
+    wider = analyze_network(network.module, network.bands, "int32") if dtype_name(network.dtype) == "int16" else network
     converted = convert_network(wider, threads)
     completed = subprocess.run(
         [sys.executable, "-P", "-m", __name__],
@@ -134,7 +135,7 @@ def quantise_network(network: Network, images: Sequence[Array], threads: int) ->
         capture_output=True,
     )
     if completed.returncode:
-        reason = (completed.stderr.decode(errors="replace").strip().splitlines() or ["its process was killed"])[-1]
+        reason = last_line(completed.stderr, "its process was killed")
         raise EngineError(f"NNCF cannot quantise this network: {reason}; use --precision float32")
     peak, graph = (int.from_bytes(completed.stdout[at : at + 8], "big") for at in (0, 8))
     return QuantisedNetwork(

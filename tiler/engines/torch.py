@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..analysis.graph import WithLogits, operation_name
 from ..base.choices import Precision
 from ..base.errors import EngineError
+from ..base.text import first_line
 from ..system.cache_folder import FOLDER_VARIABLE, compiled_folder, keep_compiled_here
 from ..system.private_folder import make_private, why_others_can_write
 from .engine import EngineProgram
@@ -117,7 +118,7 @@ class Forward:
         except Exception as error:
             if not self._compiles or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise EngineError(f"torch.compile cannot compile this network: {reason}; leave --compile out") from error
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..analysis.network_hash import hash_network
+from ..base.differences import say_differences, shorten
 from ..system.places import scheme_of
 
 if TYPE_CHECKING:
@@ -116,11 +117,7 @@ def find_differences(
         )
     # Of two precisions one has no network in int8 at all.
     left_out = {"input", "input_state"} | ({"quantised"} if stored.get("precision") != ours.get("precision") else set())
-    return phrases + [
-        f"{name.replace('_', ' ')} {_short(stored.get(name))} there, {_short(ours.get(name))} now"
-        for name in sorted({*stored, *ours})
-        if name not in left_out and stored.get(name) != ours.get(name)
-    ]
+    return phrases + say_differences(stored, ours, _say, left_out=left_out)
 
 
 def _resolve(path: str) -> str:
@@ -128,9 +125,7 @@ def _resolve(path: str) -> str:
     return path if scheme_of(path) else str(Path(path).resolve())
 
 
-def _short(value: Any) -> str:
+def _say(value: Any) -> str:
     """Hashes by their beginning, sentences whole."""
     text = str(value)
-    if len(text) > 24 and " " not in text:
-        return f"{text[:12]}..."
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return f"{text[:12]}..." if len(text) > 24 and " " not in text else shorten(text, 80)

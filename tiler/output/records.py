@@ -24,6 +24,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from ..base.errors import OutputError, TilerError
+from ..base.text import first_line
 from ..system.files import (
     MOST_TEXT,
     age_of,
@@ -87,7 +88,7 @@ def _is_of_store(out: Path, error: Exception) -> bool:
 
 
 def _unwritable(out: Path, error: Exception) -> OutputError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     return OutputError(f"{out} cannot be written: {reason}; when it can, the same command goes on")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..base.choices import ZarrFormat
 from ..base.errors import BudgetError, DamagedError, OutputError, RasterError
-from ..base.text import format_bytes
+from ..base.text import first_line, format_bytes
 from ..planning.plan import TilePlan
 from ..rasters.parts import open_reference, reference_to
 from ..rasters.raster import Raster
@@ -188,7 +188,7 @@ class SourceGuard:
         try:
             now = fingerprint_raster(open_reference(reference_to(self._raster), trust=self._raster.options.trust))
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise RasterError(
                 f"{self._raster.path} cannot be described again: {reason}; when it can, the same command goes on"
             ) from error

@@ -14,6 +14,7 @@ import numpy as np
 import zarr
 
 from ..base.errors import OutputError
+from ..base.text import first_line
 from ..rasters.georeference import from_attributes
 from ..system.files import MOST_TEXT, make_folder, read_place, sizes_below, write_whole
 from .records import RunFolder, writing
@@ -125,7 +126,7 @@ def _find_fault(out: Path, twin: Path, name: str, sizes: Callable[[str], int | N
     try:
         found = open_array(out, name)
     except OutputError as error:
-        return f"metadata of {name} cannot be read: {error.__cause__ or error}".splitlines()[0]
+        return f"metadata of {name} cannot be read: {first_line(error.__cause__ or error)}"
     for what in ("shape", "dtype", "chunks"):
         if getattr(found, what) != getattr(meant, what):
             return f"metadata of {name} say {what} {getattr(found, what)}, not {getattr(meant, what)}"
@@ -136,7 +137,7 @@ def _find_fault(out: Path, twin: Path, name: str, sizes: Callable[[str], int | N
         try:
             values = np.asarray(found[...])
         except Exception as error:  # noqa: BLE001 - codecs raise what they like
-            return f"{name} cannot be decoded: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            return f"{name} cannot be decoded: {first_line(error)}"
         # States may be behind the records, after a call that was interrupted.
         if name != STATUS and not np.allclose(values, np.asarray(meant[...]), rtol=1e-12, atol=0):
             return f"{name} holds other values than the header says"

@@ -22,7 +22,7 @@ from ..base.choices import ZarrFormat
 from ..base.dtypes import output_nodata
 from ..base.errors import DamagedError, OutputError, TilerError
 from ..base.geometry import Grid, Window
-from ..base.text import format_bytes
+from ..base.text import first_line, format_bytes
 from ..base.typed import find_misfit, fits
 from ..rasters.georeference import (
     Georeference,
@@ -406,7 +406,7 @@ def read_header(path: Path) -> dict[str, Any]:
         header: Any = dict(_open_group(path).attrs).get("outsize")
     except Exception as error:
         # Whatever stands in damaged metadata must not look like a fault of this program.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise OutputError(f"{path} is not an output of outsize: {reason}; remove it, or choose another path") from error
     if not isinstance(header, dict) or "kind" not in header or "plan" not in header:
         raise OutputError(f"{path} is not an output of outsize; choose another path")
@@ -530,7 +530,7 @@ def open_array(
             # It is gone as a whole, which who writes tells in his own words; its folder may be there again, made for
             # the chunk that was just being written.
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise OutputError(
             f"{path} has no usable metadata of its array {name}: {reason}; outsize verify --repair writes them again"
         ) from error

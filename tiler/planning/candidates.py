@@ -10,6 +10,7 @@ import numpy as np
 from ..analysis.agreement import takes_batches
 from ..analysis.network import Network
 from ..base.choices import EngineName, Method
+from ..base.dtypes import dtype_name
 from ..base.errors import UsageError
 from ..base.geometry import Interval, align_up
 from ..base.memory import MemoryPrediction
@@ -22,9 +23,10 @@ from ..rasters.raster import Raster
 from ..rasters.reading import ReadingPlan, Source, least_held_bytes, plan_reading
 from ..system.machine import one_thread
 from .check_margins import CHECK_FACTOR, CheckMargin, check_margins
+from .decisions import largest_window
 from .load import CLIENT_BYTES, CLIENT_WEIGHTS, DASHBOARD_BYTES, FEWER_BITS_WEIGHTS, IN_FLIGHT, Load
 from .method import choose_method
-from .plan import STORE_BYTES, TilePlan, largest_window
+from .plan import STORE_BYTES, TilePlan
 from .resolved import Resolved
 from .spans import Geometries, compute_program_spans, compute_spans, span_halo
 from .work import (
@@ -328,7 +330,7 @@ def _takes_batches(network: Network) -> bool:
 
 
 def _pixel_dtype(network: Network) -> np.dtype:
-    return np.dtype(str(network.dtype).removeprefix("torch."))
+    return np.dtype(dtype_name(network.dtype))
 
 
 def _describe_source(raster: Raster) -> Source:

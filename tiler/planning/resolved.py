@@ -10,7 +10,7 @@ from torch import nn
 
 from ..analysis.network import Network, as_network
 from ..base.choices import Method
-from ..base.dtypes import stored_dtype
+from ..base.dtypes import dtype_name, stored_dtype
 from ..base.errors import UsageError
 from ..base.geometry import Interval, Window
 from ..base.memory import DEVICE_SHARE, find_budget
@@ -116,7 +116,7 @@ def resolve_options(
 def _require_fitting(network: Network, raster: Raster | None, shape: tuple[int, ...]) -> None:
     if shape[0] != network.bands:
         raise UsageError(f"the network takes {network.bands} bands, the raster has {shape[0]}; choose a fitting model")
-    dtype = str(network.dtype).removeprefix("torch.")
+    dtype = dtype_name(network.dtype)
     if raster is not None and raster.dtype != np.dtype(dtype):
         raise UsageError(f"the network was analysed for {dtype} pixels, the raster has {raster.dtype}; analyse again")
 

@@ -27,12 +27,13 @@ from ..system.file_state import states_of
 from ..system.places import identify, is_far, place_of, set_gdal_options, url_of
 from ..system.process_locks import ProcessLock
 from .band_names import assumed_name
-from .block_cache import BlockCache, BlockStore
+from .block_cache import BlockStore
 from .gdal_trust import drivers_for, explain_drivers, open_by
 from .georeference import from_rasterio
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
 from .raster import Raster, ReadOptions, file_identity
 from .scale import known_tags
+from .stored_bands import StoredBands, StoredMasks
 
 # GDAL's warnings and errors reach Python's logging through rasterio, and from there a terminal as soon as nobody else
 # listens. What matters of them stands in the error that is raised.
@@ -322,23 +323,15 @@ class GdalReader:
         # Looked at for every window; of thousands of files of a VRT, only those that matter.
         self._far_files = tuple(filter(is_far, raster.files))
         self._dataset: rasterio.DatasetReader | None = self._open()
-        self._blocks = self._mask_blocks = None
-        if blocks is not None:
-            grid: dict[str, Any] = {"shape_yx": raster.shape_yx, "block": raster.block}
-            self._blocks = BlockCache(
-                blocks,
-                (raster.path, raster.decoded),
-                pixel_bytes=len(raster.decoded) * raster.dtype.itemsize,
-                read=lambda window: self._read_bands(window, raster.decoded),
-                **grid,
-            )
-            self._mask_blocks = BlockCache(
-                blocks,
-                (raster.path, "mask", raster.masked),
-                pixel_bytes=max(1, len(raster.masked)),
-                read=self._read_valid,
-                **grid,
-            )
+        self._bands = StoredBands(raster, blocks, (raster.path, raster.decoded), self._read_bands)
+        self._masks = StoredMasks(
+            blocks,
+            (raster.path, "mask", raster.masked),
+            shape_yx=raster.shape_yx,
+            block=raster.block,
+            count=max(1, len(raster.masked)),
+            decode=self._read_valid,
+        )
 
     def _open(self) -> rasterio.DatasetReader:
         return _open(self._raster.path, self._far_files, trust=self._raster.options.trust)
@@ -363,25 +356,20 @@ class GdalReader:
         """(masks, height, width): 0 where there is nothing; of the dataset, or of each band that has its own."""
         return self._read_bands(window, self._raster.masked or (1,), mask=True)
 
-    def _read(self, window: Window, bands: tuple[int, ...]) -> Array:
-        if self._blocks is None:
-            return self._read_bands(window, bands)
-        return self._blocks.read(window, self._raster.find_decoded(bands))
-
     def read(self, window: Window) -> Array:
-        return self._read(window, self._raster.chosen)
+        return self._bands.read(window, self._raster.chosen)
 
     def read_missing(self, window: Window, image: Array) -> Mask | None:
         rule = self._raster.nodata_rule
-        band = find_missing(self._read(window, (rule.mask_band,)), rule.band_rule) if rule.mask_band else None
+        marked = self._bands.find_marked(window)
         if self._raster.masked:
-            return join_missing(self._find_in_bands(window, image), band)
-        return join_missing(find_missing(image, rule), self._read_mask(window, rule), band)
+            return join_missing(self._find_in_bands(window, image), marked)
+        return join_missing(find_missing(image, rule), self._find_in_mask(window, rule), marked)
 
     def _find_in_bands(self, window: Window, image: Array) -> Mask | None:
         """Where all bands hold nothing, or one does, each by its value or by its own mask."""
         raster, rule = self._raster, self._raster.nodata_rule
-        valid = self._mask_blocks.read(window) if self._mask_blocks else self._read_valid(window)
+        valid = self._masks.read(window)
         holes = [
             join_missing(
                 find_missing(image[place : place + 1], rule),
@@ -395,15 +383,13 @@ class GdalReader:
         missing = (np.logical_or if rule.any_band else np.logical_and).reduce(found)
         return missing if missing.any() else None
 
-    def _read_mask(self, window: Window, rule: NodataRule) -> Mask | None:
+    def _find_in_mask(self, window: Window, rule: NodataRule) -> Mask | None:
         if rule.mask == "dataset":
-            valid = self._mask_blocks.read(window) if self._mask_blocks else self._read_valid(window)
-        elif rule.mask == "alpha":
-            valid = self._read(window, (rule.alpha_band,))
-        else:
-            return None
-        missing = valid[0] == 0
-        return missing if missing.any() else None
+            return self._masks.find_missing(window)
+        if rule.mask == "alpha":
+            missing = self._bands.read(window, (rule.alpha_band,))[0] == 0
+            return missing if missing.any() else None
+        return None
 
     def close(self) -> None:
         if self._dataset is not None:

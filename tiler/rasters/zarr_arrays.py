@@ -18,15 +18,17 @@ from zarr.errors import BaseZarrError
 from ..base.errors import RasterError, TilerError
 from ..base.exact_numbers import exact_number, parse_number
 from ..base.geometry import Window
+from ..base.text import first_line
 from ..system.file_state import keeps_numbers, state_of
 from ..system.places import is_remote, place_of
 from ..system.stores import store_at
 from .band_names import band_name_of
-from .block_cache import BlockCache, BlockStore
+from .block_cache import BlockStore
 from .georeference import Georeference, from_attributes, from_centres
 from .nodata import Array, Mask, NodataRule, find_missing, join_missing
 from .raster import Raster
 from .scale import tags_of_attributes
+from .stored_bands import StoredBands, StoredMasks
 from .zarr_bounds import MOST_BESIDE, bound_array
 from .zarr_layout import ONE, dimension_names, find_array, mask_name, order_axes, suggest_axes
 
@@ -75,7 +77,7 @@ def _describe(store: Path, inner: str, name: str, axes: str | None, *, trust: bo
     try:
         node = zarr.open(store_at(store, read_only=True), mode="r", path=inner or None)
     except (BaseZarrError, OSError, ValueError, KeyError) as error:
-        raise RasterError(f"{name} is not a Zarr raster: {str(error).splitlines()[0]}") from error
+        raise RasterError(f"{name} is not a Zarr raster: {first_line(error)}") from error
     if isinstance(node, zarr.Group):
         inner = f"{inner}/{find_array(node, name)}".lstrip("/")
         node = zarr.open(store_at(store, read_only=True), mode="r", path=inner)
@@ -297,28 +299,18 @@ class ZarrReader:
         array = zarr.open(store, mode="r", path=raster.array_path or None)
         assert isinstance(array, zarr.Array)
         self._array = bound_array(array, trust=raster.options.trust)
-        self._mask = None
+        self._bands = StoredBands(raster, blocks, (raster.path, raster.array_path, raster.decoded), self._read_bands)
+        self._mask = self._masks = None
         if raster.mask_path:
             mask = zarr.open_array(store, mode="r", path=raster.mask_path)
             self._mask = _bound_mask(mask, raster.block_bytes)
-        self._blocks = self._mask_blocks = None
-        if blocks is not None:
-            self._blocks = BlockCache(
-                blocks,
-                (raster.path, raster.array_path, raster.decoded),
-                shape_yx=raster.shape_yx,
-                block=raster.block,
-                pixel_bytes=len(raster.decoded) * raster.dtype.itemsize,
-                read=lambda window: self._read_bands(window, raster.decoded),
-            )
-        if blocks is not None and self._mask is not None:
-            self._mask_blocks = BlockCache(
+            self._masks = StoredMasks(
                 blocks,
                 (raster.path, raster.mask_path),
                 shape_yx=raster.shape_yx,
                 block=(self._mask.chunks[0], self._mask.chunks[1]),
-                pixel_bytes=1,
-                read=self._read_valid,
+                count=1,
+                decode=self._read_valid,
             )
 
     def _take(self, array: zarr.Array[Any], window: Window, pick: tuple[Any, ...]) -> Array:
@@ -326,7 +318,7 @@ class ZarrReader:
             return np.asarray(array.oindex[pick] if any(isinstance(p, list) for p in pick) else array[pick])
         except Exception as error:  # codecs raise what they like
             name = f"{self._raster.path}/{array.path}".rstrip("/")
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise RasterError(f"{name}: window {window} cannot be read: {reason}") from error
 
     def _read_bands(self, window: Window, indexes: tuple[int, ...]) -> Array:
@@ -351,24 +343,15 @@ class ZarrReader:
         assert self._mask is not None
         return self._take(self._mask, window, window.slices())[None]
 
-    def _read(self, window: Window, bands: tuple[int, ...]) -> Array:
-        if self._blocks is None:
-            return self._read_bands(window, bands)
-        return self._blocks.read(window, self._raster.find_decoded(bands))
-
     def read(self, window: Window) -> Array:
-        return self._read(window, self._raster.chosen)
+        return self._bands.read(window, self._raster.chosen)
 
     def read_missing(self, window: Window, image: Array) -> Mask | None:
-        rule = self._raster.nodata_rule
-        missing = find_missing(image, rule)
-        if rule.mask_band:
-            missing = join_missing(missing, find_missing(self._read(window, (rule.mask_band,)), rule.band_rule))
-        if self._mask is not None:
-            valid = self._mask_blocks.read(window) if self._mask_blocks else self._read_valid(window)
-            missing = join_missing(missing, valid[0] == 0)
-            return missing if missing is not None and missing.any() else None
-        return missing
+        return join_missing(
+            find_missing(image, self._raster.nodata_rule),
+            self._bands.find_marked(window),
+            self._masks.find_missing(window) if self._masks is not None else None,
+        )
 
     def close(self) -> None:
         pass

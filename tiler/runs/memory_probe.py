@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..base.dtypes import dtype_name
 from ..base.errors import EngineError
 from ..base.memory import EngineMemory
-from ..base.text import MB
+from ..base.text import MB, last_line
 from ..engines.devices import find_cuda, pick_index
 from ..engines.loading import load_tiles
 from ..engines.memory import MemoryLookup, constant_memory
@@ -121,7 +122,7 @@ def _quantise_noise(network: Network, threads: int) -> QuantisedNetwork:
     from ..engines.quantise import quantise_network
     from .calibration import CALIBRATED, SIDE
 
-    random, dtype = np.random.default_rng(0), str(network.dtype).removeprefix("torch.")
+    random, dtype = np.random.default_rng(0), dtype_name(network.dtype)
     shape = (network.bands, *network.padded_shape((SIDE, SIDE)))
     image = (random.random(shape, np.float32) * 100).astype(dtype)
     made = quantise_network(network, [image] * NOISE, threads)
@@ -242,7 +243,7 @@ def probe_core(
         packed = compile_program(network, engine, threads, precision)
     live = count_live_bytes(network, method, (side, side), tile)
     shape = (network.bands, *tile.window.shape)
-    dtype = str(network.dtype).removeprefix("torch.")
+    dtype = dtype_name(network.dtype)
     host, on_device = _measure(replace(packed, device=device), tile, shape, dtype)
     return ProbedCore(live_bytes=live, host_bytes=host, device_bytes=on_device)
 
@@ -270,7 +271,7 @@ def _measure(packed: EngineProgram, tile: Tile, shape: tuple[int, ...], dtype: s
         timeout=TIMEOUT_S,
     )
     if completed.returncode:
-        raise ValueError((completed.stderr.decode().strip().splitlines() or ["it was killed"])[-1])
+        raise ValueError(last_line(completed.stderr, "it was killed"))
     host, on_device = completed.stdout.split()[-2:]
     return int(host), int(on_device)
 

@@ -15,6 +15,7 @@ import zarr
 from ..analysis.graph import bound_of
 from ..base.errors import OutputError, RasterError
 from ..base.geometry import Window
+from ..base.text import first_line
 from ..output.records import read_owner, read_records, run_folder
 from ..output.small_parts import PartFault, find_part_faults, states_by_header
 from ..output.store import (
@@ -178,7 +179,7 @@ def _find_fault(
     try:
         array[chunk_window(array, name)]
     except Exception as error:  # noqa: BLE001 - codecs raise what they like
-        return f"{name} cannot be decoded: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        return f"{name} cannot be decoded: {first_line(error)}"
     return ""
 
 

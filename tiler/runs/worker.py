@@ -17,6 +17,7 @@ from zarr.errors import BaseZarrError
 from ..base.choices import ZarrFormat
 from ..base.dtypes import output_nodata
 from ..base.errors import EngineError, NotFiniteError, OutputError, RasterError, WorkerError
+from ..base.text import first_line
 from ..base.tile import Tile
 from ..cluster.jobs import runner_of, told_plainly, unfit_worker
 from ..cluster.tile_map import make_sketch
@@ -159,7 +160,7 @@ class TileRunner:
             require_source(self.spec.raster)
         except RasterError as error:
             raise RasterError(str(unfit_worker(error))) from error
-        reason = (str(failure).strip().splitlines() or [""])[0]
+        reason = first_line(failure, "")
         return TileRecord.failure(
             row, column, tile.core.pixels, f"{type(failure).__name__}: {reason}", worker=_process_name()
         )
@@ -243,7 +244,7 @@ class TileRunner:
                 names = chunks_of(self.spec.array, self.spec.plan, tile, zarr_format)
                 return seal_chunks(out, names)
             except (BaseZarrError, FileNotFoundError) as error:
-                reason = (str(error).splitlines() or [""])[0]
+                reason = first_line(error, "")
                 raise OutputError(
                     f"{out} cannot be written: {reason}; when it can, the same command goes on"
                 ) from error

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .places import is_remote, place_of, scheme_of
+from .plain_file import NO_FILE, NoFileError, open_plain, require_at_most
 
 MOST_TEXT = 64_000_000
 """Bytes of a file of texts or numbers that is read whole."""
@@ -54,16 +55,14 @@ def read_regular(path: Path, most: int | None = None) -> bytes:
     Raises:
         OSError: it is not there, larger, or no file: a pipe, a device or a socket, whose end might never come.
     """
-    # A pipe that nobody writes to would be waited for.
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
-    with open(handle, "rb") as file:  # noqa: PTH123 - of a number
-        status = os.fstat(handle)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is no file, but a pipe, a device or a socket", str(path))
-        if most is not None and status.st_size > most:
-            raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, at most {most:,} are read", str(path))
+    try:
+        file = open_plain(path)
+    except NoFileError as error:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path)) from error
+        raise OSError(errno.EINVAL, NO_FILE, str(path)) from error
+    with file:
+        require_at_most(path, os.fstat(file.fileno()).st_size, most)
         return file.read() if most is None else file.read(most)
 
 

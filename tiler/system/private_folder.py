@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..base.errors import TilerError, reason_of
+from ..base.errors import TilerError
+from ..base.text import reason_of
 from .logs import log
 
 

@@ -14,6 +14,7 @@ from zarr.storage import FsspecStore, LocalStore
 
 from .files import MOST_TEXT
 from .places import STORE_OPTIONS, is_remote, scheme_of
+from .plain_file import NO_FILE, require_at_most
 
 STORE_TIMEOUT_S = 600
 """For one call of Zarr's on an object store, with all its requests and retries."""
@@ -55,15 +56,14 @@ class PlainFiles(LocalStore):
         if stat.S_ISDIR(status.st_mode):
             return
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is no file, but a pipe, a device or a socket", str(path))
+            raise OSError(errno.EINVAL, NO_FILE, str(path))
         most = MOST_TEXT if path.name.startswith(".z") or path.name == "zarr.json" else self.most
         size = status.st_size
         if isinstance(byte_range, RangeByteRequest):
             size = min(size, byte_range.end) - byte_range.start
         elif isinstance(byte_range, SuffixByteRequest):
             size = min(size, byte_range.suffix)
-        if most is not None and size > most:
-            raise OSError(errno.EFBIG, f"it has {size:,} bytes, at most {most:,} are read", str(path))
+        require_at_most(path, size, most)
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None

@@ -26,10 +26,10 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 from torch import Tensor, nn
 
-from ..analysis.graph import first_line
 from ..analysis.network import analyze_network
 from ..base.errors import RasterError, TilerError, UsageError
 from ..base.geometry import Window
+from ..base.text import first_line
 from ..cluster.client import ClusterError, follow, leaving_slot
 from ..cluster.schedule import LOST, forget_plugin
 from ..rasters.reading import GDAL_CACHE_BYTES

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from ..analysis.network import Network
+from ..base.dtypes import dtype_name
 from ..base.errors import LabelError, UntileableError, UsageError
 from ..rasters.raster import Raster
 from ..system.logs import log
@@ -126,8 +127,8 @@ def begin_step(
     traced = network.network
     if shape[0] != traced.bands or not _fits(dtype, traced.dtype, network.tensors().values()):
         raise UsageError(
-            f"the network was analysed for {traced.bands} bands {_name(traced.dtype)}, the image has {shape[0]} bands "
-            f"{_name(dtype)}; convert the image, or analyse it for those"
+            f"the network was analysed for {traced.bands} bands {dtype_name(traced.dtype)}, the image has {shape[0]} "
+            f"bands {dtype_name(dtype)}; convert the image, or analyse it for those"
         )
     if shape != plan.image_shape:
         raise UsageError(f"the plan is for images of {plan.image_shape}, got {shape}; make one for that shape")
@@ -181,8 +182,8 @@ def _prepare(module: nn.Module | Network, bands: int, dtype: torch.dtype, *, ima
         if dtype != torch.float64 or not weights or torch.float64 in weights:
             raise
         raise UsageError(
-            f"the image is float64 and the network's weights are {_name(next(iter(weights)))}; give image.float(), or "
-            "train network.double()"
+            f"the image is float64 and the network's weights are {dtype_name(next(iter(weights)))}; give "
+            "image.float(), or train network.double()"
         ) from error
 
 
@@ -237,7 +238,3 @@ def opened(pixels: Pixels, fill: tuple[float, ...] | None = None) -> Iterator[Wi
         yield source
     finally:
         source.close()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..analysis.axis_geometry import AxisGeometry, ImageAxis, compute_geometry
-from ..analysis.graph import WithLogits, first_line
+from ..analysis.graph import WithLogits
 from ..analysis.network import Network, analyze_network
 from ..analysis.program import Program, list_order, name_placeholders
 from ..base.errors import UntileableError, UsageError
 from ..base.geometry import Interval, Window
+from ..base.text import first_line
 
 _TRIED = (41, 29)
 """Height and width of the image on which gradients are compared, at least."""

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ....tiler.base.text import first_line
 from ..base.errors import GalleryError, HeadError
 from ..layer.checkpoint import Generation, list_generations
 from .iresnet import DEPTHS, REDUCTION, WIDTHS, IResNet
@@ -137,7 +138,7 @@ def _load(generation: Generation) -> Embedder:
         model = description.build()
         model.load_state_dict(safetensors.torch.load(weights))
     except (RuntimeError, safetensors.SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise GalleryError(
             f"{generation.folder / BACKBONE} are not the weights of its {DESCRIPTION}: {first}"
         ) from error

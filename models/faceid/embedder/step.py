@@ -26,7 +26,7 @@ LARGEST_BITS = 13
 """A gradient of 2^13 in one number counts as not finite; steps are of about 1."""
 
 
-class GradientSum:
+class MicroBatchSum:
     """The sum of micro-batches' gradients as whole numbers, in any order, over threads and ranks."""
 
     def __init__(self, parameters: Sequence[Tensor], micro_batches: int) -> None:
@@ -129,7 +129,7 @@ def compute_step(
     if head.skipped:
         return StepResult(loss=float(loss.detach()), samples=samples, is_finite=False)
     assert leaf.grad is not None
-    total = GradientSum(parameters, micro_batches)
+    total = MicroBatchSum(parameters, micro_batches)
     with one_thread():
         gradient = normalised.backward(leaf.grad, head.ranks)
     incoming = gradient.split([len(batch.labels) for batch in batches])

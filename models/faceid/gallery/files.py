@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from ....tiler.system.files import sync_folder
+from ....tiler.system.plain_file import NoFileError, open_plain
 from ..base.errors import GalleryError
-from ..base.plain_file import NoFileError, open_plain
 from ..layer.tablet_file import FileSum, as_bytes, write_file
 
 FORMAT = 2

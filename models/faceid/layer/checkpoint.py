@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ....tiler.base.dtypes import dtype_name
 from ....tiler.system.files import sync_folder
 from ..base.errors import HeadError
 from .head import ShardedMarginHead
@@ -69,53 +70,65 @@ def save_checkpoint(
     if step < 0 or keep < 1:
         raise HeadError(f"step must be >= 0 and keep >= 1, got {step} and {keep}")
     head.require_whole()
-    ranks, root = head.ranks, Path(folder)
+    root = Path(folder)
     generation = root / f"step-{step:09d}"
     exists = torch.tensor([int((generation / MANIFEST).exists())])
-    if int(ranks.add(exists)):
+    if int(head.ranks.add(exists)):
         raise HeadError(f"{generation} is complete already; save another step, or delete it")
     generation.mkdir(parents=True, exist_ok=True)
+    files = _write_tablets(head, generation, step)
+    if head.ranks.rank == 0:
+        for name, value in extra.items():
+            written = write_file(generation / name, [value])
+            files[name] = {"sha256": written.sha256, "size": written.size}
+        sync_folder(generation)
+        _write_manifest(head, generation, step, sorted(extra), files)
+        sync_folder(root)
+        write_file(root / LATEST, [generation.name.encode()])
+        sync_folder(root)
+        _remove_old(root, keep)
+    head.ranks.add(torch.zeros(1))  # nobody goes on before the generation is complete
+    return generation
+
+
+def _write_tablets(head: ShardedMarginHead, generation: Path, step: int) -> dict[str, dict[str, Any]]:
+    """Before: each rank has its tablets. After: they are all written, and all ranks know every file's sum and size."""
     sums = [
         write_tablet(generation, tablet, rows, state, step)
         for (tablet, rows), (_, state) in zip(head.own_rows(), head.own_state(), strict=True)
     ]
     mine = torch.tensor([[*bytes.fromhex(s.sha256), *s.size.to_bytes(8, "little")] for s in sums], dtype=torch.uint8)
-    counts = [len(head.layout.owned(rank)) for rank in range(ranks.size)]
-    everyone = ranks.gather_tablets(mine.reshape(-1, 40), counts)  # and so all ranks have written
-    if ranks.rank == 0:
-        files = {
-            file_name(head.layout.tablet(index)): {
-                "sha256": bytes(row[:32].tolist()).hex(),
-                "size": int.from_bytes(bytes(row[32:].tolist()), "little"),
-            }
-            for index, row in enumerate(everyone)
+    counts = [len(head.layout.owned(rank)) for rank in range(head.ranks.size)]
+    everyone = head.ranks.gather_tablets(mine.reshape(-1, 40), counts)
+    return {
+        file_name(head.layout.tablet(index)): {
+            "sha256": bytes(row[:32].tolist()).hex(),
+            "size": int.from_bytes(bytes(row[32:].tolist()), "little"),
         }
-        for name, value in extra.items():
-            written = write_file(generation / name, [value])
-            files[name] = {"sha256": written.sha256, "size": written.size}
-        sync_folder(generation)
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "classes": head.classes,
-            "dim": head.dim,
-            "storage": str(head.storage).removeprefix("torch."),
-            "tablet_rows": head.layout.tablet_rows,
-            "state_width": head.state.shape[1],
-            "state_dtype": str(head.state.dtype).removeprefix("torch."),
-            "seed": head.seed,
-            "updates": head.step,
-            "extra": sorted(extra),
-            "files": files,
-        }
-        write_file(generation / MANIFEST, [json.dumps(manifest, indent=1).encode()])
-        sync_folder(generation)
-        sync_folder(root)
-        write_file(root / LATEST, [generation.name.encode()])
-        sync_folder(root)
-        _remove_old(root, keep)
-    ranks.add(torch.zeros(1))  # nobody goes on before the generation is complete
-    return generation
+        for index, row in enumerate(everyone)
+    }
+
+
+def _write_manifest(
+    head: ShardedMarginHead, generation: Path, step: int, extra: list[str], files: dict[str, dict[str, Any]]
+) -> None:
+    """Make a generation complete, whose files are on the disk."""
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "classes": head.classes,
+        "dim": head.dim,
+        "storage": dtype_name(head.storage),
+        "tablet_rows": head.layout.tablet_rows,
+        "state_width": head.state.shape[1],
+        "state_dtype": dtype_name(head.state.dtype),
+        "seed": head.seed,
+        "updates": head.step,
+        "extra": extra,
+        "files": files,
+    }
+    write_file(generation / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+    sync_folder(generation)
 
 
 def list_generations(folder: str | Path) -> list[Generation]:
@@ -163,7 +176,7 @@ def load_checkpoint(
 def _check_layer(head: ShardedMarginHead, manifest: dict[str, Any], *, grow: bool) -> str:
     for name, ours in (
         ("dim", head.dim),
-        ("storage", str(head.storage).removeprefix("torch.")),
+        ("storage", dtype_name(head.storage)),
         ("tablet_rows", head.layout.tablet_rows),
         ("state_width", head.state.shape[1]),
     ):

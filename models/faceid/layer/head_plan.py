@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ....tiler.base.dtypes import dtype_name
 from ....tiler.base.text import MB, format_bytes
 from ..base.errors import HeadMemoryError
 from .rounding import PART, POOL
@@ -168,7 +169,7 @@ def plan_head(
         batch=batch,
         ranks=ranks,
         seen=seen,
-        storage=str(storage).removeprefix("torch."),
+        storage=dtype_name(storage),
         rows_bytes=rows * dim * item * (2 if rule is None else 1),
         state_bytes=state,
         buffer_bytes=buffers,

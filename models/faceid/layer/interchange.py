@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ....tiler.base.dtypes import dtype_name
+from ....tiler.base.text import first_line
 from ....tiler.system.files import use_default_mode
+from ....tiler.system.plain_file import open_plain
 from ..base.errors import HeadError
-from ..base.plain_file import open_plain
 from .head import ShardedMarginHead
 
 INDEX = "head.safetensors.index.json"
@@ -138,7 +140,7 @@ def _check(head: ShardedMarginHead, path: Path, what: str, values: Tensor, first
 
         require(wide.isfinite().all(dim=1), "is not finite; that training has gone wrong, take an earlier one")
         reach = torch.finfo(head.storage).max
-        kind = str(head.storage).removeprefix("torch.")
+        kind = dtype_name(head.storage)
         require(
             stored.isfinite().all(dim=1),
             f"goes beyond {reach:.3g}, the largest {kind}; give the layer storage=torch.float32",
@@ -226,7 +228,7 @@ def _load(path: Path) -> Any:
         # Before torch 1.6 files were no archives, which alone can be mapped.
         return torch.load(path, weights_only=True, mmap=zipfile.is_zipfile(path), map_location="cpu")
     except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         if isinstance(error, pickle.UnpicklingError):
             reason = "it holds more than tensors and plain values, which may run code"
         raise HeadError(

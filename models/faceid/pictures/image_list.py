@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ....tiler.base.errors import UsageError, reason_of
+from ....tiler.base.errors import UsageError
+from ....tiler.base.text import reason_of
+from ....tiler.system.plain_file import open_plain
 from ..base.name_list import compose
-from ..base.plain_file import open_plain
 
 SUFFIXES = (".csv", ".parquet")
 _COLUMNS = ("path", "label")

@@ -13,8 +13,9 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from ....tiler.base.errors import TilerError, UsageError
+from ....tiler.base.text import reason_of
+from ....tiler.system.plain_file import open_plain
 from ..base.name_list import compose
-from ..base.plain_file import open_plain
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
 SHAPE_TOLERANCE = 0.02
@@ -119,8 +120,7 @@ def read_picture(source: Path | bytes, height: int, width: int, *, resize: bool 
     except FileNotFoundError as error:
         raise ImageError("it is not there") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
-        said, cut, _ = reason.partition(" <_io")  # how PIL calls a file that is open
+        said, cut, _ = reason_of(error).partition(" <_io")  # how PIL calls a file that is open
         name = f" {source.name!r}" if cut and isinstance(source, Path) else ""
         raise ImageError(f"it cannot be read: {said}{name}") from error
 

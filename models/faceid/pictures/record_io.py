@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ....tiler.base.errors import reason_of
+from ....tiler.base.text import reason_of
+from ....tiler.system.plain_file import open_plain
 from ..base.errors import HeadError
-from ..base.plain_file import open_plain
 from .images import ImageError
 
 MAGIC = 0xCED7230A

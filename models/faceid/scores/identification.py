@@ -151,21 +151,6 @@ def measure_identification(
     is_right = found == np.searchsorted(people, labels[split.known])[:, None]
     strangers, _ = look(split.strangers, 1, lengths[0])
     descending = np.sort(strangers[:, 0])[::-1]
-    points: list[AtStrangerRate] = []
-    for rate in rates:
-        allowed = allow(rate, len(descending))
-        threshold = float(descending[allowed]) if allowed else None
-        hit = is_right[:, 0] & (scores[:, 0] > threshold) if threshold is not None else None
-        points.append(
-            AtStrangerRate(
-                rate=float(rate),
-                allowed=allowed,
-                threshold=threshold,
-                named_strangers=int(np.count_nonzero(descending > threshold)) if threshold is not None else 0,
-                missed_rate=float(1 - hit.mean()) if hit is not None else None,
-                is_sure=allowed >= EXPECTED,
-            )
-        )
     hits = scores[:, 0][is_right[:, 0]]
     return Identification(
         people=len(people),
@@ -173,7 +158,29 @@ def measure_identification(
         known=len(split.known),
         strangers=len(split.strangers),
         match_rates=(np.cumsum(is_right.sum(axis=0)) / len(is_right)).tolist(),
-        points=points,
+        points=[_at_rate(rate, descending, hits, len(split.known)) for rate in rates],
         hit_scores=np.sort(hits),
         stranger_scores=descending[::-1],
+    )
+
+
+def _at_rate(
+    rate: str, strangers: npt.NDArray[np.float64], hits: npt.NDArray[np.float64], known: int
+) -> AtStrangerRate:
+    """What happens at a threshold that so many strangers pass.
+
+    Args:
+        strangers: the best score of each, descending.
+        hits: scores of known pictures whose person is the first.
+        known: known pictures.
+    """
+    allowed = allow(rate, len(strangers))
+    threshold = float(strangers[allowed]) if allowed else None
+    return AtStrangerRate(
+        rate=float(rate),
+        allowed=allowed,
+        threshold=threshold,
+        named_strangers=int(np.count_nonzero(strangers > threshold)) if threshold is not None else 0,
+        missed_rate=float(1 - np.count_nonzero(hits > threshold) / known) if threshold is not None else None,
+        is_sure=allowed >= EXPECTED,
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ....tiler.base.errors import UsageError, reason_of
+from ....tiler.base.errors import UsageError
+from ....tiler.base.text import reason_of
+from ....tiler.system.plain_file import open_plain
 from ..base.name_list import compose
-from ..base.plain_file import open_plain
 
 Shot = tuple[str, int]
 """A person's name and the number of her picture, from 1 on."""

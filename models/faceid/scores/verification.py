@@ -42,7 +42,7 @@ class AtRate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verification:
+class PairVerification:
     """All pairs of a set of pictures."""
 
     genuine_pairs: int
@@ -100,7 +100,7 @@ def measure_verification(
     rates: Sequence[str] = RATES,
     *,
     tell: Callable[[int], None] | None = None,
-) -> Verification:
+) -> PairVerification:
     """Compare all pairs of pictures, each once, three times over; N^2 scores are never held.
 
     Scores are float64 products, rounded to multiples of 2^-48.
@@ -142,7 +142,7 @@ def measure_verification(
         )
         for rate, count in zip(rates, allowed, strict=True)
     ]
-    return Verification(
+    return PairVerification(
         genuine_pairs=pairs.genuine, impostor_pairs=pairs.impostors, points=points, genuine=genuine, impostor=impostor
     )
 

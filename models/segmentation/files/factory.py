@@ -13,7 +13,7 @@ from typing import Any
 import cloudpickle
 from torch import nn
 
-from ....tiler.analysis.graph import first_line
+from ....tiler.base.text import first_line
 from ..networks.model import SegmentationModel
 from ..networks.trust import ModelFileError
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ....tiler.base.errors import UsageError, reason_of
+from ....tiler.base.errors import UsageError
+from ....tiler.base.text import reason_of
 from ....tiler.system.files import MOST_TEXT, read_regular
 from ..networks.meaning import Meaning, Statement
 from ..networks.model import SegmentationClass, SegmentationModel, default_bands, meaning_of
@@ -124,12 +125,8 @@ def describe(
     card: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The STAC MLM item of a model whose `artifact` lies beside it."""
-    bands = [{"name": band} for band in model.bands]
-    scaling = scaling_objects(model.scaling)
     meaning = meaning_of(model)
-    is_regression = meaning.task == "regression"
-    tasks = ["regression" if is_regression else "semantic-segmentation"]
-    names = _channel_fields(model) if is_regression else _class_fields(model)
+    tasks = ["regression" if meaning.task == "regression" else "semantic-segmentation"]
     return {
         "type": "Feature",
         "stac_version": "1.1.0",
@@ -148,30 +145,8 @@ def describe(
             "mlm:total_parameters": model.parameters,
             # MLM allows no empty object here.
             **({"mlm:hyperparameters": dict(hyperparameters)} if hyperparameters else {}),
-            "mlm:input": [
-                {
-                    "name": "image",
-                    "bands": [dict(band) for band in bands],
-                    "input": {
-                        "shape": [1, len(bands), -1, -1],
-                        "dim_order": ["batch", "channel", "height", "width"],
-                        "data_type": "float32",
-                    },
-                    **({"value_scaling": scaling} if scaling else {}),
-                }
-            ],
-            "mlm:output": [
-                {
-                    "name": _name_result(meaning),
-                    "tasks": tasks,
-                    "result": {
-                        "shape": [1, meaning.channels, -1, -1],
-                        "dim_order": ["batch", "channel", "height", "width"],
-                        "data_type": "float32",
-                    },
-                    **names,
-                }
-            ],
+            "mlm:input": [_describe_input(model)],
+            "mlm:output": [_describe_output(model, meaning, tasks)],
             **({"outsize:task": meaning.task} if meaning.task else {}),
             **({"outsize:activation": meaning.activation} if meaning.activation else {}),
             **({"outsize:threshold": meaning.threshold} if meaning.task == "binary" else {}),
@@ -187,9 +162,40 @@ def describe(
                 "roles": ["mlm:model", "mlm:weights"],
                 "mlm:artifact_type": artifact.kind,
                 "file:checksum": f"{_MULTIHASH}{artifact.sha256}",
-                "bands": [dict(band) for band in bands],
+                "bands": _describe_bands(model),
             }
         },
+    }
+
+
+def _describe_bands(model: SegmentationModel) -> list[dict[str, str]]:
+    return [{"name": band} for band in model.bands]
+
+
+def _describe_input(model: SegmentationModel) -> dict[str, Any]:
+    scaling = scaling_objects(model.scaling)
+    return {
+        "name": "image",
+        "bands": _describe_bands(model),
+        "input": {
+            "shape": [1, len(model.bands), -1, -1],
+            "dim_order": ["batch", "channel", "height", "width"],
+            "data_type": "float32",
+        },
+        **({"value_scaling": scaling} if scaling else {}),
+    }
+
+
+def _describe_output(model: SegmentationModel, meaning: Meaning, tasks: list[str]) -> dict[str, Any]:
+    return {
+        "name": _name_result(meaning),
+        "tasks": tasks,
+        "result": {
+            "shape": [1, meaning.channels, -1, -1],
+            "dim_order": ["batch", "channel", "height", "width"],
+            "data_type": "float32",
+        },
+        **(_channel_fields(model) if meaning.task == "regression" else _class_fields(model)),
     }
 
 

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ....tiler.analysis.graph import first_line
 from ....tiler.base.errors import OutputError, UsageError
+from ....tiler.base.text import first_line
 from ....tiler.system.files import flush_file, sync_folder, use_default_mode
 from ..networks.exported import ExportedNetwork, load_exported, load_script
 from ..networks.finite import require_finite_weights

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from ....tiler.analysis.graph import first_line
+from ....tiler.base.dtypes import dtype_name
+from ....tiler.base.text import first_line
 from ..networks.trust import ModelFile, ModelFileError, Trust
 from .factory import importing_from_here
 
@@ -228,7 +229,7 @@ def fit_state(
     ]
     if rounded:
         (theirs, ours), count = rounded[0], f"{len(rounded)} tensor{'s' * (len(rounded) > 1)}"
-        remarks.append(f"{count} of {path.name} rounded, {_type(theirs)} to the network's {_type(ours)}")
+        remarks.append(f"{count} of {path.name} rounded, {dtype_name(theirs)} to the network's {dtype_name(ours)}")
     return "; ".join(remarks)
 
 
@@ -248,11 +249,7 @@ def _kind(dtype: torch.dtype) -> str:
         return "complex numbers"
     if dtype.is_floating_point:
         return "numbers" if dtype.itemsize > 1 else "numbers of 8 bits"
-    return "quantised numbers" if _type(dtype).startswith("q") else "whole numbers"
-
-
-def _type(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return "quantised numbers" if dtype_name(dtype).startswith("q") else "whole numbers"
 
 
 def _list_other_kinds(own: Mapping[str, tuple[str, Any]], place: _Place) -> list[str]:
@@ -264,8 +261,8 @@ def _list_other_kinds(own: Mapping[str, tuple[str, Any]], place: _Place) -> list
             continue
         if _kind(theirs.dtype) != _kind(value.dtype):
             wrong.append(
-                f"{name} holds {_kind(theirs.dtype)} ({_type(theirs.dtype)}) there and {_kind(value.dtype)} "
-                f"({_type(value.dtype)}) in the network"
+                f"{name} holds {_kind(theirs.dtype)} ({dtype_name(theirs.dtype)}) there and {_kind(value.dtype)} "
+                f"({dtype_name(value.dtype)}) in the network"
             )
     return wrong[:_SHOWN] + ([f"and {len(wrong) - _SHOWN} more of other kinds"] if len(wrong) > _SHOWN else [])
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from ....tiler.analysis.graph import first_line
 from ....tiler.analysis.network import analyze_network
 from ....tiler.base.errors import UntileableError
+from ....tiler.base.text import first_line
 from .finite import require_finite_weights
 from .trust import ModelFile, ModelFileError, Trust
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....tiler.analysis.graph import first_line
+from ....tiler.base.text import first_line
 from .ending import Ending, watch
 from .exported import ExportedNetwork
 from .meaning import Meaning, Statement, decide_meaning

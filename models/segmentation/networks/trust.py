@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ....tiler.base.errors import UsageError, reason_of
+from ....tiler.base.errors import UsageError
+from ....tiler.base.text import reason_of
 from ....tiler.system.files import read_regular
 
 Content = Literal["safetensors", "pickle", "torch.export", "TorchScript"]

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from ....tiler.base.errors import UsageError
+from ...training.optimiser import OptimiserName
 from .augmentation import Augmentation
-from .optimiser import OptimiserName
 
 StepKind: TypeAlias = Literal["image", "tiles"]
 

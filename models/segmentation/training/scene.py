@@ -14,7 +14,7 @@ from ....tiler.labels.labels import UNLABELLED, Classes, LabelReader, Labels, Ra
 from ....tiler.rasters.block_cache import BlockStore
 from ....tiler.rasters.raster import Raster, RasterReader
 from .augmentation import Turn, Variant
-from .split import Split
+from .split import BlockSplit
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
@@ -28,7 +28,7 @@ class TrainingScene:
 
     raster: Raster
     labels: Labels
-    split: Split | None
+    split: BlockSplit | None
     """None: all of it trains, or with `is_held_out` validates."""
     is_held_out: bool = False
 

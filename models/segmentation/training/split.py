@@ -25,7 +25,7 @@ Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
+class BlockSplit:
     """Which pixels of a scene validate: blocks whose place in an even sequence lies below the share.
 
     A block validates where frac(offset + row/p + column/p^2) < share: a pure function of seed and position, evenly
@@ -87,7 +87,7 @@ def seed_offset(seed: int, scene: int, attempt: int = 0) -> float:
 
 def choose_split(
     counts: npt.NDArray[np.int64], *, share: float, block: int, guard: int, seed: int, scene: int
-) -> Split:
+) -> BlockSplit:
     """The split of one scene: of offsets that follow from the seed, the first that leaves most classes on both sides.
 
     Args:
@@ -95,9 +95,9 @@ def choose_split(
         scene: its place among the scenes.
     """
     labelled = np.argwhere(counts.any(2))
-    found: list[tuple[int, float, int, Split]] = []
+    found: list[tuple[int, float, int, BlockSplit]] = []
     for attempt in range(_TRIED):
-        split = Split(share=share, block=block, guard=guard, offset=seed_offset(seed, scene, attempt))
+        split = BlockSplit(share=share, block=block, guard=guard, offset=seed_offset(seed, scene, attempt))
         validating = np.array([split.validates(int(row), int(column)) for row, column in labelled], np.bool_)
         per_block = counts[labelled[:, 0], labelled[:, 1]]
         held, kept = per_block[validating].sum(0), per_block[~validating].sum(0)
@@ -151,6 +151,6 @@ def choose_block(shapes: list[tuple[int, int]], guard: int) -> int:
     return int(min(1024, max(32, 2 * guard, side)))
 
 
-def count_blocks(grid: Grid, split: Split) -> int:
+def count_blocks(grid: Grid, split: BlockSplit) -> int:
     """Blocks of a scene that validate."""
     return sum(split.validates(row, column) for row, column in chain(grid))

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ....tiler.analysis.graph import first_line
 from ....tiler.analysis.network import analyze_network, torch_dtype
+from ....tiler.base.dtypes import dtype_name
 from ....tiler.base.errors import LabelError, RasterError
 from ....tiler.base.geometry import Window
-from ....tiler.base.text import MB
+from ....tiler.base.text import MB, first_line
 from ....tiler.labels.labels import UNLABELLED, Classes
 from ....tiler.rasters.block_cache import BlockStore
 from ....tiler.rasters.nodata import Mask
@@ -50,7 +50,7 @@ class VariantSource:
         self, scene: TrainingScene, reader: RasterReader, variant: Variant, fill: tuple[float, ...], dtype: torch.dtype
     ) -> None:
         self._fill = fill
-        numpy_dtype = np.dtype(str(dtype).removeprefix("torch."))
+        numpy_dtype = np.dtype(dtype_name(dtype))
         self._view = VariantRaster.of(scene.raster, variant, numpy_dtype)
         self._reader = VariantReader(reader, scene.raster, variant, numpy_dtype)
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ....tiler.base.errors import UsageError
+from ...training.learning_rate import ProgressRate
+from ...training.optimiser import load_optimiser, make_optimiser, optimiser_tensors, set_rate
 from .average import WeightAverage
 from .checkpoint import TrainingState
-from .optimiser import load_optimiser, make_optimiser, optimiser_tensors, set_rate
 from .recipe import Recipe
 from .sampling import TrainingTile
-from .schedule import Schedule
 from .step import StepGradient
 
 
@@ -63,7 +63,7 @@ class Trainer:
         if not self.parameters:
             raise UsageError("the network has no parameter that can be learnt; give a model whose weights may change")
         self.optimiser = make_optimiser(recipe.optimiser, self.parameters.values(), recipe.weight_decay)
-        self.schedule = Schedule(highest=recipe.rate, warm_up=recipe.warm_up)
+        self.learning_rate = ProgressRate(highest=recipe.rate, warm_up=recipe.warm_up)
         self.average = WeightAverage(network, recipe.average)
         self.step, self.seconds = 0, 0.0
         self.is_between_steps = True
@@ -97,7 +97,7 @@ class Trainer:
             )
         if self.recipe.clip:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self.recipe.clip, torch.tensor(norm))
-        rate = self.schedule.rate(self.step, self.progress)
+        rate = self.learning_rate.rate(self.step, self.progress)
         self.is_between_steps = False
         set_rate(self.optimiser, rate)
         self.optimiser.step()

@@ -212,8 +212,14 @@ def test_ranks_end_with_their_command_in_one_line(
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, place: str, sign: signal.Signals, call: int) -> None:
-    """Send this process a signal when a function of gallery.py is called for the n-th time, before it does anything."""
-    module = "outsize.models.faceid.gallery.gallery"
+    """Send this process a signal when a function that a gallery's files call is called for the n-th time, before it
+    does anything.
+
+    Args:
+        place: FILE.FUNCTION, the file that calls it.
+    """
+    file, _, place = place.partition(".")
+    module = f"outsize.models.faceid.gallery.{file}"
     calls, function = itertools.count(1), getattr(sys.modules[module], place)
 
     def interrupted(*arguments: Any, **named: Any) -> Any:
@@ -227,10 +233,10 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, place: str, sign: signal.Signa
 @pytest.mark.parametrize(
     ("place", "call", "sign"),
     [
-        ("write_manifest", 1, signal.SIGINT),  # the empty gallery's
-        ("write_names", 1, signal.SIGTERM),
-        ("search_rows", 1, signal.SIGINT),  # for the calibration
-        ("write_manifest", 2, signal.SIGTERM),
+        ("gallery.write_manifest", 1, signal.SIGINT),  # the empty gallery's
+        ("editing.write_names", 1, signal.SIGTERM),
+        ("lookup.search_rows", 1, signal.SIGINT),  # for the calibration
+        ("gallery.write_manifest", 2, signal.SIGTERM),
     ],
 )
 def test_an_enrolment_that_is_stopped_leaves_no_new_gallery(
@@ -283,10 +289,10 @@ def test_an_enrolment_that_is_stopped_while_it_reads_leaves_nothing(
 @pytest.mark.parametrize(
     ("place", "sign"),
     [
-        ("write_rows", signal.SIGINT),
-        ("write_names", signal.SIGTERM),
-        ("search_rows", signal.SIGINT),
-        ("write_manifest", signal.SIGTERM),
+        ("editing.write_rows", signal.SIGINT),
+        ("editing.write_names", signal.SIGTERM),
+        ("lookup.search_rows", signal.SIGINT),
+        ("gallery.write_manifest", signal.SIGTERM),
     ],
 )
 def test_a_change_that_is_stopped_leaves_the_gallery_as_it_was(
@@ -311,7 +317,7 @@ def test_a_change_that_is_stopped_leaves_the_gallery_as_it_was(
 def test_a_change_that_is_stopped_when_it_is_made_is_made(gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its second deletion of what is left over comes behind the manifest."""
     with monkeypatch.context() as patched:
-        interrupt_at(patched, "remove_leftovers", signal.SIGTERM, 2)
+        interrupt_at(patched, "gallery.remove_leftovers", signal.SIGTERM, 2)
         outsize("remove", gallery, name(3), code=130)
     shown, _ = outsize("gallery", gallery, "--names", "--verify")
     assert (shown["people"], shown["damaged"]) == (PEOPLE - 1, [])

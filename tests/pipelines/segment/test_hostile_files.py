@@ -18,7 +18,8 @@ import pytest
 from distributed import Client
 from outsize.pipelines.base.console import Console, format_table
 from outsize.tests.support.commands import outsize_here
-from outsize.tiler.base.errors import OutputError, UsageError, one_line
+from outsize.tiler.base.errors import OutputError, UsageError
+from outsize.tiler.base.text import one_line
 from outsize.tiler.base.typed import fits
 from outsize.tiler.copying.transfer import copy_raster
 from outsize.tiler.output.records import read_owner, read_runs

@@ -18,11 +18,11 @@ from affine import Affine
 from outsize.models import load_model
 from outsize.models.segmentation.networks.scaling import Scaling
 from outsize.models.segmentation.training.metrics import Confusion
-from outsize.models.segmentation.training.split import Split
+from outsize.models.segmentation.training.split import BlockSplit
 from outsize.models.segmentation.training.trainer import Trainer
 from outsize.pipelines.base.training_log import TrainingLog, read_log
 from outsize.pipelines.train import run as train
-from outsize.pipelines.train.data import Survey
+from outsize.pipelines.train.survey import Survey
 from outsize.tests.support import commands
 from outsize.tiler.base.errors import LabelError, OutputError
 from outsize.tiler.output.store import open_array
@@ -227,7 +227,7 @@ def test_a_survey_is_there_whole_or_not_at_all_and_written_once(
 ) -> None:
     rng = np.random.default_rng(0)
     survey = Survey(
-        splits=(Split(share=0.2, block=32, guard=3, offset=0.25), None),
+        splits=(BlockSplit(share=0.2, block=32, guard=3, offset=0.25), None),
         scaling=Scaling.z_score(mean=(1.5, 2.5), stddev=(3.0, 4.0)),
         fill=(1.0, 2.0),
         means=(1.5, 2.5),

@@ -22,7 +22,7 @@ from outsize.tiler.base.errors import WorkerError
 from outsize.tiler.base.text import format_bytes
 from outsize.tiler.cluster import schedule
 from outsize.tiler.cluster.schedule import Lost, forget_plugin, job_on, run_cells
-from outsize.tiler.planning.plan import SLOW_FLOPS_PER_S
+from outsize.tiler.planning.decisions import SLOW_FLOPS_PER_S
 from outsize.tiler.planning.planner import plan_tiles
 from outsize.tiler.runs.events import ClusterReady, Event, TileFinished
 from outsize.tiler.runs.workers import compare_workers, find_device_peak

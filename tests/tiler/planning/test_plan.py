@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -146,3 +147,25 @@ def test_operations_are_counted_as_by_hand() -> None:
 
 def test_durations_are_written_for_people() -> None:
     assert [format_seconds(s) for s in (0.04, 8.25, 75, 7500)] == ["0.0 s", "8.2 s", "1 min 15 s", "2 h 05 min"]
+
+
+def test_every_section_of_a_plan_has_its_line_and_its_place() -> None:
+    plan = plan_tiles((4, 4096, 4096), default_network(), memory="2GB", engine="openvino", workers=1, threads=2)
+    plain = plan.explain().split("\n")
+    assert " ".join(line.split()[0] for line in plain) == "raster output halo tiles overhead engine memory work"
+    everything = replace(
+        plan,
+        size_multiple=32,
+        region=(8, 16, 64, 128),
+        read_amplification=7.0,
+        block=(1, 4096),
+        device="cuda",
+        device_names=("A",),
+        batch=3,
+        receptive=(((0, 1),), ((0, 1),)),
+    ).explain(flops_per_s=1e11)
+    names = "raster padding region output halo tiles overhead reading engine memory device context work time"
+    assert " ".join(line.split()[0] for line in everything.split("\n")) == names
+    assert "\nregion    64 x 128 px from row 8, column 16\n" in everything
+    assert ", batches of 3 windows\ncontext   pixels whose" in everything
+    assert all(line[10] != " " == line[9] for line in everything.split("\n"))

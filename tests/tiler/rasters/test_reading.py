@@ -177,7 +177,7 @@ class Asked:
     def _counting(self, ask: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
         def counted(reader: Any, window: Window, *rest: Any, **named: Any) -> np.ndarray:
             raster: Raster = reader._raster
-            if self.only_kept and reader._blocks is None:
+            if self.only_kept and not reader._bands.keeps_blocks:
                 return ask(reader, window, *rest, **named)
             for extent, size, start, stop in zip(
                 raster.shape_yx,

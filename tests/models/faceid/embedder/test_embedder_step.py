@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from outsize.models.faceid.base.collectives import Ranks
-from outsize.models.faceid.base.errors import HeadError
 from outsize.models.faceid.embedder.feature_norm import normalise_batch
 from outsize.models.faceid.embedder.network import SmallEmbedder
-from outsize.models.faceid.embedder.rate_schedule import RateSchedule
-from outsize.models.faceid.embedder.step import GradientSum, StepResult, compute_full_loss, compute_step
+from outsize.models.faceid.embedder.step import MicroBatchSum, StepResult, compute_full_loss, compute_step
 from outsize.models.faceid.layer.head import ShardedMarginHead
 from outsize.models.faceid.layer.reference import compute_dense_loss
 from outsize.models.faceid.layer.row_rules import SGD
@@ -149,7 +147,7 @@ def test_a_sum_does_not_depend_on_the_order_of_its_parts() -> None:
     parts = [torch.randn(1000, generator=generator) * 10.0**-power for power in range(7)]
     found: list[Tensor] = []
     for order in (parts, parts[::-1], parts[3:] + parts[:3]):
-        total = GradientSum([parameter], len(parts))
+        total = MicroBatchSum([parameter], len(parts))
         for part in order:
             total.add([part])
         assert total.finish(Ranks.of(None))
@@ -164,23 +162,8 @@ def test_a_sum_does_not_depend_on_the_order_of_its_parts() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 9000.0])
 def test_what_is_not_finite_moves_nothing(bad: float) -> None:
     parameter = torch.nn.Parameter(torch.zeros(3))
-    total = GradientSum([parameter], 2)
+    total = MicroBatchSum([parameter], 2)
     total.add([torch.ones(3)])
     total.add([torch.tensor([0.0, bad, 0.0])])
     assert not total.finish(Ranks.of(None))
     assert parameter.grad is None
-
-
-def test_rates_rise_and_fall_as_the_schedule_says() -> None:
-    cosine = RateSchedule(kind="cosine", steps=110, warm_up=10)
-    assert [cosine.share(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
-    assert [cosine.share(step) for step in (10, 60, 110)] == pytest.approx([1.0, 0.5, 0.0], abs=1e-12)
-    falls = RateSchedule(kind="steps", steps=100, warm_up=0, falls=(0.5, 0.8))
-    assert [falls.share(step) for step in (0, 49, 50, 79, 80, 99)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
-    assert RateSchedule(kind="constant", steps=9, warm_up=0).share(8) == 1.0
-    with pytest.raises(HeadError, match=r"the warm-up must be 0 \.\.\. 5 steps"):
-        RateSchedule(kind="cosine", steps=5, warm_up=6)
-    with pytest.raises(HeadError, match="falls are shares"):
-        RateSchedule(kind="steps", steps=5, warm_up=0, falls=(1.5,))
-    with pytest.raises(HeadError, match="schedule must be one of cosine, steps, constant, got 'step'"):
-        RateSchedule(kind="step", steps=5, warm_up=0)

@@ -19,7 +19,8 @@ from filelock import FileLock
 from outsize.models.faceid.base.errors import GalleryError, HeadError, HeadMemoryError
 from outsize.models.faceid.base.name_list import NAMES, NameList
 from outsize.models.faceid.gallery.files import Calibration
-from outsize.models.faceid.gallery.gallery import Answer, Gallery
+from outsize.models.faceid.gallery.gallery import Gallery
+from outsize.models.faceid.gallery.lookup import Answer
 from outsize.models.faceid.gallery.top_k import exact_scores, unit_rows
 
 from . import gallery_job

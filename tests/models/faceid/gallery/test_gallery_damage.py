@@ -213,8 +213,7 @@ def test_a_name_is_one_person_s_however_its_accents_are_written(tmp_path: Path) 
 def write_uncomposed(folder: Path, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A gallery as it was made before names were composed."""
     with monkeypatch.context() as patched:
-        for module in ("gallery", "name_list"):
-            patched.setattr(f"outsize.models.faceid.{module}.compose", lambda name: name)
+        patched.setattr("unicodedata.normalize", lambda _, name: name)
         gallery = Gallery.create(folder, dim=DIM, embedder="e", tablet_rows=2, threads=1)
         gallery.enroll(names, vectors(len(names), 0), calibrate=True)
         assert list(gallery.names()) == names
@@ -244,7 +243,7 @@ def test_a_gallery_whose_names_cannot_be_composed_says_why(tmp_path: Path, monke
     def refuse(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("outsize.models.faceid.gallery.gallery.write_rows", refuse)
+    monkeypatch.setattr("outsize.models.faceid.gallery.editing.write_rows", refuse)
     with pytest.raises(GalleryError, match="to be composed, and cannot be written: Permission denied; open it once"):
         Gallery.open(tmp_path / "g")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from outsize.models.segmentation.training.augmentation import Augmentation, Turn, Variant
 from outsize.models.segmentation.training.scene import SceneLabels, TrainingScene, VariantRaster
-from outsize.models.segmentation.training.split import Split
+from outsize.models.segmentation.training.split import BlockSplit
 from outsize.tiler.base.errors import UsageError
 from outsize.tiler.base.geometry import Grid, Window
 from outsize.tiler.labels.labels import UNLABELLED, LabelOptions, open_labels
@@ -49,7 +49,7 @@ def open_scene(folder: Path) -> TrainingScene:
     options = LabelOptions(values=("0", "1", "2"), nodata=(3,))
     names = ("a", "b", "c")
     found = open_labels(str(path), raster.place, SHAPE, of="scene", names=names, options=options)
-    return TrainingScene(raster=raster, labels=found, split=Split(share=0.2, block=9, guard=2, offset=0.4))
+    return TrainingScene(raster=raster, labels=found, split=BlockSplit(share=0.2, block=9, guard=2, offset=0.4))
 
 
 @pytest.mark.parametrize("turn", TURNS)

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import torch
 from outsize.models.segmentation.networks.unet import UNet
-from outsize.models.segmentation.training.split import Split, choose_block, choose_split, compute_reach, seed_offset
+from outsize.models.segmentation.training.split import (
+    BlockSplit,
+    choose_block,
+    choose_split,
+    compute_reach,
+    seed_offset,
+)
 from outsize.tiler.analysis.network import Network, analyze_network
 from outsize.tiler.base.errors import UsageError
 from outsize.tiler.base.geometry import Grid, Interval, Window
@@ -27,7 +33,7 @@ def network() -> Network:
     return analyze_network(UNet(2, 3, (4, 4, 4)).eval(), 2, torch.float32)
 
 
-def find_leaks(network: Network, split: Split) -> int:
+def find_leaks(network: Network, split: BlockSplit) -> int:
     """Training pixels whose receptive field holds a validation pixel."""
     validation = split.find_validation(Window.whole(SHAPE))
     training = split.find_training(Window.whole(SHAPE))
@@ -49,7 +55,7 @@ def find_leaks(network: Network, split: Split) -> int:
 
 
 def test_no_training_pixel_sees_a_validation_block(network: Network) -> None:
-    split = Split(share=0.2, block=61, guard=compute_reach(network, [SHAPE]), offset=0.3)
+    split = BlockSplit(share=0.2, block=61, guard=compute_reach(network, [SHAPE]), offset=0.3)
     assert find_leaks(network, split) == 0
     # One pixel less, and some do: the guard is no larger than it must be.
     assert find_leaks(network, replace(split, guard=split.guard - 1)) > 0
@@ -57,7 +63,7 @@ def test_no_training_pixel_sees_a_validation_block(network: Network) -> None:
 
 def test_no_training_pixel_feels_a_validation_pixel_by_gradient(network: Network) -> None:
     """What the analysis says of the receptive field, autograd says too."""
-    split = Split(share=0.2, block=61, guard=compute_reach(network, [SHAPE]), offset=0.3)
+    split = BlockSplit(share=0.2, block=61, guard=compute_reach(network, [SHAPE]), offset=0.3)
     module = UNet(2, 3, (4, 4, 4)).double()
     for parameter in module.parameters():  # all positive: no dead ReLU hides a path
         nn.init.uniform_(parameter, 0.1, 1.0)
@@ -71,7 +77,7 @@ def test_no_training_pixel_feels_a_validation_pixel_by_gradient(network: Network
 
 
 def test_a_window_has_the_split_of_the_whole() -> None:
-    split = Split(share=0.3, block=37, guard=11, offset=0.9)
+    split = BlockSplit(share=0.3, block=37, guard=11, offset=0.9)
     for kind in (split.find_training, split.find_validation):
         whole = kind(Window.whole(SHAPE))
         grid = Grid(shape=SHAPE, cell=(53, 41))
@@ -84,7 +90,7 @@ def test_a_window_has_the_split_of_the_whole() -> None:
 @pytest.mark.parametrize("count", [8, 23, 97])
 def test_blocks_are_spread_evenly(share: float, count: int) -> None:
     for seed in range(5):
-        split = Split(share=share, block=10, guard=0, offset=seed_offset(seed, 0))
+        split = BlockSplit(share=share, block=10, guard=0, offset=seed_offset(seed, 0))
         found = np.array([[split.validates(row, column) for column in range(count)] for row in range(count)])
         assert abs(found.mean() - share) < 0.7 / count
         # Every neighbourhood that should hold a few blocks does.
@@ -112,11 +118,11 @@ def test_the_split_depends_on_the_seed_and_keeps_rare_classes_on_both_sides() ->
 
 
 def test_a_share_of_zero_trains_on_all() -> None:
-    split = Split(share=0.0, block=10, guard=100, offset=0.1)
+    split = BlockSplit(share=0.0, block=10, guard=100, offset=0.1)
     assert split.find_training(Window.whole(SHAPE)).all()
     assert not split.find_validation(Window.whole(SHAPE)).any()
     with pytest.raises(UsageError, match="share of validation"):
-        Split(share=1.0, block=10, guard=1, offset=0)
+        BlockSplit(share=1.0, block=10, guard=1, offset=0)
 
 
 def test_blocks_are_wide_enough_for_their_guards() -> None:

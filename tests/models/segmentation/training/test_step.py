@@ -16,7 +16,7 @@ from outsize.models.segmentation.training.loss_text import parse_loss
 from outsize.models.segmentation.training.losses import OneAgainstAll
 from outsize.models.segmentation.training.sampling import ImageSampler, TileSampler, TrainingTile, labelled_cells
 from outsize.models.segmentation.training.scene import SceneLabels, TrainingScene
-from outsize.models.segmentation.training.split import Split
+from outsize.models.segmentation.training.split import BlockSplit
 from outsize.models.segmentation.training.step import StepEngine
 from outsize.models.segmentation.training.survey import count_labels
 from outsize.tiler.analysis.network import Network, analyze_network
@@ -59,7 +59,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[TrainingScene]:
         path = write_geotiff(folder / f"{index}-labels.tif", labels[None])
         names = ("a", "b", "c")
         opened = open_labels(str(path), raster.place, shape, of="scene", names=names, options=LabelOptions())
-        split = Split(share=0.15, block=13, guard=3, offset=0.1 + 0.3 * index)
+        split = BlockSplit(share=0.15, block=13, guard=3, offset=0.1 + 0.3 * index)
         found.append(TrainingScene(raster=raster, labels=opened, split=split))
     return found
 

@@ -1,4 +1,4 @@
-"""Small parts of a training: moments, schedule, average, optimiser and checkpoint."""
+"""Small parts of a training: moments, average, optimiser and checkpoint."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from outsize.models.segmentation.training.average import WeightAverage
 from outsize.models.segmentation.training.checkpoint import TrainingState, load_state, save_state
 from outsize.models.segmentation.training.metrics import Confusion
 from outsize.models.segmentation.training.moments import Moments
-from outsize.models.segmentation.training.optimiser import (
+from outsize.models.segmentation.training.recipe import Recipe
+from outsize.models.segmentation.training.step import StepGradient
+from outsize.models.segmentation.training.trainer import Trainer
+from outsize.models.training.optimiser import (
     OptimiserName,
     load_optimiser,
     make_optimiser,
     optimiser_tensors,
     set_rate,
 )
-from outsize.models.segmentation.training.recipe import Recipe
-from outsize.models.segmentation.training.schedule import Schedule
-from outsize.models.segmentation.training.step import StepGradient
-from outsize.models.segmentation.training.trainer import Trainer
 from outsize.tiler.base.errors import OutputError
 from torch import nn
 
@@ -35,13 +34,6 @@ def test_merged_moments_are_those_of_all_pixels_also_far_from_zero() -> None:
     assert total.count == 10_007
     assert np.allclose(total.mean, pixels.mean(1), rtol=1e-14)
     assert np.allclose(total.deviation, pixels.std(1), rtol=1e-9)
-
-
-def test_the_rate_warms_up_and_falls_to_nothing() -> None:
-    schedule = Schedule(highest=0.2, warm_up=4)
-    assert [schedule.rate(step, 0.0) for step in range(5)] == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.2])
-    assert schedule.rate(50, 0.5) == pytest.approx(0.1)
-    assert schedule.rate(99, 1.0) == pytest.approx(0.0)
 
 
 def test_the_average_follows_its_definition_and_copies_buffers() -> None:
@@ -142,7 +134,7 @@ def test_shared_weights_learn_by_whichever_name_their_gradient_has() -> None:
     trainer = Trainer(ours, recipe, lambda _: [], compute)
     optimiser = make_optimiser("sgd", theirs.parameters(), 0)
     for step in range(5):
-        rate = trainer.schedule.rate(step, trainer.progress)
+        rate = trainer.learning_rate.rate(step, trainer.progress)
         trainer.make_step()
         set_rate(optimiser, rate)
         optimiser.zero_grad()

@@ -13,15 +13,29 @@ MOMENTUM = 0.9
 
 
 def make_optimiser(
-    name: OptimiserName, parameters: Iterable[nn.Parameter], weight_decay: float
+    name: OptimiserName,
+    parameters: Iterable[nn.Parameter],
+    weight_decay: float,
+    *,
+    nesterov: bool = True,
+    foreach: bool | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW, or SGD with Nesterov's momentum; the learning rate is set before every step."""
+    """AdamW, or SGD with momentum; the learning rate is set before every step.
+
+    Args:
+        nesterov: SGD's momentum looks one step ahead.
+        foreach: False: parameters are moved one by one, which takes no memory for all of them at once; None: as torch
+            chooses. The two differ in last bits.
+    """
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr=1.0, momentum=MOMENTUM, nesterov=True, weight_decay=weight_decay)
-    return torch.optim.AdamW(parameters, lr=1.0, weight_decay=weight_decay)
+        return torch.optim.SGD(
+            parameters, lr=1.0, momentum=MOMENTUM, nesterov=nesterov, weight_decay=weight_decay, foreach=foreach
+        )
+    return torch.optim.AdamW(parameters, lr=1.0, weight_decay=weight_decay, foreach=foreach)
 
 
 def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """Let the optimiser's next step have this learning rate."""
     for group in optimiser.param_groups:
         group["lr"] = rate
 

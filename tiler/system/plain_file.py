@@ -1,4 +1,4 @@
-"""Files that are opened for reading and are files: a pipe in their place would be waited for without end."""
+"""Opening what is a file and nothing else: a pipe in its place would be waited for without end."""
 
 from __future__ import annotations
 
@@ -17,8 +17,25 @@ _KINDS = (
 )
 
 
+NO_FILE = "it is no file, but a pipe, a device or a socket"
+
+
 class NoFileError(OSError):
     """Something else than a file stands in a file's place."""
+
+
+def require_at_most(path: Path | str, size: int, most: int | None) -> None:
+    """Refuse to read more of a file than what is meant can have.
+
+    Args:
+        size: bytes that would be read.
+        most: bytes; None: any number.
+
+    Raises:
+        OSError: it is more.
+    """
+    if most is not None and size > most:
+        raise OSError(errno.EFBIG, f"it has {size:,} bytes, at most {most:,} are read", str(path))
 
 
 def open_plain(path: Path | str) -> BufferedReader:
