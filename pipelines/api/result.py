@@ -233,8 +233,8 @@ class Result:
         ax.locator_params(axis="x", nbins=4)
         ax.set_title(f"{self.kind}, {self.model}" if self.model else self.kind)
         handles = [
-            Patch(color=[part / 255 for part in colour], label=f"{name} {100 * share:.1f} %")
-            for name, colour, share in quicklook.legend
+            Patch(color=(red / 255, green / 255, blue / 255), label=f"{name} {100 * share:.1f} %")
+            for name, (red, green, blue), share in quicklook.legend
         ]
         if handles:
             ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)

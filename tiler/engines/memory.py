@@ -8,7 +8,8 @@ from ..base.choices import EngineName, Method, Precision
 from ..base.memory import CUDA_HOST_BYTES, EngineMemory
 from ..base.text import MB
 
-# Measured with PSS on Linux (docs/explanation/memory.md); OpenVINO workers never import torch, oneDNN copies more in eager torch.
+# Measured with PSS on Linux (docs/explanation/memory.md); OpenVINO workers never import torch, oneDNN copies more in
+# eager torch.
 WORKER_BYTES = 95 * MB
 """A worker process with Dask, Zarr and GDAL, before it loads an engine."""
 ENGINE_WEIGHTS = 2.0
