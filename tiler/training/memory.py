@@ -27,7 +27,7 @@ see docs/explanation/memory.md."""
 WARM_UP_BYTES = 30 * MB
 """Of that, what the first step loads."""
 TILE_FACTOR = 1.12
-"""Of the live bytes of a tile, and the constant beside them: what torch and oneDNN hold (docs/explanation/memory.md)."""
+"""Of a tile's live bytes, and the constant beside them: what torch and oneDNN hold (docs/explanation/memory.md)."""
 TILE_CONSTANT_BYTES = 15 * MB
 
 BLOCK_CHANNELS = 16
