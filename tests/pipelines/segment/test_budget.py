@@ -44,4 +44,5 @@ def test_the_peak_stays_below_the_prediction_and_the_budget(
     values = json.loads(completed.stdout.splitlines()[-1])
     assert values["failed_tiles"] == 0
     assert values["peak_bytes"] <= values["predicted_peak_bytes"] <= parse_bytes(memory)
-    assert values["peak_bytes"] >= 0.75 * values["predicted_peak_bytes"]
+    # Not far below either: other processes of this machine share the pages of libraries, and take their part of them.
+    assert values["peak_bytes"] >= 0.6 * values["predicted_peak_bytes"]
