@@ -1,0 +1,199 @@
+"""Things of every registry, added from outside: by a decorator in a module, or by a package's entry point."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from outsize.models.faceid.base.errors import HeadError
+from outsize.models.faceid.layer.head import ShardedMarginHead
+from outsize.models.faceid.layer.margin_registry import MARGINS
+from outsize.models.faceid.layer.margins import margin_from
+from outsize.models.faceid.layer.reference import compute_dense_loss
+from outsize.models.segmentation.training.loss_text import LOSSES, parse_loss
+from outsize.tiler.base.errors import UsageError
+from outsize.tiler.base.registry import MODULES_VARIABLE, Registry
+
+from .support.registries import as_before, on_path, write_module, write_package
+
+ALL: tuple[Registry[Any], ...] = (LOSSES, MARGINS)
+Add = Callable[[Registry[Any], str, str], str]
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of `sys.path` that is no part of the package; what is registered meanwhile is forgotten."""
+    with as_before(ALL):
+        yield on_path(tmp_path / "outside", monkeypatch)
+
+
+@pytest.fixture(params=["decorator", "entry point"])
+def add(outside: Path, request: pytest.FixtureRequest) -> Add:
+    """Adds the class or function `Toy` of a module's code by a name; returns the module's name."""
+
+    def by_decorator(registry: Registry[Any], name: str, code: str) -> str:
+        module = write_module(outside, f"toy_{name}", code)
+        registry.register(name)(importlib.import_module(module).Toy)
+        return module
+
+    def by_entry_point(registry: Registry[Any], name: str, code: str) -> str:
+        module = write_module(outside, f"toy_{name}", code)
+        write_package(outside, f"toys_{name}", registry.group, {name: f"{module}:Toy"})
+        return module
+
+    return by_decorator if request.param == "decorator" else by_entry_point
+
+
+LOSS = """
+    from dataclasses import dataclass
+    import torch
+
+    @dataclass(frozen=True, kw_only=True)
+    class Toy:
+        ignore_index: int
+        weight: tuple | None = None
+        separable = True
+
+        def select(self, labels, valid):
+            return valid & (labels[0] != self.ignore_index)
+
+        def sums(self, logits, labels, counted):
+            truth = torch.nn.functional.one_hot(labels[0].long().clamp(0, len(logits) - 1), len(logits)).movedim(-1, 0)
+            each = (logits.softmax(dim=0) - truth).square().sum(dim=0)
+            if self.weight is not None:
+                each = each * torch.tensor(self.weight, dtype=each.dtype)[labels[0].long()]
+            return torch.stack([each[counted].sum(), counted.sum().to(each.dtype)])
+
+        def value(self, sums):
+            return sums[0] / sums[1]
+"""
+
+
+def test_an_added_loss_goes_by_its_name_in_sums_and_takes_class_weights(add: Add) -> None:
+    add(LOSSES, "brier", LOSS)
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn((3, 6, 8), generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 3, (1, 6, 8), generator=generator)
+    weights = (0.5, 1.0, 2.0)
+    sums, counted = [], torch.ones((6, 8), dtype=torch.bool)
+    loss = parse_loss("2*brier", weights)
+    for columns in (slice(0, 3), slice(3, 8)):
+        sums.append(loss.sums(logits[..., columns], labels[..., columns], counted[..., columns]))
+    scores, classes = np.exp(logits.numpy()), labels[0].numpy()
+    distance = ((scores / scores.sum(axis=0) - np.eye(3)[classes].transpose(2, 0, 1)) ** 2).sum(axis=0)
+    expected = 2 * (distance * np.array(weights)[classes]).mean()
+    assert float(loss.value(sums[0] + sums[1])) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(UsageError, match=r"a loss must be cross-entropy, dice, binary, brier, or a sum .*, got 'bier'"):
+        parse_loss("bier")
+
+
+MARGIN = """
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Toy:
+        value: float | None
+
+        def apply(self, cosine):
+            strength = 0.1 if self.value is None else self.value
+            return cosine - strength * (1 + cosine) ** 2, 1 - 2 * strength * (1 + cosine)
+"""
+
+
+@pytest.mark.parametrize("value", [None, 0.2])
+def test_an_added_margin_gives_the_dense_layers_loss_and_gradients(add: Add, value: float | None) -> None:
+    add(MARGINS, "curved", MARGIN)
+    head = ShardedMarginHead(37, 8, margin="curved", margin_value=value, storage=torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn((9, 8), generator=generator, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 37, (9,), generator=generator)
+    loss = head(features, labels)
+    loss.backward()
+    theirs = features.detach().clone().requires_grad_()
+    weight = head.dense_weight().detach().clone().requires_grad_()
+    expected = compute_dense_loss(theirs, labels, weight, head.margin, head.scale)
+    expected.backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+    torch.testing.assert_close(features.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+    plain = compute_dense_loss(theirs, labels, weight, margin_from("softmax"), head.scale)
+    assert float(expected.detach()) > float(plain.detach()) + 0.1
+
+
+@pytest.mark.parametrize(
+    ("formula", "refusal"),
+    [
+        ("cosine - 0.5, 0.9 + 0 * cosine", r"must give the derivative of its phi, 1 at a cosine of .*, got 0\.9"),
+        ("cosine + 0.5, 1 + 0 * cosine", r"finite phi of at most 1, got 1\.5"),
+        ("cosine.detach(), 1 + 0 * cosine", "differentiable operations"),
+        ("cosine - cosine.mean(), 1 + 0 * cosine", "derivative of its phi"),
+    ],
+)
+def test_a_margin_that_breaks_its_promise_is_refused_before_any_step(outside: Path, formula: str, refusal: str) -> None:
+    code = f"""
+    class Toy:
+        def __init__(self, value):
+            pass
+
+        def apply(self, cosine):
+            return {formula}
+    """
+    MARGINS.register("bad")(importlib.import_module(write_module(outside, "toy_bad", code)).Toy)
+    with pytest.raises(HeadError, match=refusal):
+        ShardedMarginHead(37, 8, margin="bad", storage=torch.float64)
+
+
+@pytest.mark.parametrize("registry", ALL, ids=lambda registry: registry.noun)
+def test_what_lacks_something_is_refused_at_registration(outside: Path, registry: Registry[Any]) -> None:
+    assert outside.is_dir()
+    with pytest.raises(UsageError, match=rf"^{registry.noun} hollow: .*Hollow must have .*, as Named\w+ says$"):
+        registry.register("hollow")(type("Hollow", (), {}))
+    assert "hollow" not in registry.names()
+
+
+@pytest.mark.parametrize("registry", ALL, ids=lambda registry: registry.noun)
+def test_names_are_of_one_form_and_belong_to_one_thing(outside: Path, registry: Registry[Any]) -> None:
+    own = registry.names()[0]
+    thing = registry.find(own)
+    for name in ("Upper", "a b", "", "-x", "a+b"):
+        with pytest.raises(UsageError, match="is named by small letters"):
+            registry.register(name)
+    write_module(outside, "toy_rival", "class Toy: pass")
+    rival = importlib.import_module("toy_rival").Toy
+    with pytest.raises(UsageError, match=rf"{registry.noun} {own} is outsize\..* already; register toy_rival:Toy by"):
+        registry.register(own)(rival)
+    assert registry.find(own) is thing
+
+
+def test_two_packages_that_claim_a_name_are_both_named(outside: Path) -> None:
+    for number in (1, 2):
+        write_module(outside, f"toy_{number}", MARGIN)
+        write_package(outside, f"toys_{number}", MARGINS.group, {"twice": f"toy_{number}:Toy"})
+    with pytest.raises(UsageError, match=r"margin twice is toy_\d:Toy, and toy_\d:Toy by an entry point of outsize"):
+        margin_from("twice")
+    assert margin_from("arcface") == margin_from((1.0, 0.5, 0.0))
+
+
+def test_what_other_processes_cannot_import_is_refused_by_name(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        MARGIN.replace("class Toy", "class Mine")
+        + "\n    from outsize.models.faceid.layer.margin_registry import MARGINS\n"
+    )
+    write_module(outside, "toy_listed", code + "    MARGINS.register('listed')(Mine)\n")
+    with pytest.raises(HeadError, match="margin must be one of arcface, cosface, softmax, got 'listed'"):
+        margin_from("listed")
+    monkeypatch.setenv(MODULES_VARIABLE, "toy_listed")
+    assert MARGINS.place("listed") == ""
+    assert float(margin_from("listed").apply(torch.zeros(1))[0]) == pytest.approx(-0.1)
+    assert MARGINS.place("listed") == "toy_listed:Mine"
+    here = type("Here", (importlib.import_module("toy_listed").Mine,), {"__module__": "__main__"})
+    MARGINS.register("here")(here)
+    with pytest.raises(UsageError, match="margin here is __main__:Here, which other processes cannot import"):
+        MARGINS.place("here")
+    monkeypatch.setenv(MODULES_VARIABLE, "toy_missing")
+    with pytest.raises(UsageError, match="OUTSIZE_MODULES names toy_missing, which cannot be imported"):
+        margin_from("absent")
