@@ -10,18 +10,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zarr
+from click.testing import CliRunner
 from outsize.models.faceid.base.errors import HeadError
 from outsize.models.faceid.layer.head import ShardedMarginHead
 from outsize.models.faceid.layer.margin_registry import MARGINS
 from outsize.models.faceid.layer.margins import margin_from
 from outsize.models.faceid.layer.reference import compute_dense_loss
 from outsize.models.segmentation.training.loss_text import LOSSES, parse_loss
+from outsize.pipelines.commands.cli import cli
+from outsize.pipelines.segment.writers import WRITERS
+from outsize.tiler.analysis.network import analyze_network
 from outsize.tiler.base.errors import UsageError
 from outsize.tiler.base.registry import MODULES_VARIABLE, Registry
+from outsize.tiler.output.store import OutputDescription, create_output, writable
+from outsize.tiler.planning.planner import plan_tiles
+from outsize.tiler.rasters.georeference import Georeference
 
 from .support.registries import as_before, on_path, write_module, write_package
 
-ALL: tuple[Registry[Any], ...] = (LOSSES, MARGINS)
+ALL: tuple[Registry[Any], ...] = (LOSSES, MARGINS, WRITERS)
 Add = Callable[[Registry[Any], str, str], str]
 
 
@@ -147,11 +155,67 @@ def test_a_margin_that_breaks_its_promise_is_refused_before_any_step(outside: Pa
         ShardedMarginHead(37, 8, margin="bad", storage=torch.float64)
 
 
+WRITER = """
+    from outsize.tiler.base.geometry import Window
+
+    def Toy(export, target):
+        raster = export.open_raster()
+        bands, height, width = raster.shape
+        with target.open("wb") as file:
+            for y in range(0, height, 16):
+                rows = Window(y=y, x=0, height=min(16, height - y), width=width)
+                file.write(raster.read(rows).tobytes())
+"""
+
+
+class Argmax(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.argmax(1, keepdim=True).to(torch.uint8)
+
+
+def make_output(out: Path) -> np.ndarray[Any, Any]:
+    """A finished class map, and its pixels."""
+    plan = plan_tiles((3, 41, 53), analyze_network(Argmax(), bands=3))
+    description = OutputDescription(kind="class", classes=("a", "b", "c"), colours=((1, 1, 1),) * 3)
+    source = {"kind": "file", "paths": ["nowhere"], "options": {}}
+    create_output(out, plan=plan, description=description, place=Georeference(), header={"source": source})
+    classes = np.random.default_rng(0).integers(0, 3, (41, 53), dtype=np.uint8)
+    writable(zarr.open_array(out, path="class", mode="r+"))[:] = classes
+    return classes
+
+
+def test_an_added_writer_exports_files_of_its_suffix(tmp_path: Path, add: Add) -> None:
+    add(WRITERS, "raw", WRITER)
+    classes = make_output(tmp_path / "o.zarr")
+    found = CliRunner().invoke(cli, ["export", str(tmp_path / "o.zarr"), str(tmp_path / "map.RAW")])
+    assert found.exit_code == 0, found.output
+    assert (tmp_path / "map.RAW").read_bytes() == classes.tobytes()
+    refused = CliRunner().invoke(cli, ["export", str(tmp_path / "o.zarr"), str(tmp_path / "map.row")])
+    assert isinstance(refused.exception, UsageError)
+    assert str(refused.exception) == "export writes .tif (COG) or .png (quicklook), .raw, got map.row"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.RAW", "o.zarr", "outside"]
+
+
+def test_a_writer_that_leaves_no_file_is_told(tmp_path: Path, outside: Path) -> None:
+    write_module(outside, "toy_idle", "def idle(export, target):\n    pass\n")
+    WRITERS.register("idle")(importlib.import_module("toy_idle").idle)
+    make_output(tmp_path / "o.zarr")
+    found = CliRunner().invoke(cli, ["export", str(tmp_path / "o.zarr"), str(tmp_path / "map.idle")])
+    assert str(found.exception) == f"export writer idle left no file for {tmp_path / 'map.idle'}"
+
+
+class Hollow:
+    """Has nothing that any protocol asks for."""
+
+    def __init__(self) -> None:
+        self.empty = True
+
+
 @pytest.mark.parametrize("registry", ALL, ids=lambda registry: registry.noun)
 def test_what_lacks_something_is_refused_at_registration(outside: Path, registry: Registry[Any]) -> None:
     assert outside.is_dir()
     with pytest.raises(UsageError, match=rf"^{registry.noun} hollow: .*Hollow must have .*, as Named\w+ says$"):
-        registry.register("hollow")(type("Hollow", (), {}))
+        registry.register("hollow")(Hollow)
     assert "hollow" not in registry.names()
 
 
