@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from outsize.models.faceid.layer.head import ShardedMarginHead
 from outsize.models.faceid.layer.margin_registry import MARGINS
 from outsize.models.faceid.layer.margins import margin_from
 from outsize.models.faceid.layer.reference import compute_dense_loss
+from outsize.models.segmentation.files.kinds import KINDS
+from outsize.models.segmentation.files.sources import load_model
+from outsize.models.segmentation.networks.trust import ModelFileError
 from outsize.models.segmentation.training.loss_text import LOSSES, parse_loss
 from outsize.pipelines.commands.cli import cli
 from outsize.pipelines.segment.writers import WRITERS
@@ -29,7 +34,7 @@ from outsize.tiler.rasters.georeference import Georeference
 
 from .support.registries import as_before, on_path, write_module, write_package
 
-ALL: tuple[Registry[Any], ...] = (LOSSES, MARGINS, WRITERS)
+ALL: tuple[Registry[Any], ...] = (LOSSES, MARGINS, WRITERS, KINDS)
 Add = Callable[[Registry[Any], str, str], str]
 
 
@@ -202,6 +207,57 @@ def test_a_writer_that_leaves_no_file_is_told(tmp_path: Path, outside: Path) -> 
     make_output(tmp_path / "o.zarr")
     found = CliRunner().invoke(cli, ["export", str(tmp_path / "o.zarr"), str(tmp_path / "map.idle")])
     assert str(found.exception) == f"export writer idle left no file for {tmp_path / 'map.idle'}"
+
+
+KIND = """
+    import json
+    import torch
+
+    class Toy:
+        runs_code = ""
+
+        @staticmethod
+        def load(file, trust, key):
+            said = json.loads(file.data)
+            network = torch.nn.Conv2d(said["bands"], len(said["weights"]), 1, bias=False)
+            with torch.no_grad():
+                network.weight.copy_(torch.tensor(said["weights"])[:, :, None, None])
+            return network
+"""
+
+
+def test_a_model_file_of_an_added_kind_is_loaded(tmp_path: Path, add: Add) -> None:
+    add(KINDS, "mixer", KIND)
+    path = tmp_path / "mix.mixer"
+    weights = [[1.0, 2.0, 0.0], [0.5, 0.0, -1.0]]
+    path.write_text(json.dumps({"bands": 3, "weights": weights}))
+    model = load_model(path)
+    assert (model.name, model.bands, model.sha256) == (
+        "mix",
+        ("band 1", "band 2", "band 3"),
+        hashlib.sha256(path.read_bytes()).hexdigest(),
+    )
+    image = np.random.default_rng(3).random((1, 3, 4, 5), dtype=np.float32)
+    with torch.no_grad():
+        found = model.network(torch.from_numpy(image)).numpy()
+    np.testing.assert_allclose(found, np.einsum("cb,nbyx->ncyx", weights, image), rtol=1e-6)
+    path.write_text(json.dumps({"bands": 3, "weights": [[float("nan")] * 3]}))
+    with pytest.raises(ModelFileError, match=r"mix\.mixer"):
+        load_model(path)
+    (tmp_path / "mix.other").write_text("{}")
+    with pytest.raises(ModelFileError, match="is no model: it must hold"):
+        load_model(tmp_path / "mix.other")
+
+
+def test_a_kind_that_could_run_code_is_not_asked_without_trust(tmp_path: Path, outside: Path) -> None:
+    code = KIND.replace('runs_code = ""', 'runs_code = "it holds formulas"').replace("json.loads(file.data)", "1 / 0")
+    KINDS.register("formula")(importlib.import_module(write_module(outside, "toy_formula", code)).Toy)
+    path = tmp_path / "mix.formula"
+    path.write_text("{}")
+    with pytest.raises(ModelFileError, match="could run code when it is loaded: it holds formulas; if you trust"):
+        load_model(path)
+    with pytest.raises(ModelFileError, match="is not the file that was meant"):
+        load_model(path, trust=True, sha256="0" * 64)
 
 
 class Hollow:
