@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import pytest
 import torch
 import zarr
 from click.testing import CliRunner
+from distributed import Client
 from outsize.models.faceid.base.errors import HeadError
 from outsize.models.faceid.layer.head import ShardedMarginHead
 from outsize.models.faceid.layer.margin_registry import MARGINS
@@ -26,15 +31,22 @@ from outsize.models.segmentation.training.loss_text import LOSSES, parse_loss
 from outsize.pipelines.commands.cli import cli
 from outsize.pipelines.segment.writers import WRITERS
 from outsize.tiler.analysis.network import analyze_network
-from outsize.tiler.base.errors import UsageError
+from outsize.tiler.base.errors import EngineError, UsageError
+from outsize.tiler.base.geometry import Window
 from outsize.tiler.base.registry import MODULES_VARIABLE, Registry
-from outsize.tiler.output.store import OutputDescription, create_output, writable
+from outsize.tiler.engines.loading import compile_program, load_windows
+from outsize.tiler.engines.registry import ENGINES
+from outsize.tiler.output.store import OutputDescription, create_output, open_array, read_header, writable
 from outsize.tiler.planning.planner import plan_tiles
 from outsize.tiler.rasters.georeference import Georeference
+from outsize.tiler.runs.inference import predict_window
+from outsize.tiler.runs.run import predict
 
+from .support.analysed import analysed
+from .support.rasters import write_geotiff
 from .support.registries import as_before, on_path, write_module, write_package
 
-ALL: tuple[Registry[Any], ...] = (LOSSES, MARGINS, WRITERS, KINDS)
+ALL: tuple[Registry[Any], ...] = (LOSSES, MARGINS, WRITERS, KINDS, ENGINES)
 Add = Callable[[Registry[Any], str, str], str]
 
 
@@ -258,6 +270,104 @@ def test_a_kind_that_could_run_code_is_not_asked_without_trust(tmp_path: Path, o
         load_model(path)
     with pytest.raises(ModelFileError, match="is not the file that was meant"):
         load_model(path, trust=True, sha256="0" * 64)
+
+
+ENGINE = """
+    import pickle
+    import cloudpickle
+    import numpy as np
+    import torch
+    from outsize.tiler.base.memory import EngineMemory
+    from outsize.tiler.engines.engine import EngineProgram
+
+    class Blocks:
+        runs = 0
+
+        def __init__(self, module, both):
+            self.module, self.both = module, both
+
+        def run(self, image):
+            Blocks.runs += 1
+            with torch.inference_mode():
+                return self.module(torch.from_numpy(image)[None])[0].numpy()
+
+        def run_with_logits(self, image):
+            found = self.run(image)
+            return found, found
+
+    class Toy:
+        memory = EngineMemory(worker_bytes=100_000_000, factor=2.5, constant_bytes=200_000_000)
+
+        @staticmethod
+        def version():
+            return "1.5"
+
+        @staticmethod
+        def pack(network, threads):
+            payload = (cloudpickle.dumps(network.module),)
+            return EngineProgram(engine="blocks", payload=payload, has_logits=network.has_logits, threads=threads)
+
+        @staticmethod
+        def load(program):
+            return Blocks(pickle.loads(program.payload[0]), program.has_logits)
+"""
+
+
+def test_an_added_engine_runs_a_raster_as_torch_does(tmp_path: Path, client: Client, add: Add) -> None:
+    module = add(ENGINES, "blocks", ENGINE)
+    image = np.random.default_rng(0).normal(100, 60, (3, 91, 83)).astype(np.float32)
+    source = write_geotiff(tmp_path / "s.tif", image)
+    network = analysed("unet depth 2", torch.float32)
+    predict(source, network, tmp_path / "toy.zarr", client=client, engine="blocks", core=32)
+    predict(source, network, tmp_path / "torch.zarr", client=client, engine="torch", method="window", core=32)
+    found, expected = (open_array(tmp_path / f"{name}.zarr", "logits")[:] for name in ("toy", "torch"))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert importlib.import_module(module).Blocks.runs >= 9
+    header = read_header(tmp_path / "toy.zarr")
+    assert header["plan"]["engine"] == "blocks"
+    assert header["fingerprint"]["engine_version"] == "1.5"
+    window = Window(y=20, x=30, height=11, width=13)
+    rows, columns = window.slices()
+    here = predict_window(source, network, window, engine="blocks")
+    np.testing.assert_allclose(here, expected[:, rows, columns], rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.system
+def test_an_added_engine_is_found_by_other_processes(outside: Path) -> None:
+    module = importlib.import_module(write_module(outside, "toy_far", ENGINE))
+    ENGINES.register("far")(module.Toy)
+    network = analysed("unet depth 2", torch.float32)
+    packed = compile_program(network, "far", 1)
+    assert (packed.engine, packed.place, packed.version) == ("far", "toy_far:Toy", "1.5")
+    code = (
+        "import pickle, sys; from outsize.tiler.engines.loading import load_windows; "
+        "print(type(load_windows(pickle.load(sys.stdin.buffer))).__name__)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(packed), capture_output=True, timeout=60)
+    assert told.stdout.decode().strip() == "Blocks", told.stderr.decode()
+    with pytest.raises(EngineError, match=r"engine far is 1\.5 here, and 2\.0 where the network was made ready"):
+        load_windows(replace(packed, version="2.0"))
+    module.Toy.__module__ = "__main__"
+    ENGINES.register("mine")(module.Toy)
+    with pytest.raises(UsageError, match="engine mine is __main__:Toy, which other processes cannot import"):
+        plan_tiles((3, 91, 83), network, engine="mine")
+
+
+def test_what_an_added_engine_cannot_do_is_refused_by_name(outside: Path) -> None:
+    ENGINES.register("small")(importlib.import_module(write_module(outside, "toy_small", ENGINE)).Toy)
+    network = analysed("unet depth 2", torch.float32)
+    for options, refusal in (
+        ({"engine": "smell"}, r"engine must be auto, openvino, torch or small, got 'smell'"),
+        ({"engine": "small", "method": "program"}, "small runs networks on windows, and this run is by programs"),
+        ({"engine": "small", "device": "cuda"}, "small runs on the CPU, got --device cuda"),
+        ({"engine": "small", "compiles": True}, "--compile is for torch, got --engine small"),
+        ({"engine": "small", "batch": 4}, "batches are for torch on windows, this run is small by windows"),
+        ({"engine": "small", "precision": "int8"}, "engine small computes in float32, got int8"),
+    ):
+        with pytest.raises((UsageError, EngineError), match=refusal):
+            plan_tiles((3, 91, 83), network, **options)  # pyright: ignore[reportArgumentType] - one call for all
+    plan = plan_tiles((3, 91, 83), network, engine="small")
+    assert (plan.engine, plan.method, plan.device) == ("small", "window", "cpu")
 
 
 class Hollow:

@@ -199,6 +199,7 @@ def _find_lacking(thing: Any, protocol: type, *, called: bool = True, parts: boo
         called: look at how it is called.
         parts: look at its methods and attributes.
     """
+    makes = inspect.isclass(thing) and "__call__" in vars(protocol)
     for name in protocol.__annotations__ if parts else ():
         if not hasattr(thing, name):
             return name
@@ -213,7 +214,8 @@ def _find_lacking(thing: Any, protocol: type, *, called: bool = True, parts: boo
         else:
             shown, given = name, getattr(thing, name, None)
             is_asked = parts
-            if inspect.isclass(thing) and inspect.isfunction(inspect.getattr_static(thing, name, None)):
+            # Of a class that is called to make one, methods are looked at as an object has them.
+            if makes and inspect.isfunction(inspect.getattr_static(thing, name, None)):
                 wanted = [own, *wanted]
         if is_asked and not (callable(given) and _takes(given, wanted)):
             return f"{shown}({', '.join(parameter.name for parameter in wanted if parameter is not own)})"

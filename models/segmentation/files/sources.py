@@ -91,8 +91,9 @@ def load_model(
     code. A factory, "package.module:name", runs because you name it. Everything else that could run code is read only
     with `trust` or `sha256`: descriptions that name a factory or a network that was pickled or exported, .pt2 of
     torch.export, whole networks of torch.save, TorchScript, and files of added kinds that say so. A network that comes
-    without a description gets its band count from its first convolution or from `bands`, no scaling, fill 0 and numbered classes. What its values mean
-    is told by its number of channels and its last operation, unless the description or the last three arguments say it.
+    without a description gets its band count from its first convolution or from `bands`, no scaling, fill 0 and
+    numbered classes. What its values mean is told by its number of channels and its last operation, unless the
+    description or the last three arguments say it.
 
     Args:
         weights: state dict for a factory's network: .safetensors, or what torch.save wrote.
