@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +45,34 @@ class Real(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
         return number
+
+
+class RegisteredName(click.ParamType):
+    """The name of a registered thing, which is looked for when a name is given that is not the package's own.
+
+    Args:
+        registry: "module:name" in this package.
+        own: the package's names, and other words that the option takes.
+    """
+
+    name = "name"
+
+    def __init__(self, registry: str, own: tuple[str, ...]) -> None:
+        self._registry, self.own = registry, own
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:  # noqa: ARG002 - click's signature
+        return f"[{'|'.join(self.own)}]"
+
+    def names(self) -> tuple[str, ...]:
+        """Those of the package, and all that were added."""
+        module, _, attribute = self._registry.partition(":")
+        registry = getattr(import_module(module), attribute)
+        return tuple(dict.fromkeys((*self.own, *registry.names())))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value not in self.own and value not in (names := self.names()):
+            self.fail(f"{value!r} is not one of {', '.join(names)}", param, ctx)
+        return value
 
 
 class Place(click.ParamType):

@@ -436,7 +436,8 @@ def report(console: Any, out: Path, file: Path | None, overwrite: bool, trust_so
 @trust_option
 @click.pass_obj
 def export(console: Any, out: Path, file: Path, overwrite: bool, trust_sources: bool) -> None:
-    """Write an output as FILE: .tif a cloud-optimised GeoTIFF with overviews, .png a quicklook of input and result.
+    """Write an output as FILE: .tif a cloud-optimised GeoTIFF with overviews, .png a quicklook of input and
+    result, others as they were added.
 
     \b
     outsize export map.zarr map.tif

@@ -10,7 +10,7 @@ import click
 from ..base.option_types import EXIT_SOME_FAILED, OrderedGroup, together
 from ..faces.torchrun import refuse_torchrun
 from .face_gallery import COMMANDS as FACE_COMMANDS
-from .face_train import face_train_options
+from .face_train import face_train_options, margin_name
 
 _layer = together(
     click.option(
@@ -58,7 +58,7 @@ def face(context: click.Context) -> None:
 @click.option("--classes", type=click.IntRange(1), default=1_000_000, show_default=True, help="Identities.")
 @click.option("--dim", type=click.IntRange(1), default=512, show_default=True, help="Numbers of a feature.")
 @click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Steps; the first is not counted.")
-@click.option("--margin", type=click.Choice(["arcface", "cosface", "softmax"]), default="arcface", show_default=True)
+@click.option("--margin", type=margin_name, default="arcface", show_default=True)
 @click.option(
     "--sample",
     type=click.FloatRange(0, 1, min_open=True),

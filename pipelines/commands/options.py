@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..base.option_types import Bands, MaskBand, NodataValue, Numbers, option, together
+from ..base.option_types import Bands, MaskBand, NodataValue, Numbers, RegisteredName, option, together
 
 overwrite_option = option("--overwrite", is_flag=True, help="Replace an existing output.")
 trust_option = option(
@@ -72,7 +72,7 @@ planning_options = together(
     ),
     option(
         "--engine",
-        type=click.Choice(["auto", "openvino", "torch"]),
+        type=RegisteredName("outsize.tiler.engines.registry:ENGINES", ("auto", "openvino", "torch")),
         default="auto",
         show_default=True,
         help="What runs the network; auto: torch where it sees a CUDA device, else OpenVINO where it is installed.",

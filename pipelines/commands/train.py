@@ -85,7 +85,7 @@ train_options = together(
         show_default="cross-entropy; of one channel binary",
         metavar="NAME",
         help="cross-entropy; dice; binary, cross-entropy of each class against all others, or of one channel's yes and "
-        "no; or a sum: cross-entropy+0.5*dice.",
+        "no; one that was added; or a sum: cross-entropy+0.5*dice.",
     ),
     option(
         "--task",

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 from torch import distributed as dist
 
 from ...tiler.base.errors import TilerError
+from ...tiler.base.registry import MODULES_VARIABLE, modules_with
 from ...tiler.system.machine import die_with_parent
 
 INTERRUPTED = 130
@@ -51,10 +52,13 @@ class RankRefusedError(RankError):
         self.exit_code = exit_code
 
 
-def run_ranks(module: str, ranks: int, threads: int, folder: Path) -> dict[str, Any]:
+def run_ranks(module: str, ranks: int, threads: int, folder: Path, *, places: Sequence[str] = ()) -> dict[str, Any]:
     """Run `python -m module RANK FOLDER PID`, with this process's number, for each rank; `run_as_rank` is their side.
 
     Returns what rank 0 wrote to FOLDER/result.json.
+
+    Args:
+        places: of registered things that the ranks need too.
 
     Interrupted, it asks the ranks to stop and waits for them; interrupted again, it ends them.
 
@@ -64,6 +68,7 @@ def run_ranks(module: str, ranks: int, threads: int, folder: Path) -> dict[str, 
         KeyboardInterrupt: the ranks stopped when they were asked to.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
+    environment[MODULES_VARIABLE] = modules_with(*places)
     processes: list[subprocess.Popen[bytes]] = []
     try:
         try:

@@ -16,6 +16,7 @@ from torch import nn
 from ...models.faceid.base.collectives import Ranks
 from ...models.faceid.layer.checkpoint import list_generations
 from ...models.faceid.layer.head_plan import plan_head
+from ...models.faceid.layer.margin_registry import MARGINS
 from ...models.faceid.layer.margins import margin_from
 from ...models.faceid.layer.row_rules import RULES
 from ...models.faceid.pictures.augmentation import FaceAugmentation
@@ -73,7 +74,10 @@ def run_face_train(
             else:
                 with tempfile.TemporaryDirectory() as folder:
                     write_spec(training, ranks, Path(folder))
-                    result = run_ranks("outsize.pipelines.faces.trainer", ranks, training.threads, Path(folder))
+                    places = [MARGINS.place(training.margin)] if isinstance(training.margin, str) else []
+                    result = run_ranks(
+                        "outsize.pipelines.faces.trainer", ranks, training.threads, Path(folder), places=places
+                    )
         except RankRefusedError:
             raise
         except RankError as error:

@@ -1,42 +1,25 @@
-"""`outsize export`: an output as a cloud-optimised GeoTIFF, or as a quicklook picture."""
+"""`outsize export`: an output as a file of another format, by its suffix."""
 
 from __future__ import annotations
 
-import json
 import tempfile
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import rasterio
-import rasterio.shutil
-from rasterio.enums import ColorInterp
-from rasterio.errors import RasterioError
-from rasterio.windows import Window as RasterioWindow
-
-from ...tiler.base.dtypes import output_nodata
 from ...tiler.base.errors import OutputError, UsageError
-from ...tiler.base.geometry import Grid
-from ...tiler.base.text import first_line, format_bytes
+from ...tiler.base.text import format_bytes
 from ...tiler.output.records import writing
-from ...tiler.output.store import LEVELS, channel_numbers, open_array, read_header
-from ...tiler.rasters.georeference import to_rasterio
-from ...tiler.rasters.opening import open_raster
+from ...tiler.output.store import read_header
 from ...tiler.system.files import upload
 from ...tiler.system.meter import MemoryMeter
 from ...tiler.system.places import is_remote, require_lasting
 from ..base.console import Console
-from .quicklook import save_quicklook
-
-_BLOCK = 512
-_STRIP = 4096
-"""Width of the windows written at once."""
+from .writers import WRITERS, Export
 
 
 def run_export(console: Console, out: Path, target: Path, *, overwrite: bool, trust: bool = False) -> None:
-    """Write TARGET by its suffix: .tif a COG, .png a quicklook of input and result.
+    """Write TARGET by its suffix: .tif a COG, .png a quicklook of input and result, others as registered.
 
     Args:
         trust: of the input, as in `open_raster`.
@@ -47,9 +30,11 @@ def run_export(console: Console, out: Path, target: Path, *, overwrite: bool, tr
         raise OutputError(f"{target} is a folder; choose another path")
     if target.exists() and not overwrite:
         raise OutputError(f"{target} exists; choose another path, or --overwrite")
-    suffix = target.suffix.lower()
-    if suffix not in (".tif", ".tiff", ".png"):
-        raise UsageError(f"export writes .tif (COG) or .png (quicklook), got {target.name}")
+    name = target.suffix.lower().removeprefix(".")
+    if name not in WRITERS.names():
+        added = "".join(f", .{other}" for other in WRITERS.added_names())
+        raise UsageError(f"export writes .tif (COG) or .png (quicklook){added}, got {target.name}")
+    write = WRITERS.find(name)
     # Written beside its place, or here for a store, and moved there whole.
     fresh = f".{target.stem}-{uuid.uuid4().hex[:8]}{target.suffix}"
     with ExitStack() as stack:
@@ -60,10 +45,9 @@ def run_export(console: Console, out: Path, target: Path, *, overwrite: bool, tr
             unfinished = target.with_name(fresh)
             stack.callback(unfinished.unlink, missing_ok=True)
         with MemoryMeter() as meter:
-            if suffix == ".png":
-                save_quicklook(console, out, header, unfinished, trust=trust)
-            else:
-                _write_cog(console, out, header, unfinished)
+            write(Export(console=console, out=out, header=header, trust=trust), unfinished)
+        if not unfinished.is_file():
+            raise OutputError(f"export writer {name} left no file for {target}")
         size = unfinished.stat().st_size
         if is_remote(target):
             with writing(target):
@@ -74,81 +58,3 @@ def run_export(console: Console, out: Path, target: Path, *, overwrite: bool, tr
         f"{target}: {format_bytes(size)}, peak memory {format_bytes(meter.peak_bytes)}",
         {"out": str(target), "bytes": size, "peak_bytes": meter.peak_bytes},
     )
-
-
-def _write_cog(console: Console, out: Path, header: dict[str, Any], target: Path) -> None:
-    kind = header["kind"]
-    array = open_array(out, kind)
-    raster = open_raster(out / kind)
-    bands, height, width = raster.shape
-    is_class = kind == "class"
-    plain = target.with_name(f"{target.stem}-plain.tif")
-    try:
-        with (
-            rasterio.Env(GDAL_CACHEMAX=128),
-            rasterio.open(
-                plain,
-                "w",
-                driver="GTiff",
-                height=height,
-                width=width,
-                count=bands,
-                dtype=raster.dtype,
-                **to_rasterio(raster.place),
-                nodata=output_nodata(raster.dtype),
-                tiled=True,
-                blockxsize=_BLOCK,
-                blockysize=_BLOCK,
-                compress="DEFLATE",
-                zlevel=1,
-                bigtiff="IF_SAFER",
-            ) as dataset,
-        ):
-            _describe(dataset, header, bands, is_class)
-            grid = Grid(shape=(height, width), cell=(_BLOCK, _STRIP))
-            with console.step("export", height * width) as step:
-                for at in grid:
-                    window = grid.window(*at)
-                    rows, columns = window.slices()
-                    block = np.asarray(array[rows, columns] if is_class else array[:, rows, columns])
-                    place = RasterioWindow(window.x, window.y, window.width, window.height)  # pyright: ignore[reportCallIssue]
-                    dataset.write(block if block.ndim == 3 else block[None], window=place)
-                    step.advance(window.pixels)
-        with rasterio.Env(GDAL_CACHEMAX=128):
-            rasterio.shutil.copy(
-                plain,
-                target,
-                driver="COG",
-                compress="DEFLATE",
-                predictor="YES" if not is_class else "NO",
-                blocksize=_BLOCK,
-                # The mean of two class numbers is no class.
-                overview_resampling="MODE" if is_class else "AVERAGE",
-                bigtiff="IF_SAFER",
-                num_threads="ALL_CPUS",
-            )
-    except RasterioError as error:
-        raise OutputError(f"{target} cannot be written: {first_line(error)}") from error
-    finally:
-        for leftover in (plain, plain.with_name(plain.name + ".aux.xml")):
-            leftover.unlink(missing_ok=True)
-
-
-def _describe(dataset: Any, header: dict[str, Any], bands: int, is_class: bool) -> None:
-    """Colour map, class names and provenance."""
-    classes = header["classes"]
-    dataset.update_tags(OUTSIZE_MODEL=header["model"], OUTSIZE_MODEL_SHA256=header["model_sha256"])
-    if is_class:
-        dataset.set_band_description(1, "class")
-        if classes:
-            dataset.colorinterp = [ColorInterp.palette]
-            colours = {entry["value"]: (*entry["colour"], 255) for entry in classes}
-            dataset.write_colormap(1, {**colours, int(dataset.nodata): (0, 0, 0, 0)})
-            dataset.update_tags(1, CLASS_NAMES=json.dumps({str(e["value"]): e["name"] for e in classes}))
-    else:
-        for band, number in enumerate(channel_numbers(header, bands), 1):
-            dataset.set_band_description(band, classes[number]["name"] if classes else f"channel {band}")
-        if header["kind"] == "probability":
-            # GDAL, rasterio and QGIS show value * scale; 255 stays nodata.
-            dataset.scales = [1 / LEVELS] * bands
-            dataset.units = ["probability"] * bands

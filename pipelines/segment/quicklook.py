@@ -20,6 +20,7 @@ from ...tiler.rasters.opening import open_raster
 from ...tiler.rasters.parts import open_reference
 from ...tiler.rasters.raster import Raster
 from ..base.console import Console, Step
+from .writers import Export
 
 SIDE = 900
 """Longest side of each picture, in pixels."""
@@ -216,9 +217,10 @@ def _make_legend(
     return [(e["name"], tuple(e["colour"]), float(shares[e["value"]] / valid)) for e in known]
 
 
-def save_quicklook(console: Console, out: Path, header: dict[str, Any], target: Path, *, trust: bool = False) -> None:
+def write_quicklook(export: Export, target: Path) -> None:
     """Draw input and result side by side, with captions and the classes' shares."""
-    _compose(make_quicklook(console, out, header, trust=trust)).save(target, optimize=True)
+    found = make_quicklook(export.console, export.out, export.header, trust=export.trust)
+    _compose(found).save(target, optimize=True)
 
 
 def _enlarge(picture: Image.Image) -> Image.Image:

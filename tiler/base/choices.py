@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
-EngineName = Literal["openvino", "torch"]
+EngineName: TypeAlias = str
+"""Of a registered engine: openvino, torch, or one that was added."""
 
 
 Method = Literal["window", "program"]

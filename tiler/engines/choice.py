@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from ..base.errors import EngineError, UsageError
 from .devices import CudaDevice, MachineFacts
 from .engine import PRECISIONS, choose_precision
+from .registry import ENGINES, OWN
 
 if TYPE_CHECKING:
-    from ..base.choices import EngineName, Precision
+    from ..base.choices import EngineName, Method, Precision
 
 NEW_CAPABILITY = (8, 0)
 """Compute capability of CUDA devices from which they have bfloat16 and TF32."""
@@ -46,11 +47,13 @@ def choose_engine(
         EngineError: it is not on this machine, or does not compute in that precision.
     """
     engine, device, precision = engine or "auto", device or "auto", precision or "float32"
-    if engine not in ("auto", "openvino", "torch"):
-        raise UsageError(f"engine must be auto, openvino or torch, got {engine!r}")
+    if engine not in ("auto", *OWN):
+        _require_known(engine)
     named = re.fullmatch(r"auto|cpu|cuda(:(\d+))?", device)
     if named is None:
         raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    if engine not in ("auto", *OWN):
+        return _choose_added(engine, device, precision, compiles=compiles)
     if engine == "auto":
         engine = _only_engine(precision, device, compiles=compiles)
     if engine == "openvino" and compiles:
@@ -67,6 +70,34 @@ def choose_engine(
     else:
         found = EngineChoice(engine="openvino")
     return replace(found, precision=_fitting(found, precision))
+
+
+def _require_known(engine: str) -> None:
+    names = ("auto", *ENGINES.names())
+    if engine not in names:
+        raise UsageError(f"engine must be {', '.join(names[:-1])} or {names[-1]}, got {engine!r}")
+
+
+def _choose_added(engine: str, device: str, precision: str, *, compiles: bool) -> EngineChoice:
+    """An engine that was added: on the CPU, in the network's own numbers."""
+    ENGINES.find(engine)  # that it can be imported at all is told before anything that takes time
+    if compiles:
+        raise UsageError(f"--compile is for torch, got --engine {engine}; leave --compile out")
+    if device.startswith("cuda"):
+        raise UsageError(f"{engine} runs on the CPU, got --device {device}; use --engine torch, or --device cpu")
+    return EngineChoice(engine=engine, precision=choose_precision(precision, engine))
+
+
+def require_method(engine: str, method: Method) -> None:
+    """
+    Raises:
+        UsageError: programs are asked for, or needed, of an engine that was added.
+    """
+    if method == "program" and engine not in OWN:
+        raise UsageError(
+            f"{engine} runs networks on windows, and this run is by programs; use --engine openvino or torch, or "
+            "--method window where the network takes windows"
+        )
 
 
 def _only_engine(precision: str, device: str, *, compiles: bool) -> str:
@@ -110,4 +141,4 @@ def _named_devices(seen: tuple[CudaDevice, ...], device: str, index: str | None)
 
 def needs_cuda_facts(engine: str | None, device: str | None) -> bool:
     """Whether the choice depends on CUDA devices at all."""
-    return engine != "openvino" and device != "cpu"
+    return engine in (None, "auto", "torch") and device != "cpu"

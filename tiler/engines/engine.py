@@ -18,11 +18,15 @@ PRECISIONS: dict[EngineName, tuple[Precision, ...]] = {
     "torch": ("float32", "bfloat16", "float16", "tf32"),
 }
 """What each engine offers; tf32 on CUDA only."""
+ADDED_PRECISIONS: tuple[Precision, ...] = ("float32",)
+"""What engines offer that were added: the network's own numbers."""
 
 
 ENGINE_EFFICIENCY: dict[str, float] = {"openvino": 0.8, "torch": 0.15, "cuda": 0.3}
 """Share of a large matrix product's speed that the default network reaches in a run; measured, on CUDA supposed; for
 estimates only."""
+ADDED_EFFICIENCY = 0.15
+"""The same of engines that were added, which nobody has measured: as torch."""
 PRECISION_SPEED: dict[Precision, float] = {"float32": 1.0, "int8": 2.0, "bfloat16": 1.0, "float16": 1.0, "tf32": 2.0}
 """How many times faster than float32 that is; measured for int8, for estimates only."""
 
@@ -102,6 +106,10 @@ class EngineProgram:
     """By windows: tiles are computed with their logits, so that all come from one compiled form of the network."""
     compiles: bool = False
     """By torch.compile, for each window shape anew."""
+    place: str = ""
+    """"module:name" of an added engine that other processes do not know by its name."""
+    version: str = ""
+    """Of an added engine; another one is refused."""
 
     @property
     def is_shared(self) -> bool:
@@ -117,11 +125,12 @@ def choose_precision(name: str | None, engine: EngineName) -> Precision:
         EngineError: the engine does not compute in it.
     """
     known = get_args(Precision)
-    for precision in PRECISIONS[engine]:
+    offered = PRECISIONS.get(engine, ADDED_PRECISIONS)
+    for precision in offered:
         if precision == (name or "float32"):
             return precision
     if name not in known:
         raise UsageError(f"precision must be {', '.join(known[:-1])} or {known[-1]}, got {name!r}")
-    others = [other for other, offered in PRECISIONS.items() if name in offered]
+    others = [other for other, theirs in PRECISIONS.items() if name in theirs]
     remedy = "".join(f" --engine {other}, or" for other in others)
-    raise EngineError(f"engine {engine} computes in {', '.join(PRECISIONS[engine])}, got {name}; use{remedy} float32")
+    raise EngineError(f"engine {engine} computes in {', '.join(offered)}, got {name}; use{remedy} float32")

@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..base.choices import EngineName, Precision
+from ..base.errors import EngineError
 from .engine import Engine, EngineProgram, TileEngine, WindowTiles
+from .registry import ENGINES, OWN
 
 if TYPE_CHECKING:
     from ..analysis.network import Network
@@ -37,15 +39,16 @@ def load_windows(program: EngineProgram) -> Engine:
     """The engine with a program's network, for windows one by one, on the CPU.
 
     Raises:
-        EngineError: the engine is not installed here.
+        EngineError: the engine is not installed here, or in another version than where the network was made ready.
+        UsageError: it is not registered here.
     """
-    if program.engine == "openvino":
-        from .openvino import OpenVinoEngine
-
-        return OpenVinoEngine(program)
-    from .torch import TorchEngine
-
-    return TorchEngine.from_program(program)
+    engine = ENGINES.find(program.engine, program.place)
+    if program.version and engine.version() != program.version:
+        raise EngineError(
+            f"engine {program.engine} is {engine.version()} here, and {program.version} where the network was made "
+            "ready; install one version everywhere"
+        )
+    return engine.load(program)
 
 
 def compile_program(
@@ -57,11 +60,10 @@ def compile_program(
 
     Raises:
         EngineError: the engine cannot run this network.
+        UsageError: no such engine, or one that workers cannot import.
     """
-    if engine == "openvino":
-        from .programs import pack_windows
-
-        return replace(pack_windows(network, threads), precision=precision)
-    from .torch import pack_network
-
-    return replace(pack_network(network, threads), precision=precision)
+    found = ENGINES.find(engine)
+    program = replace(found.pack(network, threads), precision=precision)
+    if engine in OWN:
+        return program
+    return replace(program, engine=engine, place=ENGINES.place(engine), version=found.version())

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ..base.choices import EngineName, Method, Precision
 from ..base.memory import CUDA_HOST_BYTES, EngineMemory
 from ..base.text import MB
+from .registry import ENGINES, OWN
 
 # Measured with PSS on Linux (docs/explanation/memory.md); OpenVINO workers never import torch, oneDNN copies more in
 # eager torch.
@@ -45,10 +46,12 @@ MemoryLookup = Callable[["EngineName", "Method", "Precision", int, str], EngineM
 def constant_memory(
     engine: EngineName, method: Method, precision: Precision, threads: int, device: str = "cpu"
 ) -> EngineMemory:
-    """What was measured once with the default network, for all."""
+    """What was measured once with the default network, for all; of an added engine what it says of itself."""
     del threads
     if device != "cpu":
         return CUDA_MEMORY
     if precision == "int8":
         return INT8_MEMORY
-    return PROGRAM_MEMORY[engine] if method == "program" else ENGINE_MEMORY[engine]
+    if method == "program":
+        return PROGRAM_MEMORY[engine]
+    return ENGINE_MEMORY[engine] if engine in OWN else ENGINES.find(engine).memory

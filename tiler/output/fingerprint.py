@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..analysis.network_hash import hash_network
 from ..base.differences import say_differences, shorten
+from ..engines.registry import ENGINES
 from ..system.places import scheme_of
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def make_fingerprint(
         **threshold,
         "engine": plan.engine,
         # Another version may round otherwise: tiles of two do not belong into one output.
-        "engine_version": version(plan.engine),
+        "engine_version": ENGINES.find(plan.engine).version(),
         "method": plan.method,
         "precision": plan.precision,
         # Devices of one kind may be changed for each other; a CPU and a GPU round otherwise.

@@ -24,7 +24,7 @@ from ..rasters.reading import ReadingPlan, Source, least_held_bytes, plan_readin
 from ..system.machine import one_thread
 from .check_margins import CHECK_FACTOR, CheckMargin, check_margins
 from .decisions import largest_window
-from .load import CLIENT_BYTES, CLIENT_WEIGHTS, DASHBOARD_BYTES, FEWER_BITS_WEIGHTS, IN_FLIGHT, Load
+from .load import ADDED_CLIENT_BYTES, CLIENT_BYTES, CLIENT_WEIGHTS, DASHBOARD_BYTES, FEWER_BITS_WEIGHTS, IN_FLIGHT, Load
 from .method import choose_method
 from .plan import STORE_BYTES, TilePlan
 from .resolved import Resolved
@@ -60,7 +60,8 @@ SWITCH_S: dict[tuple[EngineName, Method], float] = {
     ("torch", "program"): 0.0,
     ("torch", "window"): 0.0,
 }
-"""Of changing to another program or window shape, whatever its size; measured for the default network."""
+"""Of changing to another program or window shape, whatever its size; measured for the default network. Added engines
+are taken to change for nothing."""
 SWITCH_BYTES_PER_S = 3000 * MB
 """And of its tensors, whose memory is touched anew."""
 
@@ -149,7 +150,7 @@ def _find_common(resolved: Resolved, memory_of: MemoryLookup, *, to_store: bool,
     store_bytes = STORE_BYTES if to_store or (raster is not None and raster.is_far) else 0
     copies = CLIENT_WEIGHTS + (FEWER_BITS_WEIGHTS if choice.precision != "float32" else 0)
     client_bytes = (
-        CLIENT_BYTES[choice.engine, resolved.method]
+        CLIENT_BYTES.get((choice.engine, resolved.method), ADDED_CLIENT_BYTES)
         + copies * network.weight_bytes
         + CHECK_FACTOR * near.live_bytes
         + store_bytes
@@ -292,7 +293,7 @@ def _make_plan(resolved: Resolved, common: Common, layout: Layout, load: Load) -
 def _plan_reading(
     resolved: Resolved, layout: Layout, load: Load, source: Source, *, room_bytes: int, flops: int
 ) -> ReadingPlan:
-    switch_s = SWITCH_S[resolved.choice.engine, resolved.method]
+    switch_s = SWITCH_S.get((resolved.choice.engine, resolved.method), 0.0)
     switch_s += (load.activation_bytes / SWITCH_BYTES_PER_S) if switch_s else 0
     return plan_reading(
         layout.rows,

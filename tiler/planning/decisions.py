@@ -12,7 +12,7 @@ from ..base.geometry import Grid, Halo, Window
 from ..base.memory import MemoryPrediction
 from ..base.tile import Span
 from ..engines.devices import pick_index
-from ..engines.engine import ENGINE_EFFICIENCY, PRECISION_SPEED
+from ..engines.engine import ADDED_EFFICIENCY, ENGINE_EFFICIENCY, PRECISION_SPEED
 
 SLOW_FLOPS_PER_S = 5e9
 """Less than any machine makes of a network that would be used for one: it tells a long tile from a hanging worker."""
@@ -147,7 +147,7 @@ class PlanDecisions:
         if self.device != "cpu":
             efficiency = self.workers * ENGINE_EFFICIENCY["cuda"]
         else:
-            efficiency = ENGINE_EFFICIENCY[self.engine]
+            efficiency = ENGINE_EFFICIENCY.get(self.engine, ADDED_EFFICIENCY)
         return self.flops / (flops_per_s * efficiency * PRECISION_SPEED[self.precision])
 
 

@@ -17,6 +17,8 @@ CLIENT_BYTES = {
     ("torch", "program"): 390 * MB,
 }
 """The planning process with torch and Dask loaded, and the traced network; measured, see docs/explanation/memory.md."""
+ADDED_CLIENT_BYTES = max(CLIENT_BYTES.values())
+"""The same with an engine that was added, which nobody has measured."""
 DASHBOARD_BYTES = 60 * MB
 """Of Dask's dashboard with the tile map and a visitor; measured."""
 CLIENT_WEIGHTS = 4

@@ -15,9 +15,10 @@ from ..base.errors import UsageError
 from ..base.geometry import Interval, Window
 from ..base.memory import DEVICE_SHARE, find_budget
 from ..base.text import parse_bytes
-from ..engines.choice import EngineChoice, choose_engine, needs_cuda_facts
+from ..engines.choice import EngineChoice, choose_engine, needs_cuda_facts, require_method
 from ..engines.devices import MachineFacts, find_facts
 from ..engines.pixel_types import find_refusal, fit_engine
+from ..engines.registry import ENGINES
 from ..rasters.bounds import window_of_bounds
 from ..rasters.opening import as_raster
 from ..rasters.raster import Raster
@@ -130,6 +131,9 @@ def _choose_method(network: Network, options: PlanOptions, choice: EngineChoice,
 
 
 def _require_consistent(network: Network, options: PlanOptions, choice: EngineChoice, method: Method) -> None:
+    require_method(choice.engine, method)
+    # Workers are other processes: that they cannot import the engine is told before any work.
+    ENGINES.place(choice.engine)
     if options.mark_nodata_context and network.window_refusal:
         raise UsageError("--mark-nodata-context is for networks that windows can run; leave it out")
     if (options.batch or 1) > 1 and (choice.engine != "torch" or method != "window"):

@@ -24,7 +24,7 @@ from ..base.dtypes import stored_dtype
 from ..base.errors import EngineError, UsageError
 from ..base.geometry import Window
 from ..base.tile import Tile
-from ..engines.choice import EngineChoice, choose_engine, needs_cuda_facts
+from ..engines.choice import EngineChoice, choose_engine, needs_cuda_facts, require_method
 from ..engines.devices import find_facts
 from ..engines.engine import TileEngine, WindowTiles
 from ..engines.loading import compile_program, load_tiles
@@ -186,6 +186,7 @@ def predict_window(
     require_current(network)
     choice = _choose_engine(network, raster.shape_yx, engine, device)
     method = choose_method(network, None, raster.shape_yx)
+    require_method(choice.engine, method)
     tile = _tile_of(network, window, method, raster.shape_yx)
     source = tile.window
     reader = raster.open_reader()

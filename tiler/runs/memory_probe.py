@@ -26,6 +26,7 @@ from ..base.text import MB, last_line
 from ..engines.devices import find_cuda, pick_index
 from ..engines.loading import load_tiles
 from ..engines.memory import MemoryLookup, constant_memory
+from ..engines.registry import ENGINES, OWN
 from ..system.meter import process_bytes, sample_peak
 from ..system.process_end import end_with
 
@@ -88,6 +89,8 @@ def _find(
     kept = ProgramCache(cache_name(network))
     cores = choose_cores(network, budget)
     name = f"memory-{engine}-{method}-{precision}-{threads}-{cores[0]}"
+    if engine not in OWN:
+        name += "-" + re.sub(r"\W+", "-", ENGINES.find(engine).version())
     if device != "cpu":
         name += "-" + re.sub(r"\W+", "-", find_cuda()[pick_index(device)].name)
     try:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .margin_registry import MarginLike
 from .margins import EPSILON, Margin
 from .streamed_softmax import SHORTEST
 
@@ -16,7 +17,7 @@ def compute_dense_loss(
     features: Tensor,
     labels: Tensor,
     weight: Tensor,
-    margin: Margin,
+    margin: MarginLike,
     scale: float,
     class_weights: Tensor | None = None,
 ) -> Tensor:
@@ -49,8 +50,10 @@ def _unit(vectors: Tensor) -> Tensor:
     return F.normalize(torch.where(short, 1.0, vectors), dim=1).masked_fill(short, 0)
 
 
-def _phi(t: Tensor, margin: Margin) -> Tensor:
-    """The margin's formula, left to autograd."""
+def _phi(t: Tensor, margin: MarginLike) -> Tensor:
+    """The margin's formula, left to autograd; of an added margin its own phi."""
+    if not isinstance(margin, Margin):
+        return margin.apply(t)[0]
     if margin.m1 != 1:
         angle = margin.m1 * torch.acos(t) + margin.m2
         turns = torch.floor(angle.detach() / math.pi)

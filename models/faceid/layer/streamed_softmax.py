@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .margins import Margin
+from .margin_registry import MarginLike
 from .tablets import Tablet
 
 LARGEST_PLAIN_SCALE = 72
@@ -117,7 +117,7 @@ class Kept:
 class Streamer:
     """The passes over tablets of one precision and batch; holds buffers for one block, so is one thread's."""
 
-    def __init__(self, batch: Batch, margin: Margin, scale: float, block_rows: int, kept: Kept) -> None:
+    def __init__(self, batch: Batch, margin: MarginLike, scale: float, block_rows: int, kept: Kept) -> None:
         self._batch, self._margin, self._scale, self._size, self._kept = batch, margin, scale, block_rows, kept
         self._rows = batch.unit.new_empty((block_rows, batch.unit.shape[1]))
         self._gradient = torch.empty_like(self._rows)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ....tiler.base.errors import OutputError, UsageError
 from ....tiler.base.text import first_line
 from ....tiler.system.files import flush_file, sync_folder, use_default_mode
-from ..networks.exported import ExportedNetwork, load_exported, load_script
+from ..networks.exported import ExportedNetwork
 from ..networks.finite import require_finite_weights
 from ..networks.meaning import Activation, Statement, Task
 from ..networks.model import SegmentationModel, default_bands, fit_classes, name_classes
@@ -28,8 +28,10 @@ from ..networks.scaling import Scaling
 from ..networks.trust import ModelFile, ModelFileError, Trust, hash_file, read_model_file
 from ..networks.unet import UNet
 from .factory import build_network, is_factory
+from .kinds import KINDS
 from .mlm import Artifact, Description, describe, read_description, spare_path
-from .state import States, find_network, find_states, fit_state, read_pickle, read_states, require_fit
+from .state import States, fit_state, read_states, require_fit
+from .whole import WholeNetwork, load_network
 
 UNET_ARCHITECTURE = "outsize.models.segmentation.UNet"
 EXPORTED_ARCHITECTURE = "torch.export.ExportedProgram"
@@ -88,9 +90,10 @@ def load_model(
     A description (.json, STAC MLM) of this package's UNet and its safetensors weights are data: reading them runs no
     code. A factory, "package.module:name", runs because you name it. Everything else that could run code is read only
     with `trust` or `sha256`: descriptions that name a factory or a network that was pickled or exported, .pt2 of
-    torch.export, whole networks of torch.save, TorchScript. A network that comes without a description gets its band
-    count from its first convolution or from `bands`, no scaling, fill 0 and numbered classes. What its values mean
-    is told by its number of channels and its last operation, unless the description or the last three arguments say it.
+    torch.export, whole networks of torch.save, TorchScript, and files of added kinds that say so. A network that comes
+    without a description gets its band count from its first convolution or from `bands`, no scaling, fill 0 and
+    numbered classes. What its values mean is told by its number of channels and its last operation, unless the
+    description or the last three arguments say it.
 
     Args:
         weights: state dict for a factory's network: .safetensors, or what torch.save wrote.
@@ -128,10 +131,7 @@ def load_model(
                 f"a weights key is for a checkpoint, and {description} says by itself which weights it has"
             )
         return _load_described(description, allowed, stated)
-    file = read_model_file(Path(str(source)))
-    network = _load_network(file, allowed, weights_key)
-    require_finite_weights(network, str(file))
-    return _complete(network, file.path.stem, bands, stated, sha256=file.sha256)
+    return _load_whole(read_model_file(Path(str(source))), allowed, weights_key, bands, stated)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,25 +199,23 @@ def _settle(model: SegmentationModel, stated: Statement) -> SegmentationModel:
     )
 
 
-def _load_network(file: ModelFile, trust: Trust, key: str | None = None) -> nn.Module:
-    """A network from a file that holds all of it.
-
-    Args:
-        key: of one of several in a checkpoint.
-    """
-    if file.content == "torch.export":
-        return load_exported(file, trust)
-    if file.content == "TorchScript":
-        return load_script(file, trust)
-    value = read_pickle(file, trust) if file.content == "pickle" else None
-    network = find_network(value, file.path, key)
-    if network is not None:
-        return network.eval()
-    if file.content == "pickle" and not find_states(value):
-        raise ModelFileError(f"{file} holds no network, but {type(value).__name__}; save one with torch.save")
-    raise ModelFileError(
-        f"{file} holds weights only; name what builds the network too: --model package.module:factory --weights {file}"
-    )
+def _load_whole(
+    file: ModelFile, trust: Trust, key: str | None, bands: int | Sequence[str] | None, stated: Statement
+) -> SegmentationModel:
+    """The model of a file that holds a whole network, by the kind of its suffix."""
+    suffix = file.path.suffix.lower().removeprefix(".")
+    kind = KINDS.find(suffix) if suffix in KINDS.names() else WholeNetwork
+    if kind.runs_code:
+        trust.require_file(file, kind.runs_code)
+    trust.require_hash(file.path, file.sha256)
+    found = kind.load(file, trust, key)
+    if not isinstance(found, nn.Module | SegmentationModel):
+        raise ModelFileError(f"{file}: the kind of model file {suffix} must give a network, got {type(found).__name__}")
+    network = (found.network if isinstance(found, SegmentationModel) else found).eval()
+    require_finite_weights(network, str(file))
+    if isinstance(found, SegmentationModel):
+        return _settle(replace(found, sha256=file.sha256), stated)
+    return _complete(network, file.path.stem, bands, stated, sha256=file.sha256)
 
 
 def _load_described(path: Path, trust: Trust, stated: Statement) -> SegmentationModel:
@@ -272,7 +270,7 @@ def _build_described(said: Description, path: Path, trust: Trust, file: ModelFil
             f"outsize model pack package.module:factory OUT.json --weights {said.artifact}"
         )
     else:
-        return _load_network(file, trust), ""
+        return load_network(file, trust), ""
     return network, fit_state(network, states, file.path, path.name, exact=True)
 
 

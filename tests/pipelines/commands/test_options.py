@@ -84,6 +84,7 @@ VALUES = {
     "class_weights": "1,2",
     "step": "tiles:2",
     "loss": "dice",
+    "engine": "torch",
     "augment": "none",
     "widths": "8,16",
     "size": "64",
