@@ -28,7 +28,7 @@ from torch import nn
 pytestmark = pytest.mark.system
 
 SCENE = small_scene_path()
-DOCUMENT = Path(__file__).parents[3] / "docs/how-to/models.md"
+DOCUMENT = Path(__file__).parents[3] / "docs/reference/models.md"
 
 TINY = """
 from torch import nn
