@@ -1,92 +1,85 @@
-"""What `mkdocs build` does besides: shows the code's packages to mkdocstrings, and lists the public names."""
+"""What `mkdocs build` does besides: names and commands come from the code, and pages load nothing from other hosts.
+
+- `::: outsize.segment` in a page: public names are loaded on first use, which no static reader follows. The line
+  becomes the place that defines the name, under its public name.
+- `::: command line` in a page: every command with its help, usage and options, from the click code.
+- The theme would load a script of another host to search pages that are opened from a disk; ours does it.
+"""
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from pathlib import Path
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import click
-import outsize
-from outsize.pipelines.commands.cli import cli
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("tiler", "models", "pipelines", "sample_data", "__init__.py")
-SHIM = "https://unpkg.com/iframe-worker/shim"
+_NAME = re.compile(r"^::: (outsize(?:\.tiler|\.models)?)\.(\w+)$", re.MULTILINE)
+_COMMANDS = "::: command line"
+_SHIM = "https://unpkg.com/iframe-worker/shim"
 """Where the theme finds it otherwise."""
-NAMES, COMMANDS = "<!-- public names -->", "<!-- commands -->"
-"""Marks in pages, and what is put in their place."""
-WIDTH = 80
-"""Columns of a command's help."""
-SECTIONS = {
-    "From a raster to a result": ("segment", "Result", "open_result", "Model", "load_model", "save_model"),
-    "Options": ("PlanOptions", "WriteOptions", "ClusterOptions", "ReadOptions"),
-    "Rasters": ("open_raster", "open_stack", "open_mosaic", "copy_raster", "Raster", "Window"),
-}
-"""Names that belong together, in the order of use; the others follow by their alphabet."""
-
-
-def on_startup(**_: Any) -> None:
-    """Name the packages as they are imported: the repository's folder may be called anything."""
-    folder = ROOT / "build" / "docs" / "outsize"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in PACKAGES:
-        link = folder / name
-        if not link.is_symlink():
-            link.symlink_to(ROOT / name)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put what the code says of itself in the places of the marks."""
-    for mark, make in ((NAMES, list_names), (COMMANDS, list_commands)):
-        markdown = markdown.replace(mark, make()) if mark in markdown else markdown
-    return markdown
-
-
-def list_names() -> str:
-    """A section for each group of names, each name by its docstring."""
-    left = {name for name in outsize.__all__ if not name.startswith("_") and name != "SegmentationModel"}
-    classes = {name: value for name in left if inspect.isclass(value := getattr(outsize, name))}
-    errors = {name for name, value in classes.items() if issubclass(value, Exception)}
-    text = []
-    for title, names in SECTIONS.items():
-        left -= set(names)
-        text.append(f"## {title}\n")
-        text += map(describe, names)
-    text.append("## Networks, plans, training\n")
-    text += map(describe, sorted(left - errors, key=str.lower))
-    text.append("## Errors\n\nEach says the rule, the value and the remedy in one line.\n")
-    text += map(describe, sorted(errors))
-    return "\n".join(text)
-
-
-def list_commands() -> str:
-    """Each command with its help, as a terminal shows it."""
-    text: list[str] = []
-
-    def add(command: click.Command, path: tuple[str, ...], parent: click.Context | None) -> None:
-        context = command.context_class(command, info_name=path[-1], parent=parent, max_content_width=WIDTH)
-        context.terminal_width = WIDTH
-        text.append(f"{'#' * (len(path) + 1)} {' '.join(path)}\n\n```text\n{command.get_help(context)}\n```\n")
-        if isinstance(command, click.Group):
-            for name in command.list_commands(context):
-                add(command.commands[name], (*path, name), context)
-
-    add(cli, ("outsize",), None)
-    return "\n".join(text)
-
-
-def describe(name: str) -> str:
-    value = getattr(outsize, name)
-    options = f"      heading: outsize.{name}\n      toc_label: {name}\n"
-    return f"::: {value.__module__}.{value.__name__}\n    options:\n{options}"
+    if _COMMANDS in markdown:
+        cli = _defined("outsize.pipelines.commands.cli", "cli")
+        markdown = markdown.replace(_COMMANDS, "\n".join(describe_commands(cli, None, "outsize")))
+    return _NAME.sub(lambda found: _directive_of(found[1], found[2]), markdown)
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
-    """Take what lets the search work without a server from this site, and nothing from other hosts."""
+    """Take the script from this site."""
     above = "../" * page.url.count("/")
-    return output.replace(SHIM, f"{above}assets/offline-worker.js")
+    return output.replace(_SHIM, f"{above}assets/offline-worker.js")
 
 
 def on_post_template(output: str, **_: Any) -> str:
-    return output.replace(SHIM, "assets/offline-worker.js")
+    """The same in pages that have no text of their own, such as 404.html."""
+    return output.replace(_SHIM, "assets/offline-worker.js")
+
+
+def describe_commands(command: click.Command, above: click.Context | None, name: str) -> Iterator[str]:
+    """Lines of Markdown: the command, then, of a group, its commands in the order of `--help`."""
+    context = click.Context(command, parent=above, info_name=name)
+    yield f"{'#' * (2 if above is None or above.parent is None else 3)} {context.command_path}"
+    yield ""
+    yield from _describe_help(command.help or "")
+    yield from ("```text", f"{context.command_path} {' '.join(command.collect_usage_pieces(context))}", "```", "")
+    records = [parameter.get_help_record(context) for parameter in command.get_params(context)]
+    yield from ("| option | |", "|---|---|")
+    for names, text in (record for record in records if record is not None and record[1]):
+        yield f"| `{_in_table(names)}` | {_in_table(text).replace('<', '&lt;').replace('*', '&#42;')} |"
+    yield ""
+    if isinstance(command, click.Group):
+        for each in command.list_commands(context):
+            below = command.get_command(context, each)
+            if below is not None and not below.hidden:
+                yield from describe_commands(below, context, each)
+
+
+def _describe_help(text: str) -> Iterator[str]:
+    """Paragraphs; those that click leaves as they are stand as code."""
+    for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text)):
+        if paragraph.startswith("\b"):
+            yield from ("```text", paragraph.removeprefix("\b").strip("\n"), "```", "")
+        else:
+            yield from (re.sub(r"([<*_])", r"\\\1", " ".join(paragraph.split())), "")
+
+
+def _in_table(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _directive_of(package: str, name: str) -> str:
+    defined = _defined(package, name)
+    return f"""::: {defined.__module__}.{defined.__qualname__}
+    options:
+      heading: {package}.{name}
+      toc_label: {name}"""
+
+
+def _defined(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)

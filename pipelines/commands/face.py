@@ -25,7 +25,7 @@ _layer = together(
         type=click.Choice(["rms", "sgd", "momentum"]),
         default="rms",
         show_default=True,
-        help="How rows follow their gradient; docs/explanation/face-layer.md compares them.",
+        help="How rows follow their gradient; docs/benchmarks.md compares them.",
     ),
     click.option(
         "--storage",

@@ -4,8 +4,8 @@
     python -m outsize.tests.benchmarks.default_weights sample-unet/best.json --ship PATH
 
 The shipped model is always among them. --ship writes the first model, in the scene's colours and with its scores on
-its card, as PATH.json and PATH.safetensors: so are the weights in the package made (docs/how-to/models.md has
-the training's commands).
+its card, as PATH.json and PATH.safetensors: so are the weights in the package made (the training's commands stand in
+docs/reference/models.md).
 """
 
 from __future__ import annotations

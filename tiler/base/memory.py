@@ -31,7 +31,7 @@ def find_budget(memory: str | int | None, cuda_devices: int = 0) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineMemory:
-    """What an engine adds to the tensors of the graph; measured, see docs/explanation/memory.md."""
+    """What an engine adds to the tensors of the graph; measured, see docs/benchmarks.md."""
 
     worker_bytes: int
     """A worker process before it loads the engine."""

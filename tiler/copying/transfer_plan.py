@@ -17,7 +17,7 @@ CELL_BYTES = 48 * MB
 HERE_BYTES = 64 * MB
 """Rasters up to this size are copied in this process: starting workers would take longer."""
 CLIENT_BYTES = 200 * MB
-"""The commanding process with Dask, and each worker with GDAL and Zarr; measured (docs/explanation/memory.md)."""
+"""The commanding process with Dask, and each worker process with GDAL and Zarr; measured (docs/benchmarks.md)."""
 WORKER_BYTES = 140 * MB
 CACHE_BYTES = 64 * MB
 COPIES = 3

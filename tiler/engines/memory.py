@@ -9,8 +9,8 @@ from ..base.memory import CUDA_HOST_BYTES, EngineMemory
 from ..base.text import MB
 from .registry import ENGINES, OWN
 
-# Measured with PSS on Linux (docs/explanation/memory.md); OpenVINO workers never import torch, oneDNN copies more in
-# eager torch.
+# Measured with PSS on Linux (docs/benchmarks.md); OpenVINO workers never import torch, oneDNN copies more in eager
+# torch.
 WORKER_BYTES = 95 * MB
 """A worker process with Dask, Zarr and GDAL, before it loads an engine."""
 ENGINE_WEIGHTS = 2.0

@@ -16,7 +16,7 @@ CLIENT_BYTES = {
     ("torch", "window"): 390 * MB,
     ("torch", "program"): 390 * MB,
 }
-"""The planning process with torch and Dask loaded, and the traced network; measured, see docs/explanation/memory.md."""
+"""The planning process with torch and Dask loaded, and the traced network; measured, see docs/benchmarks.md."""
 ADDED_CLIENT_BYTES = max(CLIENT_BYTES.values())
 """The same with an engine that was added, which nobody has measured."""
 DASHBOARD_BYTES = 60 * MB

@@ -17,7 +17,7 @@ from .decisions import PlanDecisions
 from .plan_text import explain_decisions
 
 STORE_BYTES = 70 * MB
-"""Of the libraries that talk to an object store, in each process that does; measured (docs/explanation/memory.md)."""
+"""Of the libraries that talk to an object store, in each process that does; measured, see docs/benchmarks.md."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,11 +23,11 @@ from .trainable import TrainableNetwork
 
 PROCESS_BYTES = 500 * MB
 """A process that trains, with torch, Dask, rasterio, the traced network and what they load in the first step; measured,
-see docs/explanation/memory.md."""
+see docs/benchmarks.md."""
 WARM_UP_BYTES = 30 * MB
 """Of that, what the first step loads."""
 TILE_FACTOR = 1.12
-"""Of a tile's live bytes, and the constant beside them: what torch and oneDNN hold (docs/explanation/memory.md)."""
+"""Of the live bytes of a tile, and the constant beside them: what torch and oneDNN hold in fact; docs/benchmarks.md."""
 TILE_CONSTANT_BYTES = 15 * MB
 
 BLOCK_CHANNELS = 16

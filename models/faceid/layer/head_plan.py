@@ -17,7 +17,7 @@ from .streamed_softmax import EXACT_ROWS
 from .tablets import TabletLayout
 
 PROCESS_BYTES = 480 * MB
-"""A process with torch and its threads' scratch, before the layer; measured, see docs/explanation/face-layer.md."""
+"""A process with torch and its threads' scratch, before the layer; measured, see docs/benchmarks.md."""
 
 
 def _describe_count(number: float, noun: str) -> str:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +25,6 @@ from torch import nn
 pytestmark = pytest.mark.system
 
 SCENE = small_scene_path()
-DOCUMENT = Path(__file__).parents[3] / "docs/how-to/models.md"
 
 TINY = """
 from torch import nn
@@ -245,56 +241,3 @@ def test_config_and_variables_name_a_model_though_there_is_a_command_of_that_nam
     assert values["model"] == "tinymodule:Tiny"
     env = {"OUTSIZE_MODEL": "tinymodule:Tiny", "OUTSIZE_WEIGHTS": "w.safetensors"}
     assert result_of(outsize("--json", "plan", SCENE, env=env))["model"] == "tinymodule:Tiny"
-
-
-def documented_blocks() -> list[tuple[str, str]]:
-    """(language, text) of the blocks under "Your own model"."""
-    section = DOCUMENT.read_text().split("\n## Your own model\n")[1].split("\n## ")[0]
-    return re.findall(r"^```(\w*)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
-
-
-def test_the_documented_example_works_as_it_is_written(tmp_path: Path) -> None:
-    shutil.copy(SCENE, tmp_path / "scene.tif")
-    blocks = documented_blocks()
-    assert [language for language, _ in blocks] == ["python", "python", "sh", "python", "sh"]
-    outputs = []
-    for language, text in blocks:
-        if text == blocks[4][1]:
-            # What the text asks for: that the network without arguments is the one that was trained.
-            module = tmp_path / "tinynet.py"
-            module.write_text(module.read_text().replace("width=8", "width=16"))
-        if language == "python":
-            name = text.splitlines()[0].removeprefix("# ")
-            # Weights that the text leaves to chance are the same in every run here: they give both classes.
-            seeded = f"import torch\n\ntorch.manual_seed(1)\n{text}" if name == "train.py" else text
-            (tmp_path / name).write_text(seeded)
-            done = [subprocess.run([sys.executable, name], cwd=tmp_path, capture_output=True, text=True, check=False)]
-        else:
-            calls = [shlex.split(line) for line in text.replace("\\\n", " ").splitlines()]
-            assert {call[0] for call in calls} == {"outsize"}
-            done = [outsize(*call[1:], cwd=tmp_path) for call in calls]
-        assert all(call.returncode == 0 for call in done), [call.stderr for call in done]
-        outputs.append("".join(call.stdout for call in done))
-        if text == blocks[2][1]:
-            packed_by_command = json.loads((tmp_path / "tinynet.json").read_text())
-    assert "tinynet:TinyNet(width=16)" in outputs[2]
-    assert "halo      1 px" in outputs[4]
-    # Python and the command wrote the same.
-    assert json.loads((tmp_path / "tinynet.json").read_text()) == packed_by_command
-
-    class TinyNet(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
-            self.head = nn.Conv2d(16, 2, 1)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.stem(x))
-
-    network = TinyNet().eval()
-    network.load_state_dict(load_file(tmp_path / "tinynet.safetensors"))
-    expected = whole_image(network, [88.7, 103.2, 68.9, 114.7], [45, 34, 26, 44])
-    assert (open_array(tmp_path / "map.zarr", "class")[:] != expected).mean() < 1e-4
-    assert len(np.unique(expected)) == 3
-    colours = {entry["name"]: entry["colour"] for entry in read_header(tmp_path / "map.zarr")["classes"]}
-    assert colours == {"water": [0x26, 0x67, 0xB2], "land": [0x96, 0xC8, 0x5A]}
