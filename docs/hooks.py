@@ -12,14 +12,27 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 
 _NAME = re.compile(r"^::: (outsize(?:\.tiler|\.models)?)\.(\w+)$", re.MULTILINE)
+_ROOT = Path(__file__).parents[1]
+_PACKAGES = ("tiler", "models", "pipelines", "sample_data", "__init__.py")
 _COMMANDS = "::: command line"
 _SHIM = "https://unpkg.com/iframe-worker/shim"
 """Where the theme finds it otherwise."""
+
+
+def on_startup(**_: Any) -> None:
+    """Show the packages under the name by which they are imported: the repository's folder may be called anything."""
+    folder = _ROOT / "build" / "docs" / "outsize"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _PACKAGES:
+        link = folder / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(_ROOT / name)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
