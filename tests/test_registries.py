@@ -31,14 +31,17 @@ from outsize.models.segmentation.training.loss_text import LOSSES, parse_loss
 from outsize.pipelines.commands.cli import cli
 from outsize.pipelines.segment.writers import WRITERS
 from outsize.tiler.analysis.network import analyze_network
-from outsize.tiler.base.errors import EngineError, UsageError
+from outsize.tiler.base.errors import EngineError, RasterError, UsageError
 from outsize.tiler.base.geometry import Window
 from outsize.tiler.base.registry import MODULES_VARIABLE, Registry
 from outsize.tiler.engines.loading import compile_program, load_windows
 from outsize.tiler.engines.registry import ENGINES
 from outsize.tiler.output.store import OutputDescription, create_output, open_array, read_header, writable
 from outsize.tiler.planning.planner import plan_tiles
+from outsize.tiler.rasters.block_cache import BlockStore
+from outsize.tiler.rasters.formats import FORMATS
 from outsize.tiler.rasters.georeference import Georeference
+from outsize.tiler.rasters.opening import open_raster
 from outsize.tiler.runs.inference import predict_window
 from outsize.tiler.runs.run import predict
 
@@ -46,7 +49,7 @@ from .support.analysed import analysed
 from .support.rasters import write_geotiff
 from .support.registries import as_before, on_path, write_module, write_package
 
-ALL: tuple[Registry[Any], ...] = (LOSSES, MARGINS, WRITERS, KINDS, ENGINES)
+ALL: tuple[Registry[Any], ...] = (LOSSES, MARGINS, WRITERS, KINDS, ENGINES, FORMATS)
 Add = Callable[[Registry[Any], str, str], str]
 
 
@@ -187,7 +190,7 @@ WRITER = """
 
 class Argmax(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.argmax(1, keepdim=True).to(torch.uint8)
+        return x.float().argmax(1, keepdim=True).to(torch.uint8)
 
 
 def make_output(out: Path) -> np.ndarray[Any, Any]:
@@ -370,6 +373,95 @@ def test_what_an_added_engine_cannot_do_is_refused_by_name(outside: Path) -> Non
     assert (plan.engine, plan.method, plan.device) == ("small", "window", "cpu")
 
 
+FORMAT = """
+    import json
+    import pathlib
+    import numpy as np
+    from outsize.tiler.rasters.formats import FileDescription
+
+    class Toy:
+        def __init__(self, path):
+            head, _, pixels = pathlib.Path(path).read_bytes().partition(b";")
+            self.shape = tuple(json.loads(head)["shape"])
+            self.image = np.frombuffer(pixels, "u2").reshape(self.shape)
+
+        def describe(self):
+            return FileDescription(
+                shape=self.shape, dtype=np.dtype("u2"), block=(16, 32), nodata=(7,), band_names=("a", "b", "c")
+            )
+
+        def read(self, window, bands):
+            rows, columns = window.slices()
+            return self.image[[band - 1 for band in bands], rows, columns].copy()
+
+        def close(self):
+            self.image = None
+"""
+
+
+def write_plain(path: Path) -> np.ndarray[Any, Any]:
+    """A file of the toy format, and its pixels: some 7, which is nodata where all bands have it."""
+    image = np.random.default_rng(5).integers(5, 9, (3, 45, 70), dtype=np.uint16)
+    path.write_bytes(json.dumps({"shape": image.shape}).encode() + b";" + image.tobytes())
+    return image
+
+
+def test_a_file_of_an_added_format_is_a_raster_like_others(tmp_path: Path, add: Add) -> None:
+    add(FORMATS, "plain", FORMAT)
+    image = write_plain(tmp_path / "s.plain")
+    raster = open_raster(tmp_path / "s.plain")
+    assert (raster.shape, raster.dtype, raster.band_names, raster.nodata) == (image.shape, "u2", ("a", "b", "c"), 7)
+    window = Window(y=9, x=20, height=30, width=41)
+    rows, columns = window.slices()
+    found = raster.read(window, masked=True)
+    np.testing.assert_array_equal(found.data, image[:, rows, columns])
+    missing = (image[:, rows, columns] == 7).all(axis=0)
+    assert missing.any()
+    np.testing.assert_array_equal(found.mask, np.broadcast_to(missing, found.shape))
+    chosen = open_raster(tmp_path / "s.plain", bands=("c", 1), nodata=(), mask_band=2, mask_values=(5, 6))
+    found = pickle.loads(pickle.dumps(chosen)).read(window, masked=True)
+    np.testing.assert_array_equal(found.data, image[[2, 0], rows, columns])
+    np.testing.assert_array_equal(found.mask[0], np.isin(image[1, rows, columns], (5, 6)))
+    blocks = BlockStore(10**7)
+    reader = raster.open_reader(blocks)
+    for _ in range(2):
+        np.testing.assert_array_equal(reader.read(window), image[:, rows, columns])
+    reader.close()
+    assert 0 < blocks.decoded_bytes <= image.nbytes
+    before = raster.identity
+    write_plain(tmp_path / "s.plain")
+    assert open_raster(tmp_path / "s.plain").identity != before
+
+
+def test_a_whole_run_reads_an_added_format(tmp_path: Path, client: Client, add: Add) -> None:
+    add(FORMATS, "plain", FORMAT)
+    image = write_plain(tmp_path / "s.plain")
+    predict(
+        tmp_path / "s.plain", analyze_network(Argmax(), bands=3, dtype=torch.uint16), tmp_path / "o.zarr", client=client
+    )
+    expected = np.where((image == 7).all(axis=0), 255, image.argmax(axis=0))
+    assert (expected == 255).any()
+    np.testing.assert_array_equal(open_array(tmp_path / "o.zarr", "class")[:], expected)
+
+
+def test_formats_keep_off_gdals_suffixes_and_their_lies_are_told(tmp_path: Path, outside: Path) -> None:
+    toy = importlib.import_module(write_module(outside, "toy_format", FORMAT)).Toy
+    FORMATS.register("tif")(toy)
+    write_geotiff(tmp_path / "s.tif", np.ones((1, 8, 8), np.uint8))
+    with pytest.raises(UsageError, match=r"raster format tif is added, and \.tif files are GDAL's or Zarr's"):
+        open_raster(tmp_path / "s.tif")
+    FORMATS.register("plain")(toy)
+    write_plain(tmp_path / "s.plain")
+    raster = open_raster(tmp_path / "s.plain")
+    for lie in (np.zeros((3, 2, 2), np.uint16), np.zeros((3, 4, 5), np.int16), None):
+        toy.read = lambda self, window, bands, lie=lie: lie  # noqa: ARG005 - the protocol's arguments
+        with pytest.raises(RasterError, match=r"format plain must read uint16 \(3, 4, 5\) of window .*, got"):
+            raster.read(Window(y=0, x=0, height=4, width=5))
+    (tmp_path / "s.plain").write_bytes(b"nothing")
+    with pytest.raises(RasterError, match=r"s\.plain cannot be opened as plain: Expecting value"):
+        open_raster(tmp_path / "s.plain")
+
+
 class Hollow:
     """Has nothing that any protocol asks for."""
 
@@ -385,7 +477,7 @@ def test_what_lacks_something_is_refused_at_registration(outside: Path, registry
     assert "hollow" not in registry.names()
 
 
-@pytest.mark.parametrize("registry", ALL, ids=lambda registry: registry.noun)
+@pytest.mark.parametrize("registry", [each for each in ALL if each is not FORMATS], ids=lambda registry: registry.noun)
 def test_names_are_of_one_form_and_belong_to_one_thing(outside: Path, registry: Registry[Any]) -> None:
     own = registry.names()[0]
     thing = registry.find(own)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..base.errors import RasterError, UsageError
 from ..base.exact_numbers import exact_number
 from ..system.places import archive_name, gdal_name, is_path, is_remote, place_of
+from .formats import find_format
 from .nodata import can_hold, exact_text
 from .raster import Raster, ReadOptions, find_bands, pick_bands
 
@@ -32,7 +33,8 @@ def open_raster(
     apply_scale: bool = False,
     trust: bool = False,
 ) -> Raster:
-    """Describe a raster without reading pixels: whatever GDAL opens, and Zarr v2 and v3 groups and arrays.
+    """Describe a raster without reading pixels: whatever GDAL opens, Zarr v2 and v3 groups and arrays, and formats that
+    were added.
 
     An array of numpy, torch or xarray is written into a private folder of TMPDIR first, for workers to read, which is
     removed with the last raster of it; an output of it is continued by this process alone.
@@ -105,19 +107,31 @@ def open_with(src: str | os.PathLike[str], options: ReadOptions) -> Raster:
     if zarr_location is not None:
         raster = describe_zarr(*zarr_location, axes=options.axes, trust=options.trust)
     else:
-        from .gdal_files import describe_gdal
-
+        name = find_format(str(src))
         # GDAL's own names (/vsizip/..., GTIFF_DIR:1:a.tif) are no paths.
         if not is_remote(path) and not path.exists() and ":" not in str(src) and not str(src).startswith("/vsi"):
             raise RasterError(f"no such raster: {src}")
         if not is_remote(path) and path.exists() and not (path.is_file() or path.is_dir()):
             raise RasterError(f"{src} is no file, but a pipe, a device or a socket; write it to a file first")
         if options.axes is not None:
-            raise UsageError(f"--axes is for Zarr arrays, got a file that GDAL reads: {src}; leave it out")
-        raster = describe_gdal(gdal_name(str(src)), options)
+            raise UsageError(f"--axes is for Zarr arrays, got a file: {src}; leave it out")
+        if name:
+            raster = _describe_added(str(src), name)
+        else:
+            from .gdal_files import describe_gdal
+
+            raster = describe_gdal(gdal_name(str(src)), options)
     if raster.dtype.kind not in "uif":
         raise RasterError(f"{src}: pixels must be integers or real numbers, got {raster.dtype}; convert them first")
     return _apply(str(src), raster, options)
+
+
+def _describe_added(src: str, name: str) -> Raster:
+    from .added import describe_added
+
+    if is_remote(place_of(src)):
+        raise RasterError(f"{src}: files of the added format {name} are read on this machine; copy it here first")
+    return describe_added(src, name)
 
 
 def _apply(src: str, raster: Raster, options: ReadOptions) -> Raster:

@@ -102,7 +102,7 @@ class Raster:
     """A georeferenced (bands, y, x) array on disk, described; pixels are read through `open_reader`."""
 
     path: str
-    kind: Literal["gdal", "zarr", "stack", "mosaic", "scaled"]
+    kind: Literal["gdal", "zarr", "added", "stack", "mosaic", "scaled"]
     shape: tuple[int, int, int]
     """(bands, height, width)."""
     dtype: np.dtype[Any]
@@ -122,6 +122,10 @@ class Raster:
     """Order of the stored dimensions; 1: one of length 1 that is none of bands, y, x."""
     array_path: str = ""
     """Of the array inside a Zarr group."""
+    format: str = ""
+    """Of a file in an added format: its name."""
+    format_place: str = ""
+    """"module:name" of that format, where other processes do not know it by its name."""
     indexes: tuple[int, ...] = ()
     """Stored bands that are read, from 1, in order; empty: all."""
     mask_path: str = ""

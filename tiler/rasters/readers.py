@@ -1,4 +1,4 @@
-"""Readers of rasters: what opens one of each kind."""
+"""Readers of rasters: what opens one of each kind. Formats of files are added by `FORMATS`, not here."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ READERS: Registry[Any] = Registry(
     "outsize.readers",
     {
         "gdal": "outsize.tiler.rasters.gdal_files:GdalReader",
+        "added": "outsize.tiler.rasters.added:AddedReader",
         "zarr": "outsize.tiler.rasters.zarr_arrays:ZarrReader",
         "scaled": "outsize.tiler.rasters.scale:ScaledReader",
         "stack": "outsize.tiler.rasters.parts:PartsReader",
