@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pytest
 from outsize.sample_data.small import small_scene_path
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.system
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?P<notes>(?:^ *<!-- .*? -->\n)*)^ *```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^ *```$", re.S | re.M)
+FIRST = {"README.md", "docs/index.md", "docs/tutorials/own-model.md", "docs/how-to/resume.md"}
 LANGUAGES = {"python", "sh"}
 SHOWN = {"text", "json", "toml", "yaml"}
 """What a program prints, or reads."""
@@ -82,7 +84,13 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", run_pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def marked(page: Path) -> Any:
+    """The first pages that somebody reads are run with every change, the others with the long tests."""
+    first = str(page.relative_to(ROOT)) in FIRST
+    return pytest.param(page, marks=[] if first else [pytest.mark.long])
+
+
+@pytest.mark.parametrize("page", [marked(page) for page in run_pages()], ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_does_what_it_says(page: Path, scene: Path, tmp_path: Path) -> None:
     leave = shutil.ignore_patterns(*["demo"] if "outsize sample demo" in page.read_text() else [])
     shutil.copytree(scene, tmp_path, ignore=leave, dirs_exist_ok=True)
