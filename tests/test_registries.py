@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from outsize.models.segmentation.networks.trust import ModelFileError
 from outsize.models.segmentation.training.loss_text import LOSSES, parse_loss
 from outsize.pipelines.commands.cli import cli
 from outsize.pipelines.segment.writers import WRITERS
+from outsize.sample_data.small import small_scene_path
 from outsize.tiler.analysis.network import analyze_network
 from outsize.tiler.base.errors import EngineError, RasterError, UsageError
 from outsize.tiler.base.geometry import Window
@@ -489,6 +491,40 @@ def test_names_are_of_one_form_and_belong_to_one_thing(outside: Path, registry: 
     with pytest.raises(UsageError, match=rf"{registry.noun} {own} is outsize\..* already; register toy_rival:Toy by"):
         registry.register(own)(rival)
     assert registry.find(own) is thing
+
+
+def test_the_command_line_takes_added_names_and_lists_them(outside: Path) -> None:
+    ENGINES.register("small")(importlib.import_module(write_module(outside, "toy_small", ENGINE)).Toy)
+    MARGINS.register("curved")(importlib.import_module(write_module(outside, "toy_curved", MARGIN)).Toy)
+    for words, known in (
+        (["plan", "scene.tif", "--engine"], "auto, openvino, torch, small"),
+        (["face", "benchmark", "--margin"], "arcface, cosface, softmax, curved"),
+        (["face", "train", "out", "--margin"], "arcface, cosface, softmax, curved, or M1,M2,M3"),
+    ):
+        refused = CliRunner().invoke(cli, [*words, "nosuch"])
+        assert refused.exit_code == 2
+        assert known in " ".join(refused.output.split())
+    planned = CliRunner().invoke(cli, ["--json", "plan", str(small_scene_path()), "--engine", "small"])
+    assert planned.exit_code == 0, planned.output
+    assert json.loads(planned.stdout.splitlines()[-1])["plan"]["engine"] == "small"
+
+
+def test_the_walk_through_for_contributors_works(outside: Path) -> None:
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "MARGINS.register" in block)
+    importlib.import_module(write_module(outside, "toy_walk", code))
+    assert float(margin_from("curved").apply(torch.ones(1))[0]) == pytest.approx(0.6)
+    told = dict(re.findall(r"\| `(\w+)\.register\(.*?\| `(outsize\.\w+)` \|", text))
+    names = {
+        "FORMATS": FORMATS,
+        "ENGINES": ENGINES,
+        "WRITERS": WRITERS,
+        "LOSSES": LOSSES,
+        "MARGINS": MARGINS,
+        "KINDS": KINDS,
+    }
+    assert told == {name: registry.group for name, registry in names.items()}
+    assert set(ALL) == set(names.values())
 
 
 def test_two_packages_that_claim_a_name_are_both_named(outside: Path) -> None:
