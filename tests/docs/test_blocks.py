@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import pytest
 from outsize.sample_data.small import small_scene_path
@@ -32,11 +31,11 @@ pytestmark = pytest.mark.system
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?P<notes>(?:^ *<!-- .*? -->\n)*)^ *```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^ *```$", re.S | re.M)
-FIRST = {"README.md", "docs/index.md", "docs/tutorials/own-model.md", "docs/how-to/resume.md"}
 LANGUAGES = {"python", "sh"}
 SHOWN = {"text", "json", "toml", "yaml"}
 """What a program prints, or reads."""
-QUIET = {"OUTSIZE_NO_DASHBOARD": "1", "MPLBACKEND": "agg"}
+QUIET = {"OUTSIZE_NO_DASHBOARD": "1", "OUTSIZE_THREADS": "1", "MPLBACKEND": "agg"}
+"""One thread: several that wait for each other on busy cores take four times as long for such small scenes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +83,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def marked(page: Path) -> Any:
-    """The first pages that somebody reads are run with every change, the others with the long tests."""
-    first = str(page.relative_to(ROOT)) in FIRST
-    return pytest.param(page, marks=[] if first else [pytest.mark.long])
-
-
-@pytest.mark.parametrize("page", [marked(page) for page in run_pages()], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", run_pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_does_what_it_says(page: Path, scene: Path, tmp_path: Path) -> None:
     leave = shutil.ignore_patterns(*["demo"] if "outsize sample demo" in page.read_text() else [])
     shutil.copytree(scene, tmp_path, ignore=leave, dirs_exist_ok=True)
