@@ -533,6 +533,11 @@ def test_two_packages_that_claim_a_name_are_both_named(outside: Path) -> None:
         write_package(outside, f"toys_{number}", MARGINS.group, {"twice": f"toy_{number}:Toy"})
     with pytest.raises(UsageError, match=r"margin twice is toy_\d:Toy, and toy_\d:Toy by an entry point of outsize"):
         margin_from("twice")
+    write_package(outside, "toys_3", ENGINES.group, {"torch": "toy_1:Toy"})
+    with pytest.raises(
+        UsageError, match=r"engine torch is outsize\.tiler\.engines\.own:Torch, and toy_1:Toy by an entry"
+    ):
+        ENGINES.find("torch")
     assert margin_from("arcface") == margin_from((1.0, 0.5, 0.0))
 
 
