@@ -27,6 +27,7 @@ def _kept() -> Iterator[None]:
 def test_a_signal_interrupts_once_and_silences_callbacks(
     number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    signal.signal(number, signal.SIG_DFL)  # in the background it may be ignored, and would stay so
     ended: list[int] = []
     heed_interrupts(lambda: ended.append(1))
     log = logging.getLogger("tornado.application")

@@ -106,7 +106,7 @@ def test_another_version_of_the_engine_is_refused(
 ) -> None:
     source, out = scene(tmp_path, 100, 100), tmp_path / "o.zarr"
     run(source, class_network(), out, client)
-    monkeypatch.setattr("outsize.tiler.output.fingerprint.version", lambda _: "0.1.2")
+    monkeypatch.setattr("outsize.tiler.engines.own.version", lambda _: "0.1.2")
     with pytest.raises(OutputError, match=r"engine version \S+ there, 0\.1\.2 now; --overwrite replaces it"):
         run(source, class_network(), out, client)
 
