@@ -245,9 +245,11 @@ class Result:
 
         Raises:
             UsageError: not a class map.
+            OutputError: the run is unfinished, and its missing tiles would count as nodata.
         """
         if self.kind != "class":
             raise UsageError(f"areas are those of classes, this result holds {self.kind}; segment with output='class'")
+        self._require_finished()
         return count_areas(SilentConsole(), self.path, self._header)
 
     def verify(self) -> Verification:
@@ -284,10 +286,13 @@ class Result:
         target = place_of(str(path))
         if target.suffix.lower() not in suffixes:
             raise UsageError(f"the name must end in {' or '.join(suffixes)}, got {target.name}")
-        if not self.is_finished:
-            raise OutputError(f"{self.path} is unfinished; run the same segment again, which goes on with it")
+        self._require_finished()
         run_export(SilentConsole(), self.path, target, overwrite=overwrite)
         return target
+
+    def _require_finished(self) -> None:
+        if not self.is_finished:
+            raise OutputError(f"{self.path} is unfinished; the same segment resumes it")
 
 
 _MOST_LISTED = 8

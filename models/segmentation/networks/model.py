@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -203,13 +204,14 @@ def name_classes(meaning: Meaning) -> tuple[SegmentationClass, ...]:
 
 
 def _band_names(bands: int | Sequence[str]) -> tuple[str, ...]:
-    if isinstance(bands, int) and not isinstance(bands, bool):
+    if isinstance(bands, Integral) and not isinstance(bands, bool):
         if bands < 1:
             raise UsageError(f"a model has at least one band, got {bands}")
-        return default_bands(bands)
-    if isinstance(bands, str | bool) or not bands or not all(isinstance(name, str) for name in bands):
+        return default_bands(int(bands))
+    names = tuple(bands) if isinstance(bands, Iterable) and not isinstance(bands, str) else ()
+    if not names or not all(isinstance(name, str) for name in names):
         raise UsageError(f"bands are a number or a list of names, got {bands!r}")
-    return tuple(bands)
+    return names
 
 
 def _per_band(what: str, values: float | Sequence[float], bands: int) -> tuple[float, ...]:

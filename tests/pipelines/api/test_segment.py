@@ -11,6 +11,7 @@ import rasterio
 import torch
 import xarray as xr
 from outsize.tiler.base.errors import TilerError
+from outsize.tiler.runs.events import Event, TileFinished
 from PIL import Image
 from torch import Tensor, nn
 
@@ -142,6 +143,26 @@ def test_a_bare_module_is_a_model_of_numbered_classes(source: Path, tmp_path: Pa
     assert (result.read()[0] == logits[0].argmax(0).numpy())[valid].mean() > 0.9999
 
 
+def test_an_unfinished_result_is_read_and_not_counted(source: Path, tmp_path: Path) -> None:
+    model = outsize.Model(network(), bands=3, scale=1 / 255, mean=MEAN, std=STD, fill=7)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, TileFinished):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        outsize.segment(source, model, tmp_path / "o.zarr", engine="torch", core=64, cluster=HERE, listener=stop)
+    result = outsize.open_result(tmp_path / "o.zarr")
+    assert not result.is_finished
+    assert "unfinished" in repr(result)
+    assert result.read().shape == (1, 180, 198)
+    for call in (result.count_areas, lambda: result.to_geotiff(tmp_path / "o.tif")):
+        with pytest.raises(outsize.OutputError, match="unfinished; the same segment resumes it"):
+            call()
+    finished = outsize.segment(source, model, tmp_path / "o.zarr", engine="torch", core=64, cluster=HERE)
+    assert finished.count_areas().nodata_pixels == 30 * 30
+
+
 def test_wrong_calls_are_refused_in_one_line(source: Path, tmp_path: Path) -> None:
     model = outsize.Model(network(), bands=3)
     for call, words in (
@@ -177,6 +198,8 @@ def test_a_model_computes_what_its_arguments_say() -> None:
     assert model.bands == ("red", "nir")
     assert [entry.name for entry in model.classes] == ["channel 0", "channel 1"]
     assert "2 bands (red, nir)" in repr(model)
+    assert outsize.Model(Same(), bands=np.int64(2), task="regression").bands == ("band 1", "band 2")
+    assert outsize.Model(Same(), bands=(name for name in "ab"), task="regression").bands == ("a", "b")  # pyright: ignore[reportArgumentType]
 
 
 def test_every_error_is_exported() -> None:
